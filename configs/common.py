@@ -1,0 +1,206 @@
+"""Every configuration key, its default, and what it means.
+
+A config file calls `base()`, states only what differs, and returns it from
+`get_config(arg)`. `arg` is what follows the colon on the command line:
+`--config=configs/gpt2.py:size=medium` calls `get_config("size=medium")`.
+
+Rules kept here: 0 or "" means "choose for me"; a number that training may vary
+without recompiling lives in `hyper`; everything else is fixed for the run.
+"""
+
+from ml_collections import ConfigDict
+
+
+def base() -> ConfigDict:
+    """Returns a fresh config holding every key with its default value."""
+    config = ConfigDict()
+    config.seed = 1337  # one root for weights, data order, dropout and sampling
+    config.init_from = ""  # a run folder whose weights this run starts from
+
+    config.data = ConfigDict(
+        {
+            # What to read: "builtin" (the standard library's source), a corpus name,
+            # a file, a glob, "hf:<dataset>", or a weighted mixture "a*3 + b*1".
+            "source": "builtin",
+            "field": "text",  # the field of a .jsonl row that holds its text
+            # char, word, byte, bpe:<size>, gpt2, or the path of a tokenizer.json
+            "tokenizer": "bpe:2000",
+            "folder": "data",  # where prepared token shards are kept
+            "cache": "~/.cache/gpt_jax",  # where downloads are kept
+            "val_fraction": 0.1,  # the share of the text kept for validation
+            "split": "fraction",  # cut at that share of "fraction" or "documents"
+            "seq_len": 0,  # tokens in a training window; 0 = model.context_length
+            "stride": 0,  # tokens between window starts; 0 = seq_len (no overlap)
+            "workers": 0,  # processes that tokenize; 0 = one per core
+        }
+    )
+
+    config.model = ConfigDict(
+        {
+            "vocab_size": 0,  # 0 = the tokenizer's
+            "vocab_multiple": 1,  # the embedding table is padded (and masked) to this
+            "context_length": 256,  # the most tokens that the model sees at once
+            "n_layers": 6,
+            "d_model": 384,
+            "n_heads": 6,
+            "n_kv_heads": 0,  # 0 = n_heads; fewer = grouped-query attention
+            "head_dim": 0,  # 0 = d_model / n_heads
+            "d_ff": 0,  # width inside the MLP; 0 = 4 * d_model
+            "position": "learned",  # learned, rope, none
+            # Layer kinds, repeated over the depth. window 0 = full attention.
+            # rope_scaling: None, {"kind": "linear", "factor": f}, or {"kind": "llama3",
+            # "factor", "low_freq_factor", "high_freq_factor", "original_context"}.
+            "pattern": ({"window": 0, "rope_base": 10000.0, "rope_scaling": None},),
+            "norm": "layernorm",  # layernorm, rmsnorm
+            "norm_eps": 1e-5,
+            "norm_scale": True,  # a learned scale in every norm
+            "norm_bias": True,  # a learned bias in every LayerNorm
+            "norm_offset": 0.0,  # the scale is applied as (offset + scale)
+            "norm_placement": "pre",  # pre, both (before and after each sublayer)
+            "embed_norm": False,  # a norm right after the embedding
+            "activation": "gelu_tanh",  # gelu_tanh, gelu, relu2, silu, relu
+            "gated": False,  # the MLP multiplies by a gate (with silu: SwiGLU)
+            "qkv_bias": True,
+            "attn_bias": True,  # on the projection after attention
+            "mlp_bias": True,
+            "head_bias": False,
+            "tie_embeddings": True,  # the head reuses the token embedding
+            "qk_norm": False,  # normalise queries and keys per head
+            "query_scale": 0.0,  # 0 = head_dim ** -0.5
+            "attn_softcap": 0.0,  # cap * tanh(score / cap); 0 = off
+            "logit_softcap": 0.0,  # the same on the logits; 0 = off
+            "embed_scale": 1.0,  # the embedding is multiplied by this
+            "init": "gpt2",  # gpt2, torch_default, modern
+            "zero_init": False,  # projections into the residual stream start at 0
+            "scan_layers": False,  # one compiled block looped over (deep models)
+            "remat": "none",  # none, full: recompute activations in the backward pass
+            "dtype": "float32",  # activations: float32, bfloat16
+            "param_dtype": "float32",  # stored weights
+            "attention": "auto",  # auto, plain, blocked, xla, cudnn
+        }
+    )
+
+    config.task = ConfigDict({"name": "lm"})
+    config.adapter = ConfigDict({"name": "full"})
+
+    config.optimizer = ConfigDict(
+        {
+            "name": "adamw",  # adamw, muon, lion, adafactor, sgd
+            "schedule": "cosine",  # constant, cosine, linear, wsd
+            # Which parameters decay, by path; the first match wins.
+            "decay": ((r"(bias|scale)$", False), (r".*", True)),
+            "rates": (),  # (regex, factor): the learning rate of a group of weights
+            "freeze": (),  # regexes of parameters that do not move
+            # Which parameters Muon takes (the rest goes to AdamW).
+            "muon": (r"blocks?[_/].*kernel$",),
+            "ema": False,  # keep a moving average of the weights (hyper.ema_decay)
+        }
+    )
+
+    # Traced numbers: changing them never recompiles, a population varies them.
+    config.hyper = ConfigDict(
+        {
+            "lr": 1e-3,
+            "matrix_lr": 0.02,  # Muon's rate for the matrices that it takes
+            "weight_decay": 0.1,
+            "beta1": 0.9,
+            "beta2": 0.95,
+            "eps": 1e-8,
+            "momentum": 0.95,  # Muon and SGD
+            "warmup_steps": 100.0,
+            "initial_lr_ratio": 0.0,  # the rate of step 0, as a share of lr
+            "decay_steps": 0.0,  # where the schedule ends; 0 = steps
+            "decay_fraction": 0.2,  # wsd: the share of decay_steps that decays
+            "final_lr_ratio": 0.1,
+            "clip": 1.0,  # the largest norm of the whole gradient; 0 = off
+            "dropout_embed": 0.0,
+            "dropout_attn": 0.0,
+            "dropout_residual": 0.0,
+            "label_smoothing": 0.0,
+            "z_loss": 0.0,  # weight of log(sum(exp(logits)))^2
+            "ema_decay": 0.999,
+        }
+    )
+
+    config.batch_size = 32  # windows in one step, over all devices
+    config.accumulate = 1  # micro-batches that one step is made of
+    config.steps = 1000
+    config.max_tokens = 0  # stop after so many training tokens; 0 = no limit
+    config.max_seconds = 0.0  # stop after so much wall time; 0 = no limit
+    config.patience = 0  # stop after so many evaluations without a new best; 0 = never
+    config.max_skipped = 10  # stop after so many non-finite updates in a row
+
+    config.log_every = 10
+    config.eval_every = 250
+    config.eval_batch_size = 0  # 0 = batch_size
+    config.eval_windows = 0  # at most so many windows an evaluation; 0 = all
+    config.checkpoint_every = 250
+    config.keep = 2  # newest checkpoints kept, besides the best
+    config.sample_every = 0  # write samples at this interval; 0 = never
+    config.sample = ConfigDict(
+        {
+            "prompt": "",  # "" = the end-of-text token, or a newline without one
+            "count": 1,
+            "max_new_tokens": 100,
+            "temperature": 0.8,
+            "top_k": 0,
+            "top_p": 1.0,
+        }
+    )
+
+    config.mesh = ConfigDict(
+        {
+            "strategy": "mesh",  # mesh (jit over a device mesh), pmap
+            "data": -1,  # devices that share the batch; -1 = all that are left
+            "fsdp": 1,
+            "tensor": 1,
+            "cpu_devices": 0,  # XLA devices on a CPU; 0 = one per core
+        }
+    )
+
+    config.tensorboard = True
+    config.wandb = ""  # a Weights & Biases project; "" = off
+    config.compile_cache = "~/.cache/gpt_jax/compile"  # "" = compile every time
+    config.grace_s = 30.0  # after SIGTERM or Ctrl-C, the longest wait before leaving
+    return config
+
+
+def options(arg: str | None, **defaults: str) -> dict[str, str]:
+    """Returns the `key=value,key=value` options after a config's colon.
+
+    Args:
+      arg: the text after the colon, or None.
+      **defaults: the options that the config knows, with their default values.
+
+    Raises:
+      ValueError: an option is unknown or not written `key=value`.
+    """
+    chosen = dict(defaults)
+    for part in filter(None, (arg or "").split(",")):
+        key, equals, value = part.partition("=")
+        if not equals or key not in defaults:
+            known = ", ".join(f"{k}={v}" for k, v in defaults.items())
+            raise ValueError(f"config option {part!r} is not one of: {known}")
+        chosen[key] = value
+    return chosen
+
+
+def choose(table: dict, key: str, what: str):
+    """Returns `table[key]`; the error of a wrong key names the choices."""
+    if key not in table:
+        raise ValueError(f"{what} {key!r} is not one of: {', '.join(table)}")
+    return table[key]
+
+
+def tiny(config: ConfigDict) -> ConfigDict:
+    """Shrinks a config to seconds on one core; the tests run every config so."""
+    config.model.update(n_layers=2, d_model=32, n_heads=2, n_kv_heads=0, head_dim=0)
+    config.model.update(d_ff=0, context_length=32, scan_layers=False)
+    config.data.update(seq_len=0, stride=0, workers=1)
+    config.update(batch_size=4, accumulate=1, steps=6, log_every=2, eval_every=3)
+    config.update(checkpoint_every=3, eval_windows=8)
+    config.hyper.warmup_steps = 2.0
+    if config.sample_every:
+        config.sample_every = 3
+        config.sample.max_new_tokens = 8
+    return config
