@@ -1,0 +1,304 @@
+"""Attention over arrays: rotary positions, who sees whom, implementations, KV cache.
+
+No parameters live here; `model.Attention` holds them.
+
+Shapes: B batch  T query time  S key time  H query heads  G key/value heads
+R query heads per key/value head (H = G R)  K head dim
+"""
+
+import operator
+from dataclasses import dataclass
+from functools import reduce
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+HIDDEN = -1e30  # the score of a key that may not be seen; finite, so no NaN
+
+
+# ---------------------------------------------------------------- rotary positions
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for contexts longer than trained on.
+
+    `linear` divides every frequency by `factor` (Chen et al. 2023, section 3.2).
+    `llama3` divides the slow ones only: wavelengths above original_context /
+    low_freq_factor fully, below original_context / high_freq_factor not at all,
+    in between gradually (Llama 3.1's rule).
+    """
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 0.0  # this and the rest: llama3 only
+    high_freq_factor: float = 0.0
+    original_context: int = 0
+
+    def __post_init__(self):
+        if self.kind not in ("linear", "llama3"):
+            raise ValueError(f"rope_scaling kind {self.kind!r} is not linear or llama3")
+        if self.factor <= 0:
+            raise ValueError(f"rope_scaling factor {self.factor} must be above 0")
+        if self.kind == "linear":
+            return
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                "rope_scaling llama3 needs 0 < low_freq_factor < high_freq_factor, "
+                f"not {self.low_freq_factor} and {self.high_freq_factor}"
+            )
+        if self.original_context < 1:
+            raise ValueError(
+                f"rope_scaling original_context {self.original_context} must be the "
+                "context length that the model was first trained on"
+            )
+
+
+class Rotation(NamedTuple):
+    """The angles of rotary positions, [B or 1, T, 1, K/2]."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def rope_frequencies(
+    head_dim: int, *, base: float, scaling: RopeScaling | None
+) -> jax.Array:
+    """Returns the angle per position of each pair of features, [K/2] float32."""
+    power = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    frequency = 1.0 / base**power
+    if scaling is None:
+        return frequency
+    slow = frequency / scaling.factor
+    if scaling.kind == "linear":
+        return slow
+    turns = scaling.original_context * frequency / (2 * jnp.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    fast_share = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return fast_share * frequency + (1 - fast_share) * slow
+
+
+def rotation(
+    position_BT, head_dim: int, *, base: float, scaling: RopeScaling | None
+) -> Rotation:
+    """Returns the rotation of each position (RoFormer, Su et al. 2021, section 3.2)."""
+    frequency = rope_frequencies(head_dim, base=base, scaling=scaling)
+    angle = position_BT.astype(jnp.float32)[..., None, None] * frequency
+    return Rotation(jnp.cos(angle), jnp.sin(angle))
+
+
+def rotate(x_BTHK, turn: Rotation):
+    """Rotates feature i with feature i + K/2 by its position's angle, in float32."""
+    a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
+    turned = (a * turn.cos - b * turn.sin, b * turn.cos + a * turn.sin)
+    return jnp.concatenate(turned, axis=-1).astype(x_BTHK.dtype)
+
+
+# ---------------------------------------------------------------- dropout
+
+
+def drop(x, rate, key):
+    """Zeroes a share `rate` of x and scales the rest to keep the mean.
+
+    `rate` may be traced (and vmapped); None switches dropout off for good.
+    """
+    if rate is None:
+        return x
+    kept_share = 1.0 - jnp.asarray(rate, jnp.float32)
+    kept = jax.random.uniform(key, x.shape) < kept_share
+    scale = (1.0 / jnp.maximum(kept_share, 1e-6)).astype(x.dtype)
+    return jnp.where(kept, x * scale, 0)
+
+
+# ---------------------------------------------------------------- who sees whom
+
+
+class Sight(NamedTuple):
+    """Which keys each query sees; no layer's weights have a say in it."""
+
+    causal: bool
+    window: int  # how many of the nearest keys, the query's own included; 0 = all
+    query_BT: jax.Array | None  # each query's slot among the keys; None = 0, 1, ...
+    segment_BT: jax.Array | None  # the document of each query and of the same key
+
+    def mask(self, queries: slice, keys: slice):
+        """Returns bool [B or 1, T, S] of these queries and keys; None = see all."""
+        key = jnp.arange(keys.start, keys.stop)[None, None, :]
+        if self.query_BT is None:
+            query = jnp.arange(queries.start, queries.stop)[None, :, None]
+        else:
+            query = self.query_BT[:, queries, None]
+        rules = []
+        if self.causal:
+            rules.append(key <= query)
+        if self.window:
+            rules.append(key > query - self.window)
+        if self.window and not self.causal:
+            rules.append(key < query + self.window)
+        if self.segment_BT is not None:
+            document_BT, document_BS = (
+                self.segment_BT[:, queries],
+                self.segment_BT[:, keys],
+            )
+            rules.append(document_BT[:, :, None] == document_BS[:, None, :])
+        return reduce(operator.and_, rules) if rules else None
+
+
+class Drop(NamedTuple):
+    """Dropout of attention weights: a traced rate and its key."""
+
+    rate: jax.Array | float
+    key: jax.Array
+
+
+# ---------------------------------------------------------------- implementations
+# All take (q_BTHK, k_BSGK, v_BSGK, sight) and return [B, T, H, K].
+
+
+def _block(q_BTHK, k_BSGK, v_BSGK, mask_BTS, *, scale, softcap, dropout):
+    """softmax(q k scale) v, scores and softmax in float32."""
+    B, T, H, K = q_BTHK.shape
+    G = k_BSGK.shape[2]
+    q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K)
+    score_BGRTS = scale * jnp.einsum(
+        "BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32
+    )
+    if softcap:
+        score_BGRTS = softcap * jnp.tanh(score_BGRTS / softcap)
+    if mask_BTS is not None:
+        score_BGRTS = jnp.where(mask_BTS[:, None, None], score_BGRTS, HIDDEN)
+    weight_BGRTS = jax.nn.softmax(score_BGRTS).astype(v_BSGK.dtype)
+    if dropout is not None:
+        weight_BGRTS = drop(weight_BGRTS, dropout.rate, dropout.key)
+    y_BTGRK = jnp.einsum("BGRTS,BSGK->BTGRK", weight_BGRTS, v_BSGK)
+    return y_BTGRK.reshape(B, T, H, K)
+
+
+def plain(q_BTHK, k_BSGK, v_BSGK, sight: Sight, *, scale, softcap, dropout):
+    """Every query against every key: the reference."""
+    mask_BTS = sight.mask(slice(0, q_BTHK.shape[1]), slice(0, k_BSGK.shape[1]))
+    options = dict(scale=scale, softcap=softcap, dropout=dropout)
+    return _block(q_BTHK, k_BSGK, v_BSGK, mask_BTS, **options)
+
+
+def blocked(q_BTHK, k_BSGK, v_BSGK, sight: Sight, *, scale, softcap, dropout):
+    """Blocks of queries, each against the only keys that it can see.
+
+    Half the work of `plain` for causal attention, less within a window.
+    """
+    T = q_BTHK.shape[1]
+    size = -(-T // 4) if T <= 512 else 128
+    ys = []
+    for i, start in enumerate(range(0, T, size)):
+        stop = min(start + size, T)
+        queries = slice(start, stop)
+        first = max(0, start - sight.window + 1) if sight.window else 0
+        last = stop if sight.causal else T
+        if sight.window and not sight.causal:
+            last = min(T, stop + sight.window - 1)
+        keys = slice(first, last)
+        own = dropout and Drop(dropout.rate, jax.random.fold_in(dropout.key, i))
+        rows = (q_BTHK[:, queries], k_BSGK[:, keys], v_BSGK[:, keys])
+        mask_BTS = sight.mask(queries, keys)
+        ys.append(_block(*rows, mask_BTS, scale=scale, softcap=softcap, dropout=own))
+    return jnp.concatenate(ys, axis=1)
+
+
+def _fused(q_BTHK, k_BSGK, v_BSGK, sight: Sight, *, scale, implementation):
+    window = None
+    if sight.window:
+        window = (sight.window - 1, 0 if sight.causal else sight.window - 1)
+    mask_B1TS = None
+    if sight.segment_BT is not None:
+        everything = slice(0, q_BTHK.shape[1])
+        documents = Sight(False, 0, None, sight.segment_BT)
+        mask_B1TS = documents.mask(everything, everything)[:, None]
+    return jax.nn.dot_product_attention(
+        q_BTHK,
+        k_BSGK,
+        v_BSGK,
+        mask=mask_B1TS,
+        scale=scale,
+        is_causal=sight.causal,
+        local_window_size=window,
+        implementation=implementation,
+    )
+
+
+def xla(q_BTHK, k_BSGK, v_BSGK, sight: Sight, *, scale, softcap, dropout):
+    """JAX's own attention."""
+    assert not softcap and dropout is None and sight.query_BT is None
+    return _fused(q_BTHK, k_BSGK, v_BSGK, sight, scale=scale, implementation="xla")
+
+
+def cudnn(q_BTHK, k_BSGK, v_BSGK, sight: Sight, *, scale, softcap, dropout):
+    """Flash attention by cuDNN; NVIDIA GPUs and 16-bit floats only."""
+    assert not softcap and dropout is None and sight.query_BT is None
+    return _fused(q_BTHK, k_BSGK, v_BSGK, sight, scale=scale, implementation="cudnn")
+
+
+IMPLEMENTATIONS = {"plain": plain, "blocked": blocked, "xla": xla, "cudnn": cudnn}
+
+
+def choose(name: str, *, length: int, cached: bool, softcap: float, dropout: bool):
+    """Returns the implementation for `name`; "auto" looks at platform and length.
+
+    A cache needs `plain` (its queries stand anywhere among the keys); JAX's fused
+    attention knows neither soft-caps nor dropout.
+    """
+    if cached:
+        return plain
+    if name == "auto":
+        on_cpu = jax.default_backend() == "cpu"
+        name = ("blocked" if length >= 128 else "plain") if on_cpu else "xla"
+    if name in ("xla", "cudnn") and (softcap or dropout):
+        return plain
+    return IMPLEMENTATIONS[name]
+
+
+# ---------------------------------------------------------------- KV cache
+
+
+class KVCache(NamedTuple):
+    """Keys and values of earlier tokens: per layer [B, S, G, K]; row b uses length_B[b]."""
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    length_B: jax.Array
+
+
+def extend(old_BSGK, new_BTGK, slot_BT):
+    """Writes new entries into their slots; what falls behind the end is dropped."""
+    row_B1 = jnp.arange(old_BSGK.shape[0])[:, None]
+    new_BTGK = new_BTGK.astype(old_BSGK.dtype)
+    return old_BSGK.at[row_B1, slot_BT].set(new_BTGK, mode="drop")
+
+
+def insert(cache: KVCache, row: KVCache, slot) -> KVCache:
+    """Returns the cache with its row `slot` replaced by a cache of one row.
+
+    Args:
+      row: a cache with B = 1, at most as long as `cache`.
+      slot: which row; may be traced.
+    """
+    if row.length_B.shape != (1,) or row.keys[0].shape[1] > cache.keys[0].shape[1]:
+        raise ValueError(
+            f"insert needs a cache of 1 row of at most {cache.keys[0].shape[1]} tokens, "
+            f"not of {row.length_B.shape[0]} rows of {row.keys[0].shape[1]}"
+        )
+
+    def place(old_BSGK, new_BSGK):
+        new_BSGK = new_BSGK.astype(old_BSGK.dtype)
+        return jax.lax.dynamic_update_slice(old_BSGK, new_BSGK, (slot, 0, 0, 0))
+
+    return KVCache(
+        keys=tuple(map(place, cache.keys, row.keys)),
+        values=tuple(map(place, cache.values, row.values)),
+        length_B=cache.length_B.at[slot].set(row.length_B[0]),
+    )
+
+
+def free(cache: KVCache, slot) -> KVCache:
+    """Returns the cache with row `slot` empty; its old entries are never seen again."""
+    return cache._replace(length_B=cache.length_B.at[slot].set(0))

@@ -1,0 +1,11 @@
+"""A model small enough for tests: `cfg(**overrides)`."""
+
+from configs import common
+from gpt_jax.model import GPTConfig
+
+
+def cfg(**overrides) -> GPTConfig:
+    """Returns the default model, shrunk: 2 layers, width 32, 4 heads, 61 tokens."""
+    model = common.base().model
+    model.update(vocab_size=61, context_length=16, n_layers=2, d_model=32, n_heads=4)
+    return GPTConfig(**{**model, **overrides})
