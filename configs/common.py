@@ -204,3 +204,31 @@ def tiny(config: ConfigDict) -> ConfigDict:
         config.sample_every = 3
         config.sample.max_new_tokens = 8
     return config
+
+
+def modern(config: ConfigDict) -> ConfigDict:
+    """Switches a config to the modern block and optimizer.
+
+    RoPE instead of learned positions, RMSNorm without parameters, QK-norm, squared
+    ReLU, no biases, an untied head with a soft-cap, projections that start at zero;
+    Muon for the matrices and AdamW for the rest, on a warm-up-stable-decay schedule.
+    """
+    config.model.update(
+        position="rope",
+        norm="rmsnorm",
+        norm_scale=False,
+        embed_norm=True,
+        activation="relu2",
+        qkv_bias=False,
+        attn_bias=False,
+        mlp_bias=False,
+        qk_norm=True,
+        tie_embeddings=False,
+        logit_softcap=15.0,
+        init="modern",
+        zero_init=True,
+    )
+    config.optimizer.update(name="muon", schedule="wsd")
+    config.hyper.update(lr=5e-3, matrix_lr=0.02, weight_decay=0.0, beta2=0.95)
+    config.hyper.update(warmup_steps=20.0, decay_fraction=0.5, final_lr_ratio=0.0)
+    return config

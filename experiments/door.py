@@ -1,0 +1,95 @@
+"""What every door does: parse flags, force the config, map errors to exit codes.
+
+Exit codes: 0 done or `--help`; 2 a mistake of the user, told in one sentence;
+130 and 143 stopped by Ctrl-C and SIGTERM after saving; 1 anything else, with a
+traceback, because that is a bug of ours.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of a mistake too.")
+
+
+def define_config(default: str | None = None):
+    """Defines `--config=FILE.py:options` with typed `--config.key=value` overrides."""
+    return config_flags.DEFINE_config_file(
+        "config", default, "Config file, e.g. configs/quickstart.py", lock_config=True
+    )
+
+
+def config_file() -> str:
+    """Returns what `--config` was given: the file and its options."""
+    for argument, following in zip(sys.argv, [*sys.argv[1:], ""], strict=True):
+        name, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and name == "config":
+            return value if equals else following
+    return ""
+
+
+def config_name() -> str:
+    """Returns a run name made of the config: gpt2_size=medium for gpt2.py:size=medium."""
+    file, _, arg = config_file().partition(":")
+    return "_".join(filter(None, [Path(file).stem, arg.replace(",", "_")]))
+
+
+def run(main: Callable[[list[str]], object], doc: str) -> None:
+    """Runs a door and leaves the process with its exit code.
+
+    Args:
+      main: takes the arguments that are not flags; its return value, when it is an
+        int, is the exit code.
+      doc: the door's docstring, which is its help text.
+    """
+    if {"--help", "-help", "-h", "--helpfull"} & set(sys.argv[1:]):
+        print(f"{doc.strip()}\n\nFlags:\n{_flags_help()}")
+        sys.exit(0)
+    try:
+        _parse()
+        code = main([])
+    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"error: {_sentence(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _parse() -> None:
+    """Parses sys.argv and forces the config, so that mistakes show before any work."""
+    try:
+        rest = flags.FLAGS(sys.argv)[1:]
+        if "config" in flags.FLAGS and flags.FLAGS["config"].present:
+            _ = flags.FLAGS["config"].value
+    except Exception as error:  # absl and config files raise whatever they like
+        if "--debug" in sys.argv:
+            raise
+        raise ValueError(f"{_sentence(error)} (see --help)") from error
+    if rest:
+        raise ValueError(
+            f"{rest[0]!r} is not a flag: flags are written --name=value (see --help)"
+        )
+
+
+def _sentence(error: BaseException) -> str:
+    """Returns an error's message as one line; a file error names its file."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.strerror}: {error.filename}"
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(text).split()) or type(error).__name__
+
+
+def _flags_help() -> str:
+    """Returns the flags of the running door, not those of the libraries it uses."""
+    own = flags.FLAGS.flags_by_module_dict()
+    lines = []
+    for module in (sys.argv[0], __name__):
+        for flag in own.get(module, []):
+            lines.append(f"  --{flag.name}: {flag.help} (default: {flag.default})")
+    return "\n".join(lines)

@@ -1,0 +1,225 @@
+"""What lives on which device: the mesh, and the two ways to run one train step.
+
+`mesh` (the default) compiles the step once for all devices with `jax.jit`; arrays
+carry their placement and XLA inserts the communication. `pmap` is plain data
+parallelism over one process's devices: the state is copied to each, gradients are
+summed by an explicit `psum`. Both take the same `train_step` and give the same losses.
+"""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+MAX_CPU_DEVICES = 8  # more host devices than this only add overhead
+
+
+class Strategy(NamedTuple):
+    """How one process places a state and runs a step over its devices.
+
+    Attributes:
+      mesh: the devices, with axes data, fsdp and tensor.
+      compile: plain `train_step` (with its keyword `reduce` open) -> compiled step.
+      place: a state on the host or one device -> the same state on all devices.
+      put: a host batch [A, B, ...] -> the batch on the devices, split over B.
+      view: a placed state -> the same arrays, replicated over the mesh and without
+        copies: what checkpoints and evaluation read.
+    """
+
+    mesh: Mesh
+    compile: Callable[[Callable], Callable]
+    place: Callable[[Any], Any]
+    put: Callable[[Any], Any]
+    view: Callable[[Any], Any]
+
+
+def set_cpu_devices(micro_batch: int, *, cpu_devices: int) -> None:
+    """Asks XLA for one CPU device per core, before JAX starts its backend.
+
+    Element-wise work of XLA:CPU runs on one core per device, so data parallelism over
+    the cores of one machine pays. The number is the largest divisor of `micro_batch`
+    that is at most the number of usable cores and 8. Without effect when a backend
+    runs already or when the platform is not a CPU.
+
+    Args:
+      micro_batch: examples in one micro-batch.
+      cpu_devices: the number to use; 0 = choose.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    limit = min(cores or os.cpu_count() or 1, MAX_CPU_DEVICES)
+    count = cpu_devices or _largest_divisor(micro_batch, limit)
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # the backend runs: its devices are used as they are
+        return
+
+
+def make_mesh(
+    micro_batch: int, *, data: int, fsdp: int, tensor: int, cpu_devices: int
+) -> Mesh:
+    """Returns the mesh of devices for this process.
+
+    Args:
+      micro_batch: examples in one micro-batch; must divide over the data axis.
+      data: devices along the data axis; -1 = all that are left (on a CPU: as many as
+        divide `micro_batch`).
+      fsdp: devices over which parameters are split.
+      tensor: devices over which matrices are split.
+      cpu_devices: at most so many devices on a CPU; 0 = all.
+
+    Raises:
+      ValueError: the axes ask for more devices than there are, or the batch does not
+        divide.
+    """
+    if fsdp != 1 or tensor != 1:
+        raise ValueError(
+            f"mesh.fsdp {fsdp} and mesh.tensor {tensor} are not supported yet: both "
+            "must be 1; use mesh.data"
+        )
+    if data == 0 or data < -1:
+        raise ValueError(f"mesh.data is {data}: give a number of devices, or -1 for all")
+    devices = jax.devices()
+    on_cpu = devices[0].platform == "cpu"
+    if on_cpu and cpu_devices:
+        devices = devices[:cpu_devices]
+    if data == -1:
+        data = _largest_divisor(micro_batch, len(devices)) if on_cpu else len(devices)
+    if data > len(devices):
+        raise ValueError(f"mesh.data is {data} but there are {len(devices)} devices")
+    if micro_batch % data:
+        raise ValueError(
+            f"a micro-batch of {micro_batch} examples does not divide over {data} "
+            f"devices: make batch_size / accumulate a multiple of {data}, or set mesh.data"
+        )
+    return jax.make_mesh(
+        (data, fsdp, tensor),
+        AXES,
+        axis_types=(AxisType.Auto,) * len(AXES),
+        devices=devices[: data * fsdp * tensor],
+    )
+
+
+def mesh_strategy(mesh: Mesh) -> Strategy:
+    """One jitted program over the mesh; the batch is split, the state replicated."""
+    state = NamedSharding(mesh, P())
+    rows = NamedSharding(mesh, P(None, ("data", "fsdp")))
+
+    def compile(step: Callable) -> Callable:
+        return jax.jit(
+            partial(step, reduce=lambda tree: tree),
+            donate_argnums=0,
+            in_shardings=(state, rows, None, None),
+            out_shardings=(state, None, None),
+        )
+
+    return Strategy(
+        mesh=mesh,
+        compile=compile,
+        place=partial(replicate, mesh=mesh),
+        put=partial(split_rows, mesh=mesh),
+        view=lambda placed: placed,
+    )
+
+
+def pmap_strategy(mesh: Mesh) -> Strategy:
+    """`jax.pmap` over the mesh's devices: each holds a copy of the state."""
+    devices = list(mesh.devices.flat)
+    n = len(devices)
+    if jax.process_count() > 1:
+        raise ValueError("mesh.strategy pmap is for one process; use mesh")
+
+    def compile(step: Callable) -> Callable:
+        mapped = jax.pmap(
+            partial(step, reduce=partial(jax.lax.psum, axis_name="data")),
+            axis_name="data",
+            in_axes=(0, 0, None, None),
+            out_axes=(0, None, None),
+            devices=devices,
+            donate_argnums=0,
+        )
+        return mapped
+
+    def put(batch: Any) -> Any:
+        def split(x):  # [A, B, ...] -> [n, A, B / n, ...]
+            a, b, *rest = x.shape
+            return np.moveaxis(np.reshape(x, (a, n, b // n, *rest)), 1, 0)
+
+        return jax.tree.map(split, batch)
+
+    def place(tree: Any) -> Any:
+        stacked = NamedSharding(Mesh(np.array(devices), ("data",)), P("data"))
+
+        def copy(x):
+            shards = [jax.device_put(np.asarray(x)[None], d) for d in devices]
+            return jax.make_array_from_single_device_arrays(
+                (n, *np.shape(x)), stacked, shards
+            )
+
+        return jax.tree.map(copy, tree)
+
+    def view(placed: Any) -> Any:
+        replicated = NamedSharding(mesh, P())
+
+        def one(x):
+            parts = [shard.data.reshape(x.shape[1:]) for shard in x.addressable_shards]
+            return jax.make_array_from_single_device_arrays(
+                x.shape[1:], replicated, parts
+            )
+
+        return jax.tree.map(one, placed)
+
+    return Strategy(mesh=mesh, compile=compile, place=place, put=put, view=view)
+
+
+TABLE = {"mesh": mesh_strategy, "pmap": pmap_strategy}
+
+
+def make(micro_batch: int, *, strategy: str, **axes: int) -> Strategy:
+    """Returns the strategy called `strategy` over the mesh that `axes` describe.
+
+    Raises:
+      ValueError: unknown strategy, or axes that do not fit (see `make_mesh`).
+    """
+    if strategy not in TABLE:
+        raise ValueError(f"mesh.strategy {strategy!r} is not one of: {', '.join(TABLE)}")
+    return TABLE[strategy](make_mesh(micro_batch, **axes))
+
+
+def replicate(tree: Any, *, mesh: Mesh) -> Any:
+    """Copies every array of a tree to all devices of the mesh.
+
+    A real copy, also where the source lives on one of them: `jax.device_put` may hand
+    back the same buffer, and a step that donates it would delete the original.
+    """
+    sharding = NamedSharding(mesh, P())
+    return jax.tree.map(lambda x: jax.device_put(np.array(x), sharding), tree)
+
+
+def split_rows(batch: Any, *, mesh: Mesh) -> Any:
+    """Places a host batch [A, B, ...] on the mesh, split over B."""
+    return jax.device_put(batch, NamedSharding(mesh, P(None, ("data", "fsdp"))))
+
+
+def wait_on_cpu(tree: Any) -> None:
+    """Waits for arrays when they live on a CPU.
+
+    Un-synced programs with an all-reduce over several CPU devices can deadlock when
+    cores are few, and there is no transfer to overlap with: waiting costs nothing.
+    """
+    if next(iter(jax.tree.leaves(tree)[0].devices())).platform == "cpu":
+        jax.block_until_ready(tree)
+
+
+def local(tree: Any) -> Any:
+    """Returns one device's copy of replicated arrays, without copying."""
+    return jax.tree.map(lambda x: x.addressable_data(0), tree)
+
+
+def _largest_divisor(n: int, limit: int) -> int:
+    return max(d for d in range(1, max(1, limit) + 1) if n % d == 0)

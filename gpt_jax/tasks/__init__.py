@@ -1,0 +1,22 @@
+"""Tasks by name. A new one is a file in this folder and a line in this table."""
+
+from collections.abc import Callable
+from typing import Any
+
+from gpt_jax.tasks import lm
+from gpt_jax.tasks.task import Batch, Sums, Task
+
+__all__ = ["TABLE", "Batch", "Sums", "Task", "make"]
+
+TABLE: dict[str, Callable[..., Task]] = {"lm": lm.make}
+
+
+def make(*, name: str, **options: Any) -> Task:
+    """Returns the task called `name`.
+
+    Raises:
+      ValueError: there is no task of that name.
+    """
+    if name not in TABLE:
+        raise ValueError(f"task.name {name!r} is not one of: {', '.join(TABLE)}")
+    return TABLE[name](**options)

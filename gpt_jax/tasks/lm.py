@@ -1,0 +1,101 @@
+"""Language modelling: predict the next token of running text."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from gpt_jax import data, losses
+from gpt_jax.model import GPT, Dropout, GPTConfig
+from gpt_jax.prepare import prepare
+from gpt_jax.tasks.task import Task
+
+
+def make(
+    *,
+    model: Mapping[str, Any],
+    text: Mapping[str, Any],
+    dropout: bool,
+    progress: bool,
+) -> Task:
+    """Prepares the text (or finds it prepared) and returns the task.
+
+    Args:
+      model: the fields of `GPTConfig`; vocab_size 0 takes the tokenizer's.
+      text: the keys of `config.data`.
+      dropout: whether any dropout rate may be above zero.
+      progress: show a bar while text is prepared.
+
+    Raises:
+      ValueError: the text is too short for one window, or the model and the text do
+        not fit each other.
+    """
+    model, text = dict(model), dict(text)
+    seq_len = text.pop("seq_len") or model["context_length"]
+    stride = text.pop("stride") or seq_len
+    if seq_len > model["context_length"]:
+        raise ValueError(
+            f"data.seq_len {seq_len} is more than model.context_length "
+            f"{model['context_length']}: shorten the windows or enlarge the context"
+        )
+    prepared = prepare(**text, progress=progress)
+    tokenizer = prepared.tokenizer
+    model["vocab_size"] = model["vocab_size"] or tokenizer.vocab_size
+    if model["vocab_size"] < tokenizer.vocab_size:
+        raise ValueError(
+            f"model.vocab_size {model['vocab_size']} is less than the tokenizer's "
+            f"{tokenizer.vocab_size}: set it to 0 to take the tokenizer's"
+        )
+    gpt = GPT(GPTConfig(**model))
+    return Task(
+        model=gpt,
+        tokenizer=tokenizer,
+        loss=make_loss(gpt, tokenizer.token_bytes(), dropout=dropout),
+        train=data.Windows(prepared.train, seq_len=seq_len, stride=stride, tail=False),
+        evals={
+            "val": data.Windows(prepared.val, seq_len=seq_len, stride=seq_len, tail=True)
+        },
+        fingerprint=prepared.fingerprint,
+    )
+
+
+def make_loss(model: GPT, token_bytes_V, *, dropout: bool):
+    """Returns the next-token loss of `model` as `(weights, frozen, ...) -> Sums`.
+
+    Args:
+      model: the architecture.
+      token_bytes_V: UTF-8 bytes that each token stands for, for bits per byte.
+      dropout: False leaves dropout out of the compiled program.
+
+    The sums are "loss" (smoothed, with z-loss, while training), "nll" (plain, in
+    nats), "weight" (targets) and, in evaluation, "bytes".
+    """
+
+    def loss(weights, frozen, batch, key, hyper):
+        del frozen  # nothing but the weights decides this loss
+        training = key is not None
+        rates = None
+        if training and dropout:
+            rates = Dropout(
+                key, hyper.dropout_embed, hyper.dropout_attn, hyper.dropout_residual
+            )
+        logits_BTV, _ = model.apply(
+            {"params": weights},
+            batch["tokens"],
+            batch.get("positions"),
+            batch.get("segments"),
+            dropout=rates,
+        )
+        sums = losses.next_token(
+            logits_BTV,
+            batch["targets"],
+            batch["mask"],
+            label_smoothing=hyper.label_smoothing if training else 0.0,
+            z_loss=hyper.z_loss if training else 0.0,
+        )
+        if training:
+            return sums
+        bytes_BT = jnp.asarray(token_bytes_V, jnp.float32)[batch["targets"]]
+        return {**sums, "bytes": (bytes_BT * batch["mask"]).sum()}
+
+    return loss

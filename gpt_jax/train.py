@@ -1,0 +1,487 @@
+"""Training: one loop for every task, adapter and strategy.
+
+`train(config, workdir)` is the life of a run: build its parts, restore or start, then
+loop. What happens to the weights at a step is in step.py.
+"""
+
+import contextlib
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from gpt_jax import (
+    adapters,
+    checkpoint,
+    data,
+    evaluate,
+    metrics,
+    model,
+    optimizer,
+    plots,
+    runs,
+    sample,
+    sharding,
+    signals,
+    tasks,
+)
+from gpt_jax.optimizer import Hyper
+from gpt_jax.step import TrainState, start, train_step
+
+EVAL_TOKENS = 16_384  # tokens in an evaluation batch, when the config does not say
+
+
+class Job(NamedTuple):
+    """The parts of one run, built once by `build`."""
+
+    config: ConfigDict
+    workdir: Path
+    task: tasks.Task
+    strategy: sharding.Strategy
+    hyper: Hyper
+    key: jax.Array
+    step_fn: Callable
+    eval_fn: Callable
+    join: Callable
+    saves: checkpoint.Checkpoints
+    writer: metrics.Writer
+    bar: metrics.Progress
+    rate: metrics.Throughput
+    stop: signals.Stop
+
+
+class Totals(NamedTuple):
+    """What a run has used and reached so far; stored with every checkpoint."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    best: float = math.inf
+    stale: int = 0  # evaluations since the best one
+
+
+class Result(NamedTuple):
+    """How a run ended: why, after which step, with which last numbers."""
+
+    reason: str
+    step: int
+    numbers: dict[str, float]
+    exit_code: int
+
+
+def train(config: ConfigDict, workdir: str | Path, *, profile: int = 0) -> Result:
+    """Trains until the config's end, resuming what `workdir` already holds.
+
+    Args:
+      config: see configs/common.py; locked or not, it is not changed.
+      workdir: the run folder.
+      profile: trace so many steps into `workdir/profile`.
+
+    Raises:
+      ValueError: the config, the data, or the run folder do not fit; nothing was
+        overwritten.
+      FloatingPointError: `max_skipped` updates in a row were not finite.
+    """
+    workdir = Path(workdir)
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(signals.watch(config.grace_s))
+        job, state, totals = build(config, workdir, stop, stack)
+        return loop(job, state, totals, profile=profile)
+
+
+def loop(job: Job, state: TrainState, totals: Totals, *, profile: int) -> Result:
+    """Runs steps until something ends the run; one line per thing that happens."""
+    config, step = job.config, int(sharding.local(job.strategy.view(state.step)))
+    pending, numbers, reason = [], {}, "steps"
+    started = time.monotonic() - totals.seconds
+    batches = train_batches(job, start=step)
+    trace = profile_window(job, step, profile)
+    if step == 0:
+        numbers, totals = evaluate_now(job, state, totals, step)
+        sample_now(job, state, step, due(step, config.sample_every))
+    while step < job.steps and not (reason := ended(job, totals)):
+        batch = next(batches)
+        state, sums, info = job.step_fn(state, job.strategy.put(batch), job.key, job.hyper)
+        sharding.wait_on_cpu(info)
+        step += 1
+        last = step == job.steps
+        pending.append((sums, info))
+        totals = totals._replace(
+            tokens=totals.tokens + job.tokens_per_step,
+            seconds=time.monotonic() - started,
+        )
+        trace(step)
+        metric = None
+        if last or due(step, config.log_every):
+            numbers |= log(job, totals, step, pending)
+            pending = []
+        if last or due(step, config.eval_every):
+            measured, totals = evaluate_now(job, state, totals, step)
+            numbers |= measured
+            metric = measured.get("val_loss")
+        sample_now(job, state, step, last or due(step, config.sample_every))
+        improved = metric is not None and totals.stale == 0
+        if last or improved or due(step, config.checkpoint_every):
+            save(job, state, totals, step, metric)
+    if job.stop or step < job.steps:
+        save(job, state, totals, step, None)
+    return finish(job, step, reason or "steps", numbers)
+
+
+def build(
+    config: ConfigDict, workdir: Path, stop: signals.Stop, stack: contextlib.ExitStack
+) -> tuple[Job, TrainState, Totals]:
+    """Builds every part of a run; the ConfigDict is unpacked here and ends here.
+
+    What is opened is closed by `stack`, in reverse order.
+    """
+    check(config)
+    micro_batch = config.batch_size // config.accumulate
+    use_compile_cache(config.compile_cache)
+    sharding.set_cpu_devices(micro_batch, cpu_devices=config.mesh.cpu_devices)
+    task = make_task(config)
+    strategy = sharding.make(micro_batch, **config.mesh)
+    adapter = adapters.make(**config.adapter)
+    options = config.optimizer.to_dict()
+    ema = options.pop("ema")
+    tx = optimizer.make(**options)
+
+    stack.enter_context(runs.lock(workdir))
+    runs.create_or_check(workdir, config, task.tokenizer, task.fingerprint)
+    saves = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.keep)
+    stack.callback(saves.close)
+    init_key, key = jax.random.split(jax.random.key(config.seed))
+
+    def fresh(weights):
+        params, frozen = adapter.split(weights)
+        return start(params, frozen, tx, ema=ema)
+
+    state, totals = restore_or_start(config, saves, strategy, task, fresh, init_key)
+    step = int(state.step)
+    writer = metrics.Writer(
+        workdir,
+        tensorboard=config.tensorboard,
+        wandb=config.wandb,
+        config=config.to_dict(),
+        resume_step=step,
+    )
+    stack.callback(writer.close)
+    job = Job(
+        config=config,
+        workdir=workdir,
+        task=task,
+        strategy=strategy,
+        hyper=make_hyper(config),
+        key=key,
+        step_fn=strategy.compile(
+            partial(train_step, loss=task.loss, join=adapter.join, tx=tx)
+        ),
+        eval_fn=evaluate.compile(task.loss, strategy.mesh),
+        join=adapter.join,
+        saves=saves,
+        writer=writer,
+        bar=metrics.Progress(total=last_step(config, task), start=step),
+        rate=throughput(task, strategy),
+        stop=stop,
+    )
+    stack.callback(job.bar.close)
+    job.bar.print(describe(job, step))
+    return job, strategy.place(state), totals
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses numbers that no run can have, before any device work.
+
+    Raises:
+      ValueError: names the key, the range and the value found.
+    """
+    for key in ("batch_size", "accumulate", "log_every", "keep", "max_skipped"):
+        if config[key] < 1:
+            raise ValueError(f"{key} is {config[key]}: it must be at least 1")
+    for key in (
+        *("steps", "max_tokens", "max_seconds", "patience", "eval_every", "eval_windows"),
+        *("eval_batch_size", "checkpoint_every", "sample_every", "grace_s"),
+    ):
+        if config[key] < 0:
+            raise ValueError(f"{key} is {config[key]}: it must not be negative")
+    if config.batch_size % config.accumulate:
+        raise ValueError(
+            f"batch_size {config.batch_size} is not a multiple of accumulate "
+            f"{config.accumulate}"
+        )
+    for key, value in config.hyper.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"hyper.{key} is {value}: it must be a number >= 0")
+    for key in ("dropout_embed", "dropout_attn", "dropout_residual", "label_smoothing"):
+        if config.hyper[key] >= 1:
+            raise ValueError(f"hyper.{key} is {config.hyper[key]}: it must be below 1")
+
+
+def make_task(config: ConfigDict) -> tasks.Task:
+    """Returns the config's task; its examples are prepared or found prepared."""
+    text = config.data.to_dict()
+    if config.init_from:  # weights only fit the vocabulary that they learnt
+        text["tokenizer"] = str(Path(config.init_from) / "tokenizer.json")
+    rates = [value for key, value in config.hyper.items() if key.startswith("dropout_")]
+    return tasks.make(
+        **config.task,
+        model=config.model.to_dict(),
+        text=text,
+        dropout=any(rate > 0 for rate in rates),
+        progress=True,
+    )
+
+
+def make_hyper(config: ConfigDict) -> Hyper:
+    """Returns the config's traced numbers as float32 scalars."""
+    numbers = config.hyper.to_dict()
+    numbers["decay_steps"] = numbers["decay_steps"] or config.steps
+    return Hyper(**{key: jnp.float32(value) for key, value in numbers.items()})
+
+
+def restore_or_start(
+    config: ConfigDict,
+    saves: checkpoint.Checkpoints,
+    strategy: sharding.Strategy,
+    task: tasks.Task,
+    fresh: Callable[[Any], TrainState],
+    key: jax.Array,
+) -> tuple[TrainState, Totals]:
+    """Returns the state to go on from: the run's own, `init_from`'s, or random weights.
+
+    The state lies on the mesh when restored and on one device when fresh.
+    """
+    init = partial(model.init, task.model.cfg)
+    if saves.steps():
+        replicated = NamedSharding(strategy.mesh, PartitionSpec())
+        shapes = jax.eval_shape(lambda k: fresh(init(k)), key)
+        wanted = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes
+        )
+        state, meta, step = saves.restore(wanted)
+        saves.rewind(step)
+        return sharding.local(state), Totals(**meta["totals"])
+    if config.init_from:
+        source = runs.open(config.init_from)
+        checkpoint.check_same(jax.eval_shape(init, key), source.params)
+        return fresh(source.params), Totals()
+    return jax.jit(lambda k: fresh(init(k)))(key), Totals()
+
+
+def use_compile_cache(folder: str) -> None:
+    """Keeps compiled programs in `folder`, so that the next run starts sooner."""
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def last_step(config: ConfigDict, task: tasks.Task) -> int:
+    """Returns the step at which `steps` or `max_tokens`, the sooner, ends the run."""
+    if not config.max_tokens:
+        return config.steps
+    return min(config.steps, math.ceil(config.max_tokens / tokens_per_step(config, task)))
+
+
+def tokens_per_step(config: ConfigDict, task: tasks.Task) -> int:
+    return config.batch_size * task.train.seq_len
+
+
+def throughput(task: tasks.Task, strategy: sharding.Strategy) -> metrics.Throughput:
+    cfg = task.model.cfg
+    return metrics.Throughput(
+        flops_per_token=metrics.flops_per_token(
+            model.count(cfg),
+            n_layers=cfg.n_layers,
+            n_heads=cfg.n_heads,
+            head_dim=cfg.head_dim,
+            seq_len=task.train.seq_len,
+        ),
+        peak_flops=metrics.peak_flops(jax.devices()[0].device_kind),
+        devices=strategy.mesh.size,
+    )
+
+
+def describe(job: Job, step: int) -> str:
+    """Returns the lines that a run begins with: what trains, on what, from where."""
+    cfg, task, mesh = job.task.model.cfg, job.task, job.strategy.mesh
+    platform = jax.devices()[0].platform
+    begin = f"resuming after step {step}" if step else "starting"
+    return (
+        f"{model.count(cfg):,} parameters, {cfg.n_layers} layers of width "
+        f"{cfg.d_model}, vocabulary {cfg.vocab_size:,}\n"
+        f"{len(task.train):,} training windows of {task.train.seq_len} tokens, "
+        f"{tokens_per_step(job.config, task):,} tokens a step\n"
+        f"{mesh.size} {platform} device{'s' * (mesh.size > 1)}, strategy "
+        f"{job.config.mesh.strategy}; {begin} in {job.workdir}"
+    )
+
+
+def train_batches(job: Job, start: int) -> Iterator[tasks.Batch]:
+    """Returns the endless batches of this process from step `start` on."""
+    return data.batches(
+        job.task.train,
+        batch_size=job.config.batch_size,
+        accumulate=job.config.accumulate,
+        seed=job.config.seed,
+        start=start,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens each `every` steps (0 = never) happens now."""
+    return every > 0 and step % every == 0
+
+
+def ended(job: Job, totals: Totals) -> str:
+    """Returns why the run ends before its last step, or "" to go on."""
+    config = job.config
+    if job.stop:
+        return "signal"
+    if config.max_seconds and totals.seconds >= config.max_seconds:
+        return "max_seconds"
+    if config.patience and totals.stale >= config.patience:
+        return "patience"
+    return ""
+
+
+def log(job: Job, totals: Totals, step: int, pending: list) -> dict[str, float]:
+    """Writes the means of the steps since the last line; the loop's only wait.
+
+    Raises:
+      FloatingPointError: too many updates in a row were not finite.
+    """
+    sums, infos = zip(*jax.device_get(pending), strict=True)
+    info = {name: float(value) for name, value in infos[-1].items()}
+    in_a_row = int(info.pop("skipped_in_a_row"))
+    if in_a_row >= job.config.max_skipped:
+        raise FloatingPointError(
+            f"{in_a_row} updates in a row were not finite, the last at step {step} "
+            f"(batch {step - 1} of seed {job.config.seed}); none was applied: lower "
+            f"hyper.lr or raise hyper.warmup_steps, then run again from the last "
+            f"checkpoint"
+        )
+    finite = [part for part in sums if math.isfinite(part["loss"])]
+    numbers = dict(info)
+    if finite:
+        numbers["train_loss"] = evaluate.means(evaluate.add(finite))["loss"]
+    numbers |= job.rate.measure(totals.tokens)
+    job.writer.write(step, tokens=totals.tokens, seconds=totals.seconds, **numbers)
+    job.bar.update(step, **numbers)
+    return numbers
+
+
+def weights_of(job: Job, state: TrainState) -> tuple[Any, Any]:
+    """Returns (weights, frozen) replicated on the mesh: the average where one is kept."""
+    view = job.strategy.view(state)
+    params = view.params if view.ema is None else view.ema
+    return job.join(params, view.frozen), view.frozen
+
+
+def evaluate_now(
+    job: Job, state: TrainState, totals: Totals, step: int
+) -> tuple[dict[str, float], Totals]:
+    """Evaluates every named set, writes the numbers, and keeps the best loss."""
+    weights, frozen = weights_of(job, state)
+    numbers: dict[str, float] = {}
+    for name, examples in job.task.evals.items():
+        batches = eval_batches(job, examples)
+        means = evaluate.evaluate(
+            weights,
+            frozen,
+            batches,
+            job.hyper,
+            compiled=job.eval_fn,
+            mesh=job.strategy.mesh,
+            interrupted=lambda: job.stop,
+        )
+        if means is None:
+            return {}, totals
+        numbers |= {f"{name}_{key}": value for key, value in means.items()}
+    loss = numbers.get("val_loss", math.inf)
+    better = loss < totals.best
+    totals = totals._replace(
+        best=min(loss, totals.best), stale=0 if better else totals.stale + 1
+    )
+    job.writer.write(step, tokens=totals.tokens, seconds=totals.seconds, **numbers)
+    job.bar.print(
+        f"step {step}: "
+        + ", ".join(f"{key} {value:.4f}" for key, value in numbers.items())
+    )
+    job.rate.pause()
+    return numbers, totals
+
+
+def eval_batches(job: Job, examples) -> Iterator[tasks.Batch]:
+    """Returns the batches of one evaluation, as large as one device likes them."""
+    size = job.config.eval_batch_size or max(
+        job.config.batch_size, EVAL_TOKENS // job.task.train.seq_len
+    )
+    devices = job.strategy.mesh.size
+    batches = data.once(examples, batch_size=math.ceil(size / devices) * devices)
+    if job.config.eval_windows:
+        batches = itertools.islice(batches, math.ceil(job.config.eval_windows / size))
+    return batches
+
+
+def sample_now(job: Job, state: TrainState, step: int, wanted: bool) -> None:
+    """Writes samples to samples.md and shows them, when wanted."""
+    if not (wanted and job.config.sample_every) or job.stop:
+        return
+    options = job.config.sample.to_dict()
+    weights, _ = weights_of(job, state)
+    texts = sample.texts(
+        model=job.task.model,
+        params=sharding.local(weights),
+        tokenizer=job.task.tokenizer,
+        prompts=[options.pop("prompt")],
+        max_new=options.pop("max_new_tokens"),
+        seed=job.config.seed,
+        min_p=0.0,
+        repetition_penalty=1.0,
+        stop=(),
+        **options,
+    )
+    runs.add_samples(job.workdir, step, [text.prompt + text.text for text in texts])
+    for text in texts:
+        job.bar.print(f"--- sample after step {step}\n{text.prompt}{text.text}\n---")
+    job.rate.pause()
+
+
+def save(
+    job: Job, state: TrainState, totals: Totals, step: int, metric: float | None
+) -> None:
+    """Starts an asynchronous checkpoint of everything that a resume needs."""
+    view = job.strategy.view(state)
+    meta = {"totals": totals._asdict(), "fingerprint": job.task.fingerprint}
+    job.saves.save(step, view, metric=metric, meta=meta)
+
+
+def finish(job: Job, step: int, reason: str, numbers: dict[str, float]) -> Result:
+    """Waits for the last checkpoint, draws the curve, and says how the run ended."""
+    job.saves.wait()
+    plots.loss(job.workdir)
+    code = job.stop.exit_code if job.stop else 0
+    return Result(reason=reason, step=step, numbers=numbers, exit_code=code)
+
+
+def profile_window(job: Job, start: int, steps: int) -> Callable[[int], None]:
+    """Returns what the loop calls after each step to trace `steps` of them."""
+    first = start + 5  # past compilation and the first transfers
+
+    def trace(step: int) -> None:
+        if steps and step == first:
+            jax.profiler.start_trace(str(job.workdir / "profile"))
+        if steps and step == first + steps:
+            jax.profiler.stop_trace()
+            job.bar.print(f"profile written to {job.workdir / 'profile'}")
+
+    return trace
