@@ -5,6 +5,7 @@ Exit codes: 0 done or `--help`; 2 a mistake of the user, told in one sentence;
 traceback, because that is a bug of ours.
 """
 
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -61,9 +62,23 @@ def run(main: Callable[[list[str]], object], doc: str) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def _check_config_file() -> None:
+    """Runs the config file once by itself: ml_collections hides its errors in text."""
+    path, _, arg = config_file().partition(":")
+    if not path:
+        return
+    if not Path(path).is_file():
+        raise ValueError(f"--config: there is no file {path}; see configs/ for those")
+    get_config = runpy.run_path(path).get("get_config")
+    if get_config is None:
+        raise ValueError(f"--config: {path} has no function get_config")
+    get_config(arg or None)
+
+
 def _parse() -> None:
     """Parses sys.argv and forces the config, so that mistakes show before any work."""
     try:
+        _check_config_file()
         rest = flags.FLAGS(sys.argv)[1:]
         if "config" in flags.FLAGS and flags.FLAGS["config"].present:
             _ = flags.FLAGS["config"].value

@@ -1,0 +1,84 @@
+"""Configs: all of them build, state only known keys, and train at size=tiny."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import common
+from gpt_jax import model, train
+
+FILES = sorted(path.stem for path in Path("configs").glob("[a-z]*.py"))
+NAMES = [name for name in FILES if name != "common"]
+ARGS = [
+    *("quickstart:", "shakespeare_char:size=cpu,recipe=nanogpt", "austen_15m:"),
+    *("shakespeare_char:size=cpu,recipe=modern", "the_verdict:recipe=appendix_d"),
+    *("shakespeare_char:size=gpu,recipe=nanogpt", "the_verdict:recipe=chapter5"),
+    *("shakespeare_char:size=gpu,recipe=modern", "austen_15m:size=small"),
+    *("gpt2:size=small", "gpt2:size=medium", "gpt2:size=large", "gpt2:size=xl"),
+    *(f"{name}:size=tiny" for name in NAMES),
+]
+
+
+def get(name_and_arg):
+    name, _, arg = name_and_arg.partition(":")
+    return importlib.import_module(f"configs.{name}").get_config(arg)
+
+
+def keys(config, prefix=""):
+    for key, value in config.items():
+        if hasattr(value, "items"):
+            yield from keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+@pytest.mark.parametrize("name", ARGS)
+def test_a_config_has_the_keys_of_common_and_makes_a_model(name):
+    config = get(name)
+    assert sorted(keys(config)) == sorted(keys(common.base()))
+    train.check(config)
+    fields = {**config.model, "vocab_size": config.model.vocab_size or 50257}
+    cfg = model.GPTConfig(**fields)
+    assert cfg.d_model % cfg.n_heads == 0
+    json.loads(config.to_json())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_says_what_result_time_and_command(name):
+    doc = importlib.import_module(f"configs.{name}").__doc__
+    for word in ("What:", "Expected:", "Time:", f"--config=configs/{name}.py"):
+        assert word in doc, f"configs/{name}.py does not say {word!r}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_unknown_option_is_refused_with_the_known_ones(name):
+    with pytest.raises(ValueError, match="is not one of"):
+        get(f"{name}:colour=red")
+    with pytest.raises(ValueError, match="is not one of"):
+        get(f"{name}:size=gigantic")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tiny_config_trains(name, tmp_path):
+    config = get(f"{name}:size=tiny")
+    config.data.folder = str(tmp_path / "data")
+    config.compile_cache = ""
+    result = train.train(config, tmp_path / "run")
+    assert (result.reason, result.step) == ("steps", config.steps)
+    assert result.numbers["val_loss"] < 20
+
+
+def test_importing_every_config_imports_neither_jax_nor_gpt_jax():
+    code = "import sys, importlib\n"
+    code += f"for name in {FILES}: importlib.import_module('configs.' + name)\n"
+    code += "sys.exit(any(m.split('.')[0] in ('jax', 'gpt_jax') for m in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_an_options_string_is_parsed_with_defaults():
+    assert common.options("a=1", a="0", b="2") == {"a": "1", "b": "2"}
+    assert common.options(None, a="0") == {"a": "0"}

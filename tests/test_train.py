@@ -1,0 +1,231 @@
+"""Training runs: what they leave behind, how they stop, how they go on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from configs import common
+from gpt_jax import checkpoint, metrics, runs, train
+
+TEXT = "the quick brown fox jumps over the lazy dog. " * 300
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    config = common.tiny(common.base())
+    config.data.update(source=str(tmp_path / "text.txt"), tokenizer="char")
+    config.data.update(folder=str(tmp_path / "data"), cache=str(tmp_path / "cache"))
+    config.model.context_length = 16
+    config.hyper.decay_steps = 8.0  # so that a run cut short has the same schedule
+    config.update(steps=8, eval_every=4, checkpoint_every=3, compile_cache="")
+    config.tensorboard = False
+    return config
+
+
+def params_digest(folder):
+    return checkpoint.digest(runs.open(folder, step="latest").params)
+
+
+def test_a_run_leaves_everything_that_a_reader_expects(config, tmp_path):
+    config.sample_every = 4
+    config.tensorboard = True
+    result = train.train(config, tmp_path / "run")
+    assert (result.reason, result.step, result.exit_code) == ("steps", 8, 0)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    wanted = {"config.json", "tokenizer.json", "metrics.jsonl", "loss.png", "samples.md"}
+    assert wanted | {"checkpoints"} <= names
+    rows = metrics.read(tmp_path / "run")
+    last = {key: value for row in rows for key, value in row.items()}
+    for key in ("step", "tokens", "seconds", "train_loss", "val_loss", "val_bpb", "lr"):
+        assert key in last, f"metrics.jsonl has no {key}"
+    assert last["tokens"] == 8 * 4 * 16
+    first_val = next(row["val_loss"] for row in rows if "val_loss" in row)
+    assert first_val == pytest.approx(np.log(28), abs=0.3)  # 28 characters, untrained
+    assert last["val_loss"] < first_val
+    # One byte a character: bits per byte is the loss in bits.
+    assert last["val_bpb"] == pytest.approx(last["val_loss"] / np.log(2), rel=1e-5)
+    assert "Step 8" in (tmp_path / "run" / "samples.md").read_text()
+
+
+@pytest.mark.parametrize("strategy", ["mesh", "pmap"])
+def test_a_resumed_run_ends_bit_equal_to_an_uninterrupted_one(config, tmp_path, strategy):
+    config.mesh.update(strategy=strategy, data=2)
+    config.hyper.dropout_residual = 0.1
+    config.accumulate = 2
+    config.optimizer.ema = True
+    train.train(config, tmp_path / "whole")
+    config.steps = 5
+    train.train(config, tmp_path / "parts")
+    config.steps = 8
+    result = train.train(config, tmp_path / "parts")
+    assert result.step == 8
+    assert params_digest(tmp_path / "parts") == params_digest(tmp_path / "whole")
+
+    def losses(name):
+        rows = metrics.read(tmp_path / name)
+        return {row["step"]: row["train_loss"] for row in rows if "train_loss" in row}
+
+    whole, parts = losses("whole"), losses("parts")
+    assert whole[2] == parts[2] and whole[4] == parts[4] and whole[8] == parts[8]
+
+
+def test_a_run_from_two_devices_opens_and_resumes_on_one(config, tmp_path):
+    config.mesh.data = 2
+    config.steps = 4
+    train.train(config, tmp_path / "run")
+    config.steps = 8
+    config.mesh.data = 1
+    result = train.train(config, tmp_path / "run")
+    config.mesh.data = 2
+    whole = train.train(config, tmp_path / "whole")
+    assert result.numbers["val_loss"] == pytest.approx(
+        whole.numbers["val_loss"], rel=1e-4
+    )
+
+
+def test_a_changed_config_is_refused_and_nothing_is_overwritten(config, tmp_path):
+    train.train(config, tmp_path / "run")
+    before = (tmp_path / "run" / "config.json").read_text()
+    config.hyper.lr = 0.5
+    with pytest.raises(ValueError, match=r"hyper\.lr"):
+        train.train(config, tmp_path / "run")
+    assert (tmp_path / "run" / "config.json").read_text() == before
+
+
+def test_changed_data_under_a_run_is_refused(config, tmp_path):
+    train.train(config, tmp_path / "run")
+    (tmp_path / "text.txt").write_text(TEXT[::-1])
+    config.steps = 10
+    with pytest.raises(ValueError, match="data"):
+        train.train(config, tmp_path / "run")
+
+
+def test_max_tokens_patience_and_max_seconds_end_a_run(config, tmp_path):
+    config.max_tokens = 3 * 4 * 16 - 1
+    assert train.train(config, tmp_path / "tokens").step == 3
+    config.max_tokens = 0
+    config.max_seconds = 1e-9
+    result = train.train(config, tmp_path / "seconds")
+    assert (result.reason, result.step) == ("max_seconds", 1)
+    config.max_seconds = 0.0
+    config.update(patience=2, eval_every=1, steps=50)
+    config.hyper.update(lr=0.0, matrix_lr=0.0)  # never gets better than at step 0
+    result = train.train(config, tmp_path / "patience")
+    assert (result.reason, result.step) == ("patience", 2)
+
+
+def test_a_new_run_starts_from_the_weights_of_another(config, tmp_path):
+    config.hyper.warmup_steps = 0.0
+    train.train(config, tmp_path / "first")
+    config.init_from = str(tmp_path / "first")
+    config.hyper.update(lr=0.0, weight_decay=0.0)
+    config.data.tokenizer = "byte"  # the first run's tokenizer is what counts
+    train.train(config, tmp_path / "second")
+    assert params_digest(tmp_path / "first") == params_digest(tmp_path / "second")
+    config.model.d_model = 64
+    with pytest.raises(ValueError, match="embed"):
+        train.train(config, tmp_path / "third")
+
+
+def test_a_run_of_nothing_but_nan_stops_and_saves_none_of_it(config, tmp_path):
+    config.hyper.update(lr=1e30, clip=0.0, warmup_steps=0.0)
+    config.update(max_skipped=2, steps=40, log_every=1)
+    config.optimizer.name = "sgd"
+    with pytest.raises(FloatingPointError, match=r"updates in a row .* step \d+"):
+        train.train(config, tmp_path / "run")
+    saved = checkpoint.Checkpoints(tmp_path / "run" / "checkpoints", keep=9)
+    for step in saved.steps():
+        tree, *_ = saved.load(only=("params",), step=step)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"accumulate": 3}, "batch_size 4 is not a multiple of accumulate 3"),
+        ({"steps": -1}, "steps is -1"),
+        ({"hyper.lr": float("nan")}, "hyper.lr is nan"),
+        ({"hyper.dropout_attn": 1.0}, "hyper.dropout_attn is 1.0"),
+        ({"model.n_heads": 5}, "d_model 32 is not a multiple of n_heads 5"),
+        ({"task.name": "nothing"}, "task.name 'nothing' is not one of: lm"),
+        ({"data.seq_len": 99}, "data.seq_len 99 is more than model.context_length 16"),
+        ({"model.vocab_size": 3}, "model.vocab_size 3 is less than the tokenizer's 28"),
+        ({"model.context_length": 99_999}, "window"),
+        ({"init_from": "no/such/run"}, "no/such/run"),
+    ],
+)
+def test_a_wrong_config_is_refused_before_a_run_folder_exists(
+    config, tmp_path, change, message
+):
+    for path, value in change.items():
+        *parents, key = path.split(".")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        node[key] = value
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train.train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def spawn(config, tmp_path, name):
+    """Trains in a process of its own; returns it, with its output to read."""
+    path = tmp_path / f"{name}.json"
+    path.write_text(config.to_json())
+    code = (
+        "import json, sys; from ml_collections import ConfigDict; "
+        "from gpt_jax import train; "
+        f"config = ConfigDict(json.load(open({str(path)!r}))); "
+        f"sys.exit(train.train(config, {str(tmp_path / name)!r}).exit_code)"
+    )
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+
+
+def read_until(process, word):
+    """Reads the process's output up to a line with `word`; drains the rest aside."""
+    for line in process.stdout:
+        if word in line:
+            break
+    else:
+        pytest.fail(f"the run ended without printing {word!r}")
+    threading.Thread(target=process.stdout.read, daemon=True).start()
+
+
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_run_goes_on_to_the_parameters_of_an_undisturbed_one(
+    config, tmp_path, kill
+):
+    config.update(steps=60, eval_every=10, checkpoint_every=5, log_every=5)
+    whole = spawn(config, tmp_path, "whole")
+    whole.communicate(timeout=100)
+    assert whole.returncode == 0
+    process = spawn(config, tmp_path, "killed")
+    read_until(process, "step 10:")
+    process.send_signal(kill)
+    code = process.wait(timeout=60)
+    assert code == (143 if kill == signal.SIGTERM else -signal.SIGKILL)
+    reached = max(json.loads(line)["step"] for line in open(tmp_path / "killed/metrics.jsonl"))
+    if kill == signal.SIGTERM and reached < 60:
+        assert runs.open(tmp_path / "killed", step="latest").step >= reached
+    again = spawn(config, tmp_path, "killed")
+    out, _ = again.communicate(timeout=100)
+    assert again.returncode == 0, out
+    assert params_digest(tmp_path / "killed") == params_digest(tmp_path / "whole")
+    steps = [row["step"] for row in metrics.read(tmp_path / "killed") if "lr" in row]
+    assert steps == sorted(set(steps)) == list(range(5, 61, 5))
