@@ -64,9 +64,15 @@ def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+def none(wrong) -> None:
+    """Fails with every wrong line in full."""
+    lines = list(wrong)
+    assert not lines, "\n".join(["", *lines])
+
+
 def test_every_module_of_the_library_has_a_floor():
     nouns = {noun_of(path) for path in modules("gpt_jax")} - {"__init__"}
-    assert nouns <= FLOOR.keys()
+    none(sorted(nouns - FLOOR.keys()))
 
 
 def test_imports_go_down_at_least_one_floor():
@@ -78,34 +84,34 @@ def test_imports_go_down_at_least_one_floor():
         down = FLOOR.get(there, 99) < FLOOR.get(here, -1)
         if not down and (here, there) not in SIDEWAYS:
             wrong.append(f"{relative(path)} imports {name}")
-    assert not wrong
+    none(wrong)
 
 
 def test_the_library_knows_neither_configs_nor_doors():
     above = ("configs", "experiments", "tests")
-    assert not [
+    none(
         f"{relative(path)} imports {name}"
         for path, name in edges("gpt_jax")
         if name.split(".")[0] in above
-    ]
+    )
 
 
 def test_configs_import_only_ml_collections_and_common():
-    assert not [
+    none(
         f"{relative(path)} imports {name}"
         for path, name in edges("configs")
         if name.split(".")[0] != "ml_collections"
         and not f"{name}.".startswith("configs.common.")
-    ]
+    )
 
 
 def test_config_dict_stops_at_the_modules_that_unpack_it():
-    assert not [
+    none(
         f"{relative(path)} imports {name}"
         for path, name in edges("gpt_jax")
         if name.split(".")[0] == "ml_collections"
         and noun_of(path) not in KNOW_CONFIG_DICT
-    ]
+    )
 
 
 def test_only_doors_read_flags_arguments_and_the_environment():
@@ -119,7 +125,7 @@ def test_only_doors_read_flags_arguments_and_the_environment():
     for path, name in [*edges("gpt_jax"), *edges("configs")]:
         if name in ("os.environ", "os.getenv", "sys.argv") or name == "absl.flags":
             wrong.append(f"{relative(path)} imports {name}")
-    assert not wrong
+    none(wrong)
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -183,5 +189,5 @@ def test_every_module_has_its_test_file():
     for path in modules("gpt_jax"):
         mirrors = {noun_of(path), path.stem} - {"__init__"}
         if mirrors and not any((ROOT / f"tests/test_{m}.py").exists() for m in mirrors):
-            missing.append(f"{relative(path)} has no tests/test_{path.stem}.py")
-    assert not missing
+            missing.append(f"{relative(path)} has no tests/test_{noun_of(path)}.py")
+    none(missing)

@@ -1,0 +1,103 @@
+# What a person or a machine with Python (3.11 or newer) and make can do here.
+# `make` alone lists it. Another interpreter: make PYTHON=python3.12 test
+
+PYTHON ?= python3
+UV_VERSION = 0.13.8
+
+# One environment per interpreter. The version is asked for once, and only by targets
+# that need it.
+VERSION = $(eval VERSION := $$(shell $(PYTHON) -c \
+  'import platform; print(platform.python_version())'))$(VERSION)
+VENV = .venv-$(VERSION)
+RUN = $(VENV)/bin/python
+
+# A stamp is a copy of the lock that was installed: it goes stale with the lock's text,
+# not with its date; it goes before pip starts and comes back only if pip succeeds.
+STAMP = $(VENV)/installed
+fresh = test -x $(RUN) && cmp -s $(1) $(STAMP)-$(2)
+install = echo 'Installing $(1) into $(VENV): once, about $(2) on disk ...' \
+  && rm -f $(STAMP)-* \
+  && { $(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV); } \
+  && $(RUN) -m pip install --quiet --disable-pip-version-check -r $(1) \
+  && cp requirements.txt $(STAMP)-runtime
+
+# Every worker holds a JAX of its own, so their number is capped; a file stays with one
+# worker, so that what its fixtures compile or train is made once.
+WORKERS = --numprocesses=auto --maxprocesses=4 --dist=loadfile
+PYTEST_ARGS ?=
+
+UV = .venv-uv-$(UV_VERSION)
+LOCK = $(UV)/bin/uv pip compile --quiet --universal --python-version 3.11 \
+  --custom-compile-command 'make lock' $(UPGRADE)
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:  ## list the targets
+	@echo 'usage: make TARGET [PYTHON=python3.12]'
+	@sed -n 's/^\([a-z-]*\):.*## /  \1|/p' $(MAKEFILE_LIST) \
+	  | while IFS='|' read -r name text; do printf '%-14s%s\n' "$$name" "$$text"; done
+
+.PHONY: demo
+demo: runtime  ## train a small model, show what it writes (a few minutes on a CPU)
+	$(RUN) -m experiments.train --config=configs/quickstart.py --workdir=runs/quickstart
+
+.PHONY: test
+test: dev  ## every test that needs no download; PYTEST_ARGS='-k cache' narrows
+	$(RUN) -m pytest $(WORKERS) $(PYTEST_ARGS)
+
+.PHONY: test-data
+test-data: dev  ## the facts about real texts, read from DATA=folder; a skip is a failure
+	@test -n '$(DATA)' || { echo 'make test-data needs DATA=folder, the folder that' \
+	  'holds (or is to hold) the downloaded texts' >&2; exit 2; }
+	GPT_JAX_TEST_DATA='$(abspath $(DATA))' \
+	  $(RUN) -m pytest -p tests.corpus_facts $(WORKERS) $(PYTEST_ARGS)
+
+.PHONY: check
+check: dev  ## lint, format and types, without changing a file
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(RUN) -m pyright --pythonpath $(RUN)
+
+.PHONY: format
+format: dev  ## put every file in the one format and fix what lint can fix
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+# torch fixes its CUDA packages itself; listed, they would bind jax's GPU packages too.
+.PHONY: lock
+lock: python  ## resolve the requirements*.txt anew; UPGRADE=--upgrade takes newer ones
+	test -x $(UV)/bin/uv || { $(PYTHON) -m venv $(UV) \
+	  && $(UV)/bin/python -m pip install --quiet uv==$(UV_VERSION); }
+	$(LOCK) requirements.in -o requirements.txt
+	$(LOCK) requirements-dev.in -o requirements-dev.txt
+	$(LOCK) pyproject.toml --extra wandb --extra datasets --extra parity \
+	  --constraints requirements.txt --no-annotate -o requirements-extras.txt
+	grep -Ev '^(nvidia|cuda|triton)' requirements-extras.txt > requirements-extras.tmp
+	mv requirements-extras.tmp requirements-extras.txt
+
+.PHONY: clean
+clean:  ## remove the environments and caches; runs/ and data/ stay
+	rm -rf .venv-* .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find gpt_jax configs experiments tests -name __pycache__ -prune -exec rm -rf {} +
+
+# --- environments ---------------------------------------------------------------------
+
+.PHONY: python
+python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo 'gpt_jax needs Python 3.11 or newer, but $(PYTHON) is' \
+	    '"$(or $(VERSION),not there)": name a newer one, as in' \
+	    'make PYTHON=python3.12 $(MAKECMDGOALS)' >&2; exit 2; }
+
+.PHONY: runtime
+runtime: python
+	@$(call fresh,requirements.txt,runtime) || { \
+	  $(call install,requirements.txt,0.9 GB); }
+
+# requirements-dev.txt holds every line of requirements.txt, so one install serves both.
+.PHONY: dev
+dev: python
+	@$(call fresh,requirements-dev.txt,dev) || { \
+	  $(call install,requirements-dev.txt,1.2 GB) \
+	  && cp requirements-dev.txt $(STAMP)-dev; }
