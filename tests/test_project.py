@@ -170,35 +170,45 @@ esac
 """
 
 
-@pytest.fixture
-def clone(tmp_path):
+class Clone:
     """A folder with the Makefile, the locks and a stand-in for Python; runs make."""
-    if not shutil.which("make"):
-        pytest.skip("needs make")
-    for name in ("Makefile", *LOCKS):
-        shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "pip.exit").write_text("0")
-    python = tmp_path / "python"
-    python.write_text(FAKE_PYTHON.format(old=0))
-    python.chmod(0o755)
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
 
-    def make(*arguments):
+    def __init__(self, folder: Path):
+        self.folder = folder
+        for name in ("Makefile", *LOCKS):
+            shutil.copy(ROOT / name, folder)
+        (folder / "pip.exit").write_text("0")
+        self.replace_python(old=0)
+
+    def replace_python(self, *, old: int) -> None:
+        python = self.folder / "python"
+        python.write_text(FAKE_PYTHON.format(old=old))
+        python.chmod(0o755)
+
+    def make(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        # pytest may itself run under make, whose variables reach every make below it.
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFL"))}
         return subprocess.run(
-            ["make", f"PYTHON={python}", *arguments],
-            cwd=tmp_path,
+            ["make", f"PYTHON={self.folder / 'python'}", *arguments],
+            cwd=self.folder,
             env=env,
             capture_output=True,
             text=True,
         )
 
-    make.folder = tmp_path
-    make.log = lambda name: (tmp_path / name).read_text().splitlines()
-    return make
+    def log(self, name: str) -> list[str]:
+        return (self.folder / name).read_text().splitlines()
+
+
+@pytest.fixture
+def clone(tmp_path):
+    if not shutil.which("make"):
+        pytest.skip("needs make")
+    return Clone(tmp_path)
 
 
 def test_make_alone_lists_every_documented_target(clone):
-    listed = re.findall(r"^  ([a-z-]+) +\S", clone().stdout, re.M)
+    listed = re.findall(r"^  ([a-z-]+) +\S", clone.make().stdout, re.M)
     assert {"demo", "test", "test-data", "check", "format", "lock", "clean"} <= set(
         listed
     )
@@ -207,8 +217,8 @@ def test_make_alone_lists_every_documented_target(clone):
 
 
 def test_make_demo_installs_once_and_trains(clone):
-    assert clone("demo").returncode == 0
-    assert clone("demo").returncode == 0
+    assert clone.make("demo").returncode == 0
+    assert clone.make("demo").returncode == 0
     assert len(clone.log("pip.log")) == 1
     assert "-r requirements.txt" in clone.log("pip.log")[0]
     trains = [line for line in clone.log("run.log") if "experiments.train" in line]
@@ -216,43 +226,43 @@ def test_make_demo_installs_once_and_trains(clone):
 
 
 def test_make_installs_again_when_the_lock_changes(clone):
-    clone("demo")
+    clone.make("demo")
     with open(clone.folder / "requirements.txt", "a") as lock:
         lock.write("new==1.0\n")
-    clone("demo")
-    clone("demo")
+    clone.make("demo")
+    clone.make("demo")
     assert len(clone.log("pip.log")) == 2
 
 
 def test_a_failed_install_is_not_taken_for_done(clone):
-    clone("demo")
+    clone.make("demo")
     lock = clone.folder / "requirements.txt"
     before = lock.read_text()
     lock.write_text(before + "new==1.0\n")
     (clone.folder / "pip.exit").write_text("1")
-    assert clone("demo").returncode != 0
+    assert clone.make("demo").returncode != 0
     lock.write_text(before)  # the environment may be half changed: install again
     (clone.folder / "pip.exit").write_text("0")
-    assert clone("demo").returncode == 0
+    assert clone.make("demo").returncode == 0
     assert len(clone.log("pip.log")) == 3
 
 
 def test_the_development_environment_serves_the_demo_too(clone):
-    clone("test")
-    clone("demo")
+    clone.make("test")
+    clone.make("demo")
     assert len(clone.log("pip.log")) == 1
     assert "-r requirements-dev.txt" in clone.log("pip.log")[0]
 
 
 def test_make_test_passes_arguments_on_and_caps_its_workers(clone):
-    clone("test", "PYTEST_ARGS=-k cache")
+    clone.make("test", "PYTEST_ARGS=-k cache")
     (run,) = [line for line in clone.log("run.log") if "pytest" in line]
     assert run.endswith("-k cache") and "--maxprocesses=4" in run
 
 
 def test_an_old_python_is_refused_with_one_sentence(clone):
-    (clone.folder / "python").write_text(FAKE_PYTHON.format(old=1))
-    done = clone("demo")
+    clone.replace_python(old=1)
+    done = clone.make("demo")
     assert done.returncode != 0
     assert "needs Python 3.11 or newer" in done.stderr
     assert "3.99.1" in done.stderr
@@ -260,7 +270,7 @@ def test_an_old_python_is_refused_with_one_sentence(clone):
 
 
 def test_make_test_data_asks_for_a_folder(clone):
-    done = clone("test-data")
+    done = clone.make("test-data")
     assert done.returncode != 0
     assert "DATA=folder" in done.stderr
 
