@@ -1,0 +1,571 @@
+"""Checkpoints that are whole, or are not used.
+
+A checkpoint is a folder named after its step. Orbax writes the arrays, which carry no
+checksum of their own; `manifest.json` is written last and holds the sha256 of every
+file, so a folder without one is unfinished and a folder that disagrees with it is
+damaged. Layout, for a run folder `runs/a`:
+
+    runs/a/checkpoints/500/params/...      the weights, readable without the rest
+    runs/a/checkpoints/500/state/...       every other key of the saved tree
+    runs/a/checkpoints/500/manifest.json   step, metric, meta, leaves, files
+    runs/a/checkpoints/aside-750/750/...   set aside by `rewind`
+    runs/a/checkpoints/damaged-500/...     set aside by `restore`
+    runs/a/frozen/<digest>/...             weights that never change, stored once
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+ALONE = ("params", "ema")  # top-level keys with a folder of their own
+REST = "state"  # the folder of all other keys
+FINITE = ("params", "ema", "opt_state")  # top-level keys that never hold NaN or Inf
+
+
+class Damaged(ValueError):
+    """The files of a checkpoint are not those that its manifest names."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, saved in the background.
+
+    Args:
+      folder: where they are; frozen trees go beside it, into `../frozen`.
+      keep: how many of the newest are kept, besides the best. None opens the folder
+        for reading only: nothing in it is created, removed or renamed.
+
+    Use it in a `with` block: leaving it waits for the last save and raises its error.
+    """
+
+    def __init__(self, folder: str | Path, *, keep: int | None):
+        if keep is not None and keep < 1:
+            raise ValueError(f"keep is {keep}; at least one checkpoint must be kept")
+        self.folder = Path(folder).absolute()
+        self.keep = keep
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        if keep is not None and jax.process_index() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _clean(self.folder)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            self.close()
+        except Exception:
+            if error is None:
+                raise
+            log.exception("the last checkpoint failed as well")
+
+    def steps(self) -> list[int]:
+        """Returns the finished steps, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        found = [path for path in self.folder.iterdir() if path.name.isdecimal()]
+        return sorted(int(p.name) for p in found if (p / MANIFEST).is_file())
+
+    def latest(self) -> int | None:
+        """Returns the newest finished step, None when there is none."""
+        return max(self.steps(), default=None)
+
+    def best(self) -> int | None:
+        """Returns the step of the lowest metric (the earliest of equals), or None."""
+        metrics = {step: self._metric(step) for step in self.steps()}
+        known = {step: value for step, value in metrics.items() if value is not None}
+        return min(known, key=lambda step: (known[step], step), default=None)
+
+    def save(self, step: int, tree: Any, *, metric: float | None, meta: dict) -> bool:
+        """Copies `tree` to the host, then writes it in the background.
+
+        The copy is complete when this returns, so the arrays may be donated at once.
+
+        Args:
+          step: names the checkpoint; newer than every finished one.
+          tree: a mapping (or NamedTuple) of pytrees of arrays: params, opt_state, ...
+          metric: what `best` minimises; None (or not finite) when there is none.
+          meta: anything JSON can hold; comes back from `restore`.
+
+        Returns:
+          False when the step is finished already; then nothing is written.
+
+        Raises:
+          OSError: the previous save failed; names its path and the free bytes.
+          FloatingPointError: the previous save would have held NaN or Inf.
+        """
+        assert self.keep is not None, "opened for reading only"
+        self.wait()
+        tree = _mapping(tree)
+        finished = self.steps()
+        if step in finished:
+            return False
+        if finished and step < finished[-1]:
+            raise ValueError(
+                f"step {step} is older than checkpoint {finished[-1]} in "
+                f"{self.folder}; call rewind({step}) before saving"
+            )
+        target = self.folder / str(int(step))
+        note = {"step": int(step), "metric": _finite_or_none(metric), "meta": meta}
+        json.dumps(note)  # a meta that cannot be written is refused here, not later
+        leaves, items = _leaves(tree), _snapshot(_grouped(tree))
+        try:
+            if jax.process_index() == 0:
+                shutil.rmtree(target, ignore_errors=True)
+            write = _writer(target, items)
+        except Exception as error:
+            raise self._failed(target, error) from error
+        self._thread = threading.Thread(
+            target=self._finish, args=(target, write, {**note, "leaves": leaves})
+        )
+        self._thread.start()
+        return True
+
+    def check(self) -> None:
+        """Raises the error of a save that has failed; never waits."""
+        if self._thread is None or not self._thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the running save is finished; raises its error once."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """The same as `wait`: the last save is on the disk, or its error is raised."""
+        self.wait()
+
+    def rewind(self, step: int) -> list[int]:
+        """Sets every checkpoint newer than `step` aside; returns their steps."""
+        self.wait()
+        newer = [s for s in self.steps() if s > step]
+        if newer and jax.process_index() == 0:
+            aside = _unused(self.folder / f"aside-{newer[0]}")
+            aside.mkdir()
+            for s in newer:
+                os.rename(self.folder / str(s), aside / str(s))
+            log.warning("checkpoints %s are newer than step %d: %s", newer, step, aside)
+        return newer
+
+    def restore(self, abstract: Any, step: int | None = None) -> tuple:
+        """Returns (tree, meta, step) of a checkpoint whose files are all sound.
+
+        Args:
+          abstract: the wanted tree, with anything that has shape, dtype and (maybe)
+            sharding as leaves; containers come back as given. None: the saved tree as
+            nested dicts and lists on this process's first device.
+          step: which; None = the newest sound one. A damaged one is then renamed to
+            `damaged-<step>`, named in a warning, and the one before it is used.
+
+        Raises:
+          FileNotFoundError: there is no such checkpoint.
+          ValueError: it is damaged, or it is of another model (the leaves are named).
+        """
+        return self._read(
+            step, lambda found, manifest: _load(found, manifest, abstract)
+        )
+
+    def load(self, *, only: Sequence[str], step: int | None = None) -> tuple:
+        """Returns (tree, meta, step) with the top-level keys `only`, as saved.
+
+        Files that hold none of these keys are neither read nor verified.
+        """
+
+        def load(found: Path, manifest: dict) -> dict:
+            names = sorted({name.split("/")[0] for name in manifest["leaves"]})
+            if missing := [key for key in only if key not in names]:
+                raise ValueError(
+                    f"{found} holds {', '.join(names)}, but not {', '.join(missing)}"
+                )
+            return _load(found, manifest, None, only=only)
+
+        return self._read(step, load)
+
+    def save_frozen(self, tree: Any) -> str:
+        """Stores weights that never change, once; returns their digest.
+
+        Put the digest into the `meta` of every checkpoint that needs them.
+        """
+        assert self.keep is not None, "opened for reading only"
+        tree = _mapping(tree)
+        name = digest(tree)
+        target = self.folder.parent / "frozen" / name
+        try:
+            _verify(target, _manifest(target), None)
+            return name
+        except (FileNotFoundError, Damaged):
+            pass
+        try:
+            if jax.process_index() == 0:
+                shutil.rmtree(target, ignore_errors=True)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _clean(target.parent)
+            _writer(target, _snapshot(_grouped(tree)))()
+            _seal(target, {"meta": {}, "leaves": _leaves(tree)})
+        except Exception as error:
+            raise self._failed(target, error) from error
+        return name
+
+    def load_frozen(self, name: str, abstract: Any = None) -> Any:
+        """Returns the frozen tree of that digest; `abstract` as for `restore`."""
+        target = self.folder.parent / "frozen" / name
+        try:
+            return _load(target, _manifest(target), abstract)
+        except (FileNotFoundError, Damaged) as error:
+            raise ValueError(
+                f"the frozen weights of this run cannot be used: {error}; copy the "
+                f"folder back from where the run was made"
+            ) from error
+
+    def _read(self, step: int | None, load: Callable) -> tuple:
+        self.wait()
+        if step is not None:
+            found = self.folder / str(step)
+            if step not in self.steps():
+                state = "is unfinished" if found.is_dir() else "does not exist"
+                have = ", ".join(map(str, self.steps())) or "none"
+                raise FileNotFoundError(f"{found} {state}; finished steps: {have}")
+            manifest = _manifest(found)
+            return load(found, manifest), manifest["meta"], step
+        damaged: list[int] = []
+        while left := [s for s in self.steps() if s not in damaged]:
+            found = self.folder / str(left[-1])
+            try:
+                manifest = _manifest(found)
+                return load(found, manifest), manifest["meta"], left[-1]
+            except (FileNotFoundError, Damaged) as error:
+                if not (found / MANIFEST).exists():
+                    continue  # removed by the run's own retention as it was being read
+                damaged.append(left[-1])
+                self._quarantine(found, error)
+        if damaged:
+            raise ValueError(
+                f"no checkpoint in {self.folder} is sound: {damaged} are not"
+            )
+        raise FileNotFoundError(f"there is no finished checkpoint in {self.folder}")
+
+    def _quarantine(self, found: Path, error: Exception) -> None:
+        moved = ""
+        if self.keep is not None and jax.process_index() == 0:
+            target = _unused(found.with_name(f"damaged-{found.name}"))
+            os.rename(found, target)
+            moved = f"; moved to {target}"
+        log.warning("checkpoint %s is damaged: %s%s", found, error, moved)
+
+    def _finish(self, target: Path, write: Callable[[], None], note: dict) -> None:
+        """The background part: write, then the manifest, and only then prune."""
+        try:
+            write()
+            if jax.process_index() == 0:
+                _seal(target, note)
+                self._prune()
+        except Exception as error:
+            self._error = self._failed(target, error)
+
+    def _failed(self, target: Path, error: Exception) -> Exception:
+        if isinstance(error, FloatingPointError):
+            return error
+        for path in (target, *self.folder.glob(f"{target.name}.orbax-checkpoint-tmp*")):
+            if not (path / MANIFEST).exists():
+                shutil.rmtree(path, ignore_errors=True)
+        try:
+            free = f"{shutil.disk_usage(self.folder).free:,} bytes are free there"
+        except OSError:
+            free = "the folder is gone"
+        failed = OSError(f"checkpoint {target} was not saved: {error}; {free}")
+        failed.__cause__ = error
+        return failed
+
+    def _prune(self) -> None:
+        """Removes all but the newest and the best; they are on the disk by now."""
+        kept = {*self.steps()[-(self.keep or 1) :], self.best()}
+        for step in set(self.steps()) - kept:
+            try:
+                # Without its manifest it counts as unfinished, whenever this stops.
+                (self.folder / str(step) / MANIFEST).unlink()
+                shutil.rmtree(self.folder / str(step))
+            except OSError as error:
+                log.warning("an old checkpoint could not be removed: %s", error)
+
+    def _metric(self, step: int) -> float | None:
+        try:
+            return _manifest(self.folder / str(step))["metric"]
+        except (FileNotFoundError, Damaged):
+            return None
+
+
+def digest(tree: Any) -> str:
+    """Returns the sha256 over path, dtype, shape and bytes of every leaf, sorted."""
+    total = hashlib.sha256()
+    for name, leaf in sorted(_named(tree), key=lambda pair: pair[0]):
+        value = np.ascontiguousarray(leaf)
+        total.update(f"{name} {value.dtype} {np.shape(leaf)}\n".encode())
+        total.update(value.reshape(-1).view(np.uint8).data)
+    return total.hexdigest()
+
+
+def difference(wanted: Mapping, found: Mapping) -> list[str]:
+    """Returns one line for every leaf that is not the same in two tables of leaves."""
+    lines = []
+    for name in sorted({*wanted, *found}):
+        if name not in found:
+            lines.append(f"{name}: wanted {_shown(wanted[name])}, but absent")
+        elif name not in wanted:
+            lines.append(f"{name}: not wanted, found {_shown(found[name])}")
+        elif wanted[name] != found[name]:
+            lines.append(
+                f"{name}: wanted {_shown(wanted[name])}, found {_shown(found[name])}"
+            )
+    return lines
+
+
+def check_same(wanted: Any, found: Any) -> None:
+    """Raises ValueError, naming the leaves, unless two trees agree in all shapes."""
+    _refuse_other("these weights are", _leaves(wanted), _leaves(found))
+
+
+def _named(tree: Any) -> list[tuple[str, Any]]:
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in paths
+    ]
+
+
+def _leaves(tree: Any) -> dict[str, list]:
+    leaves = _named(tree)
+    for name, leaf in leaves:
+        if not hasattr(leaf, "dtype"):
+            raise ValueError(
+                f"{name} is {leaf!r}, not an array; wrap it in jnp.asarray"
+            )
+    return {name: [list(x.shape), str(x.dtype)] for name, x in leaves}
+
+
+def _shown(leaf: list) -> str:
+    return f"{tuple(leaf[0])} {leaf[1]}"
+
+
+def _finite_or_none(metric: float | None) -> float | None:
+    return float(metric) if metric is not None and math.isfinite(metric) else None
+
+
+def _grouped(tree: Mapping) -> dict[str, Any]:
+    """Returns what goes into which folder of a checkpoint."""
+    items = {key: tree[key] for key in ALONE if key in tree}
+    rest = {key: value for key, value in tree.items() if key not in ALONE}
+    items |= {REST: rest} if rest else {}
+    # Orbax refuses an item without arrays.
+    return {key: value for key, value in items.items() if jax.tree.leaves(value)}
+
+
+def _snapshot(tree: Any) -> Any:
+    """Returns a copy that later donation cannot touch.
+
+    One process gathers everything to numpy. Several cannot, there Orbax copies what
+    each process holds before it returns; on CPU it would alias, so copy first.
+    """
+    leaves = jax.tree.leaves(tree)
+    if any(jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) for x in leaves):
+        raise ValueError("a typed random key cannot be saved; save its key_data")
+    if jax.process_count() > 1:
+        cpu = jax.default_backend() == "cpu"
+        return jax.tree.map(lambda x: x.copy() if cpu else x, tree)
+    for leaf in leaves:
+        if isinstance(leaf, jax.Array):
+            leaf.copy_to_host_async()
+    return jax.tree.map(lambda x: np.array(x), tree)
+
+
+def _writer(target: Path, items: dict) -> Callable[[], None]:
+    """Returns the function that finishes writing `items`, for a background thread."""
+    from orbax.checkpoint import v1 as ocp  # a second to import
+
+    # Weights hardly compress (8%), and compression competes with training for cores.
+    context = ocp.Context()
+    context.array.saving.use_compression = False
+    # Made in its own threads, a folder that cannot be made keeps them (and the end of
+    # the process) waiting for 20 minutes; this is a background thread already.
+    context.asynchronous.create_directories_asynchronously = False
+    if jax.process_count() > 1:  # Orbax's barriers belong on the calling thread
+        with context:
+            return ocp.save_checkpointables_async(target, items).result
+
+    def write() -> None:
+        _refuse_non_finite(items)
+        with context:
+            ocp.save_checkpointables(target, items)
+
+    return write
+
+
+def _refuse_non_finite(items: Mapping) -> None:
+    rows = {**items, **items.get(REST, {})}
+    for name, leaf in _named({key: rows[key] for key in FINITE if key in rows}):
+        floating = jax.dtypes.issubdtype(leaf.dtype, np.floating)
+        if floating and not np.isfinite(leaf).all():
+            raise FloatingPointError(
+                f"{name} holds NaN or Inf: this checkpoint was not saved"
+            )
+
+
+def _seal(target: Path, note: dict) -> None:
+    """Writes the manifest: after every other byte is on the disk, and atomically."""
+    files = {}
+    for path in sorted(p for p in target.rglob("*") if p.is_file()):
+        files[path.relative_to(target).as_posix()] = _hash(path, sync=True)
+    body = {"format": FORMAT, **note, "files": files}
+    text = json.dumps({**body, "sha256": _body_hash(body)}, indent=1)
+    draft = target / f"{MANIFEST}.tmp"
+    with open(draft, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(draft, target / MANIFEST)
+    for folder in (target, target.parent):
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def _hash(path: Path, *, sync: bool) -> str:
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+        if sync:
+            os.fsync(file.fileno())
+    return found
+
+
+def _body_hash(body: dict) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _manifest(found: Path) -> dict:
+    """Returns the manifest of a checkpoint.
+
+    Raises:
+      FileNotFoundError: there is none.
+      Damaged: it does not match its own sha256.
+    """
+    try:
+        body = json.loads((found / MANIFEST).read_bytes())
+        stated = body.pop("sha256")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{found} is not a finished checkpoint") from None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        stated, body = None, {}
+    if stated != _body_hash(body):
+        raise Damaged(f"{found / MANIFEST} is not as it was written")
+    if body["format"] != FORMAT:
+        raise ValueError(
+            f"{found} has checkpoint format {body['format']}, this code reads {FORMAT}"
+        )
+    return body
+
+
+def _verify(found: Path, manifest: dict, items: set[str] | None) -> None:
+    """Raises Damaged, naming the file, when one is not as the manifest says."""
+    for name, stated in manifest["files"].items():
+        top, inside, _ = name.partition("/")
+        if inside and items is not None and top not in items:
+            continue
+        if not (found / name).is_file():
+            raise Damaged(f"{found / name} is missing")
+        if _hash(found / name, sync=False) != stated:
+            raise Damaged(f"{found / name} does not match its sha256")
+
+
+def _load(
+    found: Path,
+    manifest: dict,
+    abstract: Any,
+    only: Sequence[str] | None = None,
+) -> Any:
+    from orbax.checkpoint import v1 as ocp
+
+    shape, abstract = abstract, None if abstract is None else _mapping(abstract)
+    if abstract is not None:
+        _refuse_other(f"{found} is", _leaves(abstract), manifest["leaves"])
+    items = {name.split("/")[0] for name in manifest["files"] if "/" in name}
+    if only is not None:
+        items &= {key if key in ALONE else REST for key in only}
+    _verify(found, manifest, items)
+    context = ocp.Context()
+    if abstract is None:
+        # The sharding on the disk names the devices of the process that saved it.
+        saved = ocp.checkpointables_metadata(found).metadata
+        wanted = {item: _place(saved[item], moved=True) for item in items}
+        if only is not None and REST in wanted:
+            context.pytree.loading.partial_load = True
+            wanted[REST] = {k: v for k, v in wanted[REST].items() if k in only}
+    else:
+        wanted = _place(_grouped(abstract), moved=False)
+    with context:
+        tree = ocp.load_checkpointables(found, wanted)
+    rest = tree.pop(REST, {})
+    if abstract is None:
+        return {**tree, **rest}
+    merged = {**abstract, **tree, **rest}  # what has no arrays is not on the disk
+    return merged if isinstance(shape, Mapping) else type(shape)(**merged)
+
+
+def _mapping(tree: Any) -> Mapping:
+    """Returns the top level of a tree as a mapping; a NamedTuple is one too."""
+    return tree if isinstance(tree, Mapping) else tree._asdict()
+
+
+def _refuse_other(what: str, wanted: Mapping, found: Mapping) -> None:
+    if lines := difference(wanted, found):
+        more = [f"and {len(lines) - 10} more"] if len(lines) > 10 else []
+        text = "\n  ".join(lines[:10] + more)
+        raise ValueError(f"{what} of another model:\n  {text}")
+
+
+def _place(tree: Any, *, moved: bool) -> Any:
+    """Returns ShapeDtypeStructs; on this process's first device where not said."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def leaf(x) -> jax.ShapeDtypeStruct:
+        sharding = None if moved else getattr(x, "sharding", None)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or here)
+
+    return jax.tree.map(leaf, tree)
+
+
+def _clean(folder: Path) -> None:
+    """Removes what a killed process left: it was never a checkpoint."""
+    for path in sorted(folder.iterdir()):
+        leftover = ".orbax-checkpoint-tmp" in path.name
+        unfinished = path.name.isdecimal() or len(path.name) == 64
+        if path.is_dir() and (
+            leftover or (unfinished and not (path / MANIFEST).exists())
+        ):
+            log.warning("removed the unfinished checkpoint %s", path)
+            shutil.rmtree(path)
+
+
+def _unused(path: Path) -> Path:
+    """Returns `path`, or the first of path-2, path-3, ... that does not exist."""
+    stem, number = path, 1
+    while path.exists():
+        number += 1
+        path = stem.with_name(f"{stem.name}-{number}")
+    return path
