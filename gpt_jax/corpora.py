@@ -1,0 +1,711 @@
+"""Where text comes from: the built-in corpus, files, downloads, datasets, mixtures.
+
+`open(source)` returns a Corpus, whose text is read as a stream of pieces, so a file
+of any size needs little memory. Text comes out as it is stored: only a byte order
+mark at the start of a file is left out.
+
+`fetch(name)` returns a downloaded file out of the cache folder, downloading it when
+it is not there. Files that never change are checked against the sha256 in DOWNLOADS.
+Two sources publish none: Project Gutenberg (austen) builds its files anew from time
+to time, and of TinyStories none is known here. These are trusted at their first use:
+their sha256 goes into `pins.json` in the cache and is checked from then on.
+"""
+
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import sysconfig
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from codecs import getincrementaldecoder
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from glob import glob
+from http.client import HTTPException
+from pathlib import Path
+from typing import NamedTuple
+
+from rich import progress as bars
+from rich.console import Console
+
+# A longer document is handed over in pieces: 4 M characters are at most 16 MB in
+# memory, and few documents other than whole books are longer.
+PIECE_CHARS = 1 << 22
+READ_BYTES = 1 << 20
+
+TRIES = 5  # of a download, each going on where the last one stopped
+RETRY_SECONDS = 0.5  # before the second try; doubled for each further one
+TIMEOUT_SECONDS = 60.0  # the longest silence of a server
+
+# The separator line between the stories of TinyStories; no other source has one.
+STORY_END = "<|endoftext|>"
+
+DATASETS = {
+    "openwebtext": "hf:Skylion007/openwebtext",
+    "fineweb-edu": "hf:HuggingFaceFW/fineweb-edu:sample-10BT",
+}
+NAMES = (
+    "builtin",
+    "tinyshakespeare",
+    "the_verdict",
+    "austen",
+    "tinystories",
+    *DATASETS,
+)
+
+# Left out of the built-in corpus: tests (some hold text that is invalid on purpose),
+# what others installed, and folders that only some builds of Python have.
+BUILTIN_SKIPS = {
+    *("test", "tests", "idlelib", "idle_test", "lib2to3"),
+    *("site-packages", "dist-packages", "__pycache__"),
+}
+
+
+class Piece(NamedTuple):
+    """A document, or a part of a long one; `ends` is true for its last part."""
+
+    text: str
+    source: str  # the file or dataset that it is from
+    ends: bool
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A source of text that can be read again and again, always in the same order.
+
+    Attributes:
+      name: short and fit for a file name.
+      fingerprint: sha256 over the names, sizes and contents of the files; over the
+        name alone for a streamed dataset.
+      size_hint: about how many bytes of text there are; None when nobody knows.
+      pieces: returns a fresh iterator over the text.
+    """
+
+    name: str
+    fingerprint: str
+    size_hint: int | None
+    pieces: Callable[[], Iterator[Piece]]
+
+    def documents(self) -> Iterator[str]:
+        """Yields whole documents, however long they are."""
+        parts: list[str] = []
+        for piece in self.pieces():
+            parts.append(piece.text)
+            if piece.ends:
+                yield "".join(parts)
+                parts = []
+
+
+class Download(NamedTuple):
+    """What can be downloaded.
+
+    Attributes:
+      urls: the addresses of its parts, most often one.
+      names: how its file may be called in a cache; a download takes the first.
+      sha256: of the finished file; None where none is known.
+      finish: makes the file's bytes out of those of its parts, where that is needed.
+      changes: the download need not have that sha256; it is pinned at its first use.
+    """
+
+    urls: tuple[str, ...]
+    names: tuple[str, ...]
+    sha256: str | None
+    finish: Callable[[list[bytes]], bytes] | None = None
+    changes: bool = False
+
+
+def open(
+    source: str, *, field: str, cache: str | Path, progress: bool = True
+) -> Corpus:
+    """Returns the corpus that a source names.
+
+    Args:
+      source: "builtin" (the source of the running Python's standard library), one of
+        NAMES, a path or glob (.jsonl by `field`, any other file is text; both may end
+        in .gz), "hf:<dataset>[:<config>][:<split>]", or a mixture "a*3 + b*1".
+      field: the field of a .jsonl or dataset row that holds its text.
+      cache: the folder where downloads are kept.
+      progress: show how far a download is.
+
+    Raises:
+      FileNotFoundError: there is no such file or corpus.
+      ValueError: the source cannot be used: empty, a folder, damaged, not text.
+    """
+    if not source.strip():
+        raise ValueError(f"data.source is empty; name a file or one of {_names()}")
+    is_file = Path(source).expanduser().exists()
+    if " + " in source and not is_file:
+        parts = [_weighted(part) for part in source.split(" + ")]
+        opened = [
+            (open(name, field=field, cache=cache, progress=progress), weight)
+            for name, weight in parts
+        ]
+        return mixture(opened)
+    if source in DATASETS:
+        return _dataset(source, DATASETS[source], field)
+    if source.startswith("hf:"):
+        return _dataset(_short(source), source, field)
+    if source == "builtin":
+        return _builtin(Path(sysconfig.get_path("stdlib")))
+    if source in NAMES:
+        path = fetch(source, cache, progress=progress)
+        identity = _identity([(source, path)])
+        read = _stories if source == "tinystories" else _file
+        return Corpus(
+            source, identity, path.stat().st_size, lambda: read(path, source, field)
+        )
+    return _local(source, field)
+
+
+def mixture(parts: list[tuple[Corpus, float]]) -> Corpus:
+    """Returns the documents of several corpora, interleaved by weight.
+
+    Each next document is from the corpus that is furthest behind its share of the
+    text so far (in characters; the first listed of equals). No document is used twice:
+    the mixture ends when the corpus whose turn it is has no more, so shares hold to
+    within one document, and what is left of the others stays unused.
+    """
+    for corpus, weight in parts:
+        if not weight > 0:
+            raise ValueError(
+                f"the weight of {corpus.name} in the mixture is {weight:g}; it must "
+                "be above 0"
+            )
+
+    def read() -> Iterator[Piece]:
+        streams = [corpus.pieces() for corpus, _ in parts]
+        taken = [0.0] * len(parts)
+        while True:
+            turn = taken.index(min(taken))
+            ends = False
+            while not ends:
+                piece = next(streams[turn], None)
+                if piece is None:
+                    return
+                taken[turn] += len(piece.text) / parts[turn][1]
+                ends = piece.ends
+                yield piece
+
+    names = [f"{corpus.fingerprint}*{weight:g}" for corpus, weight in parts]
+    return Corpus(
+        name=_short("-".join(corpus.name for corpus, _ in parts)),
+        fingerprint=_hash("mixture", *names),
+        size_hint=None,
+        pieces=read,
+    )
+
+
+def _builtin(root: Path) -> Corpus:
+    """Returns the library's own source; files that are not UTF-8 are left out."""
+    found = [
+        (path.relative_to(root).as_posix(), path)
+        for path in root.rglob("*.py")
+        if not BUILTIN_SKIPS.intersection(path.relative_to(root).parts[:-1])
+    ]
+    files = [(name, path) for name, path in sorted(found) if _is_text(path)]
+    if not files:
+        raise ValueError(
+            f"the built-in corpus is the Python source in {root}, but no .py file is "
+            "there; give data.source a text file of your own"
+        )
+    size = sum(path.stat().st_size for _, path in files)
+    return Corpus("builtin", _identity(files), size, lambda: _files(files, ""))
+
+
+def _local(source: str, field: str) -> Corpus:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{source} is a folder; give a glob, e.g. {source}/**/*.txt")
+    is_glob = not path.exists()
+    paths = [Path(p) for p in glob(str(path), recursive=True)] if is_glob else [path]
+    files = [(str(p), p) for p in sorted(paths) if p.is_file()]
+    if not files:
+        raise FileNotFoundError(
+            f"no file and no corpus is called {source!r}; corpora are: {_names()}"
+        )
+    # Empty files are common among many, but one that was asked for is a mistake.
+    files = [(name, p) for name, p in files if p.stat().st_size]
+    if not files:
+        raise ValueError(f"{source} is empty; give a file that holds text")
+    packed = any(p.suffix == ".gz" for _, p in files)
+    size = None if packed else sum(p.stat().st_size for _, p in files)
+    name = _short(source if is_glob else path.name.removesuffix(".gz"))
+    return Corpus(name, _identity(files, field), size, lambda: _files(files, field))
+
+
+def _files(files: list[tuple[str, Path]], field: str) -> Iterator[Piece]:
+    for name, path in files:
+        yield from _file(path, name, field)
+
+
+def _file(path: Path, name: str, field: str) -> Iterator[Piece]:
+    if path.name.removesuffix(".gz").endswith(".jsonl"):
+        for text in _rows(path, field):
+            yield from _cut([text], name)
+    else:
+        yield from _cut(_text(path), name)
+
+
+def _stories(path: Path, name: str, field: str) -> Iterator[Piece]:
+    """Yields what stands between the separator lines of TinyStories."""
+    del field
+    lines = _lines(_text(path))
+    for is_end, story in itertools.groupby(lines, lambda s: s.strip() == STORY_END):
+        text = "" if is_end else "".join(story).strip("\n")
+        if text:
+            yield from _cut([text], name)
+
+
+def _lines(chunks: Iterable[str]) -> Iterator[str]:
+    held = ""
+    for chunk in chunks:
+        *lines, held = (held + chunk).split("\n")
+        yield from (line + "\n" for line in lines)
+    if held:
+        yield held
+
+
+def _cut(chunks: Iterable[str], name: str) -> Iterator[Piece]:
+    """Yields one document in pieces of about PIECE_CHARS characters.
+
+    A long document is cut behind a line break that stands between two characters
+    which are not whitespace. No token of the character, byte and word tokenizers and
+    of GPT-2's splitting rule spans such a place, so the ids are those of the whole.
+    Only where four pieces' worth of text has no such place is it cut anywhere.
+    """
+    held = ""
+    for chunk in chunks:
+        held += chunk
+        while len(held) > PIECE_CHARS:
+            end = _cut_at(held, PIECE_CHARS)
+            if not end:
+                if len(held) <= 4 * PIECE_CHARS:
+                    break
+                end = PIECE_CHARS
+            yield Piece(held[:end], name, ends=False)
+            held = held[end:]
+    if held:
+        yield Piece(held, name, ends=True)
+
+
+def _cut_at(text: str, limit: int) -> int:
+    """Returns the last place before `limit` where text may be cut, else the first."""
+
+    def is_right(at: int) -> bool:
+        return not (text[at - 1].isspace() or text[at + 1].isspace())
+
+    at = limit
+    while (at := text.rfind("\n", 1, at)) > 0:
+        if is_right(at):
+            return at + 1
+    at = limit - 1
+    while (at := text.find("\n", at + 1, len(text) - 1)) > 0:
+        if is_right(at):
+            return at + 1
+    return 0
+
+
+def _text(path: Path) -> Iterator[str]:
+    """Yields the decoded text of a file, a megabyte at a time.
+
+    Raises:
+      ValueError: a byte is not UTF-8, or packed data is damaged.
+    """
+    decoder = getincrementaldecoder("utf-8")()
+    offset = 0
+    for data in _bytes(path):
+        # The decoder may hold back up to three bytes of an unfinished character.
+        held = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            raise _not_text(path, offset - held + error.start) from None
+        yield text.removeprefix("\ufeff") if offset == 0 else text
+        offset += len(data)
+
+
+def _rows(path: Path, field: str) -> Iterator[str]:
+    """Yields the text of every row of a .jsonl file."""
+    offset = 0
+    for number, line in enumerate(_byte_lines(path), start=1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            row = json.loads(text) if text.strip() else None
+        except UnicodeDecodeError as error:
+            raise _not_text(path, offset + error.start) from None
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+        offset += len(line)
+        if row is None:
+            continue
+        if not isinstance(row, dict) or not isinstance(row.get(field), str):
+            there = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            raise ValueError(
+                f"{path}, line {number} has no text in the field {field!r}; it has: "
+                f"{there}; name the right one with data.field"
+            )
+        yield row[field]
+
+
+def _bytes(path: Path) -> Iterator[bytes]:
+    """Yields the bytes of a file, unpacked, and then an empty one."""
+    try:
+        with _open_bytes(path) as file:
+            while data := file.read(READ_BYTES):
+                yield data
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is cut short or damaged: {error}") from None
+    yield b""
+
+
+def _byte_lines(path: Path) -> Iterator[bytes]:
+    held = b""
+    for data in _bytes(path):
+        *lines, held = (held + data).split(b"\n")
+        yield from (line + b"\n" for line in lines)
+    if held:
+        yield held
+
+
+def _open_bytes(path: Path) -> io.BufferedIOBase:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore
+
+
+def _dataset(name: str, spec: str, field: str) -> Corpus:
+    """Returns a streamed Hugging Face dataset; its code, if it has any, never runs."""
+    _, *parts = spec.split(":")
+    if not parts[0] or len(parts) > 3:
+        raise ValueError(
+            f"{spec!r} does not name a dataset; write hf:<name>[:<config>][:<split>]"
+        )
+    path, config, split = (*parts, "", "")[:3]
+    split = split or "train"
+
+    def read() -> Iterator[Piece]:
+        try:
+            import datasets
+        except ModuleNotFoundError:
+            raise ValueError(
+                f"reading {spec} needs the package datasets: pip install datasets"
+            ) from None
+        rows = datasets.load_dataset(path, config or None, split=split, streaming=True)
+        for row in rows:
+            if not isinstance(row.get(field), str):
+                raise ValueError(
+                    f"{spec} has no text in the field {field!r}; its fields are: "
+                    f"{', '.join(row)}; name the right one with data.field"
+                )
+            yield from _cut([row[field]], path)
+
+    return Corpus(name, _hash("dataset", path, config, split, field), None, read)
+
+
+def _weighted(part: str) -> tuple[str, float]:
+    """Splits "name*3" into the name and its weight; a bare name weighs 1."""
+    match = re.fullmatch(r"\s*(.+?)\s*\*\s*(\d+\.?\d*)\s*", part)
+    return (match[1], float(match[2])) if match else (part.strip(), 1.0)
+
+
+def _identity(files: list[tuple[str, Path]], *more: str) -> str:
+    parts = [f"{name} {p.stat().st_size} {sha256(p)}" for name, p in files]
+    return _hash(*parts, *more)
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        return bool(path.read_bytes().decode("utf-8"))
+    except UnicodeDecodeError:
+        return False
+
+
+def _not_text(path: Path, offset: int) -> ValueError:
+    return ValueError(
+        f"{path} is not UTF-8 text: the byte at offset {offset} is invalid; convert "
+        "the file to UTF-8"
+    )
+
+
+def _short(name: str) -> str:
+    """Returns a name that is fit for a folder."""
+    name = re.sub(r"\.(txt|md|jsonl)$", "", name.removeprefix("hf:"))
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.")[-40:] or "text"
+
+
+def _names() -> str:
+    return ", ".join(NAMES)
+
+
+# --- downloads ------------------------------------------------------------------------
+
+
+def fetch(name: str, cache: str | Path, progress: bool = True) -> Path:
+    """Returns the file of a download; see DOWNLOADS for the names.
+
+    A file in the cache with the right sha256 is used as it is. An interrupted download
+    goes on where it stopped, if the server can do that.
+
+    Args:
+      name: a key of DOWNLOADS.
+      cache: the folder where downloads are kept; made when missing.
+      progress: show how far the download is.
+
+    Raises:
+      ValueError: the name is unknown, or what arrived is not the expected file, which
+        is then kept beside the cache's own under a name that ends in .bad.
+      FileNotFoundError: it is not in the cache and cannot be downloaded.
+    """
+    if name not in DOWNLOADS:
+        raise ValueError(f"{name!r} is not one of: {', '.join(DOWNLOADS)}")
+    item, cache = DOWNLOADS[name], Path(cache).expanduser()
+    pinned = _pins(cache).get(name) if item.changes else None
+    right = {item.sha256, pinned} - {None}
+    for path in filter(Path.is_file, (cache / file for file in item.names)):
+        digest = sha256(path)
+        if not right:
+            _pin(cache, name, digest, progress)
+        if not right or digest in right:
+            return path
+    path = cache / item.names[0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parts = [path.with_name(f"{path.name}.{i}.part") for i in range(len(item.urls))]
+    for url, part in zip(item.urls, parts, strict=True):
+        _download(url, part, name=name, path=path, progress=progress)
+    whole = path.with_name(f"{path.name}.whole") if item.finish else parts[0]
+    if item.finish:
+        whole.write_bytes(item.finish([part.read_bytes() for part in parts]))
+    digest = sha256(whole)
+    if item.changes and not pinned:
+        _pin(cache, name, digest, progress)
+    elif digest not in right:
+        aside = path.with_name(f"{path.name}.bad")
+        os.replace(whole, aside)
+        _remove(parts)
+        cure = f"delete {name} from {cache / 'pins.json'} to accept it"
+        raise ValueError(
+            f"the download of {name} has sha256 {digest} instead of "
+            f"{pinned or item.sha256} and is kept as {aside}; look at it, then "
+            f"{cure if item.changes else 'try again, or put the right file there'}"
+        )
+    if path.exists():
+        os.replace(path, path.with_name(f"{path.name}.bad"))
+    os.replace(whole, path)
+    _remove(parts)
+    return path
+
+
+def sha256(path: Path) -> str:
+    """Returns the sha256 of a file as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _download(url: str, part: Path, *, name: str, path: Path, progress: bool) -> None:
+    """Downloads a URL to `part`, going on after interruptions."""
+    failure: Exception | None = None
+    for attempt in range(TRIES):
+        if attempt:
+            time.sleep(RETRY_SECONDS * 2**attempt)
+        try:
+            return _resume(url, part, progress)
+        except (
+            urllib.error.URLError,
+            HTTPException,
+            ConnectionError,
+            TimeoutError,
+        ) as e:
+            failure = e
+            if isinstance(e, urllib.error.HTTPError) and e.code < 500:
+                break
+    raise FileNotFoundError(
+        f"{name} is not in the cache and {url} cannot be downloaded ({failure}); check "
+        f"the connection, or put the file at {path}"
+    )
+
+
+def _resume(url: str, part: Path, progress: bool) -> None:
+    """Downloads what is missing of `part`.
+
+    The server's ETag is kept beside it, so that a file which changed meanwhile is
+    downloaded from its start and never put together from two versions.
+    """
+    have = part.stat().st_size if part.exists() else 0
+    tag = part.with_suffix(".etag")
+    headers = {"User-Agent": "gpt_jax"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    if have and tag.exists():
+        headers["If-Range"] = tag.read_text()
+    request = urllib.request.Request(url, headers=headers)
+    try:
+        reply = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:
+            raise
+        if error.headers.get("Content-Range") == f"bytes */{have}":
+            return  # it had arrived whole
+        part.unlink()
+        raise ConnectionError("the server has a shorter file now") from None
+    with reply:
+        start = have if reply.status == 206 else 0
+        length = reply.headers.get("Content-Length")
+        total = None if length is None else start + int(length)
+        etag = reply.headers.get("ETag", "")
+        tag.write_text(etag) if etag[:1] == '"' else tag.unlink(missing_ok=True)
+        with part.open("ab" if start else "wb") as file, _bar(progress) as bar:
+            label = url.rsplit("/", 1)[-1]
+            if progress and bar.disable:
+                bar.console.print(f"downloading {url}", soft_wrap=True)
+            task = bar.add_task(label, total=total, completed=start)
+            while data := reply.read(READ_BYTES // 8):
+                file.write(data)
+                bar.advance(task, len(data))
+    if total is not None and part.stat().st_size < total:
+        raise ConnectionError(f"the connection closed at {part.stat().st_size} bytes")
+
+
+def _bar(progress: bool) -> bars.Progress:
+    console = Console(stderr=True)
+    return bars.Progress(
+        "{task.description}",
+        bars.BarColumn(),
+        bars.DownloadColumn(),
+        bars.TransferSpeedColumn(),
+        bars.TimeRemainingColumn(),
+        console=console,
+        disable=not (progress and console.is_terminal),
+    )
+
+
+def _pins(cache: Path) -> dict[str, str]:
+    path = cache / "pins.json"
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        raise ValueError(f"{path} is not JSON; repair or delete it") from None
+
+
+def _pin(cache: Path, name: str, digest: str, progress: bool) -> None:
+    partial = cache / f"pins.json.{os.getpid()}.tmp"
+    partial.write_text(json.dumps({**_pins(cache), name: digest}, indent=1) + "\n")
+    os.replace(partial, cache / "pins.json")
+    if progress:
+        Console(stderr=True).print(
+            f"{name} has no known sha256: this copy is trusted and pinned "
+            f"from now on ({digest}, {cache / 'pins.json'})",
+            soft_wrap=True,
+        )
+
+
+def _remove(parts: Iterable[Path]) -> None:
+    for part in parts:
+        part.unlink(missing_ok=True)
+        part.with_suffix(".etag").unlink(missing_ok=True)
+
+
+def _gutenberg(books: list[bytes]) -> bytes:
+    """Joins books of Project Gutenberg, without what stands around the text itself."""
+    texts = []
+    for data in books:
+        text = data.decode("utf-8-sig").replace("\r\n", "\n")
+        match = re.search(
+            r"\*\*\* ?START OF TH[^\n]*\n(.*)\*\*\* ?END OF TH", text, flags=re.DOTALL
+        )
+        if not match:
+            raise ValueError(
+                f"a Project Gutenberg book lacks its START and END lines; it begins "
+                f"with {text[:60]!r}"
+            )
+        texts.append(match[1].strip("\n") + "\n")
+    return "\n\n".join(texts).encode()
+
+
+def _member(name: str) -> Callable[[list[bytes]], bytes]:
+    """Returns what takes one file out of a zip archive."""
+
+    def finish(parts: list[bytes]) -> bytes:
+        with zipfile.ZipFile(io.BytesIO(parts[0])) as archive:
+            return archive.read(name)
+
+    return finish
+
+
+_BOOK = "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main"
+_GPT2 = "https://openaipublic.blob.core.windows.net/gpt-2/models/124M"
+_HUB = "https://huggingface.co/datasets"
+# Sense and Sensibility, Pride and Prejudice, Mansfield Park, Emma, Northanger Abbey,
+# Persuasion.
+_AUSTEN = (161, 1342, 141, 158, 121, 105)
+
+DOWNLOADS = {
+    "tinyshakespeare": Download(
+        urls=(
+            "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
+            "tinyshakespeare/input.txt",
+        ),
+        names=("tinyshakespeare.txt", "input.txt"),
+        sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    ),
+    "the_verdict": Download(
+        urls=(f"{_BOOK}/ch02/01_main-chapter-code/the-verdict.txt",),
+        names=("the-verdict.txt", "the_verdict.txt"),
+        sha256="b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f",
+    ),
+    # The sha256 is that of the texts as packed in the R package janeaustenr.
+    "austen": Download(
+        urls=tuple(
+            f"https://www.gutenberg.org/cache/epub/{i}/pg{i}.txt" for i in _AUSTEN
+        ),
+        names=("austen.txt",),
+        sha256="32432b75ad045648fc586b923f9d38cddee6ecfa14cfe8968b9a028c36a19c23",
+        finish=_gutenberg,
+        changes=True,
+    ),
+    "tinystories": Download(
+        urls=(
+            f"{_HUB}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt",
+        ),
+        names=("TinyStoriesV2-GPT4-train.txt", "tinystories.txt"),
+        sha256=None,
+        changes=True,
+    ),
+    "gpt2_encoder": Download(
+        urls=(f"{_GPT2}/encoder.json",),
+        names=("gpt2_tokenizer/encoder.json", "encoder.json"),
+        sha256="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    ),
+    "gpt2_bpe": Download(
+        urls=(f"{_GPT2}/vocab.bpe",),
+        names=("gpt2_tokenizer/vocab.bpe", "vocab.bpe"),
+        sha256="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    ),
+    "sms_spam": Download(
+        urls=("https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip",),
+        names=("sms_spam.tsv", "SMSSpamCollection"),
+        sha256="7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d",
+        finish=_member("SMSSpamCollection"),
+    ),
+    "instructions": Download(
+        urls=(f"{_BOOK}/ch07/01_main-chapter-code/instruction-data.json",),
+        names=("instruction-data.json",),
+        sha256="7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944",
+    ),
+    "preferences": Download(
+        urls=(
+            f"{_BOOK}/ch07/04_preference-tuning-with-dpo/"
+            "instruction-data-with-preference.json",
+        ),
+        names=("instruction-data-with-preference.json",),
+        sha256="305315abf14f65fa42c01a0877572f832606571c2a7d49f152ac1d758b16756e",
+    ),
+}

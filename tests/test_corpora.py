@@ -1,0 +1,428 @@
+"""Corpora: what is read, in which order, and what a download survives."""
+
+import functools
+import gzip
+import hashlib
+import http.server
+import itertools
+import json
+import sys
+import threading
+import types
+
+import pytest
+
+from gpt_jax import corpora
+from gpt_jax.corpora import Download
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Returns a function that opens a source and returns its documents."""
+
+    def documents(source, field="text"):
+        corpus = corpora.open(str(source), field=field, cache=tmp_path / "cache")
+        return list(corpus.documents())
+
+    return documents
+
+
+def fingerprint(source, field="text"):
+    return corpora.open(str(source), field=field, cache="unused").fingerprint
+
+
+# --- files ----------------------------------------------------------------------------
+
+
+def test_a_text_file_is_one_document_with_every_byte_of_it(tmp_path, read):
+    text = "one\r\ntwo\ttab\n\n  é ☃ 𝄞 \x00 end"
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    assert read(tmp_path / "a.txt") == [text]
+
+
+def test_a_byte_order_mark_at_the_start_is_left_out_and_elsewhere_kept(tmp_path, read):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfx\xef\xbb\xbfy")
+    assert read(tmp_path / "a.txt") == ["x\ufeffy"]
+
+
+def test_a_glob_reads_its_files_sorted_and_passes_over_empty_ones(tmp_path, read):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.txt", "a.txt", "sub/c.txt", "note.md"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "empty.txt").touch()
+    assert read(f"{tmp_path}/**/*.txt") == ["a.txt", "b.txt", "sub/c.txt"]
+
+
+def test_a_gz_file_reads_like_the_unpacked_one(tmp_path, read):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress("grüße".encode()))
+    rows = "".join(json.dumps({"body": text}) + "\n" for text in ("x", "y\n"))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+    assert read(tmp_path / "a.txt.gz") == ["grüße"]
+    assert read(tmp_path / "b.jsonl.gz", field="body") == ["x", "y\n"]
+
+
+def test_every_row_of_a_jsonl_file_is_a_document(tmp_path, read):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one\\ntwo"}\n\n{"text": "three", "id": 3}')
+    assert read(path) == ["one\ntwo", "three"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_the_read_size_does_not_change_the_text(tmp_path, read, monkeypatch, size):
+    text = "aé☃𝄞\n<|endoftext|>\nb\n" * 5
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    monkeypatch.setattr(corpora, "READ_BYTES", size)
+    assert read(tmp_path / "a.txt") == [text]
+
+
+def test_a_long_document_is_cut_only_where_no_token_can_span(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "PIECE_CHARS", 20)
+    monkeypatch.setattr(corpora, "READ_BYTES", 16)
+    text = (
+        "def f():\n    return 1\n\n\nx = 2 \ny = 3\nz = 4\nprint(x, y, z)\n\nend\n" * 4
+    )
+    (tmp_path / "a.py").write_text(text)
+    corpus = corpora.open(str(tmp_path / "a.py"), field="", cache="unused")
+    pieces = list(corpus.pieces())
+    assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert len(pieces) > 4
+    for left, right in itertools.pairwise(pieces):
+        assert left.text[-1] == "\n" and not left.text[-2].isspace()
+        assert not right.text[0].isspace()
+    assert list(corpus.documents()) == [text]
+
+
+def test_text_without_any_line_break_is_still_read_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "PIECE_CHARS", 10)
+    (tmp_path / "a.txt").write_text("x" * 95)
+    corpus = corpora.open(str(tmp_path / "a.txt"), field="", cache="unused")
+    assert max(len(piece.text) for piece in corpus.pieces()) <= 40
+    assert list(corpus.documents()) == ["x" * 95]
+
+
+# --- identity -------------------------------------------------------------------------
+
+
+def test_the_fingerprint_follows_names_contents_and_field(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.txt").write_text("two")
+    before = fingerprint(f"{tmp_path}/*.txt")
+    assert fingerprint(f"{tmp_path}/*.txt") == before
+    assert fingerprint(f"{tmp_path}/*.txt", field="body") != before
+    (tmp_path / "b.txt").write_text("tow")  # the same size
+    changed = fingerprint(f"{tmp_path}/*.txt")
+    (tmp_path / "b.txt").rename(tmp_path / "c.txt")
+    assert len({before, changed, fingerprint(f"{tmp_path}/*.txt")}) == 3
+
+
+def test_the_built_in_corpus_is_sorted_valid_source_without_tests(
+    tmp_path, monkeypatch
+):
+    for name in ("b.py", "a/x.py", "test/t.py", "a/tests/t.py", "site-packages/s.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"# {name}\n")
+    (tmp_path / "a" / "__init__.py").touch()
+    (tmp_path / "a" / "latin.py").write_bytes(b"# \xe9\n")
+    (tmp_path / "a" / "data.txt").write_text("not source")
+    monkeypatch.setattr(corpora.sysconfig, "get_path", lambda name: str(tmp_path))
+    corpus = corpora.open("builtin", field="", cache="unused")
+    assert list(corpus.documents()) == ["# a/x.py\n", "# b.py\n"]
+    assert corpus.size_hint == sum(map(len, corpus.documents()))
+
+
+def test_the_built_in_corpus_is_there_and_large():
+    corpus = corpora.open("builtin", field="", cache="unused")
+    assert corpus.size_hint is not None and corpus.size_hint > 5_000_000
+    assert sum("class ZipFile:" in text for text in corpus.documents()) == 1
+
+
+# --- mixtures and datasets ------------------------------------------------------------
+
+
+def test_a_mixture_keeps_the_shares_of_text_to_within_a_document(tmp_path, read):
+    for name, count in (("a", 90), ("b", 90)):
+        rows = [json.dumps({"text": f"{name}{i:02}"}) for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    source = f"{tmp_path}/a.jsonl*3 + {tmp_path}/b.jsonl*1"
+    mixed = read(source)
+    assert mixed == read(source)
+    for end in range(1, len(mixed)):
+        a = sum(text[0] == "a" for text in mixed[:end])
+        assert abs(a - 0.75 * end) <= 1
+    assert [text for text in mixed if text[0] == "a"] == [f"a{i:02}" for i in range(90)]
+    assert len(set(mixed)) == len(mixed) == 120  # a runs out: b is not carried on
+
+
+def test_a_mixture_weighs_text_not_documents(tmp_path, read):
+    (tmp_path / "long.txt").write_text("L" * 300)
+    rows = [json.dumps({"text": "s" * 10}) for _ in range(100)]
+    (tmp_path / "short.jsonl").write_text("\n".join(rows))
+    mixed = "".join(read(f"{tmp_path}/long.txt + {tmp_path}/short.jsonl*0.5"))
+    assert (mixed.count("L"), mixed.count("s")) == (300, 150)
+
+
+def test_a_dataset_is_streamed_by_name_config_and_split(read, monkeypatch):
+    asked = []
+
+    def load_dataset(*args, **options):
+        asked.append((args, options))
+        return iter([{"body": "one", "id": 1}, {"body": "two", "id": 2}])
+
+    module = types.SimpleNamespace(load_dataset=load_dataset)
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    assert read("hf:some/data:small:validation", field="body") == ["one", "two"]
+    assert read("fineweb-edu", field="body") == ["one", "two"]
+    assert asked == [
+        (("some/data", "small"), {"split": "validation", "streaming": True}),
+        (
+            ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
+            asked[0][1] | {"split": "train"},
+        ),
+    ]
+    with pytest.raises(ValueError, match=r"no text in the field 'text'.*body, id"):
+        read("hf:some/data")
+
+
+def test_a_missing_datasets_package_is_named(read, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="pip install datasets"):
+        read("openwebtext")
+
+
+# --- mistakes -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("bad.txt", b"ab\xff cd", r"bad.txt is not UTF-8 text.* offset 2 "),
+        ("late.txt", b"x" * 10 + b"\xc3", r"late.txt is not UTF-8.* offset 10 "),
+        ("utf16.txt", "hi".encode("utf-16"), r"offset 0 .*convert"),
+        ("empty.txt", b"", r"empty.txt is empty"),
+        ("cut.txt.gz", gzip.compress(b"x" * 999)[:-9], r"cut.txt.gz is cut short"),
+        ("not.txt.gz", b"plain", r"not.txt.gz is cut short or damaged"),
+        ("a.jsonl", b'{"text": "x"}\n{"text"', r"a.jsonl, line 2 is not JSON"),
+        ("b.jsonl", b'{"body": 1}', r"line 1 has no text in the field 'text'.*body"),
+        ("c.jsonl", b"[1]", r"line 1 has no text in the field 'text'; it has: list"),
+        ("d.jsonl", b'{"text": "x"}\n\xff\n', r"d.jsonl is not UTF-8.* offset 14 "),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 1 << 20])
+def test_damaged_files_are_named(
+    tmp_path, read, monkeypatch, size, name, data, message
+):
+    monkeypatch.setattr(corpora, "READ_BYTES", size)
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / name)
+
+
+def test_a_source_that_does_not_exist_is_told_with_the_names_that_do(tmp_path, read):
+    with pytest.raises(FileNotFoundError, match=r"'shakspere'.*tinyshakespeare"):
+        read("shakspere")
+    with pytest.raises(ValueError, match="is a folder; give a glob"):
+        read(tmp_path)
+    with pytest.raises(ValueError, match=r"source is empty"):
+        read(" ")
+    with pytest.raises(ValueError, match="does not name a dataset"):
+        read("hf:a:b:c:d")
+    with pytest.raises(ValueError, match=r"weight of builtin .* above 0"):
+        read("builtin*0 + builtin*1")
+    with pytest.raises(ValueError, match="'nothing' is not one of: tinyshakespeare"):
+        corpora.fetch("nothing", tmp_path)
+
+
+# --- downloads ------------------------------------------------------------------------
+
+PAGE = b"".join(b"line %d\n" % i for i in range(20_000))
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves `server.page`, or its Range; `server.drops` says when to hang up."""
+
+    def do_GET(self):
+        server = self.server
+        wanted, start = self.headers.get("Range"), 0
+        server.ranges.append(wanted)
+        fresh = self.headers.get("If-Range") in (None, server.etag)
+        if wanted and server.resumes and fresh:
+            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+        if start >= len(server.page):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(server.page)}")
+            self.end_headers()
+            return
+        body = server.page[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("ETag", server.etag)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        drop = server.drops.pop(0) if server.drops else len(body)
+        self.wfile.write(body[:drop])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.page, server.etag, server.resumes = PAGE, '"1"', True
+    server.drops, server.ranges = [], []
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def fetch(server, tmp_path, monkeypatch):
+    """Returns fetch("page"), with one download in the table, served on loopback."""
+    monkeypatch.setattr(corpora, "RETRY_SECONDS", 0.0)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    item = Download(
+        urls=(f"http://127.0.0.1:{server.server_port}/page.txt",),
+        names=("page.txt", "other.txt"),
+        sha256=hashlib.sha256(PAGE).hexdigest(),
+    )
+
+    def use(**changes):
+        monkeypatch.setitem(corpora.DOWNLOADS, "page", item._replace(**changes))
+
+    use()
+    run = functools.partial(corpora.fetch, "page", tmp_path, progress=False)
+    return types.SimpleNamespace(run=run, use=use)
+
+
+def test_a_download_arrives_whole_and_the_second_fetch_asks_nobody(server, fetch):
+    path = fetch.run()
+    assert path.read_bytes() == PAGE
+    assert fetch.run() == path and len(server.ranges) == 1
+    assert [p.name for p in path.parent.iterdir()] == ["page.txt"]
+
+
+def test_a_file_under_another_known_name_is_used_instead_of_the_network(
+    server, fetch, tmp_path
+):
+    (tmp_path / "other.txt").write_bytes(PAGE)
+    assert fetch.run() == tmp_path / "other.txt" and not server.ranges
+
+
+def test_a_dropped_connection_goes_on_where_it_stopped(server, fetch):
+    server.drops = [70_000, 0, 50_000]
+    assert fetch.run().read_bytes() == PAGE
+    starts = [int(r[6:-1]) if r else 0 for r in server.ranges]
+    assert starts == [0, 70_000, 70_000, 120_000]
+
+
+def test_a_later_process_goes_on_where_an_earlier_one_gave_up(server, fetch):
+    server.drops = [10_000] * corpora.TRIES
+    with pytest.raises(FileNotFoundError, match="connection closed at 50000 bytes"):
+        fetch.run()
+    assert fetch.run().read_bytes() == PAGE
+    assert server.ranges[-1] == "bytes=50000-"
+
+
+def test_a_part_that_had_arrived_whole_is_not_downloaded_again(server, fetch, tmp_path):
+    (tmp_path / "page.txt.0.part").write_bytes(PAGE)
+    assert fetch.run().read_bytes() == PAGE
+    assert server.ranges == [f"bytes={len(PAGE)}-"]
+
+
+def test_a_file_that_changed_meanwhile_is_downloaded_from_its_start(server, fetch):
+    server.page = PAGE[::-1]
+    server.drops = [10_000] * corpora.TRIES
+    with pytest.raises(FileNotFoundError):
+        fetch.run()
+    server.page, server.etag = PAGE, '"2"'
+    assert fetch.run().read_bytes() == PAGE
+
+
+def test_a_server_that_cannot_resume_is_asked_from_the_start(server, fetch):
+    server.resumes, server.drops = False, [70_000]
+    assert fetch.run().read_bytes() == PAGE
+
+
+def test_a_wrong_download_is_refused_and_kept_aside(server, fetch, tmp_path):
+    server.page = PAGE[:-1] + b"x"
+    with pytest.raises(
+        ValueError, match=r"the download of page has sha256 .*page.txt.bad"
+    ):
+        fetch.run()
+    assert (tmp_path / "page.txt.bad").read_bytes() == server.page
+    assert not (tmp_path / "page.txt").exists()
+
+
+def test_a_damaged_cache_file_is_downloaded_again(server, fetch, tmp_path):
+    (tmp_path / "page.txt").write_bytes(PAGE[:-1])
+    assert fetch.run().read_bytes() == PAGE and len(server.ranges) == 1
+
+
+def test_a_download_that_changes_is_pinned_at_first_use_and_checked_after(
+    server, fetch, tmp_path
+):
+    fetch.use(sha256=None, changes=True)
+    path = fetch.run()
+    pins = json.loads((tmp_path / "pins.json").read_text())
+    assert pins == {"page": hashlib.sha256(PAGE).hexdigest()}
+    path.write_bytes(b"edited")
+    assert fetch.run().read_bytes() == PAGE
+    path.unlink()
+    server.page, server.etag = b"another edition", '"2"'
+    with pytest.raises(ValueError, match=r"delete page from .*pins.json to accept it"):
+        fetch.run()
+
+
+def test_a_download_of_several_parts_is_put_together(server, fetch):
+    whole = b"[" + PAGE + b"|" + PAGE + b"]"
+    fetch.use(
+        urls=corpora.DOWNLOADS["page"].urls * 2,
+        sha256=hashlib.sha256(whole).hexdigest(),
+        finish=lambda parts: b"[" + b"|".join(parts) + b"]",
+    )
+    path = fetch.run()
+    assert path.read_bytes() == whole
+    assert [p.name for p in path.parent.iterdir()] == ["page.txt"]
+
+
+def test_an_unreachable_server_is_told_with_what_to_do(server, fetch, tmp_path):
+    fetch.use(urls=("http://127.0.0.1:9/page.txt",))
+    with pytest.raises(FileNotFoundError, match=r"put the file at .*page.txt"):
+        fetch.run()
+
+
+def test_the_text_of_a_gutenberg_book_stands_between_its_marks():
+    page = (
+        "\ufeffThe Project Gutenberg eBook of Emma\r\n\r\n"
+        "*** START OF THE PROJECT GUTENBERG EBOOK EMMA ***\r\n\r\nCHAPTER I\r\n\r\n"
+        "Emma ***\r\n\r\n*** END OF THE PROJECT GUTENBERG EBOOK EMMA ***\r\nLicence"
+    ).encode()
+    assert corpora._gutenberg([page, page]) == b"CHAPTER I\n\nEmma ***\n" + (
+        b"\n\nCHAPTER I\n\nEmma ***\n"
+    )
+    with pytest.raises(ValueError, match="lacks its START and END lines"):
+        corpora._gutenberg([b"<html>"])
+
+
+def test_tinystories_are_split_into_stories(tmp_path, read, monkeypatch):
+    (tmp_path / "cache").mkdir()
+    text = (
+        "\nOnce.\n\nThe end.\n<|endoftext|>\n\nTwice.\n<|endoftext|>\n<|endoftext|>\n"
+    )
+    (tmp_path / "cache" / "tinystories.txt").write_text(text)
+    monkeypatch.setattr(corpora, "READ_BYTES", 5)
+    assert read("tinystories") == ["Once.\n\nThe end.", "Twice."]
+
+
+def test_every_named_corpus_can_be_opened_from_a_filled_cache(corpus_file):
+    sizes = {"tinyshakespeare": 1_115_394, "the_verdict": 20_479, "austen": 4_025_038}
+    for name, file in (
+        ("tinyshakespeare", "tinyshakespeare.txt"),
+        ("the_verdict", "the-verdict.txt"),
+        ("austen", "austen.txt"),
+    ):
+        cache = corpus_file(file).parent
+        corpus = corpora.open(name, field="text", cache=cache)
+        assert [len(text) for text in corpus.documents()] == [sizes[name]]
