@@ -1,0 +1,645 @@
+"""Text to token ids and back: character, word, byte and byte-level BPE tokenizers.
+
+Every tokenizer is a Hugging Face `tokenizers` object that lives in one
+tokenizer.json, so other software can load it and gets the same ids. This module
+keeps three promises on top: text never becomes a special token, nothing unseen is
+dropped in silence, and streamed text never holds half a character.
+"""
+
+import codecs
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+import tokenizers as hf
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+EOS = "<|endoftext|>"
+UNK = "<|unk|>"
+# What the end of a text is called, here first and then in published tokenizers.
+END_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>")
+# No space is written before these when words are joined.
+CLOSE_UP = tuple(",.:;?!\"()'")
+
+# Long texts are cut where no token can span, so that all cores encode one text and
+# memory stays bounded. A token of the word rule or of GPT-2's rule never runs from a
+# letter or one of these marks into the whitespace behind it.
+CUT = re.compile(r"(?<=[\w.,;:!?。])(?=[ \n])")
+CUT_CHARS = 1 << 16
+GROUP_CHARS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer, held as the text of its tokenizer.json.
+
+    Equal texts are equal tokenizers; pickling sends the text only.
+    """
+
+    json: str = field(repr=False)
+
+    def __reduce__(self):
+        # The Hugging Face object would lose encode_special_tokens on its way.
+        return Tokenizer, (self.json,)
+
+    @cached_property
+    def backend(self) -> hf.Tokenizer:
+        """The Hugging Face object, set so that text never becomes a special token."""
+        backend = hf.Tokenizer.from_str(self.json)
+        backend.encode_special_tokens = True  # not a part of tokenizer.json
+        return backend
+
+    @cached_property
+    def sha256(self) -> str:
+        """The hash of tokenizer.json as `save` writes it."""
+        return hashlib.sha256(self.json.encode()).hexdigest()
+
+    @cached_property
+    def kind(self) -> str:
+        """char, word, byte, bpe (any byte-level BPE), or other."""
+        return _kind(self.backend)
+
+    @cached_property
+    def vocab(self) -> dict[str, int]:
+        """Every token, as tokenizer.json spells it, and its id."""
+        return self.backend.get_vocab(with_added_tokens=True)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the highest id."""
+        return 1 + max(self.vocab.values())
+
+    @cached_property
+    def specials(self) -> dict[str, int]:
+        """The special tokens and their ids."""
+        added = self.backend.get_added_tokens_decoder()
+        return {token.content: i for i, token in added.items() if token.special}
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id of `<|endoftext|>` (or its usual other names), if there is one."""
+        names = [name for name in END_NAMES if name in self.specials]
+        return self.specials[names[0]] if names else None
+
+    @cached_property
+    def unk_id(self) -> int | None:
+        """The id that stands for text outside the vocabulary, if there is one."""
+        model = json.loads(self.json)["model"]
+        unk = model.get("unk_token")
+        return self.vocab.get(unk) if unk is not None else model.get("unk_id")
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text; see `encode_batch`."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+        """Returns the ids of each text, using all cores.
+
+        Special tokens written in a text are encoded as the text they are.
+
+        Raises:
+          ValueError: a text holds something that the vocabulary lacks and there is
+            no token for the unknown; the sentence names it and its position.
+        """
+        texts = list(texts)
+        if self.kind == "char":
+            return [self._look_up(text) for text in texts]
+        if self._may_drop:
+            for text in texts:
+                self._refuse_dropped(text)
+        ids: list[list[int]] = [[] for _ in texts]
+        for group in _groups(texts, cut=self._cuttable):
+            try:
+                pieces = [piece for _, piece in group]
+                encoded = self.backend.encode_batch_fast(
+                    pieces, add_special_tokens=False
+                )
+            except Exception as error:  # Hugging Face raises nothing narrower
+                for text in texts:
+                    self._explain(text)
+                raise ValueError(f"this text cannot be tokenized: {error}") from error
+            for (owner, _), encoding in zip(group, encoded, strict=True):
+                ids[owner].extend(encoding.ids)
+        return ids
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Returns the text of ids; special tokens appear by name.
+
+        Bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+          ValueError: an id is not in the vocabulary.
+        """
+        ids = self._checked(ids)
+        if self._pieces is None:
+            return self.backend.decode(ids, skip_special_tokens=False)
+        joined = b"".join(self._pieces[i] for i in ids)
+        text = joined.decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self.kind == "word" else text
+
+    def decode_stream(self) -> "PieceStream | WindowStream":
+        """Returns an object whose `push(id)` gives the text that id completes.
+
+        The pushed texts and a final `flush()` join to what `decode` returns.
+        """
+        return WindowStream(self) if self._pieces is None else PieceStream(self)
+
+    def add_special(self, tokens: Sequence[str]) -> "Tokenizer":
+        """Returns a tokenizer with new special tokens after the present ids.
+
+        Raises:
+          ValueError: a token is empty, given twice or in the vocabulary already.
+        """
+        for position, token in enumerate(tokens):
+            if not token:
+                raise ValueError("a special token needs at least one character")
+            if token in self.vocab or token in tokens[:position]:
+                raise ValueError(
+                    f"special token {token!r} is in the vocabulary already; "
+                    "choose another name"
+                )
+        if self.kind == "char":
+            return self._add_to_characters(tokens)
+        grown = hf.Tokenizer.from_str(self.json)
+        grown.add_special_tokens(list(tokens))
+        return _wrap(grown)
+
+    def special_id(self, token: str) -> int:
+        """Returns the id of a special token; ValueError when there is none such."""
+        if token not in self.specials:
+            known = ", ".join(self.specials) or "none"
+            raise ValueError(
+                f"{token!r} is not a special token of this tokenizer, which has: "
+                f"{known}; add it with add_special"
+            )
+        return self.specials[token]
+
+    def token_bytes(self) -> np.ndarray:
+        """Returns int32 [V]: the UTF-8 bytes each token stands for; specials 0."""
+        size_V = np.zeros(self.vocab_size, np.int32)
+        for token, i in self.vocab.items():
+            if self._pieces is not None:
+                piece = self._pieces[i]
+                size_V[i] = len(piece.lstrip(b" ") if self.kind == "word" else piece)
+            elif re.fullmatch("<0x[0-9A-F]{2}>", token):
+                size_V[i] = 1
+            else:
+                size_V[i] = len(token.replace("▁", " ").encode())
+        size_V[list(self.specials.values())] = 0
+        return size_V
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes tokenizer.json at `path`, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        partial.write_bytes(self.json.encode())
+        os.replace(partial, path)
+
+    @cached_property
+    def _pieces(self) -> list[bytes] | None:
+        """What each id adds to a decoded text; None where that is no table."""
+        if self.kind == "other":
+            return None
+        added = self.backend.get_added_tokens_decoder()
+        piece = {"char": str.encode, "word": _word_piece}.get(self.kind, _byte_piece)
+        pieces = [b""] * self.vocab_size
+        for token, i in self.vocab.items():
+            named = i in added and self.kind != "word"
+            pieces[i] = token.encode() if named else piece(token)
+        return pieces
+
+    @cached_property
+    def _known_V(self) -> np.ndarray:
+        """bool [V]: False for the ids that a published vocabulary leaves out."""
+        known_V = np.zeros(self.vocab_size, bool)
+        known_V[list(self.vocab.values())] = True
+        return known_V
+
+    @cached_property
+    def _table(self) -> np.ndarray:
+        """int32 [C]: the id of each code point, the last entry for those above."""
+        codes = {ord(token): i for token, i in self.vocab.items() if len(token) == 1}
+        unknown = -1 if self.unk_id is None else self.unk_id
+        table_C = np.full(max(codes) + 2, unknown, np.int32)
+        table_C[list(codes)] = list(codes.values())
+        return table_C
+
+    def _look_up(self, text: str) -> list[int]:
+        # The same ids as the Hugging Face object gives, some forty times as fast.
+        code_T = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+        id_T = self._table[np.minimum(code_T, len(self._table) - 1)]
+        if (id_T < 0).any():
+            position = int((id_T < 0).argmax())
+            raise self._unseen("character", text[position], position)
+        return id_T.tolist()
+
+    @cached_property
+    def _cuttable(self) -> bool:
+        """Whether the rule for splitting is one of ours, for which CUT is right."""
+        rule = _state(self.backend.pre_tokenizer)
+        known = [_state(make()) for make in PRE_TOKENIZERS.values()]
+        return self.kind != "other" and rule in known
+
+    @cached_property
+    def _missing_bytes(self) -> set[int]:
+        return {b for c, b in _byte_values().items() if c not in self.vocab}
+
+    @cached_property
+    def _alphabet(self) -> set[str]:
+        model = json.loads(self.json)["model"]
+        before = model.get("continuing_subword_prefix") or ""
+        behind = model.get("end_of_word_suffix") or ""
+        return {t.removeprefix(before).removesuffix(behind) for t in self.vocab}
+
+    @cached_property
+    def _may_drop(self) -> bool:
+        """Whether the model leaves out what it does not know without a word."""
+        model = json.loads(self.json)["model"]
+        if model.get("type") != "BPE" or self.unk_id is not None:
+            return False
+        if self.kind in ("byte", "bpe"):
+            return bool(self._missing_bytes)
+        every_byte = all(f"<0x{b:02X}>" in self.vocab for b in range(256))
+        return not (model.get("byte_fallback") and every_byte)
+
+    def _refuse_dropped(self, text: str) -> None:
+        # Offsets do not tell: after a dropped character they are off by its length.
+        if self.kind in ("byte", "bpe"):
+            for position, character in enumerate(text):
+                if not self._missing_bytes.isdisjoint(character.encode()):
+                    raise self._unseen("character", character, position)
+            return
+        if self.backend.normalizer is not None:
+            text = self.backend.normalizer.normalize_str(text)
+        rule = self.backend.pre_tokenizer
+        pieces = rule.pre_tokenize_str(text) if rule else [(text, (0, len(text)))]
+        for piece, (start, _) in pieces:
+            for offset, character in enumerate(piece):
+                if character not in self._alphabet:
+                    raise self._unseen("character", character, start + offset)
+
+    def _explain(self, text: str) -> None:
+        """Raises a ValueError that names what is wrong with a refused text."""
+        half = re.search("[\ud800-\udfff]", text)
+        if half:
+            raise ValueError(
+                f"character {half.group()!r} at position {half.start()} is half of a "
+                "surrogate pair, which is not text; remove it"
+            )
+        if isinstance(self.backend.model, models.WordLevel) and self.unk_id is None:
+            pieces = self.backend.pre_tokenizer.pre_tokenize_str(text)
+            for piece, (position, _) in pieces:
+                if piece not in self.vocab:
+                    raise self._unseen("word", piece, position)
+
+    def _unseen(self, what: str, piece: str, position: int) -> ValueError:
+        return ValueError(
+            f"{what} {piece!r} at position {position} is not in the vocabulary of "
+            f"this {self.kind} tokenizer ({self.vocab_size} tokens) and it has no "
+            f"{UNK}; remove it, or use a byte or bpe tokenizer"
+        )
+
+    def _checked(self, ids: Sequence[int] | np.ndarray) -> list[int]:
+        id_T = np.asarray(ids, np.int64).reshape(-1)
+        known_T = (id_T >= 0) & (id_T < self.vocab_size)
+        known_T[known_T] = self._known_V[id_T[known_T]]
+        if not known_T.all():
+            position = int(known_T.argmin())
+            raise ValueError(
+                f"id {id_T[position]} at position {position} is not in the vocabulary "
+                f"of {self.vocab_size} tokens; was it made by another tokenizer?"
+            )
+        return id_T.tolist()
+
+    def _add_to_characters(self, tokens: Sequence[str]) -> "Tokenizer":
+        # Their own vocabulary takes them too: only there does <|unk|> do its work,
+        # and no single character of a text is ever equal to one of them.
+        document = json.loads(self.json)
+        for token in tokens:
+            if len(token) < 2:
+                raise ValueError(
+                    f"special token {token!r} of a character tokenizer needs two "
+                    "characters or more, or text would become it"
+                )
+            document["model"]["vocab"][token] = len(document["model"]["vocab"])
+        grown = hf.Tokenizer.from_str(json.dumps(document))
+        grown.add_special_tokens(list(tokens))
+        return _wrap(grown)
+
+
+class PieceStream:
+    """Decodes ids one by one where each id stands for fixed bytes."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.started = tokenizer.kind != "word"
+
+    def push(self, id: int) -> str:
+        """Returns the text that this id completes, often all of it."""
+        (id,) = self.tokenizer._checked([id])
+        pieces = self.tokenizer._pieces
+        assert pieces is not None
+        text = self.decoder.decode(pieces[id])
+        if not self.started:
+            text, self.started = text.removeprefix(" "), True
+        return text
+
+    def flush(self) -> str:
+        """Returns what is left of an unfinished character, as U+FFFD."""
+        return self.decoder.decode(b"", final=True)
+
+
+class WindowStream:
+    """Decodes ids one by one where a token's text depends on its neighbours."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.context: list[int] = []  # printed already; what follows is read after it
+        self.fresh: list[int] = []
+
+    def push(self, id: int) -> str:
+        """Returns the text that this id completes."""
+        self.fresh += self.tokenizer._checked([id])
+        return self._emit(final=False)
+
+    def flush(self) -> str:
+        """Returns the text that was held back."""
+        return self._emit(final=True)
+
+    def _emit(self, *, final: bool) -> str:
+        before = self.tokenizer.decode(self.context)
+        after = self.tokenizer.decode(self.context + self.fresh)
+        if not self.fresh or (after.endswith("\ufffd") and not final):
+            return ""
+        self.context, self.fresh = self.fresh, []
+        return after[len(before) :]
+
+
+def train(spec: str, texts: Iterable[str]) -> Tokenizer:
+    """Returns a tokenizer trained on texts.
+
+    Args:
+      spec: "char" (the sorted characters), "word" (the sorted words, then
+        `<|endoftext|>` and `<|unk|>`), "byte" (ids are byte values, then
+        `<|endoftext|>`; reads no text) or "bpe:<size>" (byte-level BPE of at most
+        that many tokens, `<|endoftext|>` the last).
+      texts: the training texts, read once.
+
+    Raises:
+      ValueError: the spec is none of these, or there is no text.
+    """
+    name, colon, size = spec.partition(":")
+    if name not in TRAINERS or bool(colon) != (name == "bpe"):
+        raise ValueError(
+            f"tokenizer {spec!r} cannot be trained; choose char, word, byte or "
+            "bpe:<size>, as in bpe:2000"
+        )
+    if name != "bpe":
+        return TRAINERS[name](texts)
+    if not size.isdecimal() or int(size) < 257:
+        raise ValueError(
+            f"tokenizer {spec!r}: the size must be a whole number, at least 257 "
+            f"(256 bytes and {EOS})"
+        )
+    return train_bpe(texts, size=int(size))
+
+
+def train_char(texts: Iterable[str]) -> Tokenizer:
+    """Returns a tokenizer of the sorted characters, without special tokens."""
+    alphabet = sorted(set().union(*map(set, _nonempty(texts))))
+    vocab = {character: i for i, character in enumerate(alphabet)}
+    backend = hf.Tokenizer(models.WordLevel(vocab, unk_token=UNK))
+    backend.pre_tokenizer = PRE_TOKENIZERS["char"]()
+    backend.decoder = decoders.Fuse()
+    return _wrap(backend)
+
+
+def train_word(texts: Iterable[str]) -> Tokenizer:
+    """Returns a tokenizer of the sorted words, punctuation split off.
+
+    The rule and the order of ids are those of Raschka, Build a Large Language Model
+    (From Scratch), chapter 2.
+    """
+    rule = PRE_TOKENIZERS["word"]()
+    words: set[str] = set()
+    for text in _nonempty(texts):
+        for piece in _cut(text):
+            words.update(word for word, _ in rule.pre_tokenize_str(piece))
+    tokens = [*sorted(word for word in words if EOS not in word and word != UNK)]
+    vocab = {token: i for i, token in enumerate([*tokens, EOS, UNK])}
+    backend = hf.Tokenizer(models.WordLevel(vocab, unk_token=UNK))
+    # The vocabulary must hold the end token for its id to come before <|unk|>; so
+    # that a text which spells it does not become it, that spelling is unknown.
+    backend.normalizer = normalizers.Replace(EOS, UNK)
+    backend.pre_tokenizer = rule
+    # A word never starts with a space, so each but the first is written after one.
+    join = decoders.WordPiece(prefix=" ", cleanup=False)
+    close = [decoders.Replace(" " + mark, mark) for mark in CLOSE_UP]
+    backend.decoder = decoders.Sequence([join, decoders.Fuse(), *close])
+    backend.add_special_tokens([EOS, UNK])
+    return _wrap(backend)
+
+
+def train_byte(texts: Iterable[str]) -> Tokenizer:
+    """Returns a tokenizer whose ids 0 to 255 are the bytes of UTF-8."""
+    return _byte_level(models.BPE(_byte_values(), []), "byte")
+
+
+def train_bpe(texts: Iterable[str], *, size: int) -> Tokenizer:
+    """Returns a byte-level BPE tokenizer of at most `size` tokens."""
+    backend = hf.Tokenizer(models.BPE())
+    backend.pre_tokenizer = PRE_TOKENIZERS["bpe"]()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - 1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    pieces = (piece for text in _nonempty(texts) for piece in _cut(text))
+    backend.train_from_iterator(pieces, trainer)
+    return _byte_level(backend.model, "bpe")
+
+
+def load(path: str | os.PathLike) -> Tokenizer:
+    """Returns the tokenizer of a tokenizer.json.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is not a tokenizer.json, or its special tokens have ids
+        that the file's vocabulary cannot give them.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file; wanted a tokenizer.json")
+    try:
+        text = path.read_text(encoding="utf-8")
+        backend = hf.Tokenizer.from_str(text)
+        added = json.loads(text).get("added_tokens") or []
+    except Exception as error:  # Hugging Face raises nothing narrower
+        raise ValueError(
+            f"{path} is not a tokenizer.json: {error}; make one with Tokenizer.save"
+        ) from error
+    for token in added:
+        found = backend.token_to_id(token["content"])
+        if found != token["id"]:
+            raise ValueError(
+                f"{path}: token {token['content']!r} should have id {token['id']} but "
+                f"gets {found}, because ids in between are missing"
+            )
+    # Settings for training elsewhere that would shorten or lengthen every text.
+    backend.no_truncation()
+    backend.no_padding()
+    if not backend.get_vocab_size():
+        raise ValueError(f"{path} holds a tokenizer without a vocabulary")
+    return _wrap(backend)
+
+
+def gpt2(encoder_json: str | os.PathLike, vocab_bpe: str | os.PathLike) -> Tokenizer:
+    """Returns GPT-2's tokenizer from OpenAI's two files.
+
+    Args:
+      encoder_json: the file of tokens and ids.
+      vocab_bpe: the file of merges.
+
+    Raises:
+      FileNotFoundError: one of the files is absent.
+      ValueError: the files are not GPT-2's kind or do not belong together.
+    """
+    for path in map(Path, (encoder_json, vocab_bpe)):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not there; GPT-2's tokenizer needs it")
+    try:
+        model = models.BPE.from_file(str(encoder_json), str(vocab_bpe))
+    except Exception as error:  # Hugging Face raises nothing narrower
+        raise ValueError(
+            f"{encoder_json} and {vocab_bpe} are not GPT-2's tokenizer files: {error}"
+        ) from error
+    return _byte_level(model, "bpe")
+
+
+def _char_rule() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Split(hf.Regex(r"[\s\S]"), "isolated")
+
+
+def _word_rule() -> pre_tokenizers.PreTokenizer:
+    # Python counts the four separators as whitespace, this regex engine does not.
+    space = pre_tokenizers.Split(hf.Regex(r"[\s\x1c-\x1f]"), "removed")
+    marks = pre_tokenizers.Split(hf.Regex(r"""[,.:;?_!"()']|--"""), "isolated")
+    return pre_tokenizers.Sequence([space, marks])
+
+
+def _byte_rule() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+
+def _bpe_rule() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
+    "char": _char_rule,
+    "word": _word_rule,
+    "byte": _byte_rule,
+    "bpe": _bpe_rule,
+}
+
+TRAINERS: dict[str, Callable[..., Tokenizer]] = {
+    "char": train_char,
+    "word": train_word,
+    "byte": train_byte,
+    "bpe": train_bpe,
+}
+
+
+def _byte_level(model: models.Model, rule: str) -> Tokenizer:
+    backend = hf.Tokenizer(model)
+    backend.pre_tokenizer = PRE_TOKENIZERS[rule]()
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([EOS])
+    return _wrap(backend)
+
+
+def _wrap(backend: hf.Tokenizer) -> Tokenizer:
+    return Tokenizer(backend.to_str(pretty=True))
+
+
+def _state(part) -> bytes:
+    return b"" if part is None else part.__getstate__()
+
+
+def _kind(backend: hf.Tokenizer) -> str:
+    rule = _state(backend.pre_tokenizer)
+    if isinstance(backend.model, models.WordLevel):
+        kinds = [k for k in ("char", "word") if _state(PRE_TOKENIZERS[k]()) == rule]
+        return kinds[0] if kinds else "other"
+    byte_level = isinstance(backend.decoder, decoders.ByteLevel)
+    if not isinstance(backend.model, models.BPE) or not byte_level:
+        return "other"
+    values = all(backend.token_to_id(c) == b for c, b in _byte_values().items())
+    return "byte" if values and rule == _state(_byte_rule()) else "bpe"
+
+
+@lru_cache(maxsize=1)
+def _byte_values() -> dict[str, int]:
+    """Returns the character that byte-level vocabularies write for each byte.
+
+    Bytes that print stand for themselves in Latin-1; the others are numbered from
+    U+0100 on (GPT-2, section 2.2, and its published encoder).
+    """
+    prints = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = sorted(set(range(256)) - prints)
+    name = {b: chr(b) for b in prints} | {b: chr(256 + i) for i, b in enumerate(hidden)}
+    return {name[b]: b for b in range(256)}
+
+
+def _byte_piece(token: str) -> bytes:
+    values = _byte_values()
+    if all(character in values for character in token):
+        return bytes(values[character] for character in token)
+    return token.encode()
+
+
+def _word_piece(token: str) -> bytes:
+    return token.encode() if token in CLOSE_UP else b" " + token.encode()
+
+
+def _nonempty(texts: Iterable[str]) -> Iterator[str]:
+    empty = True
+    for text in texts:
+        empty = empty and not text
+        yield text
+    if empty:
+        raise ValueError("there is no text to train a tokenizer on; check the corpus")
+
+
+def _cut(text: str) -> Iterator[str]:
+    """Yields the parts of a text, cut where no token spans."""
+    start = 0
+    while len(text) - start > CUT_CHARS:
+        place = CUT.search(text, start + CUT_CHARS)
+        if place is None:
+            break
+        yield text[start : place.start()]
+        start = place.start()
+    yield text[start:]
+
+
+def _groups(texts: Sequence[str], *, cut: bool) -> Iterator[list[tuple[int, str]]]:
+    """Yields (index of the text, part of it) in groups of bounded size."""
+    group, size = [], 0
+    for owner, text in enumerate(texts):
+        for piece in _cut(text) if cut else [text]:
+            group.append((owner, piece))
+            size += len(piece)
+            if size >= GROUP_CHARS:
+                yield group
+                group, size = [], 0
+    if group:
+        yield group

@@ -1,0 +1,28 @@
+"""What every test shares: eight CPU devices, and texts from the test-data cache."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# JAX reads these once, at its import, so they stand before any test module.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Eight devices on few cores can deadlock in a collective; more threads cure that.
+os.environ.setdefault("NPROC", "32")
+DEVICES = "--xla_force_host_platform_device_count"
+if DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8".strip()
+
+
+@pytest.fixture
+def corpus_file():
+    """Returns a function from the name of a text to its Path; an absent one skips."""
+
+    def find(name: str) -> Path:
+        folder = os.environ.get("GPT_JAX_TEST_DATA")
+        path = Path(folder or "absent") / name
+        if not folder or not path.is_file():
+            pytest.skip(f"needs {name} in the test-data cache: make test-data")
+        return path
+
+    return find
