@@ -1,0 +1,363 @@
+"""What a run folder holds, who may write to it, and how it is opened.
+
+runs/a/config.json      every key of the config, as last used
+runs/a/tokenizer.json   the tokenizer; opens in Hugging Face `tokenizers` too
+runs/a/data.json        the fingerprint of the training data
+runs/a/checkpoints/     see checkpoint.py; weights that never change in frozen/
+runs/a/metrics.jsonl    one JSON object a line; loss.png draws it
+runs/a/samples.md       texts written while training
+runs/a/run.lock         the process that trains here, while one does
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from gpt_jax import adapters, tokenizers
+from gpt_jax.checkpoint import Checkpoints, Damaged
+from gpt_jax.model import GPT, GPTConfig, unstack
+
+log = logging.getLogger(__name__)
+
+# What may change when a run is resumed: how long, how often, where, on what. All
+# other keys decide the weights, and would make two runs of one.
+RESUMABLE = (
+    r"steps|max_tokens|max_seconds|max_skipped|patience",
+    r"(log|eval|checkpoint|sample)_every|eval_.*|keep|sample\..*",
+    r"mesh\..*|data\.(cache|folder|workers)|compile_cache|grace_s",
+    r"tensorboard|wandb",
+)
+ABSENT = "(absent)"
+
+
+class Run(NamedTuple):
+    """An opened run.
+
+    Attributes:
+      folder: where it is.
+      config: every key, as the run last used it.
+      tokenizer: a `tokenizers.Tokenizer`.
+      model: the GPT, with its layers one by one (scan_layers off), as decoding needs.
+      params: the weights to apply it with, on this process's first device.
+      step: the step that they are from.
+    """
+
+    folder: Path
+    config: ConfigDict
+    tokenizer: tokenizers.Tokenizer
+    model: GPT
+    params: dict
+    step: int
+
+
+def open(
+    folder: str | Path, *, step: int | str | None = None, weights: str = "params"
+) -> Run:
+    """Returns a run ready for use, whatever devices it was trained on.
+
+    Args:
+      folder: a run folder.
+      step: a step; "best", the lowest validation loss; "latest", the newest sound
+        checkpoint; or None, the best where there is one and else the latest.
+      weights: "params", or "ema" for their moving average (optimizer.ema).
+
+    Raises:
+      ValueError: this is not a run, or the checkpoint is damaged or lacks `weights`.
+      FileNotFoundError: there is no such checkpoint.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    tokenizer = tokenizers.load(folder / "tokenizer.json")
+    cfg = model_config(config, tokenizer)
+    store = Checkpoints(folder / "checkpoints", keep=None)
+    tree, meta, found = _load(store, step, weights)
+    frozen = store.load_frozen(meta["frozen"]) if meta.get("frozen") else {}
+    params = adapters.make(**config.adapter).join(tree[weights], frozen)
+    model = GPT(_unscanned(cfg))
+    return Run(folder, config, tokenizer, model, unstack(params, cfg), found)
+
+
+def model_config(config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> GPTConfig:
+    """Returns the model of a config; vocab_size 0 takes the tokenizer's."""
+    fields = config.model.to_dict()
+    fields["vocab_size"] = fields["vocab_size"] or tokenizer.vocab_size
+    if fields["vocab_size"] < tokenizer.vocab_size:
+        raise ValueError(
+            f"the model has {fields['vocab_size']} tokens but the tokenizer "
+            f"{tokenizer.vocab_size}: they do not belong together"
+        )
+    return GPTConfig(**fields)
+
+
+def create(workdir: str | Path, config: ConfigDict, tokenizer) -> None:
+    """Writes tokenizer.json and then config.json, which makes the folder a run."""
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(workdir / "tokenizer.json")
+    _write(workdir / "config.json", _text(config))
+
+
+def create_or_check(
+    workdir: str | Path, config: ConfigDict, tokenizer, fingerprint: str
+) -> bool:
+    """Makes a new run folder, or checks that this config may go on in an old one.
+
+    Returns:
+      True when the run was there; config.json then holds the new config.
+
+    Raises:
+      ValueError: the config (beyond RESUMABLE), tokenizer or training data changed, or
+        the folder has checkpoints but no config.
+    """
+    workdir = Path(workdir)
+    if jax.process_index():
+        return (workdir / "config.json").is_file()  # the first process checks
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"{workdir} is a file; --workdir must name a folder")
+    if not (workdir / "config.json").is_file():
+        if Checkpoints(workdir / "checkpoints", keep=None).steps():
+            raise ValueError(
+                f"{workdir} has checkpoints but no config.json: put that file back or "
+                f"use another --workdir"
+            )
+        _write(workdir / "data.json", json.dumps({"fingerprint": fingerprint}))
+        create(workdir, config, tokenizer)
+        return False
+    _refuse_changes(workdir, config, tokenizer, fingerprint)
+    _write(workdir / "config.json", _text(config))
+    return True
+
+
+def read_config(folder: str | Path) -> ConfigDict:
+    """Returns the config of a run, lists as tuples as in configs/.
+
+    Raises:
+      ValueError: the folder is not a run, or its config.json cannot be read.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        what = "has no config.json" if Path(folder).is_dir() else "does not exist"
+        raise ValueError(
+            f"{folder} is not a run folder: it {what}. A run is made by, for example: "
+            f"python -m experiments.train --config=configs/gpt2.py --workdir={folder}"
+        )
+    try:
+        return ConfigDict(_tuples(json.loads(path.read_text(encoding="utf-8"))))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is not a config: {error}") from error
+
+
+def difference(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """Returns a line `key: old -> new` for every key that is not the same."""
+    before, after = _flat(_plain(old)), _flat(_plain(new))
+    return [
+        f"{key}: {_shown(before, key)} -> {_shown(after, key)}"
+        for key in sorted({*before, *after})
+        if before.get(key, ABSENT) != after.get(key, ABSENT)
+    ]
+
+
+def add_samples(workdir: str | Path, step: int, texts: Sequence[str]) -> None:
+    """Adds the texts of a step to samples.md; later steps, undone by a resume, go."""
+    path = Path(workdir) / "samples.md"
+    old = path.read_text(encoding="utf-8") if path.is_file() else ""
+    # Four backticks: a text may hold three of its own.
+    sections = re.findall(r"^## Step (\d+)\n(.*?)^<!-- end -->\n", old, re.M | re.S)
+    kept = [f"## Step {n}\n{body}" for n, body in sections if int(n) < step]
+    blocks = "".join(f"\n````text\n{text}\n````\n" for text in texts)
+    added = [*kept, f"## Step {step}\n{blocks}"]
+    _write(path, "".join(f"{section}<!-- end -->\n" for section in added))
+
+
+@contextlib.contextmanager
+def lock(workdir: str | Path) -> Iterator[None]:
+    """Holds the right to write to a run folder; one process at a time has it.
+
+    The kernel frees it when its holder dies, by whatever signal. Where the file system
+    cannot lock, the process named in the file is looked for instead.
+
+    Raises:
+      ValueError: another process holds it; the sentence has its pid.
+    """
+    if jax.process_index():  # the first process of a group locks for all
+        yield
+        return
+    path = Path(workdir) / "run.lock"
+    if path.parent.exists() and not path.parent.is_dir():
+        raise ValueError(f"{workdir} is a file; --workdir must name a folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        alone = _try_lock(handle)
+        holder = _holder(handle)
+        if not alone or _alive(holder):
+            raise ValueError(
+                f"{workdir} is in use by process {holder.get('pid', '(starting)')} on "
+                f"{holder.get('host', 'this host')}; wait for it, stop it, or use "
+                f"another --workdir"
+            )
+        if holder:
+            log.warning("took over %s from process %s on %s, which is gone",
+                        path, holder["pid"], holder["host"])  # fmt: skip
+        pid = os.getpid()
+        mine = {"host": socket.gethostname(), "pid": pid, "started": _started(pid)}
+        _replace(handle, json.dumps(mine))
+        try:
+            yield
+        finally:
+            _replace(handle, "")  # removing the file would let two hold two files
+    finally:
+        os.close(handle)
+
+
+def _load(store: Checkpoints, step: int | str | None, weights: str) -> tuple:
+    if isinstance(step, str) and step.isdecimal():
+        step = int(step)
+    if not (step is None or isinstance(step, int) or step in ("best", "latest")):
+        raise ValueError(f"step {step!r} is not a number, best or latest")
+    best = store.best() if step in (None, "best") else None
+    if step == "best" and best is None:
+        raise ValueError(
+            f"no checkpoint in {store.folder} has a validation loss; use latest"
+        )
+    chosen = step if isinstance(step, int) else best
+    try:
+        return store.load(only=[weights], step=chosen)
+    except Damaged as error:
+        if step is not None:
+            raise
+        log.warning("the best checkpoint is damaged, using the newest: %s", error)
+        return store.load(only=[weights], step=None)
+
+
+def _unscanned(cfg: GPTConfig) -> GPTConfig:
+    fields = {name: getattr(cfg, name) for name in cfg.__dataclass_fields__}
+    return GPTConfig(**{**fields, "scan_layers": False})
+
+
+def _refuse_changes(workdir, config: ConfigDict, tokenizer, fingerprint: str) -> None:
+    lines = [
+        line
+        for line in difference(read_config(workdir), config)
+        if not any(re.fullmatch(keys, line.split(":")[0]) for keys in RESUMABLE)
+    ]
+    if lines:
+        raise ValueError(
+            f"{workdir} was started with another config:\n  "
+            + "\n  ".join(lines)
+            + "\nset these keys back to go on, or use another --workdir"
+        )
+    old = tokenizers.load(workdir / "tokenizer.json")
+    if old.sha256 != tokenizer.sha256:
+        raise ValueError(
+            f"{workdir} was started with another tokenizer ({old.kind}, "
+            f"{old.vocab_size} tokens) than this one ({tokenizer.kind}, "
+            f"{tokenizer.vocab_size} tokens); use another --workdir"
+        )
+    path = workdir / "data.json"
+    stated = json.loads(path.read_text())["fingerprint"] if path.is_file() else None
+    if stated != fingerprint:
+        raise ValueError(
+            f"{workdir} was started on other training data: its fingerprint was "
+            f"{stated} and is {fingerprint} now; put the data back or use another "
+            f"--workdir"
+        )
+
+
+def _plain(config: ConfigDict) -> dict:
+    """Returns the config as JSON gives it back, so tuples and lists are equal."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def _text(config: ConfigDict) -> str:
+    return json.dumps(_plain(config), indent=2) + "\n"
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    rows = {}
+    for key, value in tree.items():
+        deeper = isinstance(value, dict) and value
+        rows |= _flat(value, f"{prefix}{key}.") if deeper else {f"{prefix}{key}": value}
+    return rows
+
+
+def _shown(rows: dict, key: str) -> str:
+    return repr(rows[key]) if key in rows else ABSENT
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(inner) for key, inner in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.tmp")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass  # no locks here: what the file says decides
+    return True
+
+
+def _holder(handle: int) -> dict:
+    os.lseek(handle, 0, os.SEEK_SET)
+    try:
+        found = json.loads(os.read(handle, 4096))
+        return {key: found[key] for key in ("host", "pid", "started")}
+    except (ValueError, TypeError, KeyError):
+        return {}  # empty, or its writer died in the middle
+
+
+def _replace(handle: int, text: str) -> None:
+    os.ftruncate(handle, 0)
+    os.lseek(handle, 0, os.SEEK_SET)
+    os.write(handle, text.encode())
+
+
+def _alive(holder: dict) -> bool:
+    """Whether the named process runs here; of other hosts only the lock knows."""
+    if not holder or holder["host"] != socket.gethostname():
+        return False
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return holder["started"] == _started(holder["pid"])
+
+
+def _started(pid: int) -> str:
+    """When a process began, in the kernel's clock ticks; "" where that is unknown.
+
+    It tells a process from a later one that was given the same number.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    return stat.rpartition(")")[2].split()[19]

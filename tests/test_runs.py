@@ -1,0 +1,372 @@
+"""Facts about run folders: what they hold, who may write, how they open."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from configs import common
+from gpt_jax import model, runs, tokenizers
+from gpt_jax.checkpoint import Checkpoints, digest
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = "to be, or not to be: that is the question"
+IDS = jnp.arange(12, dtype=jnp.int32).reshape(1, 12)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tokenizers.train("char", iter([TEXT]))
+
+
+@pytest.fixture
+def config():
+    return common.tiny(common.base())
+
+
+def save(folder, config, tokenizer, *, steps, metrics=None, extra=None, place=None):
+    """Makes a run whose params at step n come from seed n; returns them by step."""
+    runs.create_or_check(folder, config, tokenizer, "text")
+    cfg = runs.model_config(config, tokenizer)
+    made = {}
+    with Checkpoints(folder / "checkpoints", keep=9) as store:
+        for step in steps:
+            params = model.init(cfg, jax.random.key(step))
+            made[step] = params = jax.device_put(params, place) if place else params
+            tree = {"params": params, "opt_state": params, **(extra or {})}
+            metric = (metrics or {}).get(step)
+            store.save(step, tree, metric=metric, meta={})
+    return made
+
+
+def test_a_config_comes_back_equal_with_its_tuples(config, tokenizer, tmp_path):
+    config.model.pattern = (
+        {"window": 8, "rope_base": 1e4, "rope_scaling": None},
+        {
+            "window": 0,
+            "rope_base": 1e6,
+            "rope_scaling": {"kind": "linear", "factor": 2},
+        },
+    )
+    runs.create(tmp_path / "run", config, tokenizer)
+    found = runs.read_config(tmp_path / "run")
+    assert found.to_dict() == config.to_dict()
+    assert isinstance(found.optimizer.decay, tuple)
+    assert runs.difference(config, found) == []
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert written["hyper"]["lr"] == config.hyper.lr
+    again = tokenizers.load(tmp_path / "run" / "tokenizer.json")
+    assert again.sha256 == tokenizer.sha256
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_an_opened_run_gives_the_logits_of_the_saved_weights(
+    config, tokenizer, tmp_path
+):
+    made = save(tmp_path, config, tokenizer, steps=[3])
+    run = runs.open(tmp_path)
+    assert (run.folder, run.step) == (tmp_path, 3)
+    assert run.config.to_dict() == config.to_dict()
+    assert run.tokenizer.sha256 == tokenizer.sha256
+    assert run.model.cfg.vocab_size == tokenizer.vocab_size
+    gpt = model.GPT(runs.model_config(config, tokenizer))
+    want, _ = gpt.apply({"params": made[3]}, IDS)
+    got, _ = run.model.apply({"params": run.params}, IDS)
+    np.testing.assert_array_equal(got, want)
+
+
+def test_the_default_step_is_the_best_and_else_the_newest(config, tokenizer, tmp_path):
+    made = save(
+        tmp_path / "a", config, tokenizer, steps=[1, 2, 3], metrics={1: 2.0, 2: 1.0}
+    )
+    chosen = {None: 2, "best": 2, "latest": 3, 1: 1, "1": 1}
+    for step, want in chosen.items():
+        run = runs.open(tmp_path / "a", step=step)
+        assert run.step == want
+        assert digest(run.params) == digest(made[want])
+    save(tmp_path / "b", config, tokenizer, steps=[4, 5])
+    assert runs.open(tmp_path / "b").step == 5
+    with pytest.raises(ValueError, match="has a validation loss; use latest"):
+        runs.open(tmp_path / "b", step="best")
+    with pytest.raises(FileNotFoundError, match="finished steps: 4, 5"):
+        runs.open(tmp_path / "b", step=7)
+    with pytest.raises(ValueError, match="'newest' is not a number, best or latest"):
+        runs.open(tmp_path / "b", step="newest")
+
+
+def test_a_damaged_best_is_passed_over_unless_asked_for(
+    config, tokenizer, tmp_path, caplog
+):
+    save(tmp_path, config, tokenizer, steps=[1, 2], metrics={1: 1.0, 2: 2.0})
+    (tmp_path / "checkpoints" / "1" / "params" / "_METADATA").write_text("{}")
+    assert runs.open(tmp_path).step == 2
+    assert "the best checkpoint is damaged" in caplog.text
+    for step in (1, "best"):
+        with pytest.raises(ValueError, match="does not match its sha256"):
+            runs.open(tmp_path, step=step)
+    assert (tmp_path / "checkpoints" / "1").is_dir()  # a reader moves nothing
+
+
+def test_a_run_of_four_devices_and_scanned_layers_opens_on_one(
+    config, tokenizer, tmp_path
+):
+    config.model.scan_layers = True
+    mesh = jax.make_mesh(
+        (4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4]
+    )
+    cfg = runs.model_config(config, tokenizer)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    made = save(tmp_path, config, tokenizer, steps=[1], place=everywhere)
+    script = f"""
+import jax
+from gpt_jax import checkpoint, runs
+assert jax.device_count() == 1
+run = runs.open({str(tmp_path)!r})
+print(checkpoint.digest(run.params), run.model.cfg.scan_layers)
+"""
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    flat = model.unstack(made[1], cfg)
+    assert "block_0" in flat
+    assert run.stdout.split() == [digest(flat), "False"], run.stderr
+
+
+def test_the_moving_average_opens_when_asked_for(config, tokenizer, tmp_path):
+    cfg = runs.model_config(config, tokenizer)
+    ema = model.init(cfg, jax.random.key(99))
+    made = save(tmp_path / "a", config, tokenizer, steps=[1], extra={"ema": ema})
+    assert digest(runs.open(tmp_path / "a", weights="ema").params) == digest(ema)
+    assert digest(runs.open(tmp_path / "a").params) == digest(made[1])
+    save(tmp_path / "b", config, tokenizer, steps=[1], extra={"ema": None})
+    with pytest.raises(ValueError, match="but not ema"):
+        runs.open(tmp_path / "b", weights="ema")
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch, lambda path: None])
+def test_what_is_not_a_run_is_said_with_the_command_that_makes_one(tmp_path, make):
+    folder = tmp_path / "somewhere"
+    make(folder)
+    sentence = r"is not a run folder.*(config.json|exist).*experiments.train --config="
+    with pytest.raises(ValueError, match=sentence):
+        runs.open(folder)
+    (tmp_path / "config.json").write_text("[1, 2")
+    with pytest.raises(ValueError, match="is not a config"):
+        runs.open(tmp_path)
+
+
+def test_a_run_without_a_checkpoint_says_so(config, tokenizer, tmp_path):
+    runs.create(tmp_path, config, tokenizer)
+    with pytest.raises(FileNotFoundError, match="no finished checkpoint"):
+        runs.open(tmp_path)
+
+
+def test_the_example_command_names_a_config_that_exists(tmp_path):
+    with pytest.raises(ValueError) as error:
+        runs.read_config(tmp_path)
+    named = str(error.value).split("--config=")[1].split()[0]
+    assert (ROOT / named).is_file()
+
+
+def test_differences_are_named_key_by_key():
+    old, new = common.base(), common.base()
+    new.hyper.lr = 0.5
+    new.data.source = "austen"
+    new.adapter.rank = 4
+    new.optimizer.freeze = ("embed",)
+    del new.patience
+    assert runs.difference(old, new) == [
+        "adapter.rank: (absent) -> 4",
+        "data.source: 'builtin' -> 'austen'",
+        "hyper.lr: 0.001 -> 0.5",
+        "optimizer.freeze: [] -> ['embed']",
+        "patience: 0 -> (absent)",
+    ]
+    assert runs.difference(old, common.base()) == []
+
+
+KEPT = "steps sample.top_k mesh.data data.workers eval_windows grace_s keep wandb"
+FIXED = "seed init_from batch_size accumulate hyper.lr data.source data.seq_len"
+
+
+@pytest.mark.parametrize("key", KEPT.split())
+def test_a_run_goes_on_with_another(config, tokenizer, tmp_path, key):
+    assert not runs.create_or_check(tmp_path, config, tokenizer, "text")
+    value = "other" if key == "wandb" else 7
+    config.update_from_flattened_dict({key: value})
+    assert runs.create_or_check(tmp_path, config, tokenizer, "text")
+    assert (
+        runs.read_config(tmp_path).to_flat_dict()[key] == value
+        if (hasattr(config, "to_flat_dict"))
+        else f"{value}" in (tmp_path / "config.json").read_text()
+    )
+
+
+@pytest.mark.parametrize("key", FIXED.split())
+def test_a_run_is_refused_with_another(config, tokenizer, tmp_path, key):
+    runs.create_or_check(tmp_path, config, tokenizer, "text")
+    before = (tmp_path / "config.json").read_text()
+    value = "other" if key in ("init_from", "data.source") else 2
+    config.steps = 12345
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=rf"{key}: .* -> {value!r}") as error:
+        runs.create_or_check(tmp_path, config, tokenizer, "text")
+    assert "another --workdir" in str(error.value)
+    assert "12345" not in str(error.value)
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_every_resumable_pattern_matches_a_key_of_the_config():
+    keys = runs._flat(common.base().to_dict())
+    for alternatives in runs.RESUMABLE:
+        assert any(runs.re.fullmatch(alternatives, key) for key in keys)
+
+
+def test_another_tokenizer_or_other_data_is_refused(config, tokenizer, tmp_path):
+    runs.create_or_check(tmp_path, config, tokenizer, "text")
+    other = tokenizers.train("char", iter([TEXT + "!"]))
+    with pytest.raises(ValueError, match="another tokenizer .char, 1"):
+        runs.create_or_check(tmp_path, config, other, "text")
+    with pytest.raises(ValueError, match="fingerprint was text and is texts now"):
+        runs.create_or_check(tmp_path, config, tokenizer, "texts")
+
+
+def test_a_model_too_small_for_its_tokenizer_is_refused(config, tokenizer, tmp_path):
+    config.model.vocab_size = 5
+    runs.create(tmp_path, config, tokenizer)
+    with pytest.raises(ValueError, match="the model has 5 tokens but the tokenizer"):
+        runs.open(tmp_path)
+
+
+def test_checkpoints_without_a_config_are_not_continued(config, tokenizer, tmp_path):
+    save(tmp_path, config, tokenizer, steps=[1])
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match="checkpoints but no config"):
+        runs.create_or_check(tmp_path, config, tokenizer, "text")
+
+
+def test_a_kill_between_the_first_files_leaves_a_folder_to_start_in(
+    config, tokenizer, tmp_path
+):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    (tmp_path / "config.json.tmp").write_text("{")
+    assert not runs.create_or_check(tmp_path, config, tokenizer, "text")
+    assert runs.create_or_check(tmp_path, config, tokenizer, "text")
+
+
+def test_samples_of_undone_steps_are_replaced(tmp_path):
+    runs.add_samples(tmp_path, 10, ["ten"])
+    runs.add_samples(tmp_path, 20, ["## Step 5\n```\nnot a heading"])
+    runs.add_samples(tmp_path, 30, ["thirty"])
+    runs.add_samples(tmp_path, 25, ["one", "two"])
+    text = (tmp_path / "samples.md").read_text()
+    assert "thirty" not in text
+    order = [
+        text.index(x) for x in ("Step 10", "ten", "not a", "Step 25", "one", "two")
+    ]
+    assert order == sorted(order)
+
+
+HOLDER = """
+import sys
+from gpt_jax import runs
+with runs.lock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def hold(folder):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_process_is_told_the_pid_and_a_killed_one_gives_way(tmp_path, caplog):
+    process = hold(tmp_path / "run")
+    with pytest.raises(ValueError, match=f"in use by process {process.pid} on"):
+        with runs.lock(tmp_path / "run"):
+            pass
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    with runs.lock(tmp_path / "run"):
+        assert (
+            f"took over {tmp_path / 'run' / 'run.lock'} from process {process.pid}"
+            in (caplog.text)
+        )
+    caplog.clear()
+    with runs.lock(tmp_path / "run"):
+        assert not caplog.records
+
+
+def test_one_process_cannot_lock_twice_but_can_again(tmp_path):
+    with runs.lock(tmp_path):
+        with pytest.raises(ValueError, match=f"in use by process {os.getpid()} on"):
+            with runs.lock(tmp_path):
+                pass
+        with pytest.raises(ValueError, match="in use"), runs.lock(tmp_path):
+            pass
+    with pytest.raises(KeyError), runs.lock(tmp_path):
+        raise KeyError
+    with runs.lock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "taken"),
+    [
+        ({}, False),
+        ({"started": "1"}, True),  # the number went to another process since
+        ({"pid": 2**22 + 1}, True),  # beyond the largest pid
+        ({"host": "elsewhere"}, True),
+    ],
+)
+def test_without_file_locks_the_named_process_decides(
+    tmp_path, monkeypatch, changes, taken
+):
+    monkeypatch.setattr(runs, "_try_lock", lambda handle: True)
+    pid = os.getppid()
+    named = {"host": socket.gethostname(), "pid": pid, "started": runs._started(pid)}
+    (tmp_path / "run.lock").write_text(json.dumps({**named, **changes}))
+    if taken:
+        with runs.lock(tmp_path):
+            assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
+    else:
+        with pytest.raises(ValueError, match=f"in use by process {pid} on"):
+            with runs.lock(tmp_path):
+                pass
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}'])
+def test_a_half_written_lock_file_is_taken_over(tmp_path, text):
+    (tmp_path / "run.lock").write_text(text)
+    with runs.lock(tmp_path):
+        pass
+
+
+def test_a_workdir_that_is_a_file_is_refused(config, tokenizer, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file; --workdir must name a folder"):
+        runs.create_or_check(tmp_path / "file", config, tokenizer, "text")
+    with pytest.raises(ValueError, match="is a file"), runs.lock(tmp_path / "file"):
+        pass
