@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import tokenizers as hf
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
@@ -17,12 +17,13 @@ from gpt_jax import tokenizers
 TEXT = (
     'First Citizen:\nBefore we proceed, hear me -- (all) "speak"! It\'s été, 日本 🙂\n'
 )
+TEXTS = [TEXT, TEXT[::-1], "x".join(["   ", " \n", "\n\n  "] * 9)]
 EOS, UNK = "<|endoftext|>", "<|unk|>"
 quick = settings(max_examples=60, deadline=None)
 
 TRAINED = {
-    spec: tokenizers.train(spec, iter([TEXT, TEXT[::-1]]))
-    for spec in ("char", "word", "byte", "bpe:300")
+    spec: tokenizers.train(spec, iter(TEXTS))
+    for spec in ("char", "word", "byte", "bpe:310")
 }
 every_kind = pytest.mark.parametrize("tokenizer", TRAINED.values(), ids=TRAINED)
 
@@ -76,14 +77,14 @@ def test_byte_ids_are_byte_values_then_end():
 
 
 def test_bpe_has_the_size_asked_for_and_the_end_is_last():
-    tokenizer = TRAINED["bpe:300"]
-    assert (tokenizer.vocab_size, tokenizer.eos_id) == (300, 299)
+    tokenizer = TRAINED["bpe:310"]
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (310, 309)
     assert len(tokenizer.encode(TEXT)) < len(TEXT.encode())
 
 
 def test_training_twice_gives_the_same_file():
     for spec, tokenizer in TRAINED.items():
-        again = tokenizers.train(spec, iter([TEXT, TEXT[::-1]]))
+        again = tokenizers.train(spec, iter(TEXTS))
         assert again.sha256 == tokenizer.sha256
 
 
@@ -108,7 +109,7 @@ def test_byte_names_are_those_of_byte_level_vocabularies():
 # --- round trips ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", ["byte", "bpe:300"])
+@pytest.mark.parametrize("spec", ["byte", "bpe:310"])
 @quick
 @given(text=st.text())
 def test_any_unicode_comes_back_from_bytes(spec, text):
@@ -156,7 +157,7 @@ def test_streamed_text_is_the_decoded_text(kind, data):
     assert "".join(parts) + stream.flush() == tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize("kind", ["byte", "bpe:300", "sentencepiece"])
+@pytest.mark.parametrize("kind", ["byte", "bpe:310", "sentencepiece"])
 def test_a_stream_never_shows_half_a_character(kind):
     tokenizer = TRAINED.get(kind) or sentencepiece()
     text = "🙂 é 日本語 🙂🙂"
@@ -227,6 +228,7 @@ def test_a_batch_is_its_texts_one_by_one(tokenizer):
         )
     )
 )
+@example(pieces=["a", "\n" * 6, "a"])  # a token of several line breaks
 def test_cutting_a_long_text_keeps_its_ids(tokenizer, pieces):
     text = "".join(pieces)
     with pytest.MonkeyPatch.context() as patch:
@@ -247,18 +249,18 @@ def test_a_pickled_tokenizer_still_keeps_text_from_being_special(tokenizer):
 
 
 def test_truncation_and_padding_of_a_foreign_file_are_turned_off(tmp_path):
-    backend = hf.Tokenizer.from_str(TRAINED["bpe:300"].json)
+    backend = hf.Tokenizer.from_str(TRAINED["bpe:310"].json)
     backend.enable_truncation(3)
     backend.enable_padding(length=99)
     backend.save(str(tmp_path / "tokenizer.json"))
     loaded = tokenizers.load(tmp_path / "tokenizer.json")
-    assert loaded.encode(TEXT) == TRAINED["bpe:300"].encode(TEXT)
+    assert loaded.encode(TEXT) == TRAINED["bpe:310"].encode(TEXT)
 
 
 # --- special tokens -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", ["word", "byte", "bpe:300", "char"])
+@pytest.mark.parametrize("spec", ["word", "byte", "bpe:310", "char"])
 def test_text_never_becomes_a_special_token(spec, tmp_path):
     text = f"a{EOS}b {EOS} <|user|> {TEXT}"
     corpus = [*text, *TEXT] if spec == "char" else [TEXT, text.replace("<|user|>", "")]
@@ -315,7 +317,7 @@ def test_an_unseen_character_is_named_with_its_position():
         TRAINED["char"].encode("First q")
 
 
-@pytest.mark.parametrize("character", ["ÿ", "\U0010ffff", "\ud800"])
+@pytest.mark.parametrize("character", ["Å", "\U0010ffff", "\ud800"])
 def test_characters_beyond_the_highest_are_unseen_too(character):
     with pytest.raises(ValueError, match="position 1 "):
         tokenizers.train("char", iter(["ab"])).encode("a" + character)
@@ -378,7 +380,7 @@ def test_an_id_outside_the_vocabulary_is_refused(tokenizer, ids):
 # --- sizes ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", ["char", "byte", "bpe:300"])
+@pytest.mark.parametrize("spec", ["char", "byte", "bpe:310"])
 def test_token_bytes_add_up_to_the_text(spec):
     tokenizer = TRAINED[spec]
     size_V = tokenizer.token_bytes()
@@ -409,7 +411,7 @@ def test_a_spec_that_cannot_be_trained_is_refused(spec):
         tokenizers.train(spec, iter([TEXT]))
 
 
-@pytest.mark.parametrize("spec", ["char", "word", "bpe:300"])
+@pytest.mark.parametrize("spec", ["char", "word", "bpe:310"])
 @pytest.mark.parametrize("texts", [[], ["", ""]])
 def test_training_on_no_text_is_refused(spec, texts):
     with pytest.raises(ValueError, match="no text"):
