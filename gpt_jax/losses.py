@@ -1,0 +1,50 @@
+"""Losses: arrays in, float32 SUMS out; the mean is taken once, by who shows it."""
+
+import jax
+import jax.numpy as jnp
+
+# Shape legend: B batch  T time  V vocabulary.
+
+
+def next_token(
+    logits_BTV: jax.Array,
+    target_BT: jax.Array,
+    mask_BT: jax.Array,
+    *,
+    label_smoothing: jax.Array | float,
+    z_loss: jax.Array | float,
+) -> dict[str, jax.Array]:
+    """Cross-entropy of the next token, summed over positions.
+
+    Args:
+      logits_BTV: one score per entry of the vocabulary, any float type.
+      target_BT: int, the right token at each position. Under a mask of 0 any integer
+        may stand there; elsewhere it must be in [0, V), which is not checked here: an
+        index outside counts as its nearest valid one.
+      mask_BT: the weight of each position, at least 0. Where it is 0 the position adds
+        nothing to sums or gradients, whatever the logits hold (also inf and nan).
+      label_smoothing: the share of the target's probability that is spread evenly over
+        the whole vocabulary (Szegedy et al. 2016, section 7); traced.
+      z_loss: weight of log(sum(exp(logits)))^2, which keeps logits from drifting
+        (PaLM, Chowdhery et al. 2022, section 5); traced.
+
+    Returns:
+      Float32 scalars, weighted sums over B and T: "loss" (what is trained), "nll" (the
+      plain negative log-likelihood in nats), "weight" (the sum of the mask).
+    """
+    mask_BT = mask_BT.astype(jnp.float32)
+    # Replaced before any arithmetic: 0 * nan would be nan, in the gradient too.
+    counts_BT1 = mask_BT[..., None] > 0
+    logits_BTV = jnp.where(counts_BT1, logits_BTV, 0).astype(jnp.float32)
+    vocab_size = logits_BTV.shape[-1]
+    target_BT1 = jnp.clip(target_BT, 0, vocab_size - 1)[..., None]
+    right_BT = jnp.take_along_axis(logits_BTV, target_BT1, axis=-1)[..., 0]
+    norm_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    nll_BT = norm_BT - right_BT
+    even_BT = norm_BT - logits_BTV.mean(axis=-1)
+    loss_BT = nll_BT + label_smoothing * (even_BT - nll_BT) + z_loss * norm_BT**2
+    return {
+        "loss": (loss_BT * mask_BT).sum(),
+        "nll": (nll_BT * mask_BT).sum(),
+        "weight": mask_BT.sum(),
+    }
