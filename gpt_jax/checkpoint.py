@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 log = logging.getLogger(__name__)
@@ -384,7 +385,7 @@ def _snapshot(tree: Any) -> Any:
     each process holds before it returns; on CPU it would alias, so copy first.
     """
     leaves = jax.tree.leaves(tree)
-    if any(jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) for x in leaves):
+    if any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in leaves):
         raise ValueError("a typed random key cannot be saved; save its key_data")
     if jax.process_count() > 1:
         cpu = jax.default_backend() == "cpu"
@@ -392,7 +393,9 @@ def _snapshot(tree: Any) -> Any:
     for leaf in leaves:
         if isinstance(leaf, jax.Array):
             leaf.copy_to_host_async()
-    return jax.tree.map(lambda x: np.array(x), tree)
+    # On CPU numpy would look into JAX's own memory; elsewhere asarray is the copy.
+    copy = np.array if jax.default_backend() == "cpu" else np.asarray
+    return jax.tree.map(lambda x: copy(x), tree)
 
 
 def _writer(target: Path, items: dict) -> Callable[[], None]:
@@ -407,12 +410,12 @@ def _writer(target: Path, items: dict) -> Callable[[], None]:
     context.asynchronous.create_directories_asynchronously = False
     if jax.process_count() > 1:  # Orbax's barriers belong on the calling thread
         with context:
-            return ocp.save_checkpointables_async(target, items).result
+            return ocp.save_checkpointables_async(str(target), items).result
 
     def write() -> None:
         _refuse_non_finite(items)
         with context:
-            ocp.save_checkpointables(target, items)
+            ocp.save_checkpointables(str(target), items)
 
     return write
 
@@ -420,7 +423,7 @@ def _writer(target: Path, items: dict) -> Callable[[], None]:
 def _refuse_non_finite(items: Mapping) -> None:
     rows = {**items, **items.get(REST, {})}
     for name, leaf in _named({key: rows[key] for key in FINITE if key in rows}):
-        floating = jax.dtypes.issubdtype(leaf.dtype, np.floating)
+        floating = jnp.issubdtype(leaf.dtype, np.floating)
         if floating and not np.isfinite(leaf).all():
             raise FloatingPointError(
                 f"{name} holds NaN or Inf: this checkpoint was not saved"
@@ -511,7 +514,7 @@ def _load(
     context = ocp.Context()
     if abstract is None:
         # The sharding on the disk names the devices of the process that saved it.
-        saved = ocp.checkpointables_metadata(found).metadata
+        saved = ocp.checkpointables_metadata(str(found)).metadata
         wanted = {item: _place(saved[item], moved=True) for item in items}
         if only is not None and REST in wanted:
             context.pytree.loading.partial_load = True
@@ -519,7 +522,7 @@ def _load(
     else:
         wanted = _place(_grouped(abstract), moved=False)
     with context:
-        tree = ocp.load_checkpointables(found, wanted)
+        tree = ocp.load_checkpointables(str(found), wanted)
     rest = tree.pop(REST, {})
     if abstract is None:
         return {**tree, **rest}

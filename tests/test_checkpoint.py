@@ -441,7 +441,7 @@ with Checkpoints(sys.argv[1], keep=2) as store:
 def test_a_kill_in_mid_save_leaves_only_sound_checkpoints(folder):
     rng = random.Random(0)
     seen = 0
-    for _ in range(3):
+    for _ in range(2):
         run = subprocess.Popen(
             [sys.executable, "-c", SAVER, str(folder)],
             stdout=subprocess.PIPE,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -23,6 +24,15 @@ TEXT = "to be, or not to be: that is the question"
 IDS = jnp.arange(12, dtype=jnp.int32).reshape(1, 12)
 
 
+def draw(cfg, seed):
+    """Random weights of the model's shapes, without compiling its own init."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda key: model.init(cfg, key), jax.random.key(0))
+    return jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(0, 0.02, x.shape), x.dtype), shapes
+    )
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return tokenizers.train("char", iter([TEXT]))
@@ -40,7 +50,7 @@ def save(folder, config, tokenizer, *, steps, metrics=None, extra=None, place=No
     made = {}
     with Checkpoints(folder / "checkpoints", keep=9) as store:
         for step in steps:
-            params = model.init(cfg, jax.random.key(step))
+            params = draw(cfg, step)
             made[step] = params = jax.device_put(params, place) if place else params
             tree = {"params": params, "opt_state": params, **(extra or {})}
             metric = (metrics or {}).get(step)
@@ -79,8 +89,8 @@ def test_an_opened_run_gives_the_logits_of_the_saved_weights(
     assert run.tokenizer.sha256 == tokenizer.sha256
     assert run.model.cfg.vocab_size == tokenizer.vocab_size
     gpt = model.GPT(runs.model_config(config, tokenizer))
-    want, _ = gpt.apply({"params": made[3]}, IDS)
-    got, _ = run.model.apply({"params": run.params}, IDS)
+    want, _ = jax.jit(gpt.apply)({"params": made[3]}, IDS)
+    got, _ = jax.jit(run.model.apply)({"params": run.params}, IDS)
     np.testing.assert_array_equal(got, want)
 
 
@@ -148,7 +158,7 @@ print(checkpoint.digest(run.params), run.model.cfg.scan_layers)
 
 def test_the_moving_average_opens_when_asked_for(config, tokenizer, tmp_path):
     cfg = runs.model_config(config, tokenizer)
-    ema = model.init(cfg, jax.random.key(99))
+    ema = draw(cfg, 99)
     made = save(tmp_path / "a", config, tokenizer, steps=[1], extra={"ema": ema})
     assert digest(runs.open(tmp_path / "a", weights="ema").params) == digest(ema)
     assert digest(runs.open(tmp_path / "a").params) == digest(made[1])
@@ -209,11 +219,7 @@ def test_a_run_goes_on_with_another(config, tokenizer, tmp_path, key):
     value = "other" if key == "wandb" else 7
     config.update_from_flattened_dict({key: value})
     assert runs.create_or_check(tmp_path, config, tokenizer, "text")
-    assert (
-        runs.read_config(tmp_path).to_flat_dict()[key] == value
-        if (hasattr(config, "to_flat_dict"))
-        else f"{value}" in (tmp_path / "config.json").read_text()
-    )
+    assert runs.difference(runs.read_config(tmp_path), config) == []
 
 
 @pytest.mark.parametrize("key", FIXED.split())
@@ -233,13 +239,13 @@ def test_a_run_is_refused_with_another(config, tokenizer, tmp_path, key):
 def test_every_resumable_pattern_matches_a_key_of_the_config():
     keys = runs._flat(common.base().to_dict())
     for alternatives in runs.RESUMABLE:
-        assert any(runs.re.fullmatch(alternatives, key) for key in keys)
+        assert any(re.fullmatch(alternatives, key) for key in keys)
 
 
 def test_another_tokenizer_or_other_data_is_refused(config, tokenizer, tmp_path):
     runs.create_or_check(tmp_path, config, tokenizer, "text")
     other = tokenizers.train("char", iter([TEXT + "!"]))
-    with pytest.raises(ValueError, match="another tokenizer .char, 1"):
+    with pytest.raises(ValueError, match=r"another tokenizer \(char, 1"):
         runs.create_or_check(tmp_path, config, other, "text")
     with pytest.raises(ValueError, match="fingerprint was text and is texts now"):
         runs.create_or_check(tmp_path, config, tokenizer, "texts")
@@ -304,9 +310,9 @@ def hold(folder):
 
 def test_a_second_process_is_told_the_pid_and_a_killed_one_gives_way(tmp_path, caplog):
     process = hold(tmp_path / "run")
-    with pytest.raises(ValueError, match=f"in use by process {process.pid} on"):
-        with runs.lock(tmp_path / "run"):
-            pass
+    sentence = f"in use by process {process.pid} on"
+    with pytest.raises(ValueError, match=sentence), runs.lock(tmp_path / "run"):
+        pass
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
     with runs.lock(tmp_path / "run"):
@@ -321,11 +327,10 @@ def test_a_second_process_is_told_the_pid_and_a_killed_one_gives_way(tmp_path, c
 
 def test_one_process_cannot_lock_twice_but_can_again(tmp_path):
     with runs.lock(tmp_path):
-        with pytest.raises(ValueError, match=f"in use by process {os.getpid()} on"):
-            with runs.lock(tmp_path):
+        sentence = f"in use by process {os.getpid()} on"
+        for _ in range(2):  # a refusal does not free it
+            with pytest.raises(ValueError, match=sentence), runs.lock(tmp_path):
                 pass
-        with pytest.raises(ValueError, match="in use"), runs.lock(tmp_path):
-            pass
     with pytest.raises(KeyError), runs.lock(tmp_path):
         raise KeyError
     with runs.lock(tmp_path):
@@ -352,9 +357,9 @@ def test_without_file_locks_the_named_process_decides(
         with runs.lock(tmp_path):
             assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
     else:
-        with pytest.raises(ValueError, match=f"in use by process {pid} on"):
-            with runs.lock(tmp_path):
-                pass
+        sentence = f"in use by process {pid} on"
+        with pytest.raises(ValueError, match=sentence), runs.lock(tmp_path):
+            pass
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}'])
