@@ -49,7 +49,8 @@ class Checkpoints:
       keep: how many of the newest are kept, besides the best. None opens the folder
         for reading only: nothing in it is created, removed or renamed.
 
-    Use it in a `with` block: leaving it waits for the last save and raises its error.
+    Use it in a `with` block, or call `close`: that waits for the last save and raises
+    its error. Without it, an interpreter that exits during a save cuts it short.
     """
 
     def __init__(self, folder: str | Path, *, keep: int | None):
@@ -280,6 +281,7 @@ class Checkpoints:
                 self._prune()
         except Exception as error:
             self._error = self._failed(target, error)
+            log.error("%s", self._error)  # nobody may come to ask for it
 
     def _failed(self, target: Path, error: Exception) -> Exception:
         if isinstance(error, FloatingPointError):
@@ -400,7 +402,22 @@ def _snapshot(tree: Any) -> Any:
 
 def _writer(target: Path, items: dict) -> Callable[[], None]:
     """Returns the function that finishes writing `items`, for a background thread."""
-    from orbax.checkpoint import v1 as ocp  # a second to import
+    if jax.process_count() > 1:  # Orbax's barriers belong on the calling thread
+        ocp, context = _saving()
+        with context:
+            return ocp.save_checkpointables_async(str(target), items).result
+
+    def write() -> None:
+        _refuse_non_finite(items)
+        ocp, context = _saving()
+        with context:
+            ocp.save_checkpointables(str(target), items)
+
+    return write
+
+
+def _saving() -> tuple:
+    from orbax.checkpoint import v1 as ocp  # takes a second or two to import
 
     # Weights hardly compress (8%), and compression competes with training for cores.
     context = ocp.Context()
@@ -408,16 +425,7 @@ def _writer(target: Path, items: dict) -> Callable[[], None]:
     # Made in its own threads, a folder that cannot be made keeps them (and the end of
     # the process) waiting for 20 minutes; this is a background thread already.
     context.asynchronous.create_directories_asynchronously = False
-    if jax.process_count() > 1:  # Orbax's barriers belong on the calling thread
-        with context:
-            return ocp.save_checkpointables_async(str(target), items).result
-
-    def write() -> None:
-        _refuse_non_finite(items)
-        with context:
-            ocp.save_checkpointables(str(target), items)
-
-    return write
+    return ocp, context
 
 
 def _refuse_non_finite(items: Mapping) -> None:
