@@ -1,0 +1,134 @@
+"""Continue a text with the model of a run.
+
+  python -m experiments.sample --run=runs/quickstart --prompt="def main("
+  python -m experiments.sample --run=runs/shakespeare --temperature=0.5 --top_k=40
+  python -m experiments.sample --run=runs/shakespeare --prompt=ROMEO: \\
+      --prompt=JULIET: --count=3 --max_new_tokens=100 --stop="\\n\\n" --seed=7
+  echo "Once upon a time" | python -m experiments.sample --run=runs/tiny --prompt_file=-
+
+One prompt with --count=1 appears as it is written; otherwise each completion follows a
+header. Why a text ended is told on stderr: end of text, a stop string, enough new
+tokens, or a full context (the model sees no further back, so it writes no further).
+
+Without a prompt the model begins with its end-of-text token, or with a newline. The
+same seed gives the same text; completion number k of a prompt depends on the seed, the
+prompt and k only. --temperature=0 always takes the likeliest token.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from experiments import door
+
+RUN = flags.DEFINE_string("run", "", "Run folder.")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; repeatable.")
+PROMPT_FILE = flags.DEFINE_string(
+    "prompt_file", "", "File whose text, less a last newline, is a prompt; - is stdin."
+)
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 200, "Most tokens to write.")
+TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.8, "Below 1 safer, above 1 wilder; 0 = the likeliest token."
+)
+TOP_K = flags.DEFINE_integer("top_k", 0, "Only the k likeliest tokens; 0 = off.")
+TOP_P = flags.DEFINE_float(
+    "top_p", 1.0, "Only the fewest tokens that hold this probability; 1 = off."
+)
+MIN_P = flags.DEFINE_float(
+    "min_p", 0.0, "Only tokens with this share of the best one's probability; 0 = off."
+)
+REPETITION_PENALTY = flags.DEFINE_float(
+    "repetition_penalty", 1.0, "Above 1 makes tokens already there less likely."
+)
+SEED = flags.DEFINE_integer("seed", 1337, "Another seed gives another text.")
+COUNT = flags.DEFINE_integer("count", 1, "Completions of each prompt.")
+STOP = flags.DEFINE_multi_string(
+    "stop", [], r"Text at which to stop, cut off (\n is a newline); repeatable."
+)
+STEP = flags.DEFINE_string(
+    "step", "", "Checkpoint: best, newest, a step number; empty = best, else newest."
+)
+WEIGHTS = flags.DEFINE_enum(
+    "weights", "params", ["params", "ema"], "The weights, or their moving average."
+)
+
+
+def main(_: list[str]) -> None:
+    """Prints completions; raises ValueError for what the user can mend."""
+    if not RUN.value:
+        raise ValueError("--run is missing, e.g. --run=runs/quickstart")
+    step = _step(STEP.value)
+    prompts = list(PROMPT.value)
+    if PROMPT_FILE.value:
+        prompts.append(_read(PROMPT_FILE.value))
+    prompts = prompts or [""]
+
+    from gpt_jax import runs, sample
+
+    settings = {
+        "temperature": TEMPERATURE.value,
+        "top_k": TOP_K.value,
+        "top_p": TOP_P.value,
+        "min_p": MIN_P.value,
+        "repetition_penalty": REPETITION_PENALTY.value,
+        "max_new": MAX_NEW_TOKENS.value,
+    }
+    sample.check(**settings)  # before the weights are read
+    run = runs.open(RUN.value, step=step, weights=WEIGHTS.value)
+    options = {
+        "model": run.model,
+        "params": run.params,
+        "tokenizer": run.tokenizer,
+        "seed": SEED.value,
+        "stop": [text.replace("\\n", "\n") for text in STOP.value],
+        **settings,
+    }
+    if len(prompts) == 1 and COUNT.value == 1:
+        _show(sample.stream(prompt=prompts[0], **options), prompts[0])
+        return
+    done = sample.texts(prompts=prompts, count=COUNT.value, **options)
+    for i, completion in enumerate(done):
+        prompt, number = divmod(i, COUNT.value)
+        print(
+            f"--- prompt {prompt + 1} of {len(prompts)}, "
+            f"completion {number + 1} of {COUNT.value}, stopped: {completion.detail}"
+        )
+        print(f"{completion.prompt}{completion.text}")
+
+
+def _show(pieces, prompt: str) -> None:
+    """Prints a stream as it comes, then why it ended."""
+    print(prompt, end="", flush=True)
+    while True:
+        try:
+            print(next(pieces), end="", flush=True)
+        except StopIteration as end:
+            print(flush=True)
+            print(f"[stopped: {end.value.detail}]", file=sys.stderr)
+            return
+
+
+def _step(text: str) -> str | int | None:
+    """Returns what `runs.open` calls this checkpoint."""
+    if text.isdecimal():
+        return int(text)
+    names = {"": None, "best": "best", "newest": "latest"}
+    if text not in names:
+        raise ValueError(f"--step={text} is not best, newest or a step number")
+    return names[text]
+
+
+def _read(path: str) -> str:
+    """Returns a prompt from a file or stdin, without its last newline."""
+    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    try:
+        return data.decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--prompt_file={path} is not UTF-8 text (byte {error.start}); convert it"
+        ) from error
+
+
+if __name__ == "__main__":
+    door.run(main, __doc__)

@@ -1,0 +1,483 @@
+"""Decoding against recomputation, filters against NumPy, texts against streams."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt_jax import model as models
+from gpt_jax import sample, tokenizers
+from gpt_jax.sample import LENGTH, STOP
+from tests import tiny
+
+CONTEXT = 16
+PLAIN = {
+    "temperature": 0.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "max_new": 99,
+}
+KINDS = {
+    "full": {"window": 0, "rope_base": 10000.0, "rope_scaling": None},
+    "local": {"window": 4, "rope_base": 500.0, "rope_scaling": None},
+}
+
+
+def build(**overrides):
+    """A tiny model whose weights are large enough to say different things."""
+    cfg = tiny.cfg(**{"context_length": CONTEXT, **overrides})
+    params = models.init(cfg, jax.random.key(3))
+    return models.GPT(cfg), jax.tree.map(lambda x: 5 * x, params)
+
+
+def ragged(rows, vocab, width=CONTEXT, seed=0):
+    """Right-padded random prompts; the pads are no token of the model's own making."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, vocab, (rows, width), dtype=np.int32)
+
+
+def keys(n, seed=0):
+    return jax.random.split(jax.random.key(seed), n)
+
+
+generate = jax.jit(sample.generate, static_argnames=("model", "max_length"))
+
+
+@partial(jax.jit, static_argnames="model")
+def forward(params, tokens_BT, *, model):
+    return model.apply({"params": params}, tokens_BT)[0]
+
+
+def greedy_without_cache(model, params, prompt, most):
+    """The likeliest token again and again, each from a whole new forward pass."""
+    ids = list(prompt)
+    while len(ids) < most:
+        padded = np.zeros((1, CONTEXT), np.int32)
+        padded[0, : len(ids)] = ids
+        logits_BTV = forward(params, padded, model=model)
+        ids.append(int(logits_BTV[0, len(ids) - 1].argmax()))
+    return ids
+
+
+# ---------------------------------------------------------------- the decode loop
+
+OPTIONS = {
+    "learned positions, tied": {},
+    "rope, grouped queries": {"position": "rope", "n_kv_heads": 2, "norm": "rmsnorm"},
+    "window, soft-caps, untied": {
+        "pattern": (KINDS["local"],),
+        "attn_softcap": 3.0,
+        "logit_softcap": 9.0,
+        "tie_embeddings": False,
+        "head_bias": True,
+    },
+    "pattern, qk-norm, gated": {
+        "pattern": (KINDS["local"], KINDS["full"]),
+        "n_layers": 3,
+        "position": "rope",
+        "qk_norm": True,
+        "gated": True,
+        "norm_placement": "both",
+        "n_kv_heads": 1,
+        "vocab_multiple": 8,
+        "tie_embeddings": False,
+    },
+    "scanned layers": {
+        "pattern": (KINDS["local"], KINDS["full"]),
+        "n_layers": 5,
+        "position": "rope",
+        "scan_layers": True,
+    },
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_greedy_with_cache_equals_recomputation_for_ragged_rows_up_to_the_limit(option):
+    model, params = build(**OPTIONS[option])
+    lengths = np.array([1, 5, CONTEXT - 1, CONTEXT, 9], np.int32)
+    tokens_BT = ragged(len(lengths), 61)
+    sampling = sample.rows_of([PLAIN] * len(lengths))
+    loose = sample.unstacked(model, params)
+    tokens_BS, length_B, reason_B = generate(
+        loose[1],
+        tokens_BT,
+        lengths,
+        sampling,
+        keys(5),
+        model=loose[0],
+        max_length=CONTEXT,
+        stop_id=-1,
+    )
+    assert (length_B == CONTEXT).all() and (reason_B == LENGTH).all()
+    for row, length, found in zip(tokens_BT, lengths, tokens_BS, strict=True):
+        wanted = greedy_without_cache(model, params, row[:length], CONTEXT)
+        assert found.tolist() == wanted
+    assert len(set(tokens_BS[0].tolist())) > 4  # not one token for ever
+
+
+def test_a_row_ends_at_its_stop_token_its_max_new_or_the_limit_and_stays_ended():
+    model, params = build()
+    prompt = [7, 8, 9]
+    free = greedy_without_cache(model, params, prompt, CONTEXT)
+    stop_id = free[8]
+    first = free.index(stop_id, 3)
+    tokens_BT = np.zeros((5, CONTEXT), np.int32)
+    tokens_BT[:, :3] = prompt
+    tokens_BT[3, :first] = free[:first]
+    rows = [{**PLAIN, "max_new": n} for n in (99, 2, 0, 99, 1)]
+    tokens_BS, length_B, reason_B = generate(
+        params,
+        tokens_BT,
+        np.array([3, 3, 3, first, 3], np.int32),
+        sample.rows_of(rows),
+        keys(5),
+        model=model,
+        max_length=CONTEXT,
+        stop_id=stop_id,
+    )
+    assert first > 4
+    assert length_B.tolist() == [first + 1, 5, 3, first + 1, 4]
+    assert reason_B.tolist() == [STOP, LENGTH, LENGTH, STOP, LENGTH]
+    for row, length in zip(tokens_BS.tolist(), length_B.tolist(), strict=True):
+        assert row == free[:length] + [0] * (CONTEXT - length)
+
+
+# ---------------------------------------------------------------- filters
+
+
+def kept_by_numpy(logits, top_k, top_p, min_p):
+    """The set of ids that the filters keep, by sorting; no ties in the logits."""
+    order = np.argsort(-logits)
+    if top_k:
+        order = order[:top_k]
+    chance = np.exp(logits[order].astype(np.float64) - logits.max())
+    if top_p < 1:
+        share = np.cumsum(chance) / chance.sum()
+        order = order[: 1 + int((share < top_p).sum())]
+    best = logits.max()
+    return {int(i) for i in order if np.exp(np.float64(logits[i] - best)) >= min_p}
+
+
+kept = jax.jit(lambda logits, sampling: sample.keep(logits, sampling))
+
+
+@pytest.mark.parametrize("spread", [0.05, 1.0, 6.0])
+def test_filters_keep_what_numpy_keeps_in_small_and_large_vocabularies(spread):
+    rng = np.random.default_rng(int(10 * spread))
+    choices = {
+        "top_k": [0, 1, 3, 300, 10**12],
+        "top_p": [1.0, 0.9, 0.5],
+        "min_p": [0, 0.2],
+    }
+    rows = [
+        {**PLAIN, "top_k": k, "top_p": p, "min_p": m}
+        for k in choices["top_k"]
+        for p in choices["top_p"]
+        for m in choices["min_p"]
+    ]
+    for vocab in (5, 700):
+        even_V = np.linspace(-4 * spread, 4 * spread, vocab, dtype=np.float32)
+        logits_BV = rng.permuted(np.tile(even_V, (len(rows), 1)), axis=1)
+        logits_BV -= logits_BV.max(-1, keepdims=True)
+        found_BV = np.asarray(kept(logits_BV, sample.rows_of(rows)))
+        for row, logits, found in zip(rows, logits_BV, found_BV, strict=True):
+            wanted = kept_by_numpy(logits, row["top_k"], row["top_p"], row["min_p"])
+            got = set(np.flatnonzero(np.isfinite(found)).tolist())
+            assert len(got ^ wanted) <= (row["top_p"] < 1), row  # float32 sums
+            assert (found[list(got)] == logits[list(got)]).all()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    logits=st.lists(st.floats(-1e4, 1e4, width=32), min_size=6, max_size=6),
+    temperature=st.floats(0, 1e6),
+    top_k=st.integers(0, 9),
+    top_p=st.floats(0, 1, exclude_min=True),
+    min_p=st.floats(0, 1),
+)
+def test_the_best_token_always_stays_and_chances_sum_to_one(
+    logits, temperature, top_k, top_p, min_p
+):
+    given_ = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    row = {**PLAIN, **given_, "min_p": min_p}
+    sample.check(**row)
+    sampling = sample.rows_of([row])
+    logits_BV = jnp.asarray([logits], jnp.float32)
+    found_V = kept(sample.temper(logits_BV, sampling.temperature), sampling)[0]
+    best = int(np.argmax(logits_BV[0]))
+    assert np.isfinite(found_V[best]) and found_V[best] == found_V.max()
+    chance_V = jax.nn.softmax(found_V)
+    np.testing.assert_allclose(chance_V.sum(), 1, atol=1e-5)
+    assert (chance_V[~np.isfinite(found_V)] == 0).all()
+
+
+def test_switched_off_filters_keep_everything_even_a_far_tail():
+    logits_BV = jnp.asarray([[0.0, -90.0, -1e4] + [-20.0] * 400])
+    assert (kept(logits_BV, sample.rows_of([PLAIN])) == logits_BV).all()
+
+
+def test_the_penalty_makes_seen_tokens_less_likely_whatever_their_sign():
+    logits_BV = jnp.asarray([[2.0, -2.0, 2.0, -2.0]])
+    seen_BV = jnp.asarray([[True, True, False, False]])
+    found = sample.penalise(logits_BV, seen_BV, jnp.asarray([2.0]))
+    assert found.tolist() == [[1.0, -4.0, 2.0, -2.0]]
+
+
+def test_the_penalty_counts_the_prompt_and_the_text_but_no_pads():
+    logits_BV = jnp.asarray([[3.0, 2.9, 2.8, 0.0]] * 3)
+    tokens_BS = jnp.asarray([[1, 0, 0], [1, 0, 0], [0, 1, 0]])
+    sampling = sample.rows_of([{**PLAIN, "repetition_penalty": 2.0}] * 3)
+    found = sample.choose(
+        logits_BV, tokens_BS, jnp.asarray([1, 2, 2]), sampling, keys(3)
+    )
+    assert found.tolist() == [0, 2, 2]
+
+
+def chi_square(counts, chances):
+    expected = counts.sum() * np.asarray(chances)
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+def drawn(logits_V, **changes):
+    """How often each token came in 20,000 draws."""
+    many = 20_000
+    row = {**PLAIN, "temperature": 1.0, **changes}
+    found = choose(
+        jnp.broadcast_to(logits_V, (many, len(logits_V))),
+        jnp.zeros((many, 1), jnp.int32),
+        jnp.ones(many, jnp.int32),
+        sample.rows_of([row] * many),
+        keys(many, seed=2),
+    )
+    return np.bincount(found, minlength=len(logits_V))
+
+
+choose = jax.jit(lambda *args: sample.choose(*args))
+FIVE = jnp.asarray([1.0, -0.5, 0.3, 0.0, 2.0])
+
+
+def test_drawn_tokens_have_the_probabilities_of_the_tempered_softmax():
+    counts = drawn(FIVE, temperature=0.7)
+    assert chi_square(counts, jax.nn.softmax(FIVE / 0.7)) < 18.5  # 0.1 % of samples
+    assert chi_square(counts, jax.nn.softmax(FIVE)) > 500  # the test can tell
+
+
+def test_what_was_filtered_out_is_never_drawn_and_the_rest_keeps_its_odds():
+    counts = drawn(FIVE, top_k=3)
+    assert counts[1] == counts[3] == 0
+    left = jnp.asarray([0, 2, 4])
+    assert chi_square(counts[left], jax.nn.softmax(FIVE[left])) < 13.8
+
+
+# ---------------------------------------------------------------- texts and streams
+
+
+BYTES = tokenizers.train("byte", iter(()))
+
+
+@pytest.fixture(scope="module")
+def byte_model():
+    """What texts and stream need of a run; a model of bytes with a context of 32."""
+    model, params = build(vocab_size=BYTES.vocab_size, context_length=32)
+    return {"model": model, "params": params, "tokenizer": BYTES}
+
+
+class Other:
+    """The tokenizer of bytes, were another token its end of text, or none."""
+
+    def __init__(self, *, eos_id):
+        self.eos_id = eos_id
+        self.encode, self.decode_stream = BYTES.encode, BYTES.decode_stream
+
+
+LIVELY = {**PLAIN, "temperature": 1.0, "top_k": 60, "max_new": 20}
+
+
+def texts(run, prompts, *, count=1, seed=1, stop=(), **changes):
+    options = {**LIVELY, **changes}
+    return sample.texts(
+        prompts=prompts, count=count, seed=seed, stop=stop, **options, **run
+    )
+
+
+def test_a_row_is_the_same_alone_less_padded_and_beside_other_settings(byte_model):
+    own = {**LIVELY, "top_p": 0.9, "repetition_penalty": 1.2}
+    others = [
+        PLAIN,
+        {**own, "temperature": 3.0, "top_k": 0, "top_p": 0.999},
+        {**own, "repetition_penalty": 1.7, "min_p": 0.1, "max_new": 2},
+    ]
+    key_B = keys(4, seed=5)
+    tokens_BT = ragged(4, 257, width=32)
+    lengths = np.array([4, 19, 1, 30], np.int32)
+
+    def run(rows, width):
+        fixed = {"model": byte_model["model"], "stop_id": 256}
+        few = (sample.rows_of([own, *others][:rows]), key_B[:rows])
+        tokens = tokens_BT[:rows, :width]
+        state = sample._start(
+            byte_model["params"], tokens, lengths[:rows], *few, max_length=32, **fixed
+        )
+        state = sample._advance(byte_model["params"], state, *few, 99, **fixed)
+        return state.tokens_BS[0].tolist()
+
+    assert run(1, 16) == run(4, 32)
+    assert len(set(run(1, 16))) > 9
+
+
+def test_a_text_depends_on_its_prompt_seed_and_number_only(byte_model, monkeypatch):
+    prompts = ["one", "longer than sixteen"]
+    batch = texts(byte_model, prompts, count=2)
+    assert [t.prompt for t in batch] == [p for p in prompts for _ in range(2)]
+    assert batch[0].ids != batch[1].ids
+    assert batch[0].ids[:4] != batch[2].ids[:4]  # no shared luck
+    assert texts(byte_model, ["one"]) == batch[:1]
+    assert texts(byte_model, ["one"], seed=2)[0].ids != batch[0].ids
+    monkeypatch.setattr(sample, "ROWS", 4)  # 4 rows, then 2 and 2 that do nothing
+    thrice = texts(byte_model, [*prompts, "longer than sixteen"], count=2)
+    assert thrice == [*batch, *batch[2:]]
+
+
+@pytest.mark.parametrize("seed", [0, -5, 2**70])
+def test_a_stream_is_the_text_in_whole_characters(byte_model, seed):
+    (wanted,) = texts(byte_model, ["Grüße"], seed=seed, temperature=0.7)
+    options = {**LIVELY, "temperature": 0.7}
+    pieces = sample.stream(prompt="Grüße", seed=seed, stop=(), **options, **byte_model)
+    shown = []
+    while True:
+        try:
+            shown.append(next(pieces))
+        except StopIteration as end:
+            assert end.value == wanted
+            break
+    assert "".join(shown) == wanted.text and len(shown) > 2
+
+
+def test_changing_settings_compiles_nothing_new(byte_model):
+    texts(byte_model, ["warm"])
+    before = sample._start._cache_size(), sample._advance._cache_size()
+    texts(byte_model, ["warmer"], temperature=0, top_p=0.5, min_p=0.1, max_new=22)
+    texts(byte_model, ["w"], top_k=0, repetition_penalty=1.3, max_new=19, seed=9)
+    assert (sample._start._cache_size(), sample._advance._cache_size()) == before
+
+
+def test_generation_ends_at_the_context_and_says_so(byte_model):
+    prompts = ["x" * 32, "x" * 31, "x" * 30, "x"]
+    full, last, short, _ = texts(byte_model, prompts, max_new=1)
+    assert (full.ids, full.text, full.reason) == ([], "", "length")
+    assert full.detail == last.detail == "the context of 32 tokens is full"
+    assert (len(last.ids), last.reason) == (1, "length")
+    assert (len(short.ids), short.detail) == (1, "1 new tokens")
+    (far,) = texts(byte_model, ["x" * 12], max_new=10**12)
+    assert (len(far.ids), far.reason, far.detail) == (20, "length", full.detail)
+    (none,) = texts(byte_model, ["x" * 16], max_new=0)
+    assert (none.ids, none.reason) == ([], "length")
+
+
+def test_stop_strings_and_stop_tokens_end_a_text_and_are_cut_off(byte_model):
+    (free,) = texts(byte_model, ["stop"])
+    mark = free.text[5:7]
+    end = free.text.index(mark)
+    (cut,) = texts(byte_model, ["stop"], stop=["never there", mark])
+    assert (cut.text, cut.reason) == (free.text[:end], "stop")
+    assert cut.detail == f"stop string {mark!r}"
+    assert cut.ids == free.ids[: len(cut.ids)] and len(cut.ids) < len(free.ids)
+    token = free.ids[4]
+    (ended,) = texts(byte_model, ["stop"], stop=[token])
+    assert ended.ids == free.ids[: free.ids.index(token)]
+    assert (ended.reason, ended.detail) == ("stop", f"stop token {token}")
+
+
+def test_end_of_text_ends_a_text_and_is_not_part_of_it(byte_model):
+    (free,) = texts(byte_model, ["end"], temperature=0)
+    run = {**byte_model, "tokenizer": Other(eos_id=free.ids[0])}
+    (done,) = texts(run, ["end"], temperature=0)
+    assert (done.ids, done.text, done.reason) == ([], "", "stop")
+    assert done.detail == "end of text"
+    (begun,) = texts(run, [""], temperature=0)
+    assert begun.ids == texts(run, [free.ids[:1]], temperature=0)[0].ids
+
+
+def test_an_empty_prompt_without_end_of_text_is_a_newline_or_an_error(byte_model):
+    run = {**byte_model, "tokenizer": Other(eos_id=None)}
+    (empty,), (line,) = texts(run, [""]), texts(run, ["\n"])
+    assert empty.ids == line.ids and empty.prompt == ""
+    run["tokenizer"] = tokenizers.train("char", iter(["abc"]))
+    with pytest.raises(ValueError, match="neither an end-of-text token nor a newline"):
+        texts(run, [""])
+
+
+@pytest.mark.parametrize(
+    "prompt, changes, words",
+    [
+        ("x" * 33, {}, "33 tokens but the model's context is 32"),
+        ([3, 257], {}, "id 257 .* vocabulary of 257"),
+        ([-1], {}, "id -1"),
+        ("x", {"temperature": -0.1}, "temperature is -0.1 but must be 0 or more"),
+        ("x", {"temperature": math.nan}, "temperature"),
+        ("x", {"temperature": math.inf}, "temperature"),
+        ("x", {"top_k": -1}, "top_k is -1"),
+        ("x", {"top_p": 0.0}, "top_p is 0.0 but must be above 0"),
+        ("x", {"top_p": 1.1}, "top_p"),
+        ("x", {"min_p": -0.1}, "min_p"),
+        ("x", {"repetition_penalty": 0.0}, "repetition_penalty"),
+        ("x", {"max_new": -1}, "max_new"),
+        ("x", {"count": 0}, "count 0"),
+        ("x", {"stop": [""]}, "stop string is empty"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(byte_model, prompt, changes, words):
+    with pytest.raises(ValueError, match=words):
+        texts(byte_model, [prompt], **changes)
+
+
+def test_no_prompts_give_no_texts(byte_model):
+    assert texts(byte_model, []) == []
+
+
+# ---------------------------------------------------------------- transcripts
+
+
+def read(text, stop, tokenizer):
+    """Pushes a text's bytes; returns what was shown and what the transcript holds."""
+    scribe = sample.Transcript(tokenizer, [], stop)
+    shown = ""
+    for token in text.encode():
+        shown += scribe.push(token)
+        if scribe.stopped_by is not None:
+            break
+    return shown + scribe.flush(), scribe
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    text=st.text("abé", max_size=12),
+    stop=st.lists(st.text("abé", min_size=1, max_size=4), max_size=3),
+)
+def test_a_transcript_shows_the_text_before_the_first_stop_string(text, stop):
+    shown, scribe = read(text, stop, BYTES)
+    prefixes = [text[:n] for n in range(len(text) + 1)]
+    hit = next((p for p in prefixes if any(s in p for s in stop)), None)
+    wanted = text if hit is None else hit[: min(hit.index(s) for s in stop if s in hit)]
+    assert shown == scribe.text == wanted
+    assert (scribe.stopped_by is not None) == (hit is not None)
+
+
+def test_a_transcript_never_shows_half_a_character_or_the_start_of_a_stop_string():
+    scribe = sample.Transcript(BYTES, [], ["END"])
+    shown = [scribe.push(token) for token in "é ENe".encode()]
+    assert shown == ["", "é", " ", "", "", "ENe"]
+
+
+def test_words_continue_the_prompt_with_a_space_and_unknown_ids_are_no_text():
+    words = tokenizers.train("word", iter(["to be, or"]))
+    scribe = sample.Transcript(words, words.encode("to"), [])
+    shown = [scribe.push(token) for token in [*words.encode("be, or"), 10**6]]
+    assert shown == [" be", ",", " or", ""]
