@@ -346,11 +346,16 @@ def _gram(x_NRC: jax.Array) -> jax.Array:
     a, b, c = QUINTIC
     g_NRR = x_NRC @ x_NRC.mT
     one_RR = jnp.eye(g_NRR.shape[-1], dtype=g_NRR.dtype)
-    product_NRR = None
-    for last in [False] * (ROUNDS - 1) + [True]:
-        q_NRR = a * one_RR + b * g_NRR + c * (g_NRR @ g_NRR)
-        product_NRR = q_NRR if product_NRR is None else q_NRR @ product_NRR
-        g_NRR = g_NRR if last else q_NRR @ (g_NRR @ q_NRR)
+
+    def quintic(g_NRR):
+        return a * one_RR + b * g_NRR + c * (g_NRR @ g_NRR)
+
+    q_NRR = quintic(g_NRR)
+    product_NRR = q_NRR
+    for _ in range(ROUNDS - 1):
+        g_NRR = q_NRR @ (g_NRR @ q_NRR)
+        q_NRR = quintic(g_NRR)
+        product_NRR = q_NRR @ product_NRR
     return product_NRR @ x_NRC
 
 

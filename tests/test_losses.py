@@ -14,11 +14,11 @@ def case():
     return (
         rng.normal(size=(2, 5, V)).astype(np.float32) * 3,
         rng.integers(0, V, (2, 5)),
-        np.float32([[1, 1, 0, 2, 1], [0, 0, 0, 0.5, 1]]),
+        np.array([[1, 1, 0, 2, 1], [0, 0, 0, 0.5, 1]], np.float32),
     )
 
 
-def by_hand(logits, target, mask, smoothing, z):
+def by_hand(logits, target, mask, *, smoothing, z):
     """One position at a time, in float64, from probabilities."""
     loss = nll = 0.0
     for row, right, weight in zip(logits.reshape(-1, V), target.ravel(), mask.ravel()):
@@ -34,7 +34,7 @@ def by_hand(logits, target, mask, smoothing, z):
 @pytest.mark.parametrize("smoothing, z", [(0, 0), (0.1, 0), (0, 1e-2), (0.3, 0.5)])
 def test_sums_are_those_written_out_by_hand(case, smoothing, z):
     got = next_token(*case, label_smoothing=smoothing, z_loss=z)
-    want = by_hand(*case, smoothing, z)
+    want = by_hand(*case, smoothing=smoothing, z=z)
     assert set(got) == set(want)
     for name in want:
         assert got[name].dtype == jnp.float32
@@ -67,7 +67,7 @@ def test_gradient_agrees_with_finite_differences(case):
     logits, target, mask = case
 
     def total(x):
-        return by_hand(x, target, mask, 0.2, 0.3)["loss"]
+        return by_hand(x, target, mask, smoothing=0.2, z=0.3)["loss"]
 
     grad = jax.grad(
         lambda x: next_token(x, target, mask, label_smoothing=0.2, z_loss=0.3)["loss"]
