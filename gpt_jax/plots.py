@@ -1,0 +1,121 @@
+"""Pictures of a run, as PNG files."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt_jax import metrics
+
+TRAIN, BEST = "#4C72B0", "#C44E52"
+MANY = 100  # points from which on the training loss is also drawn smoothed
+
+
+def loss(folder: str | Path) -> Path | None:
+    """Draws training and validation loss of a run into `folder/loss.png`.
+
+    Steps stand below, training tokens above, nats per target at the side.
+
+    Returns:
+      The file's path; None when no loss was recorded yet.
+
+    Raises:
+      FileNotFoundError: the folder has no record.
+    """
+    folder = Path(folder)
+    rows = metrics.read(folder)
+    train, val = _curve(rows, "train_loss"), _curve(rows, "val_loss")
+    if not (np.isfinite(train[1]).any() or np.isfinite(val[1]).any()):
+        return None
+    # Imported late: it takes half a second. Without pyplot there is no global state.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    _draw_train(axes, *train)
+    _draw_val(axes, *val)
+    _dress(axes, rows, folder.resolve().name)
+    path, part = folder / "loss.png", folder / "loss.png.part"
+    figure.savefig(part, format="png")
+    os.replace(part, path)
+    return path
+
+
+def _curve(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns steps and values of a number; null becomes nan, a gap in the curve."""
+    points = [(row["step"], row[name]) for row in rows if name in row]
+    values = [math.nan if value is None else value for _, value in points]
+    return np.array([step for step, _ in points]), np.array(values, float)
+
+
+def _draw_train(axes, steps: np.ndarray, values: np.ndarray) -> None:
+    finite = np.isfinite(values)
+    if not finite.any():
+        return
+    marker = "o" if finite.sum() == 1 else ""
+    if finite.sum() < MANY:
+        axes.plot(steps, values, color=TRAIN, lw=1.6, marker=marker, label="training")
+        return
+    axes.plot(steps, values, color=TRAIN, lw=0.8, alpha=0.3)
+    steps, values = steps[finite], values[finite]
+    width = max(3, len(values) // 50) | 1
+    smooth = np.convolve(values, np.ones(width) / width, mode="valid")
+    middle = steps[width // 2 : width // 2 + len(smooth)]
+    axes.plot(middle, smooth, color=TRAIN, lw=1.8, label="training (moving average)")
+
+
+def _draw_val(axes, steps: np.ndarray, values: np.ndarray) -> None:
+    if not np.isfinite(values).any():
+        return
+    best = int(np.nanargmin(values))
+    axes.plot(
+        steps,
+        values,
+        color=BEST,
+        lw=1.6,
+        marker="o",
+        ms=4,
+        label="validation",
+        zorder=3,
+    )
+    axes.plot(
+        steps[best : best + 1],
+        values[best : best + 1],
+        ls="",
+        marker="o",
+        ms=9,
+        mfc="none",
+        mec=BEST,
+        label=f"best: {values[best]:.4f} at step {steps[best]:,}",
+    )
+
+
+def _dress(axes, rows: list[dict[str, Any]], title: str) -> None:
+    """Adds everything that is not a curve."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
+
+    axes.set_title(title, fontweight="bold", pad=10)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per target)")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.grid(color="0.9", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False)
+    axes.spines["right"].set_visible(False)
+    # A step always has the same number of tokens, so the axes differ by one factor.
+    known = [
+        row["tokens"] / row["step"] for row in rows if row.get("tokens") and row["step"]
+    ]
+    if not known:
+        axes.spines["top"].set_visible(False)
+        return
+    factor = known[-1]
+    top = axes.secondary_xaxis(
+        "top", functions=(lambda step: step * factor, lambda tokens: tokens / factor)
+    )
+    top.xaxis.set_major_locator(MaxNLocator(nbins=8))
+    top.xaxis.set_major_formatter(EngFormatter(sep=""))
+    top.set_xlabel("training tokens")
