@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +79,33 @@ def test_what_is_saved_comes_back_bit_equal_in_the_given_containers(folder):
     assert jax.tree.structure(found) == jax.tree.structure(tree)
     assert digest(found) == digest(tree)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(found))
+
+
+class State(NamedTuple):
+    step: jax.Array
+    params: dict
+    frozen: dict
+    ema: dict | None
+
+
+def test_a_named_tuple_comes_back_as_one_with_what_holds_no_arrays(folder):
+    tree = State(jnp.int32(1), {"w": jnp.ones(2)}, {}, None)
+    with Checkpoints(folder, keep=1) as store:
+        store.save(1, tree, metric=None, meta={})
+        found, _, _ = store.restore(abstract(tree))
+        assert isinstance(found, State) and digest(found) == digest(tree)
+        assert jax.tree.structure(found) == jax.tree.structure(tree)
+        with pytest.raises(
+            ValueError, match=r"ema/w: wanted \(2,\) float32, but absent"
+        ):
+            store.restore(abstract(tree._replace(ema=tree.params)))
+
+
+def test_weights_are_compared_by_path_shape_and_dtype():
+    tree = {"a": jnp.zeros(2), "b": jnp.zeros(3)}
+    checkpoint.check_same(abstract(tree), tree)
+    with pytest.raises(ValueError, match="these weights are of another model"):
+        checkpoint.check_same(abstract(tree), {**tree, "b": jnp.zeros(4)})
 
 
 def test_without_an_abstract_tree_the_bytes_are_the_same(pair):
