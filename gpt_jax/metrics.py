@@ -73,6 +73,7 @@ class Writer:
             self._events = module.SummaryWriter(
                 logdir=str(folder / "tensorboard"),
                 purge_step=resume_step + 1 if resume_step else 0,
+                flush_secs=10,  # so that a running TensorBoard stays fresh
             )
 
     def write(self, step: int, **numbers: Any) -> None:
@@ -85,7 +86,6 @@ class Writer:
         if self._events:
             for name, value in finite.items():
                 self._events.add_scalar(name, value, global_step=int(step))
-            self._events.flush()
         if self._wandb:
             self._wandb.log({"step": int(step), **finite})
 
@@ -202,7 +202,7 @@ class Throughput:
         self._mark: tuple[int, float] | None = None
 
     def measure(self, tokens: int) -> dict[str, float]:
-        """Returns "tokens_per_second", and "mfu" with a known peak, since the last call.
+        """Returns "tokens_per_second" (and "mfu" of a known peak) since the last call.
 
         Call it when the device has finished the step. The first call only starts the
         clock, so what was compiled before it does not count: its answer is empty.

@@ -31,8 +31,10 @@ def loss(folder: str | Path) -> Path | None:
         return None
     # Imported late: it takes half a second. Without pyplot there is no global state.
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1)  # inches
+    figure = Figure(figsize=(8, 5), dpi=150, layout=layout)
     axes = figure.add_subplot()
     _draw_train(axes, *train)
     _draw_val(axes, *val)
@@ -60,7 +62,7 @@ def _draw_train(axes, steps: np.ndarray, values: np.ndarray) -> None:
         return
     axes.plot(steps, values, color=TRAIN, lw=0.8, alpha=0.3)
     steps, values = steps[finite], values[finite]
-    width = max(3, len(values) // 50) | 1
+    width = max(3, len(values) // 25) | 1
     smooth = np.convolve(values, np.ones(width) / width, mode="valid")
     middle = steps[width // 2 : width // 2 + len(smooth)]
     axes.plot(middle, smooth, color=TRAIN, lw=1.8, label="training (moving average)")
@@ -99,7 +101,12 @@ def _dress(axes, rows: list[dict[str, Any]], title: str) -> None:
     axes.set_title(title, fontweight="bold", pad=10)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per target)")
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    last = max(row["step"] for row in rows)
+    axes.set_xlim(-0.02 * max(last, 1), 1.02 * max(last, 1))
+    round_numbers = [1, 2, 5, 10]
+    axes.xaxis.set_major_locator(
+        MaxNLocator(nbins=8, steps=round_numbers, integer=True, min_n_ticks=1)
+    )
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.grid(color="0.9", lw=0.8)
     axes.set_axisbelow(True)
@@ -116,6 +123,6 @@ def _dress(axes, rows: list[dict[str, Any]], title: str) -> None:
     top = axes.secondary_xaxis(
         "top", functions=(lambda step: step * factor, lambda tokens: tokens / factor)
     )
-    top.xaxis.set_major_locator(MaxNLocator(nbins=8))
+    top.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=round_numbers))
     top.xaxis.set_major_formatter(EngFormatter(sep=""))
     top.set_xlabel("training tokens")
