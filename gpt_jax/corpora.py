@@ -44,6 +44,11 @@ TRIES = 5  # of a download, each going on where the last one stopped
 RETRY_SECONDS = 0.5  # before the second try; doubled for each further one
 TIMEOUT_SECONDS = 60.0  # the longest silence of a server
 
+# Where a long document is cut: behind a letter or digit, before a space or line break.
+# No token of the character, byte and word tokenizers spans such a place, nor does one
+# of GPT-2's rule or its descendants, so the ids are those of the whole document.
+CUT = re.compile(r"(?<=[^\W_])(?=[ \n])")
+
 # The separator line between the stories of TinyStories; no other source has one.
 STORY_END = "<|endoftext|>"
 
@@ -67,12 +72,15 @@ BUILTIN_SKIPS = {
     *("site-packages", "dist-packages", "__pycache__"),
 }
 
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell it, UTF-8 cannot
+
 
 class Piece(NamedTuple):
     """A document, or a part of a long one; `ends` is true for its last part."""
 
     text: str
     source: str  # the file or dataset that it is from
+    start: int  # characters of its document before it
     ends: bool
 
 
@@ -127,9 +135,10 @@ def open(
     """Returns the corpus that a source names.
 
     Args:
-      source: "builtin" (the source of the running Python's standard library), one of
-        NAMES, a path or glob (.jsonl by `field`, any other file is text; both may end
-        in .gz), "hf:<dataset>[:<config>][:<split>]", or a mixture "a*3 + b*1".
+      source: "builtin" (the source of the running Python's standard library;
+        "builtin:json" is one folder of it), one of NAMES, a path or glob (.jsonl by
+        `field`, any other file is text; both may end in .gz),
+        "hf:<dataset>[:<config>][:<split>]", or a mixture "a*3 + b*1".
       field: the field of a .jsonl or dataset row that holds its text.
       cache: the folder where downloads are kept.
       progress: show how far a download is.
@@ -152,8 +161,8 @@ def open(
         return _dataset(source, DATASETS[source], field)
     if source.startswith("hf:"):
         return _dataset(_short(source), source, field)
-    if source == "builtin":
-        return _builtin(Path(sysconfig.get_path("stdlib")))
+    if source == "builtin" or source.startswith("builtin:"):
+        return _builtin(source)
     if source in NAMES:
         path = fetch(source, cache, progress=progress)
         identity = _identity([(source, path)])
@@ -202,8 +211,16 @@ def mixture(parts: list[tuple[Corpus, float]]) -> Corpus:
     )
 
 
-def _builtin(root: Path) -> Corpus:
+def _builtin(source: str) -> Corpus:
     """Returns the library's own source; files that are not UTF-8 are left out."""
+    library = Path(sysconfig.get_path("stdlib"))
+    _, colon, part = source.partition(":")
+    if colon and not (part.isidentifier() and (library / part).is_dir()):
+        raise FileNotFoundError(
+            f"{source!r} does not name a folder of Python's library in {library}; "
+            'name one, as in "builtin:json", or take "builtin"'
+        )
+    root = library / part
     found = [
         (path.relative_to(root).as_posix(), path)
         for path in root.rglob("*.py")
@@ -216,7 +233,7 @@ def _builtin(root: Path) -> Corpus:
             "there; give data.source a text file of your own"
         )
     size = sum(path.stat().st_size for _, path in files)
-    return Corpus("builtin", _identity(files), size, lambda: _files(files, ""))
+    return Corpus(_short(source), _identity(files), size, lambda: _files(files, ""))
 
 
 def _local(source: str, field: str) -> Corpus:
@@ -273,14 +290,11 @@ def _lines(chunks: Iterable[str]) -> Iterator[str]:
 
 
 def _cut(chunks: Iterable[str], name: str) -> Iterator[Piece]:
-    """Yields one document in pieces of about PIECE_CHARS characters.
+    """Yields one document in pieces of about PIECE_CHARS characters; see CUT.
 
-    A long document is cut behind a line break that stands between two characters
-    which are not whitespace. No token of the character, byte and word tokenizers and
-    of GPT-2's splitting rule spans such a place, so the ids are those of the whole.
-    Only where four pieces' worth of text has no such place is it cut anywhere.
+    Only where four pieces' worth of text has no place like that is it cut anywhere.
     """
-    held = ""
+    held, start = "", 0
     for chunk in chunks:
         held += chunk
         while len(held) > PIECE_CHARS:
@@ -289,27 +303,20 @@ def _cut(chunks: Iterable[str], name: str) -> Iterator[Piece]:
                 if len(held) <= 4 * PIECE_CHARS:
                     break
                 end = PIECE_CHARS
-            yield Piece(held[:end], name, ends=False)
-            held = held[end:]
+            yield Piece(held[:end], name, start, ends=False)
+            held, start = held[end:], start + end
     if held:
-        yield Piece(held, name, ends=True)
+        yield Piece(held, name, start, ends=True)
 
 
 def _cut_at(text: str, limit: int) -> int:
     """Returns the last place before `limit` where text may be cut, else the first."""
-
-    def is_right(at: int) -> bool:
-        return not (text[at - 1].isspace() or text[at + 1].isspace())
-
-    at = limit
-    while (at := text.rfind("\n", 1, at)) > 0:
-        if is_right(at):
-            return at + 1
-    at = limit - 1
-    while (at := text.find("\n", at + 1, len(text) - 1)) > 0:
-        if is_right(at):
-            return at + 1
-    return 0
+    for begin in (max(limit - 4096, 0), 0):
+        places = [match.start() for match in CUT.finditer(text, begin, limit)]
+        if places:
+            return places[-1]
+    found = CUT.search(text, limit - 1)
+    return found.start() if found else 0
 
 
 def _text(path: Path) -> Iterator[str]:
@@ -350,6 +357,11 @@ def _rows(path: Path, field: str) -> Iterator[str]:
             raise ValueError(
                 f"{path}, line {number} has no text in the field {field!r}; it has: "
                 f"{there}; name the right one with data.field"
+            )
+        if SURROGATE.search(row[field]):
+            raise ValueError(
+                f"{path}, line {number} holds half of a surrogate pair (\\ud800 to "
+                "\\udfff), which is not text; remove it"
             )
         yield row[field]
 

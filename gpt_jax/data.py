@@ -5,6 +5,7 @@ ends of its documents (`documents.npy`) and `index.json`, which describes the re
 Nothing here knows JAX: batches are numpy arrays.
 """
 
+import array
 import bisect
 import functools
 import hashlib
@@ -115,115 +116,130 @@ def write(
       ValueError: the folder exists, an id is outside the vocabulary, or there is not
         one token.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise ValueError(f"{folder} exists already; delete it or choose another folder")
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        index = _write(documents, partial, vocab_size, eos_id, meta, shard_tokens)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return index
-
-
-def _write(documents, folder, vocab_size, eos_id, meta, shard_tokens) -> Index:
-    shards = _ShardWriter(folder, vocab_size, shard_tokens)
-    ends: list[int] = []
-    inside = False  # a document has begun and not ended
-    for item in documents:
-        ids, is_end = item if isinstance(item, Piece) else (item, True)
-        if len(ids):
-            if not inside and ends and eos_id is not None:
-                shards.add(np.array([eos_id]), len(ends))
-            shards.add(ids, len(ends))
-            inside = True
-        if is_end and inside:
-            ends.append(shards.tokens)
-            inside = False
-    if inside:
-        ends.append(shards.tokens)
-    if not ends:
-        raise ValueError("there is no text to write: every document is empty")
-    np.save(folder / "documents.npy", np.array(ends, np.int64))
-    index = Index(
-        tokens=shards.tokens,
-        documents=len(ends),
-        dtype=shards.dtype.name,
-        vocab_size=vocab_size,
-        eos_id=eos_id,
-        shards=shards.close(),
-        documents_sha256=_sha256(folder / "documents.npy"),
-        meta=meta,
+    writer = Writer(
+        folder, vocab_size=vocab_size, eos_id=eos_id, shard_tokens=shard_tokens
     )
-    text = json.dumps({"format": FORMAT, **asdict(index)}, indent=1)
-    (folder / "index.json").write_text(text + "\n")
-    return index
+    try:
+        for item in documents:
+            writer.add(item if isinstance(item, Piece) else Piece(item, ends=True))
+        return writer.finish(meta)
+    finally:
+        writer.close()
 
 
-class _ShardWriter:
-    """Appends ids to shards, a full one followed by the next."""
+class Writer:
+    """Writes what `write` writes, piece by piece, and gives up at `close`.
 
-    def __init__(self, folder: Path, vocab_size: int, shard_tokens: int):
-        self.folder, self.vocab_size, self.shard_tokens = (
-            folder,
-            vocab_size,
-            shard_tokens,
-        )
+    See `write` for the arguments and errors. Only `finish` makes the folder appear.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        vocab_size: int,
+        eos_id: int | None,
+        shard_tokens: int,
+    ):
+        self.folder = Path(folder)
+        if self.folder.exists():
+            raise ValueError(
+                f"{folder} exists already; delete it or choose another folder"
+            )
+        self.partial = self.folder.with_name(f"{self.folder.name}.{os.getpid()}.tmp")
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        self.vocab_size, self.eos_id = vocab_size, eos_id
+        self.shard_tokens = shard_tokens
         self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
         self.tokens = 0
+        self.ends = array.array("q")
+        self.inside = False  # a document has begun and not ended
         self.held: list[np.ndarray] = []
         self.held_tokens = 0
         self.done: list[Shard] = []
         self.file, self.hash, self.in_file = None, hashlib.sha256(), 0
 
-    def add(self, ids: np.ndarray, document: int) -> None:
-        ids = np.asarray(ids)
+    def add(self, piece: Piece) -> None:
+        """Appends a document or a part of one; an empty document leaves no trace."""
+        if len(piece.ids):
+            if not self.inside and self.ends and self.eos_id is not None:
+                self._append(np.array([self.eos_id]))
+            self._append(np.asarray(piece.ids))
+            self.inside = True
+        if piece.ends and self.inside:
+            self.ends.append(self.tokens)
+            self.inside = False
+
+    def finish(self, meta: dict[str, Any]) -> Index:
+        """Writes what is held and the index, and gives the folder its name."""
+        self.add(Piece(np.empty(0, self.dtype), ends=True))
+        if not self.ends:
+            raise ValueError("there is no text to write: every document is empty")
+        self._flush()
+        self._finish_shard()
+        np.save(self.partial / "documents.npy", np.array(self.ends, np.int64))
+        index = Index(
+            tokens=self.tokens,
+            documents=len(self.ends),
+            dtype=self.dtype.name,
+            vocab_size=self.vocab_size,
+            eos_id=self.eos_id,
+            shards=tuple(self.done),
+            documents_sha256=_sha256(self.partial / "documents.npy"),
+            meta=meta,
+        )
+        text = json.dumps({"format": FORMAT, **asdict(index)}, indent=1)
+        (self.partial / "index.json").write_text(text + "\n")
+        os.replace(self.partial, self.folder)
+        return index
+
+    def close(self) -> None:
+        """Removes what is not finished."""
+        if self.file is not None:
+            self.file.close()
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _append(self, ids: np.ndarray) -> None:
         low, high = ids.min(), ids.max()
         if low < 0 or high >= self.vocab_size:
             raise ValueError(
-                f"document {document} holds the id {low if low < 0 else high}, which "
-                f"is not in the vocabulary of {self.vocab_size} tokens; was it encoded "
-                "by another tokenizer?"
+                f"document {len(self.ends)} holds the id {low if low < 0 else high}, "
+                f"which is not in the vocabulary of {self.vocab_size} tokens; was it "
+                "encoded by another tokenizer?"
             )
         self.held.append(ids.astype(self.dtype))
         self.held_tokens += len(ids)
         self.tokens += len(ids)
         if self.held_tokens >= FLUSH_TOKENS:
-            self.flush()
+            self._flush()
 
-    def flush(self) -> None:
+    def _flush(self) -> None:
         ids = np.concatenate(self.held) if self.held else np.empty(0, self.dtype)
         self.held, self.held_tokens = [], 0
         while len(ids):
             if self.file is None:
-                self.file = (self.folder / self.name).open("wb")
+                self.file = (self.partial / self.name).open("wb")
             now, ids = np.split(ids, [self.shard_tokens - self.in_file])
-            data = now.astype(self.dtype.newbyteorder("<")).tobytes()
-            self.file.write(data)
-            self.hash.update(data)
+            stored = now.astype(self.dtype.newbyteorder("<")).tobytes()
+            self.file.write(stored)
+            self.hash.update(stored)
             self.in_file += len(now)
             if self.in_file == self.shard_tokens:
-                self.finish()
+                self._finish_shard()
 
     @property
     def name(self) -> str:
         return f"shard-{len(self.done):05}.bin"
 
-    def finish(self) -> None:
+    def _finish_shard(self) -> None:
         if self.file is None:
             return
+        self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
         self.done.append(Shard(self.name, self.in_file, self.hash.hexdigest()))
         self.file, self.hash, self.in_file = None, hashlib.sha256(), 0
-
-    def close(self) -> tuple[Shard, ...]:
-        self.flush()
-        self.finish()
-        return tuple(self.done)
 
 
 # --- reading --------------------------------------------------------------------------

@@ -75,24 +75,22 @@ def test_the_read_size_does_not_change_the_text(tmp_path, read, monkeypatch, siz
     assert read(tmp_path / "a.txt") == [text]
 
 
-def test_a_long_document_is_cut_only_where_no_token_can_span(tmp_path, monkeypatch):
+def test_a_long_document_is_cut_only_behind_words(tmp_path, monkeypatch):
     monkeypatch.setattr(corpora, "PIECE_CHARS", 20)
     monkeypatch.setattr(corpora, "READ_BYTES", 16)
-    text = (
-        "def f():\n    return 1\n\n\nx = 2 \ny = 3\nz = 4\nprint(x, y, z)\n\nend\n" * 4
-    )
+    text = "def f():\n    return 1\n\n\nx = 2 \ny = é\nz_ = 4\nprint(x, y, z)\n\n" * 4
     (tmp_path / "a.py").write_text(text)
     corpus = corpora.open(str(tmp_path / "a.py"), field="", cache="unused")
     pieces = list(corpus.pieces())
     assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
-    assert len(pieces) > 4
+    assert len(pieces) > 8
     for left, right in itertools.pairwise(pieces):
-        assert left.text[-1] == "\n" and not left.text[-2].isspace()
-        assert not right.text[0].isspace()
+        assert left.text[-1].isalnum() and right.text[0] in " \n"
+        assert right.start == left.start + len(left.text) <= left.start + 30
     assert list(corpus.documents()) == [text]
 
 
-def test_text_without_any_line_break_is_still_read_in_pieces(tmp_path, monkeypatch):
+def test_text_without_any_space_is_still_read_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(corpora, "PIECE_CHARS", 10)
     (tmp_path / "a.txt").write_text("x" * 95)
     corpus = corpora.open(str(tmp_path / "a.txt"), field="", cache="unused")
@@ -128,6 +126,17 @@ def test_the_built_in_corpus_is_sorted_valid_source_without_tests(
     corpus = corpora.open("builtin", field="", cache="unused")
     assert list(corpus.documents()) == ["# a/x.py\n", "# b.py\n"]
     assert corpus.size_hint == sum(map(len, corpus.documents()))
+
+
+def test_one_folder_of_the_built_in_corpus_can_be_named(read):
+    parts = read("builtin:json")
+    assert any("class JSONDecoder" in text for text in parts)
+    assert set(parts) < set(read("builtin"))
+    for name in ("builtin:../bin", "builtin:", "builtin:nothing", "builtin:a/b"):
+        with pytest.raises(
+            FileNotFoundError, match=r"does not name a folder of Python"
+        ):
+            read(name)
 
 
 def test_the_built_in_corpus_is_there_and_large():
@@ -204,6 +213,11 @@ def test_a_missing_datasets_package_is_named(read, monkeypatch):
         ("a.jsonl", b'{"text": "x"}\n{"text"', r"a.jsonl, line 2 is not JSON"),
         ("b.jsonl", b'{"body": 1}', r"line 1 has no text in the field 'text'.*body"),
         ("c.jsonl", b"[1]", r"line 1 has no text in the field 'text'; it has: list"),
+        (
+            "e.jsonl",
+            b'{"text": "\\ud800"}',
+            r"e.jsonl, line 1 holds half of a surrogate",
+        ),
         ("d.jsonl", b'{"text": "x"}\n\xff\n', r"d.jsonl is not UTF-8.* offset 14 "),
     ],
 )
@@ -237,11 +251,23 @@ def test_a_source_that_does_not_exist_is_told_with_the_names_that_do(tmp_path, r
 PAGE = b"".join(b"line %d\n" % i for i in range(20_000))
 
 
+class Server(http.server.ThreadingHTTPServer):
+    """One page on a free loopback port, and what its clients asked for."""
+
+    page, etag, resumes = PAGE, '"1"', True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.drops: list[int] = []
+        self.ranges: list[str | None] = []
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """Serves `server.page`, or its Range; `server.drops` says when to hang up."""
 
     def do_GET(self):
         server = self.server
+        assert isinstance(server, Server)
         wanted, start = self.headers.get("Range"), 0
         server.ranges.append(wanted)
         fresh = self.headers.get("If-Range") in (None, server.etag)
@@ -260,15 +286,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         drop = server.drops.pop(0) if server.drops else len(body)
         self.wfile.write(body[:drop])
 
-    def log_message(self, *args):
+    def log_message(self, format, *args):
         pass
 
 
 @pytest.fixture
 def server():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.page, server.etag, server.resumes = PAGE, '"1"', True
-    server.drops, server.ranges = [], []
+    server = Server()
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield server

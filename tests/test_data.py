@@ -218,7 +218,7 @@ def test_windows_hold_what_plain_slicing_gives(length, seq_len, stride, tail):
         if len(part) == seq_len + 1 or (tail and len(part) > 1 and not done):
             wanted.append(part)
     if not wanted:
-        with pytest.raises(ValueError, match="lower data.seq_len"):
+        with pytest.raises(ValueError, match=r"lower data\.seq_len"):
             data.Windows(text, seq_len=seq_len, stride=stride, tail=tail)
         return
     windows = data.Windows(text, seq_len=seq_len, stride=stride, tail=tail)
@@ -268,8 +268,8 @@ class Numbers:
         return {"x": np.array([index, index]), "mask": np.ones(1, np.float32)}
 
 
-def make(count=10, **changes):
-    examples = Numbers(count) if isinstance(count, int) else count
+def make(examples=None, count=10, **changes):
+    examples = Numbers(count) if examples is None else examples
     options = {"batch_size": 4, "accumulate": 1, "seed": 7, "start": 0}
     options |= {"process_index": 0, "process_count": 1}
     return data.batches(examples, **options | changes)
@@ -428,6 +428,7 @@ def test_a_source_that_hangs_is_named_after_a_while(monkeypatch):
     class Hanging(Numbers):
         def __getitem__(self, index):
             release.wait()
+            return super().__getitem__(index)
 
         def where(self, index):
             return "shard-of-the-hanging-disk"

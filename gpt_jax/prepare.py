@@ -1,0 +1,442 @@
+"""From a source of text to token shards: split, train the tokenizer, encode, write.
+
+What is prepared lies in a folder that is named after everything it depends on, so a
+second call with the same text and settings finds it, and other settings never reuse it.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+import shutil
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich import progress as bars
+from rich.console import Console
+
+from gpt_jax import corpora, data, tokenizers
+from gpt_jax.tokenizers import Tokenizer
+
+FORMAT = 1  # of the prepared folder; part of its name
+PARTS = ("train", "val")
+SAMPLE_CHARS = 1 << 24  # the most text that a BPE tokenizer is trained on
+GROUP_CHARS = 1 << 19  # encoded at once by one worker
+SHARD_TOKENS = 1 << 27  # 256 MB of uint16
+MAX_WORKERS = 8  # when the number is left open: each encodes on several cores already
+LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Text made ready for training.
+
+    Attributes:
+      folder: holds train/, val/ and tokenizer.json.
+      tokenizer: the one that made the ids.
+      train: the tokens to learn from; train.index.meta says where they are from.
+      val: the tokens kept for validation.
+      fingerprint: sha256 over the tokenizer and every id.
+    """
+
+    folder: Path
+    tokenizer: Tokenizer
+    train: data.Tokens
+    val: data.Tokens
+    fingerprint: str
+
+
+class Part(NamedTuple):
+    """A piece of text and which part of the data, 0 (train) or 1 (val), it is in."""
+
+    part: int
+    piece: corpora.Piece
+
+
+def prepare(
+    *,
+    source: str,
+    field: str,
+    tokenizer: str,
+    folder: str | Path,
+    cache: str | Path,
+    val_fraction: float,
+    split: str,
+    workers: int,
+    progress: bool,
+) -> Prepared:
+    """Prepares a text, or finds it prepared.
+
+    Args:
+      source: see corpora.open.
+      field: the field of a .jsonl or dataset row that holds its text.
+      tokenizer: char, word, byte, bpe:<size>, gpt2, or the path of a tokenizer.json.
+        A BPE tokenizer is trained on the training part only (at most SAMPLE_CHARS,
+        taken evenly where the size of the text is known); characters and words are
+        collected from the whole text, so that validation can be encoded.
+      folder: where prepared texts are kept.
+      cache: where downloads are kept.
+      val_fraction: the share kept for validation, above 0 and below 1.
+      split: "fraction" cuts the text at that share of its characters; "documents"
+        keeps every n-th document for validation, in one pass.
+      workers: groups of text that are encoded at the same time; 0 = choose.
+      progress: show how far it is.
+
+    Raises:
+      ValueError: a setting or the text cannot be used.
+      FileNotFoundError: there is no such text or tokenizer.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"data.split {split!r} is not one of: {', '.join(SPLITS)}")
+    if not 0 < val_fraction < 1:
+        raise ValueError(
+            f"data.val_fraction is {val_fraction}; it must be above 0 and below 1"
+        )
+    workers = workers or min(MAX_WORKERS, os.cpu_count() or 1)
+    if workers < 0:
+        raise ValueError(f"data.workers is {workers}; it must not be negative")
+    show = Show(progress)
+    corpus = corpora.open(source, field=field, cache=cache, progress=progress)
+    ready = _ready_tokenizer(tokenizer, cache, progress)
+    identity = {
+        "format": FORMAT,
+        "text": corpus.fingerprint,
+        "tokenizer": ready.sha256 if ready else tokenizer,
+        "val_fraction": val_fraction,
+        "split": split,
+    }
+    target = Path(folder).expanduser() / f"{corpus.name}-{_key(identity)}"
+    if target.exists():
+        prepared = load(target)
+        show.say(f"using the prepared text {target}: {_counts(prepared)}")
+        return prepared
+    target.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with _partial(target) as partial:
+        size = _size(corpus, show) if split == "fraction" else None
+        parts = functools.partial(SPLITS[split], corpus, val_fraction, size)
+        made = ready or _train(tokenizer, corpus, parts, size, val_fraction, show)
+        made.save(partial / "tokenizer.json")
+        meta = {**identity, "source": source, "spec": tokenizer}
+        total = size.bytes if size else corpus.size_hint
+        _encode(parts(), made, partial, meta, workers, show, total)
+        with contextlib.suppress(OSError):  # another process was quicker: use its own
+            os.replace(partial, target)
+    prepared = load(target)
+    seconds = time.monotonic() - started
+    show.say(f"prepared {target} in {seconds:.1f} s: {_counts(prepared)}")
+    return prepared
+
+
+def load(folder: str | Path) -> Prepared:
+    """Opens a folder that `prepare` made, and compares every file with its sha256.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file was changed after it was written.
+    """
+    folder = Path(folder)
+    tokenizer = tokenizers.load(folder / "tokenizer.json")
+    train, val = (data.open(folder / part) for part in PARTS)
+    for part in (train, val):
+        part.verify()
+        if part.index.meta.get("tokenizer_sha256") != tokenizer.sha256:
+            raise ValueError(
+                f"{folder / 'tokenizer.json'} is not what made the ids in "
+                f"{part.folder}; delete {folder} and prepare it again"
+            )
+    hashes = (tokenizer.sha256, train.index.fingerprint, val.index.fingerprint)
+    digest = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    return Prepared(folder, tokenizer, train, val, fingerprint=digest)
+
+
+# --- the split ------------------------------------------------------------------------
+
+
+class Size(NamedTuple):
+    """How much text there is."""
+
+    characters: int
+    bytes: int  # in UTF-8
+
+
+def _split_by_fraction(
+    corpus: corpora.Corpus, val_fraction: float, size: Size | None
+) -> Iterator[Part]:
+    assert size is not None
+    cut = int(size.characters * (1 - val_fraction))
+    position = 0
+    for piece in corpus.pieces():
+        before = max(cut - position, 0)
+        position += len(piece.text)
+        left, right = piece.text[:before], piece.text[before:]
+        if left:
+            yield Part(0, piece._replace(text=left, ends=piece.ends or bool(right)))
+        if right:
+            yield Part(1, piece._replace(text=right, start=piece.start + len(left)))
+
+
+def _split_by_documents(
+    corpus: corpora.Corpus, val_fraction: float, size: Size | None
+) -> Iterator[Part]:
+    del size  # unknown: the text is read once
+    document = 0
+    for piece in corpus.pieces():
+        before = math.floor(document * val_fraction)
+        is_val = math.floor((document + 1) * val_fraction) > before
+        yield Part(int(is_val), piece)
+        document += piece.ends
+
+
+SPLITS: dict[str, Callable[..., Iterator[Part]]] = {
+    "fraction": _split_by_fraction,
+    "documents": _split_by_documents,
+}
+
+
+def _size(corpus: corpora.Corpus, show: "Show") -> Size:
+    characters = size = 0
+    with show.bar("counting", corpus.size_hint) as advance:
+        for piece in corpus.pieces():
+            more = len(piece.text.encode())
+            characters, size = characters + len(piece.text), size + more
+            advance(more)
+    return Size(characters, size)
+
+
+# --- the tokenizer --------------------------------------------------------------------
+
+
+def _ready_tokenizer(spec: str, cache: str | Path, progress: bool) -> Tokenizer | None:
+    """Returns the tokenizer that needs no training, or None."""
+    if spec == "gpt2":
+        encoder = corpora.fetch("gpt2_encoder", cache, progress)
+        return tokenizers.gpt2(encoder, corpora.fetch("gpt2_bpe", cache, progress))
+    if spec.partition(":")[0] in ("char", "word", "byte", "bpe"):
+        return None
+    path = Path(spec).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"data.tokenizer {spec!r} is neither char, word, byte, bpe:<size>, gpt2 "
+            "nor the path of a tokenizer.json"
+        )
+    return tokenizers.load(path)
+
+
+def _train(
+    spec: str,
+    corpus: corpora.Corpus,
+    parts: Callable[[], Iterator[Part]],
+    size: Size | None,
+    val_fraction: float,
+    show: "Show",
+) -> Tokenizer:
+    show.say(f"training the tokenizer {spec}")
+    if not spec.startswith("bpe"):
+        return tokenizers.train(spec, (piece.text for piece in corpus.pieces()))
+    total = size.characters if size else corpus.size_hint
+    train_chars = total * (1 - val_fraction) if total else SAMPLE_CHARS
+    texts = (part.piece.text for part in parts() if part.part == 0)
+    return tokenizers.train(spec, _sample(texts, SAMPLE_CHARS / max(train_chars, 1)))
+
+
+def _sample(texts: Iterable[str], share: float) -> Iterator[str]:
+    """Yields about that share of the text, spread evenly, and SAMPLE_CHARS at most."""
+    seen = taken = 0
+    for text in texts:
+        if taken <= seen * share:
+            yield text[: SAMPLE_CHARS - taken]
+            taken += len(text)
+        seen += len(text)
+        if taken >= SAMPLE_CHARS:
+            return
+
+
+# --- encoding -------------------------------------------------------------------------
+
+
+def _encode(
+    parts: Iterable[Part],
+    tokenizer: Tokenizer,
+    folder: Path,
+    meta: dict,
+    workers: int,
+    show: "Show",
+    total: int | None,
+) -> None:
+    """Encodes every piece and writes both parts below `folder`, in one pass."""
+    chars, documents = [0, 0], 0
+    with contextlib.ExitStack() as stack:
+        writers = [
+            data.Writer(
+                folder / name,
+                vocab_size=tokenizer.vocab_size,
+                eos_id=tokenizer.eos_id,
+                shard_tokens=SHARD_TOKENS,
+            )
+            for name in PARTS
+        ]
+        for writer in writers:
+            stack.callback(writer.close)
+        advance = stack.enter_context(show.bar("tokenizing", total))
+        for (i, piece), ids in _encoded(parts, tokenizer, workers):
+            writers[i].add(data.Piece(ids, piece.ends))
+            chars[i] += len(piece.text)
+            documents += piece.ends
+            advance(len(piece.text.encode()))
+        for i, writer in enumerate(writers):
+            if not writer.tokens:
+                raise ValueError(
+                    f"the text is too short: its {documents} documents and "
+                    f"{sum(chars):,} characters leave nothing for {PARTS[i]}; give "
+                    "more text, or change data.val_fraction or data.split"
+                )
+            writer.finish(
+                {
+                    **meta,
+                    "part": PARTS[i],
+                    "characters": chars[i],
+                    "tokenizer_sha256": tokenizer.sha256,
+                }
+            )
+
+
+def _encoded(
+    parts: Iterable[Part], tokenizer: Tokenizer, workers: int
+) -> Iterator[tuple[Part, np.ndarray]]:
+    """Yields every piece with its ids, in order; a few groups are in memory at once."""
+    encode = functools.partial(_encode_group, tokenizer)
+    pool = ThreadPoolExecutor(workers)
+    waiting: deque = deque()
+    try:
+        for group in _groups(parts):
+            waiting.append((group, pool.submit(encode, group)))
+            while len(waiting) > workers:
+                done, future = waiting.popleft()
+                yield from zip(done, future.result(), strict=True)
+        for done, future in waiting:
+            yield from zip(done, future.result(), strict=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _groups(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    group: list[Part] = []
+    chars = 0
+    for part in parts:
+        group.append(part)
+        chars += len(part.piece.text)
+        if chars >= GROUP_CHARS:
+            yield group
+            group, chars = [], 0
+    if group:
+        yield group
+
+
+def _encode_group(tokenizer: Tokenizer, group: list[Part]) -> list[np.ndarray]:
+    try:
+        ids = tokenizer.encode_batch([part.piece.text for part in group])
+    except ValueError:
+        for part in group:  # which one was it?
+            try:
+                tokenizer.encode(part.piece.text)
+            except ValueError as error:
+                where = f"{part.piece.source}, from character {part.piece.start} on"
+                raise ValueError(f"{where}: {error}") from None
+        raise
+    return [np.asarray(x, np.uint32) for x in ids]
+
+
+# --- the folder and the screen --------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _partial(target: Path) -> Iterator[Path]:
+    """A folder of this process beside `target`; left ones of ended processes go."""
+    mine = f"{target.name}.{socket.gethostname()}-"
+    for left in target.parent.glob(f"{mine}*.tmp"):
+        if not _is_running(left.name.removeprefix(mine).removesuffix(".tmp")):
+            shutil.rmtree(left, ignore_errors=True)
+    partial = target.with_name(f"{mine}{os.getpid()}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+class Show:
+    """Progress on stderr: a bar on a terminal, plain lines elsewhere, or nothing."""
+
+    def __init__(self, progress: bool):
+        self.console = Console(stderr=True, quiet=not progress, soft_wrap=True)
+
+    def say(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False)
+
+    @contextlib.contextmanager
+    def bar(self, what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+        """Returns what is told how many bytes more are done."""
+        started = said = time.monotonic()
+        done = 0
+        columns = (
+            "{task.description}",
+            bars.BarColumn(),
+            bars.DownloadColumn(),
+            bars.TransferSpeedColumn(),
+            bars.TimeRemainingColumn(),
+        )
+        terminal = self.console.is_terminal
+        with bars.Progress(
+            *columns, console=self.console, transient=True, disable=not terminal
+        ) as drawn:
+            task = drawn.add_task(what, total=total)
+
+            def advance(more: int) -> None:
+                nonlocal done, said
+                done += more
+                drawn.advance(task, more)
+                now = time.monotonic()
+                if not terminal and now - said >= LINE_SECONDS:
+                    said = now
+                    self.say(_line(what, done, total, now - started))
+
+            yield advance
+
+
+def _line(what: str, done: int, total: int | None, seconds: float) -> str:
+    rate = done / seconds
+    line = f"{what}: {done / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s"
+    return f"{line}, {max(total - done, 0) / rate:.0f} s left" if total else line
+
+
+def _counts(prepared: Prepared) -> str:
+    return (
+        f"{len(prepared.train):,} training and {len(prepared.val):,} validation "
+        f"tokens, vocabulary {prepared.tokenizer.vocab_size:,}"
+    )
+
+
+def _key(identity: dict) -> str:
+    text = json.dumps(identity, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
