@@ -271,6 +271,22 @@ def test_nothing_older_goes_before_the_newer_manifest_exists(folder, monkeypatch
         assert store.steps() == [2]
 
 
+def test_a_removal_that_stops_half_way_leaves_no_half_checkpoint(folder, monkeypatch):
+    with Checkpoints(folder, keep=1) as store:
+        put(store, 1)
+        with monkeypatch.context() as patch:
+
+            def stop(path, **_):
+                if path.exists():
+                    raise OSError("stopped")
+
+            patch.setattr(checkpoint.shutil, "rmtree", stop)
+            put(store, 2)
+        assert store.steps() == [2] and (folder / "1").exists()
+    assert Checkpoints(folder, keep=1).latest() == 2
+    assert not (folder / "1").exists()
+
+
 def test_rewind_sets_newer_steps_aside_so_that_saves_really_happen(folder):
     with Checkpoints(folder, keep=9) as store:
         put(store, 2, 4, 6, 8)
