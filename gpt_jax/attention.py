@@ -178,8 +178,8 @@ def _block(q_BTHK, k_BSGK, v_BSGK, mask_BTS, *, scale, softcap, dropout):
 def plain(q_BTHK, k_BSGK, v_BSGK, sight: Sight, *, scale, softcap, dropout):
     """Every query against every key: the reference."""
     mask_BTS = sight.mask(slice(0, q_BTHK.shape[1]), slice(0, k_BSGK.shape[1]))
-    options = dict(scale=scale, softcap=softcap, dropout=dropout)
-    return _block(q_BTHK, k_BSGK, v_BSGK, mask_BTS, **options)
+    how = {"scale": scale, "softcap": softcap, "dropout": dropout}
+    return _block(q_BTHK, k_BSGK, v_BSGK, mask_BTS, **how)
 
 
 def blocked(q_BTHK, k_BSGK, v_BSGK, sight: Sight, *, scale, softcap, dropout):
@@ -261,7 +261,10 @@ def choose(name: str, *, length: int, cached: bool, softcap: float, dropout: boo
 
 
 class KVCache(NamedTuple):
-    """Keys and values of earlier tokens: per layer [B, S, G, K]; row b uses length_B[b]."""
+    """Keys and values of earlier tokens, [B, S, G, K] per layer.
+
+    Row b holds length_B[b] tokens; what lies behind them is never seen.
+    """
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
@@ -282,10 +285,12 @@ def insert(cache: KVCache, row: KVCache, slot) -> KVCache:
       row: a cache with B = 1, at most as long as `cache`.
       slot: which row; may be traced.
     """
-    if row.length_B.shape != (1,) or row.keys[0].shape[1] > cache.keys[0].shape[1]:
+    rows, room = row.keys[0].shape[:2]
+    most = cache.keys[0].shape[1]
+    if rows != 1 or room > most:
         raise ValueError(
-            f"insert needs a cache of 1 row of at most {cache.keys[0].shape[1]} tokens, "
-            f"not of {row.length_B.shape[0]} rows of {row.keys[0].shape[1]}"
+            f"insert needs a cache of 1 row of at most {most} tokens, not of {rows} "
+            f"rows of {room}"
         )
 
     def place(old_BSGK, new_BSGK):

@@ -1,0 +1,243 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt_jax import attention
+from gpt_jax.attention import KVCache, RopeScaling, Sight
+
+B, T, H, G, K = 2, 13, 4, 2, 8
+
+
+def draw(*shape, seed):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def reference(q, k, v, sees, *, scale, softcap=0.0):
+    """Attention with loops; sees(b, t, s) -> bool."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    rows, time, heads, _ = q.shape
+    y = np.zeros(q.shape)
+    for b in range(rows):
+        for h in range(heads):
+            g = h // (heads // k.shape[2])
+            for t in range(time):
+                keys = [s for s in range(k.shape[1]) if sees(b, t, s)]
+                score = np.array([q[b, t, h] @ k[b, s, g] for s in keys]) * scale
+                if softcap:
+                    score = softcap * np.tanh(score / softcap)
+                weight = np.exp(score - score.max())
+                weight /= weight.sum()
+                y[b, t, h] = sum(w * v[b, s, g] for w, s in zip(weight, keys))
+    return y
+
+
+def attend(name, q_BTHK, k_BSGK, v_BSGK, sight, *, scale=0.3, softcap=0.0):
+    def compiled(q_BTHK, k_BSGK, v_BSGK):
+        how = {"scale": scale, "softcap": softcap, "dropout": None}
+        return attention.IMPLEMENTATIONS[name](q_BTHK, k_BSGK, v_BSGK, sight, **how)
+
+    return jax.jit(compiled)(q_BTHK, k_BSGK, v_BSGK)
+
+
+def inputs(length=T):
+    q_BTHK = draw(B, length, H, K, seed=0)
+    return q_BTHK, draw(B, length, G, K, seed=1), draw(B, length, G, K, seed=2)
+
+
+SEGMENTS = jnp.asarray(np.sort(np.random.default_rng(3).integers(0, 3, (B, T)), axis=1))
+
+
+@pytest.mark.parametrize("name", ["plain", "blocked", "xla"])
+@pytest.mark.parametrize(
+    ("causal", "window", "packed"),
+    [(True, 0, False), (True, 4, True), (False, 0, True), (False, 3, False)],
+)
+def test_every_implementation_equals_the_loops(name, causal, window, packed):
+    q_BTHK, k_BSGK, v_BSGK = inputs()
+    sight = Sight(causal, window, None, SEGMENTS if packed else None)
+
+    def sees(b, t, s):
+        near = not window or abs(t - s) < window
+        same = not packed or SEGMENTS[b, t] == SEGMENTS[b, s]
+        return (s <= t or not causal) and near and same
+
+    y_BTHK = attend(name, q_BTHK, k_BSGK, v_BSGK, sight)
+    want = reference(q_BTHK, k_BSGK, v_BSGK, sees, scale=0.3)
+    np.testing.assert_allclose(y_BTHK, want, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["plain", "blocked"])
+def test_softcap_bounds_the_scores(name):
+    q_BTHK, k_BSGK, v_BSGK = inputs()
+    sight = Sight(True, 0, None, None)
+    y_BTHK = attend(name, q_BTHK, k_BSGK, v_BSGK, sight, scale=1.0, softcap=1.5)
+    want = reference(
+        q_BTHK, k_BSGK, v_BSGK, lambda b, t, s: s <= t, scale=1.0, softcap=1.5
+    )
+    np.testing.assert_allclose(y_BTHK, want, atol=2e-6)
+
+
+def test_slots_place_queries_among_the_keys():
+    q_BTHK, k_BSGK, v_BSGK = inputs()
+    slot_BT = jnp.array([[4, 5], [9, 10]])
+    sight = Sight(True, 3, slot_BT, None)
+    y_BTHK = attend("plain", q_BTHK[:, :2], k_BSGK, v_BSGK, sight)
+
+    def sees(b, t, s):
+        return s <= slot_BT[b, t] and s > slot_BT[b, t] - 3
+
+    want = reference(q_BTHK[:, :2], k_BSGK, v_BSGK, sees, scale=0.3)
+    np.testing.assert_allclose(y_BTHK, want, atol=2e-6)
+
+
+@pytest.mark.parametrize("length", [1, 3, 5, 600])
+def test_blocks_equal_plain_at_ragged_lengths(length):
+    q_BTHK, k_BSGK, v_BSGK = inputs(length)
+    sight = Sight(True, 0, None, None)
+    y_BTHK = attend("blocked", q_BTHK, k_BSGK, v_BSGK, sight)
+    want = attend("plain", q_BTHK, k_BSGK, v_BSGK, sight)
+    np.testing.assert_allclose(y_BTHK, want, atol=2e-6)
+
+
+def test_choose_follows_platform_and_ability(monkeypatch):
+    def name(asked="auto", length=256, cached=False, softcap=0.0, dropout=False):
+        made = attention.choose(
+            asked, length=length, cached=cached, softcap=softcap, dropout=dropout
+        )
+        return made.__name__
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    assert name() == "blocked"
+    assert name(length=16) == "plain"
+    assert name(cached=True) == "plain"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert name() == "xla"
+    assert name(softcap=5.0) == "plain"
+    assert name(dropout=True) == "plain"
+    assert name("cudnn") == "cudnn"
+    assert name("cudnn", dropout=True) == "plain"
+
+
+def test_rotated_products_depend_on_distance_only():
+    q_K, k_K = draw(K, seed=4), draw(K, seed=5)
+
+    def product(q_at, k_at):
+        def turned(x_K, at):
+            turn = attention.rotation(jnp.array([[at]]), K, base=10000.0, scaling=None)
+            return attention.rotate(x_K[None, None, None], turn).ravel()
+
+        return turned(q_K, q_at) @ turned(k_K, k_at)
+
+    np.testing.assert_allclose(product(7, 3), product(104, 100), rtol=1e-4)
+    np.testing.assert_allclose(product(5, 5), q_K @ k_K, rtol=1e-5)
+    assert abs(product(7, 3) - product(7, 4)) > 1e-3
+
+
+def test_rotation_turns_feature_i_with_feature_i_plus_half():
+    x = draw(1, 1, 1, K, seed=6)
+    turn = attention.rotation(jnp.array([[3]]), K, base=100.0, scaling=None)
+    pair = np.asarray(x[0, 0, 0, : K // 2]) + 1j * np.asarray(x[0, 0, 0, K // 2 :])
+    want = pair * np.exp(3j * 100.0 ** -(np.arange(K // 2) * 2 / K))
+    got = attention.rotate(x, turn)[0, 0, 0]
+    np.testing.assert_allclose(got, np.concatenate([want.real, want.imag]), atol=1e-6)
+
+
+def test_llama3_scaling_follows_the_published_rule():
+    # Llama 3.2 1B: head_dim 64, base 500,000, factor 32, 1 and 4, context 8,192.
+    scaling = RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
+    got = attention.rope_frequencies(64, base=500000.0, scaling=scaling)
+    want = []
+    for i in range(32):
+        frequency = 500000.0 ** (-2 * i / 64)
+        wavelength = 2 * np.pi / frequency
+        if wavelength < 8192 / 4:
+            want.append(frequency)
+        elif wavelength > 8192 / 1:
+            want.append(frequency / 32)
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            want.append((1 - smooth) * frequency / 32 + smooth * frequency)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert got[0] == 1.0
+    np.testing.assert_allclose(got[-1], 500000.0 ** (-62 / 64) / 32, rtol=1e-5)
+
+
+def test_linear_scaling_divides_every_frequency():
+    plain = attention.rope_frequencies(K, base=10000.0, scaling=None)
+    scaled = attention.rope_frequencies(
+        K, base=10000.0, scaling=RopeScaling("linear", 8.0)
+    )
+    np.testing.assert_allclose(scaled, np.asarray(plain) / 8, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "yarn", "factor": 2.0}, "yarn"),
+        ({"kind": "linear", "factor": 0.0}, "above 0"),
+        ({"kind": "llama3", "factor": 8.0}, "low_freq_factor"),
+        (
+            {
+                "kind": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            },
+            "original_context",
+        ),
+    ],
+)
+def test_wrong_rope_scaling_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        RopeScaling(**options)
+
+
+def test_dropout_keeps_the_mean_and_zeroes_its_share():
+    x = jnp.ones(20000)
+    y = attention.drop(x, jnp.float32(0.3), jax.random.key(0))
+    assert abs((y == 0).mean() - 0.3) < 0.015
+    assert abs(y.mean() - 1) < 0.02
+    np.testing.assert_allclose(y[y > 0], 1 / 0.7, rtol=1e-4)
+
+
+def test_dropout_of_rate_0_changes_nothing():
+    x = draw(100, seed=7)
+    same = jax.jit(attention.drop)(x, 0.0, jax.random.key(0))
+    np.testing.assert_array_equal(same, x)
+    assert attention.drop(x, None, jax.random.key(0)) is x
+
+
+def cache(rows, length, seed):
+    return KVCache(
+        keys=(draw(rows, length, G, K, seed=seed),),
+        values=(draw(rows, length, G, K, seed=seed + 1),),
+        length_B=jnp.arange(1, rows + 1, dtype=jnp.int32),
+    )
+
+
+def test_insert_replaces_one_row_and_free_empties_it():
+    full, row = cache(3, 6, seed=8), cache(1, 4, seed=10)
+    both = jax.jit(attention.insert)(full, row, 1)
+    np.testing.assert_array_equal(both.keys[0][1, :4], row.keys[0][0])
+    np.testing.assert_array_equal(both.values[0][1, :4], row.values[0][0])
+    np.testing.assert_array_equal(both.keys[0][::2], full.keys[0][::2])
+    assert both.length_B.tolist() == [1, 1, 3]
+    assert attention.free(both, 2).length_B.tolist() == [1, 1, 0]
+
+
+def test_insert_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="at most 6 tokens"):
+        attention.insert(cache(3, 6, seed=8), cache(1, 7, seed=8), 0)
+    with pytest.raises(ValueError, match="2 rows"):
+        attention.insert(cache(3, 6, seed=8), cache(2, 6, seed=8), 0)
+
+
+def test_extend_writes_each_row_at_its_own_slot_and_drops_overflow():
+    old_BSGK, new_BTGK = draw(2, 5, G, K, seed=12), draw(2, 2, G, K, seed=13)
+    slot_BT = jnp.array([[1, 2], [4, 5]])
+    got = attention.extend(old_BSGK, new_BTGK, slot_BT)
+    want = np.array(old_BSGK)
+    want[0, 1:3] = new_BTGK[0]
+    want[1, 4] = new_BTGK[1, 0]
+    np.testing.assert_array_equal(got, want)
