@@ -114,16 +114,17 @@ def test_nothing_to_learn_is_zero_and_not_nan(case):
 
 
 def test_half_precision_logits_are_summed_in_float32():
-    logits = jnp.zeros((1, 4096, V), jnp.bfloat16)
+    # 4099 is no bfloat16: a sum in that type would end at 4096.
+    logits = jnp.zeros((1, 4099, V), jnp.bfloat16)
     got = next_token(
         logits,
-        jnp.zeros((1, 4096), int),
-        jnp.ones((1, 4096), jnp.bfloat16),
+        jnp.zeros((1, 4099), int),
+        jnp.ones((1, 4099), jnp.bfloat16),
         label_smoothing=0.0,
         z_loss=0.0,
     )
-    assert got["weight"] == 4096
-    np.testing.assert_allclose(got["loss"], 4096 * np.log(V), rtol=1e-5)
+    assert got["weight"] == 4099
+    np.testing.assert_allclose(got["loss"], 4099 * np.log(V), rtol=1e-5)
 
 
 def test_huge_logits_stay_finite():
