@@ -35,9 +35,8 @@ from typing import NamedTuple
 from rich import progress as bars
 from rich.console import Console
 
-# A longer document is handed over in pieces: 4 M characters are at most 16 MB in
-# memory, and few documents other than whole books are longer.
-PIECE_CHARS = 1 << 22
+# A longer document is handed over in pieces, so that memory stays bounded.
+PIECE_CHARS = 1 << 20
 READ_BYTES = 1 << 20
 
 TRIES = 5  # of a download, each going on where the last one stopped

@@ -180,7 +180,7 @@ def _split_by_fraction(
         position += len(piece.text)
         left, right = piece.text[:before], piece.text[before:]
         if left:
-            yield Part(0, piece._replace(text=left, ends=piece.ends or bool(right)))
+            yield Part(0, piece._replace(text=left))
         if right:
             yield Part(1, piece._replace(text=right, start=piece.start + len(left)))
 
