@@ -19,8 +19,9 @@ def base() -> ConfigDict:
 
     config.data = ConfigDict(
         {
-            # What to read: "builtin" (the standard library's source), a corpus name,
-            # a file, a glob, "hf:<dataset>", or a weighted mixture "a*3 + b*1".
+            # What to read: "builtin" (the standard library's source; "builtin:json" is
+            # one folder of it), a corpus name, a file, a glob, "hf:<dataset>", or a
+            # weighted mixture "a*3 + b*1".
             "source": "builtin",
             "field": "text",  # the field of a .jsonl row that holds its text
             # char, word, byte, bpe:<size>, gpt2, or the path of a tokenizer.json
@@ -193,10 +194,12 @@ def choose(table: dict, key: str, what: str):
 
 
 def tiny(config: ConfigDict) -> ConfigDict:
-    """Shrinks a config to seconds on one core; the tests run every config so."""
+    """Shrinks a config to seconds on one core, text included; the tests run it so."""
     config.model.update(n_layers=2, d_model=32, n_heads=2, n_kv_heads=0, head_dim=0)
     config.model.update(d_ff=0, context_length=32, scan_layers=False)
-    config.data.update(seq_len=0, stride=0, workers=1)
+    tokenizer = "char" if config.data.tokenizer == "char" else "byte"
+    config.data.update(source="builtin:json", tokenizer=tokenizer, split="fraction")
+    config.data.update(seq_len=0, stride=0, workers=1, val_fraction=0.1)
     config.update(batch_size=4, accumulate=1, steps=6, log_every=2, eval_every=3)
     config.update(checkpoint_every=3, eval_windows=8)
     config.hyper.warmup_steps = 2.0

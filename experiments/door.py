@@ -38,7 +38,7 @@ def config_name() -> str:
     return "_".join(filter(None, [Path(file).stem, arg.replace(",", "_")]))
 
 
-def run(main: Callable[[list[str]], object], doc: str) -> None:
+def run(main: Callable[[list[str]], object], doc: str | None) -> None:
     """Runs a door and leaves the process with its exit code.
 
     Args:
@@ -47,7 +47,7 @@ def run(main: Callable[[list[str]], object], doc: str) -> None:
       doc: the door's docstring, which is its help text.
     """
     if {"--help", "-help", "-h", "--helpfull"} & set(sys.argv[1:]):
-        print(f"{doc.strip()}\n\nFlags:\n{_flags_help()}")
+        print(f"{(doc or '').strip()}\n\nFlags:\n{_flags_help()}")
         sys.exit(0)
     try:
         _parse()

@@ -124,7 +124,7 @@ class Checkpoints:
         target = self.folder / str(int(step))
         note = {"step": int(step), "metric": _finite_or_none(metric), "meta": meta}
         json.dumps(note)  # a meta that cannot be written is refused here, not later
-        leaves, items = _leaves(tree), _snapshot(_grouped(tree))
+        table, items = leaves(tree), _snapshot(_grouped(tree))
         try:
             if jax.process_index() == 0:
                 shutil.rmtree(target, ignore_errors=True)
@@ -132,7 +132,7 @@ class Checkpoints:
         except Exception as error:
             raise self._failed(target, error) from error
         self._thread = threading.Thread(
-            target=self._finish, args=(target, write, {**note, "leaves": leaves})
+            target=self._finish, args=(target, write, {**note, "leaves": table})
         )
         self._thread.start()
         return True
@@ -221,7 +221,7 @@ class Checkpoints:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _clean(target.parent)
             _writer(target, _snapshot(_grouped(tree)))()
-            _seal(target, {"meta": {}, "leaves": _leaves(tree)})
+            _seal(target, {"meta": {}, "leaves": leaves(tree)})
         except Exception as error:
             raise self._failed(target, error) from error
         return name
@@ -342,7 +342,7 @@ def difference(wanted: Mapping, found: Mapping) -> list[str]:
 
 def check_same(wanted: Any, found: Any) -> None:
     """Raises ValueError, naming the leaves, unless two trees agree in all shapes."""
-    _refuse_other("these weights are", _leaves(wanted), _leaves(found))
+    _refuse_other("these weights are", leaves(wanted), leaves(found))
 
 
 def _named(tree: Any) -> list[tuple[str, Any]]:
@@ -353,7 +353,7 @@ def _named(tree: Any) -> list[tuple[str, Any]]:
     ]
 
 
-def _leaves(tree: Any) -> dict[str, list]:
+def leaves(tree: Any) -> dict[str, list]:
     leaves = _named(tree)
     for name, leaf in leaves:
         if not hasattr(leaf, "dtype"):
@@ -514,7 +514,7 @@ def _load(
 
     shape, abstract = abstract, None if abstract is None else _mapping(abstract)
     if abstract is not None:
-        _refuse_other(f"{found} is", _leaves(abstract), manifest["leaves"])
+        _refuse_other(f"{found} is", leaves(abstract), manifest["leaves"])
     items = {name.split("/")[0] for name in manifest["files"] if "/" in name}
     if only is not None:
         items &= {key if key in ALONE else REST for key in only}

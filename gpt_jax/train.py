@@ -98,23 +98,24 @@ def train(config: ConfigDict, workdir: str | Path, *, profile: int = 0) -> Resul
 
 def loop(job: Job, state: TrainState, totals: Totals, *, profile: int) -> Result:
     """Runs steps until something ends the run; one line per thing that happens."""
-    config, step = job.config, int(sharding.local(job.strategy.view(state.step)))
-    pending, numbers, reason = [], {}, "steps"
+    config, end = job.config, last_step(job.config, job.task)
+    step = int(job.strategy.view(state.step))
+    pending, numbers, reason = [], {}, ""
     started = time.monotonic() - totals.seconds
     batches = train_batches(job, start=step)
     trace = profile_window(job, step, profile)
     if step == 0:
         numbers, totals = evaluate_now(job, state, totals, step)
         sample_now(job, state, step, due(step, config.sample_every))
-    while step < job.steps and not (reason := ended(job, totals)):
+    while step < end and not (reason := ended(job, totals)):
         batch = next(batches)
         state, sums, info = job.step_fn(state, job.strategy.put(batch), job.key, job.hyper)
         sharding.wait_on_cpu(info)
         step += 1
-        last = step == job.steps
+        last = step == end
         pending.append((sums, info))
         totals = totals._replace(
-            tokens=totals.tokens + job.tokens_per_step,
+            tokens=totals.tokens + tokens_per_step(config, job.task),
             seconds=time.monotonic() - started,
         )
         trace(step)
@@ -130,7 +131,7 @@ def loop(job: Job, state: TrainState, totals: Totals, *, profile: int) -> Result
         improved = metric is not None and totals.stale == 0
         if last or improved or due(step, config.checkpoint_every):
             save(job, state, totals, step, metric)
-    if job.stop or step < job.steps:
+    if step < end:
         save(job, state, totals, step, None)
     return finish(job, step, reason or "steps", numbers)
 
@@ -147,6 +148,8 @@ def build(
     use_compile_cache(config.compile_cache)
     sharding.set_cpu_devices(micro_batch, cpu_devices=config.mesh.cpu_devices)
     task = make_task(config)
+    if config.sample_every:
+        first_prompt(task, config.sample.prompt)
     strategy = sharding.make(micro_batch, **config.mesh)
     adapter = adapters.make(**config.adapter)
     options = config.optimizer.to_dict()
@@ -265,13 +268,16 @@ def restore_or_start(
         wanted = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes
         )
-        state, meta, step = saves.restore(wanted)
+        tree, meta, step = saves.restore(wanted._asdict(), step=None)
         saves.rewind(step)
-        return sharding.local(state), Totals(**meta["totals"])
+        return sharding.local(TrainState(**tree)), Totals(**meta["totals"])
     if config.init_from:
-        source = runs.open(config.init_from)
-        checkpoint.check_same(jax.eval_shape(init, key), source.params)
-        return fresh(source.params), Totals()
+        source = runs.open(config.init_from, step="best")
+        cfg = task.model.cfg
+        weights = source.params
+        weights = model.stack(weights, cfg) if cfg.scan_layers else weights
+        checkpoint.check_same(jax.eval_shape(init, key), weights)
+        return fresh(weights), Totals()
     return jax.jit(lambda k: fresh(init(k)))(key), Totals()
 
 
@@ -290,10 +296,12 @@ def last_step(config: ConfigDict, task: tasks.Task) -> int:
 
 
 def tokens_per_step(config: ConfigDict, task: tasks.Task) -> int:
+    """Returns the training tokens of one step, over all devices."""
     return config.batch_size * task.train.seq_len
 
 
 def throughput(task: tasks.Task, strategy: sharding.Strategy) -> metrics.Throughput:
+    """Returns the meter of tokens per second, and of MFU where the peak is known."""
     cfg = task.model.cfg
     return metrics.Throughput(
         flops_per_token=metrics.flops_per_token(
@@ -356,9 +364,12 @@ def ended(job: Job, totals: Totals) -> str:
 def log(job: Job, totals: Totals, step: int, pending: list) -> dict[str, float]:
     """Writes the means of the steps since the last line; the loop's only wait.
 
+    A checkpoint that could not be saved surfaces here.
+
     Raises:
       FloatingPointError: too many updates in a row were not finite.
     """
+    job.saves.check()
     sums, infos = zip(*jax.device_get(pending), strict=True)
     info = {name: float(value) for name, value in infos[-1].items()}
     in_a_row = int(info.pop("skipped_in_a_row"))
@@ -442,7 +453,7 @@ def sample_now(job: Job, state: TrainState, step: int, wanted: bool) -> None:
         model=job.task.model,
         params=sharding.local(weights),
         tokenizer=job.task.tokenizer,
-        prompts=[options.pop("prompt")],
+        prompts=[first_prompt(job.task, options.pop("prompt"))],
         max_new=options.pop("max_new_tokens"),
         seed=job.config.seed,
         min_p=0.0,
@@ -456,13 +467,24 @@ def sample_now(job: Job, state: TrainState, step: int, wanted: bool) -> None:
     job.rate.pause()
 
 
+def first_prompt(task: tasks.Task, prompt: str) -> str:
+    """Returns the prompt of the samples; an empty one may need a character of the text.
+
+    Raises:
+      ValueError: the prompt has characters that the tokenizer never saw.
+    """
+    if task.tokenizer.encode(prompt) or task.tokenizer.eos_id is not None:
+        return prompt
+    return task.tokenizer.decode([int(task.train[0]["tokens"][0])])
+
+
 def save(
     job: Job, state: TrainState, totals: Totals, step: int, metric: float | None
 ) -> None:
     """Starts an asynchronous checkpoint of everything that a resume needs."""
     view = job.strategy.view(state)
     meta = {"totals": totals._asdict(), "fingerprint": job.task.fingerprint}
-    job.saves.save(step, view, metric=metric, meta=meta)
+    job.saves.save(step, view._asdict(), metric=metric, meta=meta)
 
 
 def finish(job: Job, step: int, reason: str, numbers: dict[str, float]) -> Result:

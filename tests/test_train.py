@@ -131,7 +131,7 @@ def test_a_new_run_starts_from_the_weights_of_another(config, tmp_path):
     train.train(config, tmp_path / "second")
     assert params_digest(tmp_path / "first") == params_digest(tmp_path / "second")
     config.model.d_model = 64
-    with pytest.raises(ValueError, match="embed"):
+    with pytest.raises(ValueError, match="of another model"):
         train.train(config, tmp_path / "third")
 
 
