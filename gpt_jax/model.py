@@ -8,6 +8,8 @@ Shapes: B batch  T time  D width  H heads  G key/value heads  K head dim  V voca
 
 import math
 import re
+import zlib
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +18,8 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gpt_jax import attention
 from gpt_jax.attention import KVCache, RopeScaling, Rotation, Sight, drop, free, insert
@@ -615,6 +619,11 @@ def _n_scanned(cfg: GPTConfig) -> int:
 
 def init_cache(cfg: GPTConfig, batch: int, max_length: int, dtype) -> KVCache:
     """Returns an empty cache of `batch` rows of up to `max_length` tokens."""
+    if max_length > cfg.context_length:
+        raise ValueError(
+            f"a cache of {max_length} tokens is longer than context_length "
+            f"{cfg.context_length}"
+        )
     shape = (batch, max_length, cfg.n_kv_heads, cfg.head_dim)
     return KVCache(
         keys=tuple(jnp.zeros(shape, dtype) for _ in range(cfg.n_layers)),
@@ -680,37 +689,41 @@ def init(cfg: GPTConfig, key) -> dict:
     So scanned and unrolled models start equal, and so do padded vocabularies (the
     padding is 0).
     """
-    unrolled = replace(cfg, scan_layers=False, vocab_multiple=1)
+    true = replace(cfg, scan_layers=False, vocab_multiple=1)
     tokens_BT = jnp.zeros((1, 1), jnp.int32)
-    shapes = jax.eval_shape(GPT(unrolled).init, key, tokens_BT)["params"]
+    shapes = jax.eval_shape(GPT(true).init, key, tokens_BT)["params"]
+    leaves = flatten_dict(shapes, sep="/")
     rules = _presets(cfg)
+    alike = defaultdict(list)  # drawn together, or compiling takes a second a layer
+    for path, leaf in leaves.items():
+        draw = next(draw for rule, draw in rules if re.search(rule, path))
+        alike[draw, leaf.shape, _fan_in(path, leaves)].append(path)
+
+    weights = {}
+    for (draw, shape, fan_in), paths in alike.items():
+        numbers = np.array([zlib.crc32(path.encode()) for path in paths], np.uint32)
+        keys = jax.vmap(partial(jax.random.fold_in, key))(numbers)
+        drawn = jax.vmap(partial(draw, shape=shape, fan_in=fan_in))(keys)
+        weights |= zip(paths, drawn.astype(cfg.param_dtype), strict=True)
+
     padding = cfg.vocab_rows - cfg.vocab_size
-
-    def draw(path, leaf, siblings):
-        name = "/".join(path)
-        rule = next(rule for pattern, rule in rules if re.search(pattern, name))
-        kernel = siblings.get("kernel", leaf).shape
-        fan_in = math.prod(kernel[:2]) if path[-2] == "out" else kernel[0]
-        own = key
-        for byte in name.encode():
-            own = jax.random.fold_in(own, byte)
-        weight = rule(own, leaf.shape, fan_in).astype(leaf.dtype)
-        if padding and path[0] in ("embed", "head"):
-            axis = weight.ndim - 1 if path[0] == "head" else 0
-            widths = [(0, padding if i == axis else 0) for i in range(weight.ndim)]
-            weight = jnp.pad(weight, widths)
-        return weight
-
-    def walk(tree, path):
-        return {
-            name: walk(child, (*path, name))
-            if isinstance(child, Mapping)
-            else draw((*path, name), child, tree)
-            for name, child in tree.items()
-        }
-
-    params = walk(shapes, ())
+    for path, axis in _VOCABULARY_AXIS.items():
+        if path in weights and padding:
+            widths = [(0, 0)] * weights[path].ndim
+            widths[axis] = (0, padding)
+            weights[path] = jnp.pad(weights[path], widths)
+    params = unflatten_dict(weights, sep="/")
     return stack(params, cfg) if cfg.scan_layers else params
+
+
+_VOCABULARY_AXIS = {"embed/embedding": 0, "head/kernel": 1, "head/bias": 0}
+
+
+def _fan_in(path: str, leaves: Mapping[str, Any]) -> int:
+    """Returns how many numbers make one output of the layer that a weight is of."""
+    layer = path.rpartition("/")[0]
+    shape = leaves.get(f"{layer}/kernel", leaves[path]).shape
+    return math.prod(shape[:2]) if layer.endswith("attn/out") else shape[0]
 
 
 def count(weights) -> int:
