@@ -113,7 +113,7 @@ def _step(text: str) -> str | int | None:
     """Returns what `runs.open` calls this checkpoint."""
     if text.isdecimal():
         return int(text)
-    names = {"": None, "best": "best", "newest": "latest"}
+    names = {"": None, "best": "best", "newest": "latest", "latest": "latest"}
     if text not in names:
         raise ValueError(f"--step={text} is not best, newest or a step number")
     return names[text]

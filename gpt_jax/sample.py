@@ -358,6 +358,7 @@ def texts(
         an id outside the vocabulary, or is empty and the tokenizer has no newline.
     """
     check(**settings)
+    _check_stop(stop)
     if count < 1:
         raise ValueError(f"count {count} must be at least 1")
     jobs = [
@@ -394,6 +395,7 @@ def stream(
     Completion (`result = yield from stream(...)`).
     """
     check(**settings)
+    _check_stop(stop)
     row = _Row(prompt, _prompt_ids(prompt, tokenizer, model.cfg), 0)
     model, params = unstacked(model, params)
     chunks = _decode(
@@ -428,6 +430,13 @@ def check(
     for fits, name, value, wanted in rules:
         if not fits:
             raise ValueError(f"{name} is {value} but must be {wanted}")
+
+
+def _check_stop(stop) -> None:
+    if isinstance(stop, str):
+        raise ValueError(f"stop is the string {stop!r} but must be a list of strings")
+    if "" in stop:
+        raise ValueError("a stop string is empty; leave it out")
 
 
 def rows_of(settings: Sequence[dict]) -> Sampling:
@@ -522,8 +531,6 @@ class _Row(NamedTuple):
 
 def _decode(model, params, tokenizer, rows, seed, stop, settings, steps, padding):
     """Yields each row's new text after every few steps; returns the Completions."""
-    if "" in stop:
-        raise ValueError("a stop string is empty; leave it out")
     context = model.cfg.context_length
     lengths = np.array([len(row.ids) for row in rows] + [1] * padding, np.int32)
     longest = int(lengths.max())

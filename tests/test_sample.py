@@ -1,6 +1,9 @@
 """Decoding against recomputation, filters against NumPy, texts against streams."""
 
 import math
+import re
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -10,8 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from configs import common
 from gpt_jax import model as models
-from gpt_jax import sample, tokenizers
+from gpt_jax import runs, sample, tokenizers
+from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.sample import LENGTH, STOP
 from tests import tiny
 
@@ -47,10 +52,13 @@ def keys(n, seed=0):
     return jax.random.split(jax.random.key(seed), n)
 
 
-generate = jax.jit(sample.generate, static_argnames=("model", "max_length"))
+CHEAP = {"xla_backend_optimization_level": 0}  # compiles in half the time
+generate = jax.jit(
+    sample.generate, static_argnames=("model", "max_length"), compiler_options=CHEAP
+)
 
 
-@partial(jax.jit, static_argnames="model")
+@partial(jax.jit, static_argnames="model", compiler_options=CHEAP)
 def forward(params, tokens_BT, *, model):
     return model.apply({"params": params}, tokens_BT)[0]
 
@@ -245,16 +253,19 @@ def chi_square(counts, chances):
     return float(((counts - expected) ** 2 / expected).sum())
 
 
-def drawn(logits_V, **changes):
-    """How often each token came in 20,000 draws."""
+def drawn(logits_V, *, one_key=False, **changes):
+    """How often each token came in 20,000 draws: by as many keys, or by one key."""
     many = 20_000
     row = {**PLAIN, "temperature": 1.0, **changes}
+    key_B, position_B = keys(many, seed=2), jnp.ones(many, jnp.int32)
+    if one_key:
+        key_B, position_B = key_B[jnp.zeros_like(position_B)], jnp.arange(many)
     found = choose(
         jnp.broadcast_to(logits_V, (many, len(logits_V))),
         jnp.zeros((many, 1), jnp.int32),
-        jnp.ones(many, jnp.int32),
+        position_B,
         sample.rows_of([row] * many),
-        keys(many, seed=2),
+        key_B,
     )
     return np.bincount(found, minlength=len(logits_V))
 
@@ -263,8 +274,9 @@ choose = jax.jit(lambda *args: sample.choose(*args))
 FIVE = jnp.asarray([1.0, -0.5, 0.3, 0.0, 2.0])
 
 
-def test_drawn_tokens_have_the_probabilities_of_the_tempered_softmax():
-    counts = drawn(FIVE, temperature=0.7)
+@pytest.mark.parametrize("one_key", [False, True])
+def test_draws_of_many_keys_or_positions_follow_the_tempered_softmax(one_key):
+    counts = drawn(FIVE, temperature=0.7, one_key=one_key)
     assert chi_square(counts, jax.nn.softmax(FIVE / 0.7)) < 18.5  # 0.1 % of samples
     assert chi_square(counts, jax.nn.softmax(FIVE)) > 500  # the test can tell
 
@@ -337,12 +349,22 @@ def test_a_text_depends_on_its_prompt_seed_and_number_only(byte_model, monkeypat
     batch = texts(byte_model, prompts, count=2)
     assert [t.prompt for t in batch] == [p for p in prompts for _ in range(2)]
     assert batch[0].ids != batch[1].ids
-    assert batch[0].ids[:4] != batch[2].ids[:4]  # no shared luck
     assert texts(byte_model, ["one"]) == batch[:1]
     assert texts(byte_model, ["one"], seed=2)[0].ids != batch[0].ids
     monkeypatch.setattr(sample, "ROWS", 4)  # 4 rows, then 2 and 2 that do nothing
     thrice = texts(byte_model, [*prompts, "longer than sixteen"], count=2)
     assert thrice == [*batch, *batch[2:]]
+
+
+def test_prompts_do_not_share_their_luck_and_half_a_character_at_the_end_shows(
+    byte_model,
+):
+    blind = {**byte_model, "params": jax.tree.map(jnp.zeros_like, byte_model["params"])}
+    prompts = ["of equal length to", "a blind model same"]
+    found = texts(blind, prompts, count=2, seed=0, top_k=0, max_new=10)
+    assert len({tuple(t.ids) for t in found}) == 4
+    assert any(0xC2 <= t.ids[-1] <= 0xF4 for t in found)  # the first byte of several
+    assert [t.text for t in found] == [BYTES.decode(t.ids) for t in found]
 
 
 @pytest.mark.parametrize("seed", [0, -5, 2**70])
@@ -431,11 +453,19 @@ def test_an_empty_prompt_without_end_of_text_is_a_newline_or_an_error(byte_model
         ("x", {"max_new": -1}, "max_new"),
         ("x", {"count": 0}, "count 0"),
         ("x", {"stop": [""]}, "stop string is empty"),
+        ("x", {"stop": "end"}, "must be a list"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(byte_model, prompt, changes, words):
     with pytest.raises(ValueError, match=words):
         texts(byte_model, [prompt], **changes)
+
+
+def test_a_stream_tells_mistakes_before_its_first_piece(byte_model):
+    with pytest.raises(ValueError, match="stop string is empty"):
+        sample.stream(prompt="x", seed=0, stop=[""], **LIVELY, **byte_model)
+    with pytest.raises(ValueError, match="33 tokens"):
+        sample.stream(prompt="x" * 33, seed=0, stop=[], **LIVELY, **byte_model)
 
 
 def test_no_prompts_give_no_texts(byte_model):
@@ -481,3 +511,60 @@ def test_words_continue_the_prompt_with_a_space_and_unknown_ids_are_no_text():
     scribe = sample.Transcript(words, words.encode("to"), [])
     shown = [scribe.push(token) for token in [*words.encode("be, or"), 10**6]]
     assert shown == [" be", ",", " or", ""]
+
+
+# ---------------------------------------------------------------- the door
+
+
+@pytest.fixture(scope="module")
+def run_folder(byte_model, tmp_path_factory):
+    """A run of the tiny config whose tokens are bytes."""
+    folder = tmp_path_factory.mktemp("runs") / "bytes"
+    config = common.tiny(common.base())
+    runs.create_or_check(folder, config, BYTES, "no data")
+    params = models.init(runs.model_config(config, BYTES), jax.random.key(3))
+    with Checkpoints(folder / "checkpoints", keep=2) as store:
+        store.save(4, {"params": params}, metric=None, meta={})
+    return folder
+
+
+def door(*args, text=""):
+    """Runs the door; returns its exit code, stdout and stderr."""
+    command = [sys.executable, "-m", "experiments.sample", *args]
+    done = subprocess.run(
+        command, input=text.encode(), capture_output=True, timeout=240
+    )
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def test_the_door_streams_one_prompt_and_says_why_it_stopped(run_folder):
+    code, out, err = door(f"--run={run_folder}", "--prompt_file=-", text="Grüße\n")
+    assert code == 0
+    assert out.startswith("Grüße") and len(out) > 12
+    assert err.splitlines()[-1] == "[stopped: the context of 32 tokens is full]"
+
+
+def test_the_door_puts_headers_over_many_texts(run_folder):
+    prompts = ["--prompt=one", "--prompt=two", "--count=2", "--max_new_tokens=3"]
+    code, out, _ = door(f"--run={run_folder}", *prompts)
+    assert code == 0
+    headers = re.findall("^--- prompt (.) of 2, completion (.) of 2, (.*)$", out, re.M)
+    ended = "stopped: 3 new tokens"
+    assert headers == [(p, c, ended) for p in "12" for c in "12"]
+    assert out.count("\none") == out.count("\ntwo") == 2
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        ([], "--run is missing"),
+        (["--run=x", "--step=last"], "--step=last is not best, newest or a step"),
+        (["--run=x", "--prompt_file=no/such"], "No such file or directory: no/such"),
+        (["--run=x", "--temperature=-1"], "temperature is -1.0 but must be 0 or more"),
+        (["--run=no/such/run"], "no/such/run is not a run folder"),
+    ],
+)
+def test_mistakes_at_the_door_are_one_sentence_and_exit_code_2(args, words):
+    code, out, err = door(*args)
+    assert code == 2 and not out
+    assert words in err and err.count("\n") == 1
