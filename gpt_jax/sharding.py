@@ -30,6 +30,8 @@ class Strategy(NamedTuple):
       put: a host batch [A, B, ...] -> the batch on the devices, split over B.
       view: a placed state -> the same arrays, replicated over the mesh and without
         copies: what checkpoints and evaluation read.
+      spread: an array inside the step -> the same array, split over its first axis
+        where that divides: divides work that all devices would repeat.
     """
 
     mesh: Mesh
@@ -37,6 +39,7 @@ class Strategy(NamedTuple):
     place: Callable[[Any], Any]
     put: Callable[[Any], Any]
     view: Callable[[Any], Any]
+    spread: Callable[[jax.Array], jax.Array]
 
 
 def set_cpu_devices(micro_batch: int, *, cpu_devices: int) -> None:
@@ -118,12 +121,18 @@ def mesh_strategy(mesh: Mesh) -> Strategy:
             out_shardings=(state, None, None),
         )
 
+    def spread(x: jax.Array) -> jax.Array:
+        if x.shape[0] % mesh.shape["data"]:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P("data")))
+
     return Strategy(
         mesh=mesh,
         compile=compile,
         place=partial(replicate, mesh=mesh),
         put=partial(split_rows, mesh=mesh),
         view=lambda placed: placed,
+        spread=spread,
     )
 
 
@@ -174,7 +183,14 @@ def pmap_strategy(mesh: Mesh) -> Strategy:
 
         return jax.tree.map(one, placed)
 
-    return Strategy(mesh=mesh, compile=compile, place=place, put=put, view=view)
+    return Strategy(
+        mesh=mesh,
+        compile=compile,
+        place=place,
+        put=put,
+        view=view,
+        spread=lambda x: x,  # pmap's devices each run the whole optimizer
+    )
 
 
 TABLE = {"mesh": mesh_strategy, "pmap": pmap_strategy}

@@ -120,10 +120,11 @@ def loop(job: Job, state: TrainState, totals: Totals, *, profile: int) -> Result
         )
         trace(step)
         metric = None
-        if last or due(step, config.log_every):
+        evaluates = last or due(step, config.eval_every)
+        if step == 1 or evaluates or due(step, config.log_every):
             numbers |= log(job, totals, step, pending)
             pending = []
-        if last or due(step, config.eval_every):
+        if evaluates:
             measured, totals = evaluate_now(job, state, totals, step)
             numbers |= measured
             metric = measured.get("val_loss")
@@ -154,7 +155,7 @@ def build(
     adapter = adapters.make(**config.adapter)
     options = config.optimizer.to_dict()
     ema = options.pop("ema")
-    tx = optimizer.make(**options)
+    tx = optimizer.make(**options, spread=strategy.spread)
 
     stack.enter_context(runs.lock(workdir))
     runs.create_or_check(workdir, config, task.tokenizer, task.fingerprint)

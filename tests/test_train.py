@@ -1,6 +1,5 @@
 """Training runs: what they leave behind, how they stop, how they go on."""
 
-import json
 import os
 import signal
 import subprocess
@@ -220,7 +219,7 @@ def test_a_killed_run_goes_on_to_the_parameters_of_an_undisturbed_one(
     process.send_signal(kill)
     code = process.wait(timeout=60)
     assert code == (143 if kill == signal.SIGTERM else -signal.SIGKILL)
-    reached = max(json.loads(line)["step"] for line in open(tmp_path / "killed/metrics.jsonl"))
+    reached = max(row["step"] for row in metrics.read(tmp_path / "killed"))
     if kill == signal.SIGTERM and reached < 60:
         assert runs.open(tmp_path / "killed", step="latest").step >= reached
     again = spawn(config, tmp_path, "killed")
@@ -228,4 +227,4 @@ def test_a_killed_run_goes_on_to_the_parameters_of_an_undisturbed_one(
     assert again.returncode == 0, out
     assert params_digest(tmp_path / "killed") == params_digest(tmp_path / "whole")
     steps = [row["step"] for row in metrics.read(tmp_path / "killed") if "lr" in row]
-    assert steps == sorted(set(steps)) == list(range(5, 61, 5))
+    assert steps == sorted(set(steps)) == [1, *range(5, 61, 5)]
