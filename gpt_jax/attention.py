@@ -211,9 +211,8 @@ def _fused(q_BTHK, k_BSGK, v_BSGK, sight: Sight, *, scale, implementation):
         window = (sight.window - 1, 0 if sight.causal else sight.window - 1)
     mask_B1TS = None
     if sight.segment_BT is not None:
-        everything = slice(0, q_BTHK.shape[1])
-        documents = Sight(False, 0, None, sight.segment_BT)
-        mask_B1TS = documents.mask(everything, everything)[:, None]
+        segment_BT = sight.segment_BT
+        mask_B1TS = (segment_BT[:, :, None] == segment_BT[:, None, :])[:, None]
     return jax.nn.dot_product_attention(
         q_BTHK,
         k_BSGK,

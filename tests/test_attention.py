@@ -5,6 +5,7 @@ import pytest
 
 from gpt_jax import attention
 from gpt_jax.attention import KVCache, RopeScaling, Sight
+from tests.tiny import jit
 
 B, T, H, G, K = 2, 13, 4, 2, 8
 
@@ -37,7 +38,7 @@ def attend(name, q_BTHK, k_BSGK, v_BSGK, sight, *, scale=0.3, softcap=0.0):
         how = {"scale": scale, "softcap": softcap, "dropout": None}
         return attention.IMPLEMENTATIONS[name](q_BTHK, k_BSGK, v_BSGK, sight, **how)
 
-    return jax.jit(compiled)(q_BTHK, k_BSGK, v_BSGK)
+    return jit(compiled)(q_BTHK, k_BSGK, v_BSGK)
 
 
 def inputs(length=T):
@@ -203,7 +204,7 @@ def test_dropout_keeps_the_mean_and_zeroes_its_share():
 
 def test_dropout_of_rate_0_changes_nothing():
     x = draw(100, seed=7)
-    same = jax.jit(attention.drop)(x, 0.0, jax.random.key(0))
+    same = jit(attention.drop)(x, 0.0, jax.random.key(0))
     np.testing.assert_array_equal(same, x)
     assert attention.drop(x, None, jax.random.key(0)) is x
 
@@ -218,7 +219,7 @@ def cache(rows, length, seed):
 
 def test_insert_replaces_one_row_and_free_empties_it():
     full, row = cache(3, 6, seed=8), cache(1, 4, seed=10)
-    both = jax.jit(attention.insert)(full, row, 1)
+    both = jit(attention.insert)(full, row, 1)
     np.testing.assert_array_equal(both.keys[0][1, :4], row.keys[0][0])
     np.testing.assert_array_equal(both.values[0][1, :4], row.values[0][0])
     np.testing.assert_array_equal(both.keys[0][::2], full.keys[0][::2])

@@ -1,7 +1,14 @@
-"""A model small enough for tests: `cfg(**overrides)`."""
+"""What model tests share: `cfg(**overrides)`, small; `jit`, which compiles fast."""
+
+from functools import partial
+
+import jax
 
 from configs import common
 from gpt_jax.model import GPTConfig
+
+# Tiny programs spend their time in LLVM: without its optimisation a third of it.
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def cfg(**overrides) -> GPTConfig:
