@@ -32,7 +32,7 @@ def base() -> ConfigDict:
             "split": "fraction",  # cut at that share of "fraction" or "documents"
             "seq_len": 0,  # tokens in a training window; 0 = model.context_length
             "stride": 0,  # tokens between window starts; 0 = seq_len (no overlap)
-            "workers": 0,  # processes that tokenize; 0 = one per core
+            "workers": 0,  # threads that tokenize; 0 = one per core
         }
     )
 
@@ -134,7 +134,7 @@ def base() -> ConfigDict:
     config.log_every = 10
     config.eval_every = 250
     config.eval_batch_size = 0  # 0 = batch_size
-    config.eval_windows = 0  # at most so many windows an evaluation; 0 = all
+    config.eval_windows = 0  # at most so many windows, evenly spaced; 0 = all
     config.checkpoint_every = 250
     config.keep = 2  # newest checkpoints kept, besides the best
     config.sample_every = 0  # write samples at this interval; 0 = never

@@ -16,14 +16,15 @@ def get_config(arg: str | None = None):
     options = common.options(arg, size="small")
     config = common.modern(common.base())
     config.model.update(n_layers=4, d_model=192, n_heads=3, context_length=128)
+    config.data.split = "documents"  # the files lie in alphabetical order
     config.batch_size = 16
-    config.steps = 1500
-    config.log_every = 20
-    config.eval_every = 500
-    config.eval_windows = 1024
-    config.checkpoint_every = 500
-    config.sample_every = 500
-    config.sample.prompt = "def "
+    config.steps = 600
+    config.log_every = 10
+    config.eval_every = 200
+    config.eval_windows = 512
+    config.checkpoint_every = 200
+    config.sample_every = 200
+    config.sample.prompt = "def"
     config.sample.max_new_tokens = 120
     sizes = {"small": lambda: config, "tiny": lambda: common.tiny(config)}
     return common.choose(sizes, options["size"], "size")()

@@ -1,4 +1,4 @@
-"""Character-level Shakespeare: nanoGPT's classic, and the modern way to do it.
+r"""Character-level Shakespeare: nanoGPT's classic, and the modern way to do it.
 
 What: tinyshakespeare (1,115,394 characters, 65 symbols). `recipe=nanogpt` keeps
 nanoGPT's architecture and numbers; `recipe=modern` changes the block and the
@@ -8,7 +8,8 @@ Expected (validation loss in nats per character over all of the last 10 %):
   size=cpu,recipe=modern    below 1.85 after 500 steps
   size=gpu,recipe=nanogpt   1.47 (nanoGPT's own figure) after 5,000 steps, at its best
 Time: size=cpu about 2 minutes (nanogpt) and half a minute (modern) on 2 CPU cores.
-Command: python -m experiments.train --config=configs/shakespeare_char.py:size=cpu,recipe=modern
+Command: python -m experiments.train \
+  --config=configs/shakespeare_char.py:size=cpu,recipe=modern
 """
 
 from configs import common

@@ -33,7 +33,7 @@ def config_file() -> str:
 
 
 def config_name() -> str:
-    """Returns a run name made of the config: gpt2_size=medium for gpt2.py:size=medium."""
+    """Returns a name made of the config: gpt2_size=xl for configs/gpt2.py:size=xl."""
     file, _, arg = config_file().partition(":")
     return "_".join(filter(None, [Path(file).stem, arg.replace(",", "_")]))
 
@@ -52,7 +52,12 @@ def run(main: Callable[[list[str]], object], doc: str | None) -> None:
     try:
         _parse()
         code = main([])
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+    except (
+        ValueError,
+        FileNotFoundError,
+        NotADirectoryError,
+        PermissionError,
+    ) as error:
         if "--debug" in sys.argv:
             raise
         print(f"error: {_sentence(error)}", file=sys.stderr)

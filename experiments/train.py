@@ -1,7 +1,7 @@
 """Train a model, or go on with a run that was stopped.
 
   python -m experiments.train --config=configs/quickstart.py --workdir=runs/quickstart
-  python -m experiments.train --config=configs/shakespeare_char.py:size=cpu,recipe=modern
+  python -m experiments.train --config=configs/shakespeare_char.py:recipe=nanogpt
   python -m experiments.train --config=configs/quickstart.py --workdir=runs/mine \\
       --config.data.source=my_book.txt --config.steps=2000 --config.hyper.lr=3e-4
 
@@ -21,7 +21,9 @@ from absl import flags
 from experiments import door
 
 CONFIG = door.define_config()
-WORKDIR = flags.DEFINE_string("workdir", "", "Run folder (default: runs/<config name>).")
+WORKDIR = flags.DEFINE_string(
+    "workdir", "", "Run folder (default: runs/<config name>)."
+)
 PROFILE = flags.DEFINE_integer("profile", 0, "Trace so many steps for TensorBoard.")
 
 
@@ -36,17 +38,18 @@ def main(_: list[str]) -> int:
 
     result = train.train(config, workdir, profile=PROFILE.value)
     command = f"python -m experiments.train --config={door.config_file()}"
+    mine = "--workdir=runs/mine --config.data.source=FILE.txt"
     again = f"{command} --workdir={workdir}"
     if result.reason == "signal":
         print(f"stopped after step {result.step}; the same command resumes")
         return result.exit_code
     print(f"done: {result.reason} reached after step {result.step}")
     print(f"  the loss curve   {workdir}/loss.png")
-    print(f"  sample           python -m experiments.sample --run={workdir} --prompt=...")
-    print(f"  train longer     {again} --config.steps={2 * result.step}")
     print(
-        f"  your own text    {command} --workdir=runs/mine --config.data.source=FILE.txt"
+        f"  sample           python -m experiments.sample --run={workdir} --prompt=..."
     )
+    print(f"  train longer     {again} --config.steps={2 * result.step}")
+    print(f"  your own text    {command} {mine}")
     return result.exit_code
 
 

@@ -354,13 +354,14 @@ def _named(tree: Any) -> list[tuple[str, Any]]:
 
 
 def leaves(tree: Any) -> dict[str, list]:
-    leaves = _named(tree)
-    for name, leaf in leaves:
+    """Returns the table of a tree: [shape, dtype] by path, as the manifest has it."""
+    found = _named(tree)
+    for name, leaf in found:
         if not hasattr(leaf, "dtype"):
             raise ValueError(
                 f"{name} is {leaf!r}, not an array; wrap it in jnp.asarray"
             )
-    return {name: [list(x.shape), str(x.dtype)] for name, x in leaves}
+    return {name: [list(x.shape), str(x.dtype)] for name, x in found}
 
 
 def _shown(leaf: list) -> str:

@@ -10,6 +10,7 @@ import bisect
 import functools
 import hashlib
 import json
+import math
 import os
 import queue
 import shutil
@@ -514,17 +515,25 @@ def batches(
     return Batches(load, start=start, where=where, prefetch=PREFETCH)
 
 
-def once(examples: Examples, *, batch_size: int) -> Iterator[Batch]:
+def once(examples: Examples, *, batch_size: int, at_most: int = 0) -> Iterator[Batch]:
     """Yields every example exactly once and in order, as arrays [1, B, ...].
 
     A short last batch is filled up with zeros, so the filling has mask 0.
+
+    Args:
+      examples: what to go through.
+      batch_size: B.
+      at_most: so many examples only, evenly spaced over all of them; 0 = all.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
-    for first in range(0, len(examples), batch_size):
-        stop = min(first + batch_size, len(examples))
-        stacked = _take(examples, range(first, stop))
-        if stop - first < batch_size:
+    indices = np.arange(len(examples))
+    if 0 < at_most < len(examples):
+        indices = indices[:: math.ceil(len(examples) / at_most)]
+    for first in range(0, len(indices), batch_size):
+        chosen = indices[first : first + batch_size]
+        stacked = _take(examples, chosen.tolist())
+        if len(chosen) < batch_size:
             stacked = {key: _fill(x, batch_size) for key, x in stacked.items()}
         yield {key: x[None] for key, x in stacked.items()}
 

@@ -15,7 +15,7 @@ import math
 import zlib
 from collections.abc import Generator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -184,6 +184,11 @@ def _seen(tokens_BS, length_B, vocab):
 # ---------------------------------------------------------------- the decode loop
 
 
+def _hidden(model: GPT, weights, tokens_BT, cache: KVCache) -> tuple[Any, KVCache]:
+    result: Any = model.apply(weights, tokens_BT, cache=cache, method="hidden")
+    return result
+
+
 def prefill(params, tokens_BT, length_B, *, model: GPT, max_length: int):
     """Runs right-padded prompts: (logits [B, V] at each last token, cache).
 
@@ -193,7 +198,7 @@ def prefill(params, tokens_BT, length_B, *, model: GPT, max_length: int):
     rows = len(tokens_BT)
     cache = init_cache(model.cfg, rows, max_length, jnp.dtype(model.cfg.dtype))
     weights = {"params": params}
-    x_BTD, cache = model.apply(weights, tokens_BT, cache=cache, method="hidden")
+    x_BTD, cache = _hidden(model, weights, tokens_BT, cache)
     last_BD = x_BTD[jnp.arange(rows), length_B - 1]
     logits_BV = model.apply(weights, last_BD, method="logits")
     return logits_BV, cache._replace(length_B=length_B)
@@ -244,7 +249,7 @@ def step(
     rows = jnp.arange(len(state.length_B))
     newest_B1 = state.tokens_BS[rows, state.length_B - 1][:, None]
     weights = {"params": params}
-    x_BTD, cache = model.apply(weights, newest_B1, cache=state.cache, method="hidden")
+    x_BTD, cache = _hidden(model, weights, newest_B1, state.cache)
     logits_BV = model.apply(weights, x_BTD[:, 0], method="logits")
     running_B = state.reason_B == RUNNING
     held_B = jnp.where(running_B, cache.length_B, state.cache.length_B)

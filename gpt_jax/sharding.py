@@ -86,7 +86,9 @@ def make_mesh(
             "must be 1; use mesh.data"
         )
     if data == 0 or data < -1:
-        raise ValueError(f"mesh.data is {data}: give a number of devices, or -1 for all")
+        raise ValueError(
+            f"mesh.data is {data}: give a number of devices, or -1 for all"
+        )
     devices = jax.devices()
     on_cpu = devices[0].platform == "cpu"
     if on_cpu and cpu_devices:
@@ -98,7 +100,7 @@ def make_mesh(
     if micro_batch % data:
         raise ValueError(
             f"a micro-batch of {micro_batch} examples does not divide over {data} "
-            f"devices: make batch_size / accumulate a multiple of {data}, or set mesh.data"
+            f"devices: make batch_size / accumulate a multiple of it, or set mesh.data"
         )
     return jax.make_mesh(
         (data, fsdp, tensor),
@@ -203,7 +205,9 @@ def make(micro_batch: int, *, strategy: str, **axes: int) -> Strategy:
       ValueError: unknown strategy, or axes that do not fit (see `make_mesh`).
     """
     if strategy not in TABLE:
-        raise ValueError(f"mesh.strategy {strategy!r} is not one of: {', '.join(TABLE)}")
+        raise ValueError(
+            f"mesh.strategy {strategy!r} is not one of: {', '.join(TABLE)}"
+        )
     return TABLE[strategy](make_mesh(micro_batch, **axes))
 
 

@@ -117,7 +117,9 @@ def train_step(
     )
 
 
-def start(params: Any, frozen: Any, tx: optimizer.Optimizer, *, ema: bool) -> TrainState:
+def start(
+    params: Any, frozen: Any, tx: optimizer.Optimizer, *, ema: bool
+) -> TrainState:
     """Returns the state before the first step, from the weights that it starts with."""
     return TrainState(
         step=jnp.int32(0),

@@ -5,7 +5,6 @@ loop. What happens to the weights at a step is in step.py.
 """
 
 import contextlib
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -109,7 +108,9 @@ def loop(job: Job, state: TrainState, totals: Totals, *, profile: int) -> Result
         sample_now(job, state, step, due(step, config.sample_every))
     while step < end and not (reason := ended(job, totals)):
         batch = next(batches)
-        state, sums, info = job.step_fn(state, job.strategy.put(batch), job.key, job.hyper)
+        state, sums, info = job.step_fn(
+            state, job.strategy.put(batch), job.key, job.hyper
+        )
         sharding.wait_on_cpu(info)
         step += 1
         last = step == end
@@ -182,7 +183,7 @@ def build(
         workdir=workdir,
         task=task,
         strategy=strategy,
-        hyper=make_hyper(config),
+        hyper=make_hyper(config, task),
         key=key,
         step_fn=strategy.compile(
             partial(train_step, loss=task.loss, join=adapter.join, tx=tx)
@@ -210,7 +211,14 @@ def check(config: ConfigDict) -> None:
         if config[key] < 1:
             raise ValueError(f"{key} is {config[key]}: it must be at least 1")
     for key in (
-        *("steps", "max_tokens", "max_seconds", "patience", "eval_every", "eval_windows"),
+        *(
+            "steps",
+            "max_tokens",
+            "max_seconds",
+            "patience",
+            "eval_every",
+            "eval_windows",
+        ),
         *("eval_batch_size", "checkpoint_every", "sample_every", "grace_s"),
     ):
         if config[key] < 0:
@@ -243,10 +251,10 @@ def make_task(config: ConfigDict) -> tasks.Task:
     )
 
 
-def make_hyper(config: ConfigDict) -> Hyper:
+def make_hyper(config: ConfigDict, task: tasks.Task) -> Hyper:
     """Returns the config's traced numbers as float32 scalars."""
     numbers = config.hyper.to_dict()
-    numbers["decay_steps"] = numbers["decay_steps"] or config.steps
+    numbers["decay_steps"] = numbers["decay_steps"] or last_step(config, task)
     return Hyper(**{key: jnp.float32(value) for key, value in numbers.items()})
 
 
@@ -267,7 +275,8 @@ def restore_or_start(
         replicated = NamedSharding(strategy.mesh, PartitionSpec())
         shapes = jax.eval_shape(lambda k: fresh(init(k)), key)
         wanted = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
+            shapes,
         )
         tree, meta, step = saves.restore(wanted._asdict(), step=None)
         saves.rewind(step)
@@ -293,12 +302,14 @@ def last_step(config: ConfigDict, task: tasks.Task) -> int:
     """Returns the step at which `steps` or `max_tokens`, the sooner, ends the run."""
     if not config.max_tokens:
         return config.steps
-    return min(config.steps, math.ceil(config.max_tokens / tokens_per_step(config, task)))
+    return min(
+        config.steps, math.ceil(config.max_tokens / tokens_per_step(config, task))
+    )
 
 
 def tokens_per_step(config: ConfigDict, task: tasks.Task) -> int:
     """Returns the training tokens of one step, over all devices."""
-    return config.batch_size * task.train.seq_len
+    return config.batch_size * task.tokens
 
 
 def throughput(task: tasks.Task, strategy: sharding.Strategy) -> metrics.Throughput:
@@ -310,7 +321,7 @@ def throughput(task: tasks.Task, strategy: sharding.Strategy) -> metrics.Through
             n_layers=cfg.n_layers,
             n_heads=cfg.n_heads,
             head_dim=cfg.head_dim,
-            seq_len=task.train.seq_len,
+            seq_len=task.tokens,
         ),
         peak_flops=metrics.peak_flops(jax.devices()[0].device_kind),
         devices=strategy.mesh.size,
@@ -325,7 +336,7 @@ def describe(job: Job, step: int) -> str:
     return (
         f"{model.count(cfg):,} parameters, {cfg.n_layers} layers of width "
         f"{cfg.d_model}, vocabulary {cfg.vocab_size:,}\n"
-        f"{len(task.train):,} training windows of {task.train.seq_len} tokens, "
+        f"{len(task.train):,} training windows of {task.tokens} tokens, "
         f"{tokens_per_step(job.config, task):,} tokens a step\n"
         f"{mesh.size} {platform} device{'s' * (mesh.size > 1)}, strategy "
         f"{job.config.mesh.strategy}; {begin} in {job.workdir}"
@@ -392,7 +403,7 @@ def log(job: Job, totals: Totals, step: int, pending: list) -> dict[str, float]:
 
 
 def weights_of(job: Job, state: TrainState) -> tuple[Any, Any]:
-    """Returns (weights, frozen) replicated on the mesh: the average where one is kept."""
+    """Returns (weights, frozen) on the mesh; the moving average where one is kept."""
     view = job.strategy.view(state)
     params = view.params if view.ema is None else view.ema
     return job.join(params, view.frozen), view.frozen
@@ -435,13 +446,14 @@ def evaluate_now(
 def eval_batches(job: Job, examples) -> Iterator[tasks.Batch]:
     """Returns the batches of one evaluation, as large as one device likes them."""
     size = job.config.eval_batch_size or max(
-        job.config.batch_size, EVAL_TOKENS // job.task.train.seq_len
+        job.config.batch_size, EVAL_TOKENS // job.task.tokens
     )
     devices = job.strategy.mesh.size
-    batches = data.once(examples, batch_size=math.ceil(size / devices) * devices)
-    if job.config.eval_windows:
-        batches = itertools.islice(batches, math.ceil(job.config.eval_windows / size))
-    return batches
+    return data.once(
+        examples,
+        batch_size=math.ceil(size / devices) * devices,
+        at_most=job.config.eval_windows,
+    )
 
 
 def sample_now(job: Job, state: TrainState, step: int, wanted: bool) -> None:
@@ -449,12 +461,13 @@ def sample_now(job: Job, state: TrainState, step: int, wanted: bool) -> None:
     if not (wanted and job.config.sample_every) or job.stop:
         return
     options = job.config.sample.to_dict()
+    prompt = first_prompt(job.task, options.pop("prompt"))
     weights, _ = weights_of(job, state)
     texts = sample.texts(
         model=job.task.model,
         params=sharding.local(weights),
         tokenizer=job.task.tokenizer,
-        prompts=[first_prompt(job.task, options.pop("prompt"))],
+        prompts=[prompt],
         max_new=options.pop("max_new_tokens"),
         seed=job.config.seed,
         min_p=0.0,
@@ -462,9 +475,9 @@ def sample_now(job: Job, state: TrainState, step: int, wanted: bool) -> None:
         stop=(),
         **options,
     )
-    runs.add_samples(job.workdir, step, [text.prompt + text.text for text in texts])
+    runs.add_samples(job.workdir, step, [prompt + text.text for text in texts])
     for text in texts:
-        job.bar.print(f"--- sample after step {step}\n{text.prompt}{text.text}\n---")
+        job.bar.print(f"--- sample after step {step}\n{prompt}{text.text}\n---")
     job.rate.pause()
 
 

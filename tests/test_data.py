@@ -485,3 +485,14 @@ def test_a_process_ends_while_batches_are_being_made():
     run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=60)
     done = run([sys.executable, "-c", code])
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+
+
+def test_a_limited_pass_takes_evenly_spaced_examples():
+    windows = data.Windows(
+        np.arange(101, dtype=np.uint16), seq_len=10, stride=10, tail=True
+    )
+    found = list(data.once(windows, batch_size=2, at_most=4))
+    starts = [int(row[0]) for batch in found for row in batch["tokens"][0]]
+    assert starts == [0, 30, 60, 90]
+    whole = list(data.once(windows, batch_size=3, at_most=99))
+    assert sum(float(b["mask"].sum()) for b in whole) == 100

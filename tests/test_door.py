@@ -42,7 +42,12 @@ def test_help_shows_the_docstring_and_the_flags_and_exits_0():
 def test_main_decides_the_exit_code_and_the_config_gives_a_run_name():
     code, out, _ = call("--config=configs/gpt2.py:size=tiny", "--number=3")
     assert code == 3
-    assert out.split() == ["config", "configs/gpt2.py:size=tiny", "gpt2_size=tiny", "False"]
+    assert out.split() == [
+        "config",
+        "configs/gpt2.py:size=tiny",
+        "gpt2_size=tiny",
+        "False",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +66,7 @@ def test_main_decides_the_exit_code_and_the_config_gives_a_run_name():
     ],
 )
 def test_a_users_mistake_is_one_sentence_and_exit_code_2(args, words):
-    code, out, err = call(*args)
+    code, _, err = call(*args)
     assert code == 2, err
     assert err.startswith("error: ") and err.count("\n") == 1
     assert "Traceback" not in err and words in err

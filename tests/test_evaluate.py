@@ -76,7 +76,9 @@ def test_means_divide_sums_once_and_name_what_they_know():
         "bpb": pytest.approx(4.0 / math.log(2) / 8.0),
     }
     assert evaluate.means({"loss": 6.0, "weight": 0.0}) == {"loss": 6.0}
-    assert evaluate.means({"loss": 1e6, "nll": 1e6, "weight": 1.0})["perplexity"] > 1e300
+    assert (
+        evaluate.means({"loss": 1e6, "nll": 1e6, "weight": 1.0})["perplexity"] > 1e300
+    )
 
 
 def test_sums_of_batches_add_up_by_name():

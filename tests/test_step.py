@@ -42,9 +42,11 @@ def make_batch(a, b, seed=0, masked=True):
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, CFG.vocab_size, (a * b, 9), dtype=np.int32)
     mask = rng.integers(0, 2, (a * b, 8)) if masked else np.ones((a * b, 8))
-    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
-    batch["mask"] = mask.astype(np.float32)
-    return {k: jnp.asarray(v.reshape(a, b, 8)) for k, v in batch.items()}
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": mask * 1.0}
+    return {
+        k: jnp.asarray(v.reshape(a, b, 8), v.dtype if k != "mask" else jnp.float32)
+        for k, v in batch.items()
+    }
 
 
 def begin(tx, ema=False):
@@ -67,7 +69,7 @@ def assert_equal(a, b):
 
 @pytest.mark.parametrize("a, b", [(8, 1), (2, 4)])
 def test_micro_batches_with_uneven_masks_give_the_gradient_of_one_batch(a, b):
-    """SGD without momentum moves by the gradient, so equal params are equal gradients."""
+    """Plain SGD moves by the gradient, so equal params are equal gradients."""
     function, tx = make_step(name="sgd")
     fn, hyper = jax.jit(function), make_hyper(momentum=0.0, clip=0.0, warmup_steps=0)
     whole, sums, _ = fn(begin(tx), make_batch(1, 8), KEY, hyper)
@@ -166,7 +168,9 @@ def test_members_of_a_vmap_over_hyper_equal_single_runs(name):
             state, single_sums, _ = single(state, make_batch(2, 2, seed), KEY, hyper)
         member = jax.tree.map(lambda x, i=i: x[i], states)
         assert_close(member.params, state.params, rtol=1e-4, atol=2e-5)
-        assert float(sums["loss"][i]) == pytest.approx(float(single_sums["loss"]), rel=1e-4)
+        assert float(sums["loss"][i]) == pytest.approx(
+            float(single_sums["loss"]), rel=1e-4
+        )
 
 
 def test_dropout_masks_differ_between_steps_and_micro_batches():

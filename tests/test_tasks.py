@@ -12,7 +12,9 @@ from tests import test_step, tiny
 
 
 def make(tmp_path, **changes):
-    (tmp_path / "text.txt").write_text("To be, or not to be: that is the question. " * 20)
+    (tmp_path / "text.txt").write_text(
+        "To be, or not to be: that is the question. " * 20
+    )
     config = common.tiny(common.base())
     config.data.update(source=str(tmp_path / "text.txt"), tokenizer="char")
     config.data.update(folder=str(tmp_path / "data"))
@@ -28,7 +30,7 @@ def make(tmp_path, **changes):
 def test_language_modelling_takes_the_vocabulary_of_its_tokenizer(tmp_path):
     task = make(tmp_path)
     assert task.model.cfg.vocab_size == task.tokenizer.vocab_size
-    assert task.train.seq_len == 32  # the context, as seq_len is 0
+    assert task.tokens == 32  # the context, as seq_len is 0
 
 
 def test_training_windows_may_overlap_and_evaluation_windows_never_do(tmp_path):
@@ -77,7 +79,9 @@ def test_an_unknown_task_is_refused_with_the_choices():
 
 
 def test_text_and_model_must_fit_each_other(tmp_path):
-    with pytest.raises(ValueError, match="model.vocab_size 5 is less than"):
+    with pytest.raises(ValueError, match=r"model\.vocab_size 5 is less than"):
         make(tmp_path, model={"vocab_size": 5})
-    with pytest.raises(ValueError, match="seq_len 33 is more than model.context_length"):
+    with pytest.raises(
+        ValueError, match=r"seq_len 33 is more than model\.context_length"
+    ):
         make(tmp_path, seq_len=33)

@@ -39,7 +39,13 @@ def test_a_run_leaves_everything_that_a_reader_expects(config, tmp_path):
     result = train.train(config, tmp_path / "run")
     assert (result.reason, result.step, result.exit_code) == ("steps", 8, 0)
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    wanted = {"config.json", "tokenizer.json", "metrics.jsonl", "loss.png", "samples.md"}
+    wanted = {
+        "config.json",
+        "tokenizer.json",
+        "metrics.jsonl",
+        "loss.png",
+        "samples.md",
+    }
     assert wanted | {"checkpoints"} <= names
     rows = metrics.read(tmp_path / "run")
     last = {key: value for row in rows for key, value in row.items()}
@@ -55,7 +61,9 @@ def test_a_run_leaves_everything_that_a_reader_expects(config, tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["mesh", "pmap"])
-def test_a_resumed_run_ends_bit_equal_to_an_uninterrupted_one(config, tmp_path, strategy):
+def test_a_resumed_run_ends_bit_equal_to_an_uninterrupted_one(
+    config, tmp_path, strategy
+):
     config.mesh.update(strategy=strategy, data=2)
     config.hyper.dropout_residual = 0.1
     config.accumulate = 2

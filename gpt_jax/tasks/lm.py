@@ -53,8 +53,11 @@ def make(
         loss=make_loss(gpt, tokenizer.token_bytes(), dropout=dropout),
         train=data.Windows(prepared.train, seq_len=seq_len, stride=stride, tail=False),
         evals={
-            "val": data.Windows(prepared.val, seq_len=seq_len, stride=seq_len, tail=True)
+            "val": data.Windows(
+                prepared.val, seq_len=seq_len, stride=seq_len, tail=True
+            )
         },
+        tokens=seq_len,
         fingerprint=prepared.fingerprint,
     )
 

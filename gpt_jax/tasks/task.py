@@ -1,7 +1,9 @@
 """What a run optimises: the words that every task is described with."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+from gpt_jax.data import Examples
 
 Batch = Mapping[str, Any]  # arrays [A, B, ...]: A micro-batches of B examples
 Sums = Mapping[str, Any]  # scalars summed over examples, always "loss" and "weight"
@@ -17,6 +19,7 @@ class Task(NamedTuple):
         evaluation: no dropout, no smoothing.
       train: training examples with random access, each a mapping of arrays.
       evals: named examples for evaluation, seen exactly once each time.
+      tokens: tokens in one example, at most.
       fingerprint: what the examples were made of; a resumed run must find the same.
       reference: the loss needs the starting weights as `frozen["reference"]`.
       rollout: (weights, batch, key) -> batch, run before the step, or None.
@@ -25,8 +28,9 @@ class Task(NamedTuple):
     model: Any
     tokenizer: Any
     loss: Callable[..., Sums]
-    train: Sequence[Mapping[str, Any]]
-    evals: Mapping[str, Sequence[Mapping[str, Any]]]
+    train: Examples
+    evals: Mapping[str, Examples]
+    tokens: int
     fingerprint: str
     reference: bool = False
     rollout: Callable[..., Batch] | None = None
