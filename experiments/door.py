@@ -5,6 +5,7 @@ Exit codes: 0 done or `--help`; 2 a mistake of the user, told in one sentence;
 traceback, because that is a bug of ours.
 """
 
+import os
 import runpy
 import sys
 from collections.abc import Callable
@@ -46,10 +47,10 @@ def run(main: Callable[[list[str]], object], doc: str | None) -> None:
         int, is the exit code.
       doc: the door's docstring, which is its help text.
     """
-    if {"--help", "-help", "-h", "--helpfull"} & set(sys.argv[1:]):
-        print(f"{(doc or '').strip()}\n\nFlags:\n{_flags_help()}")
-        sys.exit(0)
     try:
+        if {"--help", "-help", "-h", "--helpfull"} & set(sys.argv[1:]):
+            print(f"{(doc or '').strip()}\n\nFlags:\n{_flags_help()}", flush=True)
+            sys.exit(0)
         _parse()
         code = main([])
     except (
@@ -62,6 +63,9 @@ def run(main: Callable[[list[str]], object], doc: str | None) -> None:
             raise
         print(f"error: {_sentence(error)}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)

@@ -64,7 +64,7 @@ def main(_: list[str]) -> None:
         prompts.append(_read(PROMPT_FILE.value))
     prompts = prompts or [""]
 
-    from gpt_jax import runs, sample
+    from gpt_jax import runs, sample, sharding
 
     settings = {
         "temperature": TEMPERATURE.value,
@@ -76,6 +76,7 @@ def main(_: list[str]) -> None:
     }
     sample.check(**settings)  # before the weights are read
     run = runs.open(RUN.value, step=step, weights=WEIGHTS.value)
+    sharding.use_compile_cache(run.config.compile_cache)
     options = {
         "model": run.model,
         "params": run.params,

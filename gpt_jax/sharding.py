@@ -9,6 +9,7 @@ summed by an explicit `psum`. Both take the same `train_step` and give the same 
 import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -42,7 +43,7 @@ class Strategy(NamedTuple):
     spread: Callable[[jax.Array], jax.Array]
 
 
-def set_cpu_devices(micro_batch: int, *, cpu_devices: int) -> None:
+def set_cpu_devices(micro_batch: int, *, data: int, cpu_devices: int) -> None:
     """Asks XLA for one CPU device per core, before JAX starts its backend.
 
     Element-wise work of XLA:CPU runs on one core per device, so data parallelism over
@@ -52,15 +53,23 @@ def set_cpu_devices(micro_batch: int, *, cpu_devices: int) -> None:
 
     Args:
       micro_batch: examples in one micro-batch.
+      data: the data axis of the mesh, where the user gave one; -1 = choose.
       cpu_devices: the number to use; 0 = choose.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     limit = min(cores or os.cpu_count() or 1, MAX_CPU_DEVICES)
-    count = cpu_devices or _largest_divisor(micro_batch, limit)
+    count = cpu_devices or max(data, _largest_divisor(micro_batch, limit))
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:  # the backend runs: its devices are used as they are
         return
+
+
+def use_compile_cache(folder: str) -> None:
+    """Keeps compiled programs in `folder`, so that the next run starts sooner."""
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def make_mesh(

@@ -147,12 +147,13 @@ def build(
     """
     check(config)
     micro_batch = config.batch_size // config.accumulate
-    use_compile_cache(config.compile_cache)
-    sharding.set_cpu_devices(micro_batch, cpu_devices=config.mesh.cpu_devices)
+    sharding.use_compile_cache(config.compile_cache)
+    mesh = config.mesh
+    sharding.set_cpu_devices(micro_batch, data=mesh.data, cpu_devices=mesh.cpu_devices)
     task = make_task(config)
     if config.sample_every:
         first_prompt(task, config.sample.prompt)
-    strategy = sharding.make(micro_batch, **config.mesh)
+    strategy = sharding.make(micro_batch, **mesh)
     adapter = adapters.make(**config.adapter)
     options = config.optimizer.to_dict()
     ema = options.pop("ema")
@@ -291,13 +292,6 @@ def restore_or_start(
     return jax.jit(lambda k: fresh(init(k)))(key), Totals()
 
 
-def use_compile_cache(folder: str) -> None:
-    """Keeps compiled programs in `folder`, so that the next run starts sooner."""
-    if folder:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
 def last_step(config: ConfigDict, task: tasks.Task) -> int:
     """Returns the step at which `steps` or `max_tokens`, the sooner, ends the run."""
     if not config.max_tokens:
@@ -383,8 +377,9 @@ def log(job: Job, totals: Totals, step: int, pending: list) -> dict[str, float]:
     """
     job.saves.check()
     sums, infos = zip(*jax.device_get(pending), strict=True)
-    info = {name: float(value) for name, value in infos[-1].items()}
+    info: dict = {name: float(value) for name, value in infos[-1].items()}
     in_a_row = int(info.pop("skipped_in_a_row"))
+    info["skipped"] = int(info["skipped"])
     if in_a_row >= job.config.max_skipped:
         raise FloatingPointError(
             f"{in_a_row} updates in a row were not finite, the last at step {step} "
