@@ -200,6 +200,13 @@ def test_exact_gelu_differs_from_tanh_gelu_and_equals_numpy():
     assert np.abs(got - other).max() > 1e-4
 
 
+def test_queries_and_keys_are_rms_normed_in_a_layernorm_model_too():
+    c = cfg(qk_norm=True, n_layers=1)
+    params = shake(start(c))
+    want = np_logits(params, TOKENS[0], c)
+    np.testing.assert_allclose(forward(c)(params, TOKENS[:1])[0], want, atol=1e-4)
+
+
 # ---------------------------------------------------------------- exact counts
 
 SIZES = {"small": (12, 768, 12), "medium": (24, 1024, 16), "large": (36, 1280, 20)}
