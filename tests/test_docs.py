@@ -1,0 +1,219 @@
+"""README.md and docs/: code compiles; commands and links name what exists."""
+
+import ast
+import functools
+import importlib
+import re
+import shlex
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [path for path in [ROOT / "README.md"] if path.exists()]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+QUOTED = re.compile(r"# ((?:gpt_jax|configs|experiments)/\S+\.py)\n")
+pages = pytest.mark.parametrize(
+    "page", PAGES, ids=lambda page: str(page.relative_to(ROOT))
+)
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    return [code for name, code in FENCE.findall(page.read_text()) if name in languages]
+
+
+def quoted(code: str) -> str | None:
+    """Returns the file that a block says it is quoted from."""
+    match = QUOTED.match(code)
+    return match[1] if match else None
+
+
+# --- Python ---------------------------------------------------------------------------
+
+
+@pages
+def test_every_python_block_compiles(page):
+    for code in blocks(page, "python"):
+        code = textwrap.dedent(code)
+        if quoted(code):
+            ast.parse(code)  # may be a part of a function, with its `return`
+        else:
+            compile(code, str(page), "exec")
+
+
+@pages
+def test_every_quoted_block_stands_in_its_file(page):
+    for code in blocks(page, "python"):
+        name = quoted(code)
+        if name is None:
+            continue
+        quote = code.partition("\n")[2]
+        source = (ROOT / name).read_text()
+        indents = {len(line) - len(line.lstrip()) for line in source.splitlines()}
+        found = any(textwrap.indent(quote, " " * n) in source for n in indents)
+        assert found, f"{name} no longer holds:\n{quote}"
+
+
+@pages
+def test_every_import_in_a_python_block_is_there(page):
+    for code in blocks(page, "python"):
+        if quoted(code):
+            continue
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    if not hasattr(module, alias.name):
+                        importlib.import_module(f"{node.module}.{alias.name}")
+
+
+# --- commands -------------------------------------------------------------------------
+
+COMMAND = re.compile(r"python3? -m (experiments\.[\w.]+)([^\n`]*)")
+
+
+def commands(page: Path) -> list[tuple[str, list[str]]]:
+    """Returns (door, arguments) of every command, in blocks and in the text."""
+    text = page.read_text().replace("\\\n", " ")
+    found = []
+    for door, rest in COMMAND.findall(text):
+        words = shlex.split(rest, comments=True)
+        ends = [i for i, word in enumerate(words) if word in ("|", ">", "&&", ";", "&")]
+        found.append((door, words[: min(ends, default=len(words))]))
+    return found
+
+
+@functools.cache
+def flags_of(file: Path) -> tuple[frozenset[str], str]:
+    """Returns a door's flags and its default config file, read from its source."""
+    names, default = set(), ""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func).rpartition(".")[2]
+        first = node.args[0].value if _is_constant(node.args) else None
+        if called.startswith("DEFINE_") and isinstance(first, str):
+            names.add(first)
+        elif called == "define_config":
+            names.add("config")
+            default = first or ""
+    return frozenset(names), default
+
+
+def _is_constant(args: list) -> bool:
+    return bool(args) and isinstance(args[0], ast.Constant)
+
+
+@functools.cache
+def config_of(file_and_options: str):
+    file, _, options = file_and_options.partition(":")
+    path = (ROOT / file).relative_to(ROOT).with_suffix("")
+    return importlib.import_module(".".join(path.parts)).get_config(options or None)
+
+
+def wrong_key(config, key: str, value: str) -> str:
+    """Returns what is wrong with `--config.key=value`, or ""."""
+    found = config
+    for name in key.split("."):
+        if name not in found:
+            return f"the config has no key {key}"
+        found = found[name]
+    kind = type(found)
+    if kind in (int, float):
+        try:
+            kind(value)
+        except ValueError:
+            return f"{key} is of type {kind.__name__}, not {value!r}"
+    if kind is bool and value.lower() not in ("true", "false"):
+        return f"{key} is True or False, not {value!r}"
+    return ""
+
+
+def wrong(door: str, words: list[str]) -> list[str]:
+    """Returns what of a command does not exist."""
+    file = (ROOT / Path(*door.split("."))).with_suffix(".py")
+    if not file.exists():
+        return [f"there is no {door}"]
+    own, default = flags_of(file)
+    shared, _ = flags_of(ROOT / "experiments" / "door.py")
+    known = own | shared | {"help"}
+    given = [word.lstrip("-").partition("=") for word in words if word.startswith("-")]
+    found = [
+        f"{door} takes no {word}"
+        for word in words
+        if not word.startswith("-") and word != "..."
+    ]
+    chosen = [value for name, _, value in given if name == "config"]
+    chosen = chosen[0] if chosen else default
+    if chosen and not (ROOT / chosen.partition(":")[0]).exists():
+        return [*found, f"there is no {chosen}"]
+    for name, _, value in given:
+        if name.startswith("config.") and chosen:
+            problem = wrong_key(config_of(chosen), name.removeprefix("config."), value)
+            found += [problem] if problem else []
+        elif name not in known and name.removeprefix("no") not in known:
+            found.append(f"{door} has no flag --{name}")
+    if chosen:
+        config_of(chosen)  # refuses options that it does not know
+    return found
+
+
+@pages
+def test_every_command_names_doors_flags_configs_and_keys_that_exist(page):
+    problems = [
+        f"{problem}: python -m {door} {shlex.join(words)}"
+        for door, words in commands(page)
+        for problem in wrong(door, words)
+    ]
+    assert not problems, "\n".join(["", *problems])
+
+
+@pytest.mark.parametrize(
+    "command, problem",
+    [
+        ("experiments.trian", "there is no experiments.trian"),
+        ("experiments.train --confg=configs/gpt2.py", "no flag --confg"),
+        ("experiments.train --config=configs/gpt3.py", "there is no configs/gpt3.py"),
+        (
+            "experiments.train --config=configs/gpt2.py --config.hyper.lrr=1",
+            "hyper.lrr",
+        ),
+        ("experiments.train --config=configs/gpt2.py --config.steps=1e3", "type int"),
+        ("experiments.prepare --config.data.sauce=x", "data.sauce"),
+        ("experiments.sample runs/a", "takes no runs/a"),
+    ],
+)
+def test_a_wrong_command_is_found(command, problem):
+    door, *words = command.split()
+    (found,) = wrong(door, words)
+    assert problem in found
+
+
+# --- links ----------------------------------------------------------------------------
+
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
+
+
+def anchors(page: Path) -> set[str]:
+    """Returns the names that GitHub gives to the headings of a page."""
+    text = FENCE.sub("", page.read_text())
+    heads = [head.lower() for head in re.findall(r"^#+ (.+)$", text, re.M)]
+    return {re.sub(r"[^\w\- ]", "", head).replace(" ", "-") for head in heads}
+
+
+@pages
+def test_every_relative_link_leads_to_a_file_and_a_heading(page):
+    missing = []
+    for pair in LINK.findall(FENCE.sub("", page.read_text())):
+        link = "".join(pair)
+        name, _, anchor = link.partition("#")
+        if re.match(r"[a-z]+:", link):
+            continue
+        target = (page.parent / name).resolve() if name else page
+        there = target.exists()
+        if there and anchor and target.suffix == ".md":
+            there = anchor in anchors(target)
+        missing += [] if there else [link]
+    assert missing == []
