@@ -16,7 +16,6 @@ def get_config(arg: str | None = None):
     options = common.options(arg, size="small")
     config = common.modern(common.base())
     config.model.update(n_layers=4, d_model=192, n_heads=3, context_length=256)
-    config.data.split = "documents"  # the files lie in alphabetical order
     config.batch_size = 8
     config.steps = 600
     config.log_every = 10

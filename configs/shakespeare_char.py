@@ -35,6 +35,7 @@ def modern(config):
 
 def cpu(config):
     config.model.update(n_layers=4, n_heads=4, d_model=128, context_length=64)
+    config.sample.max_new_tokens = 60
     config.batch_size = 12
     config.steps = 2000
 
@@ -42,6 +43,7 @@ def cpu(config):
 def gpu(config):
     config.model.update(n_layers=6, n_heads=6, d_model=384, context_length=256)
     config.model.dtype = "bfloat16"
+    config.sample.max_new_tokens = 250
     config.batch_size = 64
     config.steps = 5000
     config.hyper.update(dropout_embed=0.2, dropout_attn=0.2, dropout_residual=0.2)
@@ -59,7 +61,6 @@ def get_config(arg: str | None = None):
     config.checkpoint_every = 250
     config.sample_every = 250
     config.sample.prompt = "\n"
-    config.sample.max_new_tokens = 300
     common.choose(SIZES, options["size"], "size")(config)
     common.choose(RECIPES, options["recipe"], "recipe")(config)
     return common.tiny(config) if options["size"] == "tiny" else config

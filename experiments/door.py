@@ -1,7 +1,8 @@
 """What every door does: parse flags, force the config, map errors to exit codes.
 
 Exit codes: 0 done or `--help`; 2 a mistake of the user, told in one sentence;
-130 and 143 stopped by Ctrl-C and SIGTERM after saving; 1 anything else, with a
+130 and 143 stopped by Ctrl-C and SIGTERM after saving; 1 a run that could not go on
+(updates that are not finite, data that does not come), and anything else, with a
 traceback, because that is a bug of ours.
 """
 
@@ -63,6 +64,9 @@ def run(main: Callable[[list[str]], object], doc: str | None) -> None:
             raise
         print(f"error: {_sentence(error)}", file=sys.stderr)
         sys.exit(2)
+    except (FloatingPointError, TimeoutError) as error:  # the run's own end, told whole
+        print(f"error: {_sentence(error)}", file=sys.stderr)
+        sys.exit(1)
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -94,7 +98,8 @@ def _parse() -> None:
     except Exception as error:  # absl and config files raise whatever they like
         if "--debug" in sys.argv:
             raise
-        raise ValueError(f"{_sentence(error)} (see --help)") from error
+        words = " ".join(_sentence(error).split())
+        raise ValueError(f"{words} (see --help)") from error
     if rest:
         raise ValueError(
             f"{rest[0]!r} is not a flag: flags are written --name=value (see --help)"
@@ -102,11 +107,14 @@ def _parse() -> None:
 
 
 def _sentence(error: BaseException) -> str:
-    """Returns an error's message as one line; a file error names its file."""
+    """Returns an error's message; a file error names its file."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.strerror}: {error.filename}"
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return " ".join(str(text).split()) or type(error).__name__
+    inner = error.args[0] if error.args else ""
+    if isinstance(inner, Exception):  # ml_collections wraps one in another
+        return _sentence(inner)
+    # The text of a KeyError is the repr of what it says.
+    return str(inner if isinstance(error, KeyError) else error) or type(error).__name__
 
 
 def _flags_help() -> str:

@@ -48,7 +48,8 @@ def main(_: list[str]) -> int:
     print(
         f"  sample           python -m experiments.sample --run={workdir} --prompt=..."
     )
-    print(f"  train longer     {again} --config.steps={2 * result.step}")
+    if result.reason == "steps":
+        print(f"  train longer     {again} --config.steps={2 * result.step}")
     print(f"  your own text    {command} {mine}")
     return result.exit_code
 

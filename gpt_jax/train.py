@@ -37,6 +37,17 @@ from gpt_jax.step import TrainState, start, train_step
 
 EVAL_TOKENS = 16_384  # tokens in an evaluation batch, when the config does not say
 
+# The ranges of the numbers that no other module checks.
+AT_LEAST_1 = ("batch_size", "accumulate", "log_every", "keep", "max_skipped")
+NOT_NEGATIVE = (
+    *("steps", "max_tokens", "max_seconds", "patience", "sample_every", "grace_s"),
+    *("eval_every", "eval_windows", "eval_batch_size", "checkpoint_every"),
+)
+BELOW_1 = (
+    *("dropout_embed", "dropout_attn", "dropout_residual", "label_smoothing"),
+    *("beta1", "beta2", "momentum", "ema_decay"),
+)
+
 
 class Job(NamedTuple):
     """The parts of one run, built once by `build`."""
@@ -102,7 +113,7 @@ def loop(job: Job, state: TrainState, totals: Totals, *, profile: int) -> Result
     pending, numbers, reason = [], {}, ""
     started = time.monotonic() - totals.seconds
     batches = train_batches(job, start=step)
-    trace = profile_window(job, step, profile)
+    trace = profile_window(job, step, end, profile)
     if step == 0:
         numbers, totals = evaluate_now(job, state, totals, step)
         sample_now(job, state, step, due(step, config.sample_every))
@@ -133,7 +144,7 @@ def loop(job: Job, state: TrainState, totals: Totals, *, profile: int) -> Result
         improved = metric is not None and totals.stale == 0
         if last or improved or due(step, config.checkpoint_every):
             save(job, state, totals, step, metric)
-    if step < end:
+    if 0 < step < end:
         save(job, state, totals, step, None)
     return finish(job, step, reason or "steps", numbers)
 
@@ -160,7 +171,6 @@ def build(
     tx = optimizer.make(**options, spread=strategy.spread)
 
     stack.enter_context(runs.lock(workdir))
-    runs.create_or_check(workdir, config, task.tokenizer, task.fingerprint)
     saves = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.keep)
     stack.callback(saves.close)
     init_key, key = jax.random.split(jax.random.key(config.seed))
@@ -169,7 +179,15 @@ def build(
         params, frozen = adapter.split(weights)
         return start(params, frozen, tx, ema=ema)
 
-    state, totals = restore_or_start(config, saves, strategy, task, fresh, init_key)
+    def create_or_check():
+        runs.create_or_check(workdir, config, task.tokenizer, task.fingerprint)
+
+    if saves.steps():
+        create_or_check()
+        state, totals = restore(saves, strategy, task, fresh, init_key)
+    else:  # weights that do not fit are refused before there is a run
+        state, totals = begin(config, task, fresh, init_key), Totals()
+        create_or_check()
     step = int(state.step)
     writer = metrics.Writer(
         workdir,
@@ -208,20 +226,10 @@ def check(config: ConfigDict) -> None:
     Raises:
       ValueError: names the key, the range and the value found.
     """
-    for key in ("batch_size", "accumulate", "log_every", "keep", "max_skipped"):
+    for key in AT_LEAST_1:
         if config[key] < 1:
             raise ValueError(f"{key} is {config[key]}: it must be at least 1")
-    for key in (
-        *(
-            "steps",
-            "max_tokens",
-            "max_seconds",
-            "patience",
-            "eval_every",
-            "eval_windows",
-        ),
-        *("eval_batch_size", "checkpoint_every", "sample_every", "grace_s"),
-    ):
+    for key in NOT_NEGATIVE:
         if config[key] < 0:
             raise ValueError(f"{key} is {config[key]}: it must not be negative")
     if config.batch_size % config.accumulate:
@@ -232,7 +240,7 @@ def check(config: ConfigDict) -> None:
     for key, value in config.hyper.items():
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"hyper.{key} is {value}: it must be a number >= 0")
-    for key in ("dropout_embed", "dropout_attn", "dropout_residual", "label_smoothing"):
+    for key in BELOW_1:
         if config.hyper[key] >= 1:
             raise ValueError(f"hyper.{key} is {config.hyper[key]}: it must be below 1")
 
@@ -242,12 +250,12 @@ def make_task(config: ConfigDict) -> tasks.Task:
     text = config.data.to_dict()
     if config.init_from:  # weights only fit the vocabulary that they learnt
         text["tokenizer"] = str(Path(config.init_from) / "tokenizer.json")
-    rates = [value for key, value in config.hyper.items() if key.startswith("dropout_")]
+    hyper = config.hyper
     return tasks.make(
         **config.task,
         model=config.model.to_dict(),
         text=text,
-        dropout=any(rate > 0 for rate in rates),
+        dropout=[key for key in hyper if key.startswith("dropout_") and hyper[key] > 0],
         progress=True,
     )
 
@@ -259,37 +267,38 @@ def make_hyper(config: ConfigDict, task: tasks.Task) -> Hyper:
     return Hyper(**{key: jnp.float32(value) for key, value in numbers.items()})
 
 
-def restore_or_start(
-    config: ConfigDict,
+def restore(
     saves: checkpoint.Checkpoints,
     strategy: sharding.Strategy,
     task: tasks.Task,
     fresh: Callable[[Any], TrainState],
     key: jax.Array,
 ) -> tuple[TrainState, Totals]:
-    """Returns the state to go on from: the run's own, `init_from`'s, or random weights.
+    """Returns the newest sound state of this run, on one device, and its totals."""
+    replicated = NamedSharding(strategy.mesh, PartitionSpec())
+    shapes = jax.eval_shape(lambda k: fresh(model.init(task.model.cfg, k)), key)
+    wanted = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes
+    )
+    state, meta, step = saves.restore(wanted, step=None)
+    saves.rewind(step)
+    return sharding.local(state), Totals(**meta["totals"])
 
-    The state lies on the mesh when restored and on one device when fresh.
-    """
-    init = partial(model.init, task.model.cfg)
-    if saves.steps():
-        replicated = NamedSharding(strategy.mesh, PartitionSpec())
-        shapes = jax.eval_shape(lambda k: fresh(init(k)), key)
-        wanted = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
-            shapes,
-        )
-        tree, meta, step = saves.restore(wanted._asdict(), step=None)
-        saves.rewind(step)
-        return sharding.local(TrainState(**tree)), Totals(**meta["totals"])
-    if config.init_from:
-        source = runs.open(config.init_from, step="best")
-        cfg = task.model.cfg
-        weights = source.params
-        weights = model.stack(weights, cfg) if cfg.scan_layers else weights
-        checkpoint.check_same(jax.eval_shape(init, key), weights)
-        return fresh(weights), Totals()
-    return jax.jit(lambda k: fresh(init(k)))(key), Totals()
+
+def begin(
+    config: ConfigDict,
+    task: tasks.Task,
+    fresh: Callable[[Any], TrainState],
+    key: jax.Array,
+) -> TrainState:
+    """Returns the state of a new run: `init_from`'s weights, or random ones."""
+    cfg = task.model.cfg
+    if not config.init_from:
+        return jax.jit(lambda k: fresh(model.init(cfg, k)))(key)
+    weights = runs.open(config.init_from).params
+    weights = model.stack(weights, cfg) if cfg.scan_layers else weights
+    checkpoint.check_same(jax.eval_shape(partial(model.init, cfg), key), weights)
+    return fresh(weights)
 
 
 def last_step(config: ConfigDict, task: tasks.Task) -> int:
@@ -383,9 +392,9 @@ def log(job: Job, totals: Totals, step: int, pending: list) -> dict[str, float]:
     if in_a_row >= job.config.max_skipped:
         raise FloatingPointError(
             f"{in_a_row} updates in a row were not finite, the last at step {step} "
-            f"(batch {step - 1} of seed {job.config.seed}); none was applied: lower "
-            f"hyper.lr or raise hyper.warmup_steps, then run again from the last "
-            f"checkpoint"
+            f"(batch {step - 1} of seed {job.config.seed}); none was applied: start "
+            f"again with a lower hyper.lr or a longer hyper.warmup_steps in another "
+            f"--workdir; --config.init_from={job.workdir} takes the last good weights"
         )
     finite = [part for part in sums if math.isfinite(part["loss"])]
     numbers = dict(info)
@@ -493,7 +502,7 @@ def save(
     """Starts an asynchronous checkpoint of everything that a resume needs."""
     view = job.strategy.view(state)
     meta = {"totals": totals._asdict(), "fingerprint": job.task.fingerprint}
-    job.saves.save(step, view._asdict(), metric=metric, meta=meta)
+    job.saves.save(step, view, metric=metric, meta=meta)
 
 
 def finish(job: Job, step: int, reason: str, numbers: dict[str, float]) -> Result:
@@ -504,14 +513,15 @@ def finish(job: Job, step: int, reason: str, numbers: dict[str, float]) -> Resul
     return Result(reason=reason, step=step, numbers=numbers, exit_code=code)
 
 
-def profile_window(job: Job, start: int, steps: int) -> Callable[[int], None]:
+def profile_window(job: Job, start: int, end: int, steps: int) -> Callable[[int], None]:
     """Returns what the loop calls after each step to trace `steps` of them."""
-    first = start + 5  # past compilation and the first transfers
+    first = min(start + 5, end - 1)  # past compilation and the first transfers
+    last = min(first + steps, end)
 
     def trace(step: int) -> None:
         if steps and step == first:
             jax.profiler.start_trace(str(job.workdir / "profile"))
-        if steps and step == first + steps:
+        if steps and step == last:
             jax.profiler.stop_trace()
             job.bar.print(f"profile written to {job.workdir / 'profile'}")
 

@@ -22,7 +22,7 @@ def make(tmp_path, **changes):
         name="lm",
         model={**config.model.to_dict(), **changes.pop("model", {})},
         text={**config.data.to_dict(), **changes},
-        dropout=False,
+        dropout=(),
         progress=False,
     )
 
@@ -45,7 +45,7 @@ def test_training_windows_may_overlap_and_evaluation_windows_never_do(tmp_path):
 
 def test_the_loss_of_training_is_smoothed_and_that_of_evaluation_plain():
     gpt = model.GPT(tiny.cfg())
-    loss = lm.make_loss(gpt, np.ones(61), dropout=False)
+    loss = lm.make_loss(gpt, np.ones(61), dropout=())
     weights = model.init(gpt.cfg, jax.random.key(0))
     batch = jax.tree.map(lambda x: x[0], test_step.make_batch(1, 2))
     hyper = test_step.make_hyper(label_smoothing=0.2, z_loss=0.1)
@@ -59,7 +59,7 @@ def test_the_loss_of_training_is_smoothed_and_that_of_evaluation_plain():
 def test_packed_documents_do_not_see_each_other():
     """Segments and positions in a batch reach the model."""
     gpt = model.GPT(tiny.cfg(position="rope"))
-    loss = lm.make_loss(gpt, np.ones(61), dropout=False)
+    loss = lm.make_loss(gpt, np.ones(61), dropout=())
     weights = model.init(gpt.cfg, jax.random.key(0))
     batch = jax.tree.map(lambda x: x[0], test_step.make_batch(1, 1, masked=False))
     batch["segments"] = jnp.asarray([[0, 0, 0, 0, 1, 1, 1, 1]], jnp.int32)

@@ -140,6 +140,7 @@ def test_a_new_run_starts_from_the_weights_of_another(config, tmp_path):
     config.model.d_model = 64
     with pytest.raises(ValueError, match="of another model"):
         train.train(config, tmp_path / "third")
+    assert not (tmp_path / "third" / "config.json").exists()
 
 
 def test_a_run_of_nothing_but_nan_stops_and_saves_none_of_it(config, tmp_path):
@@ -162,6 +163,8 @@ def test_a_run_of_nothing_but_nan_stops_and_saves_none_of_it(config, tmp_path):
         ({"steps": -1}, "steps is -1"),
         ({"hyper.lr": float("nan")}, "hyper.lr is nan"),
         ({"hyper.dropout_attn": 1.0}, "hyper.dropout_attn is 1.0"),
+        ({"hyper.beta2": 1.0}, "hyper.beta2 is 1.0"),
+        ({"optimizer.freeze": ("nothing",)}, "nothing"),
         ({"model.n_heads": 5}, "d_model 32 is not a multiple of n_heads 5"),
         ({"task.name": "nothing"}, "task.name 'nothing' is not one of: lm"),
         ({"data.seq_len": 99}, "data.seq_len 99 is more than model.context_length 16"),

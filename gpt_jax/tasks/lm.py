@@ -1,6 +1,6 @@
 """Language modelling: predict the next token of running text."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,12 +10,14 @@ from gpt_jax.model import GPT, Dropout, GPTConfig
 from gpt_jax.prepare import prepare
 from gpt_jax.tasks.task import Task
 
+DROPOUTS = ("dropout_embed", "dropout_attn", "dropout_residual")  # of Hyper
+
 
 def make(
     *,
     model: Mapping[str, Any],
     text: Mapping[str, Any],
-    dropout: bool,
+    dropout: Collection[str],
     progress: bool,
 ) -> Task:
     """Prepares the text (or finds it prepared) and returns the task.
@@ -23,7 +25,7 @@ def make(
     Args:
       model: the fields of `GPTConfig`; vocab_size 0 takes the tokenizer's.
       text: the keys of `config.data`.
-      dropout: whether any dropout rate may be above zero.
+      dropout: which of DROPOUTS may be above zero.
       progress: show a bar while text is prepared.
 
     Raises:
@@ -62,13 +64,14 @@ def make(
     )
 
 
-def make_loss(model: GPT, token_bytes_V, *, dropout: bool):
+def make_loss(model: GPT, token_bytes_V, *, dropout: Collection[str]):
     """Returns the next-token loss of `model` as `(weights, frozen, ...) -> Sums`.
 
     Args:
       model: the architecture.
       token_bytes_V: UTF-8 bytes that each token stands for, for bits per byte.
-      dropout: False leaves dropout out of the compiled program.
+      dropout: which of DROPOUTS may be above zero; the others are left out of the
+        compiled program, and with them what keeps attention from being fused.
 
     The sums are "loss" (smoothed, with z-loss, while training), "nll" (plain, in
     nats), "weight" (targets) and, in evaluation, "bytes".
@@ -79,9 +82,8 @@ def make_loss(model: GPT, token_bytes_V, *, dropout: bool):
         training = key is not None
         rates = None
         if training and dropout:
-            rates = Dropout(
-                key, hyper.dropout_embed, hyper.dropout_attn, hyper.dropout_residual
-            )
+            wanted = [name if name in dropout else None for name in DROPOUTS]
+            rates = Dropout(key, *(name and getattr(hyper, name) for name in wanted))
         logits_BTV, _ = model.apply(
             {"params": weights},
             batch["tokens"],
