@@ -17,13 +17,13 @@ def get_config(arg: str | None = None):
     config = common.modern(common.base())
     config.model.update(n_layers=4, d_model=192, n_heads=3, context_length=256)
     config.batch_size = 8
-    config.steps = 600
+    config.steps = 900
     config.log_every = 10
-    config.eval_every = 200
-    config.eval_windows = 256
-    config.checkpoint_every = 200
-    config.sample_every = 200
-    config.sample.prompt = "def"
+    config.eval_every = 100
+    config.eval_windows = 128
+    config.checkpoint_every = 300
+    config.sample_every = 300
+    config.sample.prompt = "def __init__(self"
     config.sample.max_new_tokens = 120
     sizes = {"small": lambda: config, "tiny": lambda: common.tiny(config)}
     return common.choose(sizes, options["size"], "size")()

@@ -3,7 +3,7 @@ r"""Character-level Shakespeare: nanoGPT's classic, and the modern way to do it.
 What: tinyshakespeare (1,115,394 characters, 65 symbols). `recipe=nanogpt` keeps
 nanoGPT's architecture and numbers; `recipe=modern` changes the block and the
 optimizer, with the same data and tokens a step.
-Expected (validation loss in nats per character over all of the last 10 %):
+Expected: validation loss in nats per character, over all of the last 10 %:
   size=cpu,recipe=nanogpt   1.90 after 2,000 steps
   size=cpu,recipe=modern    below 1.85 after 500 steps
   size=gpu,recipe=nanogpt   1.47 (nanoGPT's own figure) after 5,000 steps, at its best

@@ -69,6 +69,7 @@ NAMES = (
 BUILTIN_SKIPS = {
     *("test", "tests", "idlelib", "idle_test", "lib2to3"),
     *("site-packages", "dist-packages", "__pycache__"),
+    "pydoc_data",  # one string literal of half a megabyte, not code
 }
 
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell it, UTF-8 cannot
