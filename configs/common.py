@@ -32,7 +32,7 @@ def base() -> ConfigDict:
             "split": "fraction",  # cut at that share of "fraction" or "documents"
             "seq_len": 0,  # tokens in a training window; 0 = model.context_length
             "stride": 0,  # tokens between window starts; 0 = seq_len (no overlap)
-            "workers": 0,  # threads that tokenize; 0 = one per core
+            "workers": 0,  # threads that tokenize; 0 = one per core, at most 8
         }
     )
 
@@ -133,14 +133,14 @@ def base() -> ConfigDict:
 
     config.log_every = 10
     config.eval_every = 250
-    config.eval_batch_size = 0  # 0 = batch_size
+    config.eval_batch_size = 0  # windows at once; 0 = a micro-batch, or 16,384 tokens
     config.eval_windows = 0  # at most so many windows, evenly spaced; 0 = all
     config.checkpoint_every = 250
     config.keep = 2  # newest checkpoints kept, besides the best
     config.sample_every = 0  # write samples at this interval; 0 = never
     config.sample = ConfigDict(
         {
-            "prompt": "",  # "" = the end-of-text token, or a newline without one
+            "prompt": "",  # "" = the end-of-text token, or a character of the text
             "count": 1,
             "max_new_tokens": 100,
             "temperature": 0.8,
@@ -155,14 +155,14 @@ def base() -> ConfigDict:
             "data": -1,  # devices that share the batch; -1 = all that are left
             "fsdp": 1,
             "tensor": 1,
-            "cpu_devices": 0,  # XLA devices on a CPU; 0 = one per core
+            "cpu_devices": 0,  # XLA devices on a CPU; 0 = one per core, at most 8
         }
     )
 
     config.tensorboard = True
     config.wandb = ""  # a Weights & Biases project; "" = off
     config.compile_cache = "~/.cache/gpt_jax/compile"  # "" = compile every time
-    config.grace_s = 30.0  # after SIGTERM or Ctrl-C, the longest wait before leaving
+    config.grace_s = 120.0  # after SIGTERM or Ctrl-C, the longest wait before leaving
     return config
 
 

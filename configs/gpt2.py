@@ -6,6 +6,7 @@ Expected: size=small reaches a validation loss near 2.85 after 600,000 steps (na
   figure for this recipe); the other sizes go lower.
 Time: size=small about 4 days on 8 A100 (nanoGPT's figure). `size=tiny` takes seconds.
 Command: python -m experiments.train --config=configs/gpt2.py:size=small
+  on 8 GPUs add --config.accumulate=5, so that a micro-batch divides over them
 Needs: pip install -r requirements.txt datasets (OpenWebText is streamed)
 """
 

@@ -8,12 +8,18 @@ traceback, because that is a bug of ours.
 
 import os
 import runpy
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
+
+MISTAKES = (
+    *(ValueError, FileNotFoundError, FileExistsError),
+    *(IsADirectoryError, NotADirectoryError, PermissionError),
+)
 
 DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of a mistake too.")
 
@@ -40,6 +46,13 @@ def config_name() -> str:
     return "_".join(filter(None, [Path(file).stem, arg.replace(",", "_")]))
 
 
+def command(without: tuple[str, ...]) -> str:
+    """Returns the running command, less the flags that begin with one of `without`."""
+    module = Path(sys.argv[0]).stem
+    kept = [word for word in sys.argv[1:] if not word.startswith(without)]
+    return shlex.join(["python", "-m", f"experiments.{module}", *kept])
+
+
 def run(main: Callable[[list[str]], object], doc: str | None) -> None:
     """Runs a door and leaves the process with its exit code.
 
@@ -54,25 +67,24 @@ def run(main: Callable[[list[str]], object], doc: str | None) -> None:
             sys.exit(0)
         _parse()
         code = main([])
-    except (
-        ValueError,
-        FileNotFoundError,
-        NotADirectoryError,
-        PermissionError,
-    ) as error:
-        if "--debug" in sys.argv:
-            raise
-        print(f"error: {_sentence(error)}", file=sys.stderr)
-        sys.exit(2)
-    except (FloatingPointError, TimeoutError) as error:  # the run's own end, told whole
-        print(f"error: {_sentence(error)}", file=sys.stderr)
-        sys.exit(1)
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except MISTAKES as error:
+        _tell(error, 2)
+    except (FloatingPointError, OSError) as error:  # also a full disk, data that stalls
+        _tell(error, 1)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _tell(error: BaseException, code: int) -> None:
+    """Prints an error as a sentence and leaves; with --debug raises it instead."""
+    if "--debug" in sys.argv:
+        raise error
+    print(f"error: {_sentence(error)}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _check_config_file() -> None:

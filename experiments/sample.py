@@ -50,7 +50,7 @@ STEP = flags.DEFINE_string(
     "step", "", "Checkpoint: best, newest, a step number; empty = best, else newest."
 )
 WEIGHTS = flags.DEFINE_enum(
-    "weights", "params", ["params", "ema"], "The weights, or their moving average."
+    "weights", "", ["", "params", "ema"], "Which weights; empty = ema where kept."
 )
 
 

@@ -7,7 +7,7 @@
 
 A config file says how much (configs/common.py explains every key); any key can be
 overridden with --config.KEY=VALUE. The same command resumes an interrupted run: Ctrl-C
-and SIGTERM save first, and even after a crash at most checkpoint_every steps are lost.
+and SIGTERM save first; a crash costs the steps since the last checkpoint.
 --config.steps=N extends a finished run.
 
 The run folder (--workdir, default runs/<config name>) holds config.json,
@@ -34,23 +34,26 @@ def main(_: list[str]) -> int:
         raise ValueError("--config is missing, e.g. --config=configs/quickstart.py")
     workdir = WORKDIR.value or str(Path("runs") / door.config_name())
 
+    if PROFILE.value < 0:
+        raise ValueError(
+            f"--profile={PROFILE.value}: give the number of steps to trace"
+        )
+
     from gpt_jax import train
 
     result = train.train(config, workdir, profile=PROFILE.value)
-    command = f"python -m experiments.train --config={door.config_file()}"
-    mine = "--workdir=runs/mine --config.data.source=FILE.txt"
-    again = f"{command} --workdir={workdir}"
     if result.reason == "signal":
         print(f"stopped after step {result.step}; the same command resumes")
         return result.exit_code
+    sample = f"python -m experiments.sample --run={workdir} --prompt=..."
+    longer = door.command(("--config.steps", "--workdir")) + f" --workdir={workdir}"
+    mine = door.command(("--config.data.source", "--workdir")) + " --workdir=runs/mine"
     print(f"done: {result.reason} reached after step {result.step}")
     print(f"  the loss curve   {workdir}/loss.png")
-    print(
-        f"  sample           python -m experiments.sample --run={workdir} --prompt=..."
-    )
+    print(f"  sample           {sample}")
     if result.reason == "steps":
-        print(f"  train longer     {again} --config.steps={2 * result.step}")
-    print(f"  your own text    {command} {mine}")
+        print(f"  train longer     {longer} --config.steps={2 * result.step}")
+    print(f"  your own text    {mine} --config.data.source=FILE.txt")
     return result.exit_code
 
 

@@ -62,7 +62,12 @@ class LayerKind:
 def _layer_kind(kind) -> LayerKind:
     if isinstance(kind, LayerKind):
         return kind
-    kind = dict(kind)
+    kind, keys = dict(kind), ("window", "rope_base", "rope_scaling")
+    if set(kind) != set(keys):
+        raise ValueError(
+            f"a layer kind of pattern has the keys {', '.join(keys)}, "
+            f"not {', '.join(map(str, kind)) or 'none'}"
+        )
     scaling = kind.get("rope_scaling")
     if scaling is not None and not isinstance(scaling, RopeScaling):
         kind["rope_scaling"] = RopeScaling(**dict(scaling))

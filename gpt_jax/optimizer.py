@@ -423,7 +423,7 @@ def _check_patterns(weights, found, rates, freeze, muon) -> None:
     tables = {"rates": [row[0] for row in rates], "freeze": freeze, "muon": muon}
     for table, patterns in tables.items():
         for pattern in patterns:
-            if not any(re.search(pattern, path) for path in weights):
+            if not any(_found(pattern, path) for path in weights):
                 raise ValueError(
                     f"optimizer.{table} has the pattern {pattern!r}, which matches "
                     f"none of the {len(weights)} weights, such as {min(weights)}; "
@@ -440,11 +440,18 @@ def _check_patterns(weights, found, rates, freeze, muon) -> None:
 
 
 def _matches(patterns: Sequence[str], path: str) -> bool:
-    return any(re.search(pattern, path) for pattern in patterns)
+    return any(_found(pattern, path) for pattern in patterns)
 
 
 def _first(table: Sequence[tuple[str, float]], path: str) -> float | None:
-    return next((value for pattern, value in table if re.search(pattern, path)), None)
+    return next((value for pattern, value in table if _found(pattern, path)), None)
+
+
+def _found(pattern: str, path: str) -> bool:
+    try:
+        return re.search(pattern, path) is not None
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
 
 
 def _by_path(tree) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class Run(NamedTuple):
 
 
 def open(
-    folder: str | Path, *, step: int | str | None = None, weights: str = "params"
+    folder: str | Path, *, step: int | str | None = None, weights: str = ""
 ) -> Run:
     """Returns a run ready for use, whatever devices it was trained on.
 
@@ -68,7 +68,8 @@ def open(
       folder: a run folder.
       step: a step; "best", the lowest validation loss; "latest", the newest sound
         checkpoint; or None, the best where there is one and else the latest.
-      weights: "params", or "ema" for their moving average (optimizer.ema).
+      weights: "params", or "ema" for their moving average; "" = the average where the
+        run keeps one (optimizer.ema), as its evaluations did.
 
     Raises:
       ValueError: this is not a run, or the checkpoint is damaged or lacks `weights`.
@@ -78,6 +79,7 @@ def open(
     config = read_config(folder)
     tokenizer = tokenizers.load(folder / "tokenizer.json")
     cfg = model_config(config, tokenizer)
+    weights = weights or ("ema" if config.optimizer.ema else "params")
     store = Checkpoints(folder / "checkpoints", keep=None)
     tree, meta, found = _load(store, step, weights)
     frozen = store.load_frozen(meta["frozen"]) if meta.get("frozen") else {}
@@ -111,6 +113,9 @@ def create_or_check(
 ) -> bool:
     """Makes a new run folder, or checks that this config may go on in an old one.
 
+    A folder whose run ended before its first checkpoint holds nothing to protect: it
+    is made anew.
+
     Returns:
       True when the run was there; config.json then holds the new config.
 
@@ -123,8 +128,9 @@ def create_or_check(
         return (workdir / "config.json").is_file()  # the first process checks
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"{workdir} is a file; --workdir must name a folder")
-    if not (workdir / "config.json").is_file():
-        if Checkpoints(workdir / "checkpoints", keep=None).steps():
+    trained = any((workdir / "checkpoints").glob("*"))  # damaged ones count as well
+    if not trained or not (workdir / "config.json").is_file():
+        if trained:
             raise ValueError(
                 f"{workdir} has checkpoints but no config.json: put that file back or "
                 f"use another --workdir"

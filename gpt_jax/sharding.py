@@ -29,8 +29,8 @@ class Strategy(NamedTuple):
       compile: plain `train_step` (with its keyword `reduce` open) -> compiled step.
       place: a state on the host or one device -> the same state on all devices.
       put: a host batch [A, B, ...] -> the batch on the devices, split over B.
-      view: a placed state -> the same arrays, replicated over the mesh and without
-        copies: what checkpoints and evaluation read.
+      view: a placed tree -> the same arrays, replicated over the mesh: what
+        checkpoints and evaluation read.
       spread: an array inside the step -> the same array, split over its first axis
         where that divides: divides work that all devices would repeat.
     """
@@ -155,15 +155,20 @@ def pmap_strategy(mesh: Mesh) -> Strategy:
         raise ValueError("mesh.strategy pmap is for one process; use mesh")
 
     def compile(step: Callable) -> Callable:
-        mapped = jax.pmap(
-            partial(step, reduce=partial(jax.lax.psum, axis_name="data")),
+        def one(state, batch, key, hyper):
+            # Each device draws dropout masks of its own.
+            key = jax.random.fold_in(key, jax.lax.axis_index("data"))
+            add = partial(jax.lax.psum, axis_name="data")
+            return step(state, batch, key, hyper, reduce=add)
+
+        return jax.pmap(
+            one,
             axis_name="data",
             in_axes=(0, 0, None, None),
             out_axes=(0, None, None),
             devices=devices,
             donate_argnums=0,
         )
-        return mapped
 
     def put(batch: Any) -> Any:
         def split(x):  # [A, B, ...] -> [n, A, B / n, ...]

@@ -50,6 +50,10 @@ def watch(grace_s: float) -> Iterator[Stop]:
     writer.setblocking(False)
     done = threading.Event()
 
+    def say(text):
+        with contextlib.suppress(OSError):  # nobody may be reading any more
+            os.write(2, f"{text}\n".encode())
+
     def read():
         while received := reader.recv(1):
             if received[0] not in WATCHED:
@@ -58,9 +62,11 @@ def watch(grace_s: float) -> Iterator[Stop]:
                 os._exit(128 + received[0])
             stop.signal = received[0]
             threading.Thread(target=leave, daemon=True).start()
+            say("stopping, saving first; a second signal leaves at once")
 
     def leave():
         if not done.wait(grace_s):
+            say(f"not done within {grace_s:g} s (config.grace_s): leaving")
             os._exit(stop.exit_code)
 
     before = {number: signal.signal(number, lambda *_: None) for number in WATCHED}

@@ -83,7 +83,9 @@ def train_step(
 
     def gradient(index):
         examples = jax.tree.map(lambda x: x[index], batch)
-        return jax.grad(summed_loss, has_aux=True)(state.params, examples, index)
+        grads, sums = jax.grad(summed_loss, has_aux=True)(state.params, examples, index)
+        # Sums over micro-batches need the range and precision of float32.
+        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
 
     def accumulate(total, index):
         return jax.tree.map(jnp.add, total, gradient(index)), None
@@ -102,7 +104,10 @@ def train_step(
     ema = state.ema
     if ema is not None:
         ema = optimizer.ema_update(ema, params, hyper.ema_decay, state.step)
-    finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(info["grad_norm"])
+    # A finite norm leaves finite moments; the weights are looked at themselves.
+    sound = [jnp.isfinite(x).all() for x in jax.tree.leaves(params)]
+    sound += [jnp.isfinite(sums["loss"]), jnp.isfinite(info["grad_norm"])]
+    finite = jnp.stack(sound).all()
     new, old = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
     params, opt_state, ema = jax.tree.map(partial(jnp.where, finite), new, old)
     guard = Guard(

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -41,7 +42,7 @@ EVAL_TOKENS = 16_384  # tokens in an evaluation batch, when the config does not 
 AT_LEAST_1 = ("batch_size", "accumulate", "log_every", "keep", "max_skipped")
 NOT_NEGATIVE = (
     *("steps", "max_tokens", "max_seconds", "patience", "sample_every", "grace_s"),
-    *("eval_every", "eval_windows", "eval_batch_size", "checkpoint_every"),
+    *("eval_every", "eval_windows", "eval_batch_size", "checkpoint_every", "seed"),
 )
 BELOW_1 = (
     *("dropout_embed", "dropout_attn", "dropout_residual", "label_smoothing"),
@@ -75,6 +76,7 @@ class Totals(NamedTuple):
     seconds: float = 0.0
     best: float = math.inf
     stale: int = 0  # evaluations since the best one
+    evaluated: int = -1  # the step of the last evaluation that was not interrupted
 
 
 class Result(NamedTuple):
@@ -113,9 +115,12 @@ def loop(job: Job, state: TrainState, totals: Totals, *, profile: int) -> Result
     pending, numbers, reason = [], {}, ""
     started = time.monotonic() - totals.seconds
     batches = train_batches(job, start=step)
-    trace = profile_window(job, step, end, profile)
-    if step == 0:
+    trace = profiler(job, step, end, profile)
+    trace(step)
+    evaluates = step in (0, end) or due(step, config.eval_every)
+    if evaluates and totals.evaluated < step:  # new, or interrupted just there
         numbers, totals = evaluate_now(job, state, totals, step)
+    if step == 0:
         sample_now(job, state, step, due(step, config.sample_every))
     while step < end and not (reason := ended(job, totals)):
         batch = next(batches)
@@ -133,20 +138,24 @@ def loop(job: Job, state: TrainState, totals: Totals, *, profile: int) -> Result
         trace(step)
         metric = None
         evaluates = last or due(step, config.eval_every)
-        if step == 1 or evaluates or due(step, config.log_every):
+        samples = last or due(step, config.sample_every)
+        if step == 1 or evaluates or samples or due(step, config.log_every):
             numbers |= log(job, totals, step, pending)
             pending = []
         if evaluates:
             measured, totals = evaluate_now(job, state, totals, step)
             numbers |= measured
             metric = measured.get("val_loss")
-        sample_now(job, state, step, last or due(step, config.sample_every))
+        sample_now(job, state, step, samples)
         improved = metric is not None and totals.stale == 0
         if last or improved or due(step, config.checkpoint_every):
             save(job, state, totals, step, metric)
     if 0 < step < end:
         save(job, state, totals, step, None)
-    return finish(job, step, reason or "steps", numbers)
+    if step == end and not reason:
+        done = "steps" if end == config.steps else "max_tokens"
+        reason = done if totals.evaluated == step else "signal"
+    return finish(job, step, reason, numbers)
 
 
 def build(
@@ -161,8 +170,9 @@ def build(
     sharding.use_compile_cache(config.compile_cache)
     mesh = config.mesh
     sharding.set_cpu_devices(micro_batch, data=mesh.data, cpu_devices=mesh.cpu_devices)
-    task = make_task(config)
+    task = make_task(config, workdir)
     if config.sample_every:
+        sample.check(**sample_settings(config))
         first_prompt(task, config.sample.prompt)
     strategy = sharding.make(micro_batch, **mesh)
     adapter = adapters.make(**config.adapter)
@@ -238,18 +248,25 @@ def check(config: ConfigDict) -> None:
             f"{config.accumulate}"
         )
     for key, value in config.hyper.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"hyper.{key} is {value}: it must be a number >= 0")
+        if not 0 <= value <= float(np.finfo(np.float32).max):
+            raise ValueError(
+                f"hyper.{key} is {value}: it must be a float32 number >= 0"
+            )
     for key in BELOW_1:
         if config.hyper[key] >= 1:
             raise ValueError(f"hyper.{key} is {config.hyper[key]}: it must be below 1")
 
 
-def make_task(config: ConfigDict) -> tasks.Task:
+def make_task(config: ConfigDict, workdir: Path) -> tasks.Task:
     """Returns the config's task; its examples are prepared or found prepared."""
     text = config.data.to_dict()
     if config.init_from:  # weights only fit the vocabulary that they learnt
-        text["tokenizer"] = str(Path(config.init_from) / "tokenizer.json")
+        own = workdir / "tokenizer.json"
+        source = Path(config.init_from) / "tokenizer.json"
+        if source.is_file() or not own.is_file():
+            runs.read_config(config.init_from)  # refuses what is no run
+            own = source
+        text["tokenizer"] = str(own)  # a run that goes on needs no other
     hyper = config.hyper
     return tasks.make(
         **config.task,
@@ -387,12 +404,14 @@ def log(job: Job, totals: Totals, step: int, pending: list) -> dict[str, float]:
     job.saves.check()
     sums, infos = zip(*jax.device_get(pending), strict=True)
     info: dict = {name: float(value) for name, value in infos[-1].items()}
-    in_a_row = int(info.pop("skipped_in_a_row"))
+    in_a_row = [int(info["skipped_in_a_row"]) for info in infos]
+    del info["skipped_in_a_row"]
     info["skipped"] = int(info["skipped"])
-    if in_a_row >= job.config.max_skipped:
+    if (worst := max(in_a_row)) >= job.config.max_skipped:
+        at = step - len(infos) + 1 + in_a_row.index(worst)
         raise FloatingPointError(
-            f"{in_a_row} updates in a row were not finite, the last at step {step} "
-            f"(batch {step - 1} of seed {job.config.seed}); none was applied: start "
+            f"{worst} updates in a row were not finite, the last at step {at} "
+            f"(batch {at - 1} of seed {job.config.seed}); none was applied: start "
             f"again with a lower hyper.lr or a longer hyper.warmup_steps in another "
             f"--workdir; --config.init_from={job.workdir} takes the last good weights"
         )
@@ -408,9 +427,9 @@ def log(job: Job, totals: Totals, step: int, pending: list) -> dict[str, float]:
 
 def weights_of(job: Job, state: TrainState) -> tuple[Any, Any]:
     """Returns (weights, frozen) on the mesh; the moving average where one is kept."""
-    view = job.strategy.view(state)
-    params = view.params if view.ema is None else view.ema
-    return job.join(params, view.frozen), view.frozen
+    params = state.params if state.ema is None else state.ema
+    params, frozen = job.strategy.view((params, state.frozen))
+    return job.join(params, frozen), frozen
 
 
 def evaluate_now(
@@ -436,7 +455,9 @@ def evaluate_now(
     loss = numbers.get("val_loss", math.inf)
     better = loss < totals.best
     totals = totals._replace(
-        best=min(loss, totals.best), stale=0 if better else totals.stale + 1
+        best=loss if better else totals.best,
+        stale=0 if better else totals.stale + 1,
+        evaluated=step,
     )
     job.writer.write(step, tokens=totals.tokens, seconds=totals.seconds, **numbers)
     job.bar.print(
@@ -450,7 +471,8 @@ def evaluate_now(
 def eval_batches(job: Job, examples) -> Iterator[tasks.Batch]:
     """Returns the batches of one evaluation, as large as one device likes them."""
     size = job.config.eval_batch_size or max(
-        job.config.batch_size, EVAL_TOKENS // job.task.tokens
+        job.config.batch_size // job.config.accumulate,
+        EVAL_TOKENS // job.task.tokens,
     )
     devices = job.strategy.mesh.size
     return data.once(
@@ -460,24 +482,34 @@ def eval_batches(job: Job, examples) -> Iterator[tasks.Batch]:
     )
 
 
+def sample_settings(config: ConfigDict) -> dict[str, Any]:
+    """Returns how the samples of a run are drawn, as `sample.texts` wants it."""
+    chosen = config.sample
+    return {
+        "temperature": chosen.temperature,
+        "top_k": chosen.top_k,
+        "top_p": chosen.top_p,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "max_new": chosen.max_new_tokens,
+    }
+
+
 def sample_now(job: Job, state: TrainState, step: int, wanted: bool) -> None:
     """Writes samples to samples.md and shows them, when wanted."""
     if not (wanted and job.config.sample_every) or job.stop:
         return
-    options = job.config.sample.to_dict()
-    prompt = first_prompt(job.task, options.pop("prompt"))
+    prompt = first_prompt(job.task, job.config.sample.prompt)
     weights, _ = weights_of(job, state)
     texts = sample.texts(
         model=job.task.model,
         params=sharding.local(weights),
         tokenizer=job.task.tokenizer,
         prompts=[prompt],
-        max_new=options.pop("max_new_tokens"),
+        count=job.config.sample.count,
         seed=job.config.seed,
-        min_p=0.0,
-        repetition_penalty=1.0,
         stop=(),
-        **options,
+        **sample_settings(job.config),
     )
     runs.add_samples(job.workdir, step, [prompt + text.text for text in texts])
     for text in texts:
@@ -513,15 +545,15 @@ def finish(job: Job, step: int, reason: str, numbers: dict[str, float]) -> Resul
     return Result(reason=reason, step=step, numbers=numbers, exit_code=code)
 
 
-def profile_window(job: Job, start: int, end: int, steps: int) -> Callable[[int], None]:
+def profiler(job: Job, start: int, end: int, steps: int) -> Callable[[int], None]:
     """Returns what the loop calls after each step to trace `steps` of them."""
-    first = min(start + 5, end - 1)  # past compilation and the first transfers
+    first = max(start, min(start + 5, end - steps))  # past compilation, if it fits
     last = min(first + steps, end)
 
     def trace(step: int) -> None:
-        if steps and step == first:
+        if first < last and step == first:
             jax.profiler.start_trace(str(job.workdir / "profile"))
-        if steps and step == last:
+        if first < last and step == last:
             jax.profiler.stop_trace()
             job.bar.print(f"profile written to {job.workdir / 'profile'}")
 

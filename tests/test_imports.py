@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # Imports go down at least one floor. Doors (experiments) stand on top of all.
 FLOORS = (
     "model attention tokenizers chat corpora data losses adapters optimizer sharding "
-    "checkpoint metrics signals downloads",
+    "checkpoint metrics signals",
     "prepare sample runs plots pretrained",
     "tasks evaluate",
     "step train",
@@ -21,7 +21,7 @@ FLOORS = (
     "sweep report bench estimate doctor",
 )
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names.split()}
-SIDEWAYS = {("model", "attention"), ("corpora", "downloads"), ("train", "step")}
+SIDEWAYS = {("model", "attention"), ("train", "step")}
 KNOW_CONFIG_DICT = {"train", "runs", "population", "sweep"}
 
 

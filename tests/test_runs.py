@@ -209,13 +209,19 @@ def test_differences_are_named_key_by_key():
     assert runs.difference(old, common.base()) == []
 
 
+def begin(folder, config, tokenizer):
+    """Makes a run that has been trained, as far as its folder shows."""
+    assert not runs.create_or_check(folder, config, tokenizer, "text")
+    (folder / "checkpoints" / "1").mkdir(parents=True)
+
+
 KEPT = "steps sample.top_k mesh.data data.workers eval_windows grace_s keep wandb"
 FIXED = "seed init_from batch_size accumulate hyper.lr data.source data.seq_len"
 
 
 @pytest.mark.parametrize("key", KEPT.split())
 def test_a_run_goes_on_with_another(config, tokenizer, tmp_path, key):
-    assert not runs.create_or_check(tmp_path, config, tokenizer, "text")
+    begin(tmp_path, config, tokenizer)
     value = "other" if key == "wandb" else 7
     config.update_from_flattened_dict({key: value})
     assert runs.create_or_check(tmp_path, config, tokenizer, "text")
@@ -224,7 +230,7 @@ def test_a_run_goes_on_with_another(config, tokenizer, tmp_path, key):
 
 @pytest.mark.parametrize("key", FIXED.split())
 def test_a_run_is_refused_with_another(config, tokenizer, tmp_path, key):
-    runs.create_or_check(tmp_path, config, tokenizer, "text")
+    begin(tmp_path, config, tokenizer)
     before = (tmp_path / "config.json").read_text()
     value = "other" if key in ("init_from", "data.source") else 2
     config.steps = 12345
@@ -236,6 +242,15 @@ def test_a_run_is_refused_with_another(config, tokenizer, tmp_path, key):
     assert (tmp_path / "config.json").read_text() == before
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_starts_anew_with_another_config(
+    config, tokenizer, tmp_path
+):
+    assert not runs.create_or_check(tmp_path, config, tokenizer, "text")
+    config.batch_size = 2
+    assert not runs.create_or_check(tmp_path, config, tokenizer, "other text")
+    assert runs.read_config(tmp_path).batch_size == 2
+
+
 def test_every_resumable_pattern_matches_a_key_of_the_config():
     keys = runs._flat(common.base().to_dict())
     for alternatives in runs.RESUMABLE:
@@ -243,7 +258,7 @@ def test_every_resumable_pattern_matches_a_key_of_the_config():
 
 
 def test_another_tokenizer_or_other_data_is_refused(config, tokenizer, tmp_path):
-    runs.create_or_check(tmp_path, config, tokenizer, "text")
+    begin(tmp_path, config, tokenizer)
     other = tokenizers.train("char", iter([TEXT + "!"]))
     with pytest.raises(ValueError, match=r"another tokenizer \(char, 1"):
         runs.create_or_check(tmp_path, config, other, "text")
@@ -270,7 +285,7 @@ def test_a_kill_between_the_first_files_leaves_a_folder_to_start_in(
 ):
     tokenizer.save(tmp_path / "tokenizer.json")
     (tmp_path / "config.json.tmp").write_text("{")
-    assert not runs.create_or_check(tmp_path, config, tokenizer, "text")
+    begin(tmp_path, config, tokenizer)
     assert runs.create_or_check(tmp_path, config, tokenizer, "text")
 
 

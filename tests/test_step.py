@@ -128,6 +128,17 @@ def test_a_non_finite_update_is_skipped_and_counted(plain, value):
     )
 
 
+def test_an_update_that_makes_weights_nan_is_skipped_though_the_gradient_is_finite(
+    plain,
+):
+    fn, tx = plain
+    before = begin(tx)
+    hyper = make_hyper(eps=0.0, warmup_steps=0.0, weight_decay=0.0)  # Adam's 0 / 0
+    after, _, info = fn(before, make_batch(1, 1), KEY, hyper)
+    assert np.isfinite(float(info["grad_norm"])) and int(info["skipped"]) == 1
+    assert_equal(after.params, before.params)
+
+
 def test_the_moving_average_follows_the_weights_and_skips_with_them():
     function, tx = make_step()
     fn, hyper = jax.jit(function), make_hyper(ema_decay=0.9, warmup_steps=0)

@@ -1,6 +1,7 @@
 """Training runs: what they leave behind, how they stop, how they go on."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,6 +99,50 @@ def test_a_run_from_two_devices_opens_and_resumes_on_one(config, tmp_path):
     )
 
 
+def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(config, tmp_path):
+    """Oracle: a run that nobody interrupted."""
+    config.patience = 9
+    whole = train.train(config, tmp_path / "whole")
+
+    evaluate_now, calls = train.evaluate_now, []
+
+    def interrupt(job, state, totals, step):
+        calls.append(step)
+        if len(calls) == 2:  # the evaluation after step 4
+            job.stop.signal = signal.SIGTERM
+        return evaluate_now(job, state, totals, step)
+
+    train.evaluate_now = interrupt
+    try:
+        cut = train.train(config, tmp_path / "cut")
+    finally:
+        train.evaluate_now = evaluate_now
+    assert (cut.reason, cut.step, cut.exit_code) == ("signal", 4, 143)
+    rest = train.train(config, tmp_path / "cut")
+    assert rest.numbers["val_loss"] == whole.numbers["val_loss"]
+
+    def evaluations(name):
+        rows = metrics.read(tmp_path / name)
+        return {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+
+    assert evaluations("cut") == evaluations("whole")
+
+
+def test_a_run_goes_on_when_the_run_that_it_started_from_is_gone(config, tmp_path):
+    train.train(config, tmp_path / "first")
+    config.init_from = str(tmp_path / "first")
+    train.train(config, tmp_path / "second")
+    shutil.rmtree(tmp_path / "first")
+    config.steps = 10
+    assert train.train(config, tmp_path / "second").step == 10
+
+
+def test_a_profile_is_written_however_few_steps_are_left(config, tmp_path):
+    config.steps = 2
+    train.train(config, tmp_path / "run", profile=5)
+    assert list((tmp_path / "run" / "profile").rglob("*.pb"))
+
+
 def test_a_changed_config_is_refused_and_nothing_is_overwritten(config, tmp_path):
     train.train(config, tmp_path / "run")
     before = (tmp_path / "run" / "config.json").read_text()
@@ -162,6 +207,11 @@ def test_a_run_of_nothing_but_nan_stops_and_saves_none_of_it(config, tmp_path):
         ({"accumulate": 3}, "batch_size 4 is not a multiple of accumulate 3"),
         ({"steps": -1}, "steps is -1"),
         ({"hyper.lr": float("nan")}, "hyper.lr is nan"),
+        ({"hyper.lr": 1e39}, "hyper.lr is 1e"),
+        ({"seed": -1}, "seed is -1"),
+        ({"optimizer.freeze": ("(",)}, "not a regular expression"),
+        ({"model.pattern": ({"window": 1},)}, "rope_base"),
+        ({"sample_every": 1, "sample.top_p": 2.0}, "top_p"),
         ({"hyper.dropout_attn": 1.0}, "hyper.dropout_attn is 1.0"),
         ({"hyper.beta2": 1.0}, "hyper.beta2 is 1.0"),
         ({"optimizer.freeze": ("nothing",)}, "nothing"),

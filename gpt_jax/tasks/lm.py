@@ -82,8 +82,8 @@ def make_loss(model: GPT, token_bytes_V, *, dropout: Collection[str]):
         training = key is not None
         rates = None
         if training and dropout:
-            wanted = [name if name in dropout else None for name in DROPOUTS]
-            rates = Dropout(key, *(name and getattr(hyper, name) for name in wanted))
+            on = [getattr(hyper, n) if n in dropout else None for n in DROPOUTS]
+            rates = Dropout(key, *on)
         logits_BTV, _ = model.apply(
             {"params": weights},
             batch["tokens"],
