@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from absl import flags
 from ml_collections import config_flags
@@ -67,6 +68,7 @@ def run(main: Callable[[list[str]], object], doc: str | None) -> None:
             sys.exit(0)
         _parse()
         code = main([])
+        sys.exit(code if isinstance(code, int) else 0)
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -76,10 +78,9 @@ def run(main: Callable[[list[str]], object], doc: str | None) -> None:
         _tell(error, 1)
     except KeyboardInterrupt:
         sys.exit(130)
-    sys.exit(code if isinstance(code, int) else 0)
 
 
-def _tell(error: BaseException, code: int) -> None:
+def _tell(error: BaseException, code: int) -> NoReturn:
     """Prints an error as a sentence and leaves; with --debug raises it instead."""
     if "--debug" in sys.argv:
         raise error
