@@ -629,3 +629,14 @@ def test_config_resolves_zeros_and_is_hashable():
     assert hash(c) == hash(cfg(**GEMMA)) and c == cfg(**GEMMA)
     assert [c.kind(i).window for i in range(3)] == [5, 0, 5]
     assert replace(c, n_layers=2).n_layers == 2
+
+
+@pytest.mark.parametrize("kv_heads, gigabytes", [(32, 17.18), (8, 4.29)])
+def test_the_cache_of_32k_tokens_takes_the_known_memory(kv_heads, gigabytes):
+    """2 * tokens * layers * kv heads * head dim * 2 bytes, without allocating it."""
+    shape = {"d_model": 4096, "n_heads": 32, "n_kv_heads": kv_heads, "n_layers": 32}
+    config = cfg(**shape, context_length=32_768, position="rope")
+    make = partial(model.init_cache, config, 1, 32_768, jnp.bfloat16)
+    made = jax.eval_shape(make)
+    held = sum(x.size * x.dtype.itemsize for x in (*made.keys, *made.values))
+    assert round(held / 1e9, 2) == gigabytes
