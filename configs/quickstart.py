@@ -7,8 +7,8 @@ Expected: a validation loss near 3.5 (1.64 bits per byte) and samples that look 
 Time: 3 minutes on 2 CPU cores.
 Command: make demo
      or: python -m experiments.train --config=configs/quickstart.py
-Your own text: add --config.data.source=FILE.txt --workdir=runs/mine, and for samples that
-  begin as it does --config.sample.prompt="Once upon"
+Your own text: add --config.data.source=FILE.txt --workdir=runs/mine, and for samples
+  that begin as it does --config.sample.prompt="Once upon"
 """
 
 from configs import common
