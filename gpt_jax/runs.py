@@ -154,7 +154,7 @@ def read_config(folder: str | Path) -> ConfigDict:
         what = "has no config.json" if Path(folder).is_dir() else "does not exist"
         raise ValueError(
             f"{folder} is not a run folder: it {what}. A run is made by, for example: "
-            f"python -m experiments.train --config=configs/gpt2.py --workdir={folder}"
+            "python -m experiments.train --config=configs/quickstart.py --workdir=runs/a"
         )
     try:
         return ConfigDict(_tuples(json.loads(path.read_text(encoding="utf-8"))))

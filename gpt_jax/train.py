@@ -152,7 +152,7 @@ def loop(job: Job, state: TrainState, totals: Totals, *, profile: int) -> Result
             save(job, state, totals, step, metric)
     if 0 < step < end:
         save(job, state, totals, step, None)
-    if step == end and not reason:
+    if not reason:
         done = "steps" if end == config.steps else "max_tokens"
         reason = done if totals.evaluated == step else "signal"
     return finish(job, step, reason, numbers)

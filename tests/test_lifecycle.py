@@ -43,6 +43,8 @@ def test_a_finished_run_goes_on_with_more_steps(run):
     assert "resuming after step 6" in said
     assert metrics.read(run)[-1]["step"] == 8
     assert "done: steps reached after step 8" in door("train", *flags)
+    flags[-1] = "--config.steps=4"
+    assert "done: steps reached after step 8" in door("train", *flags)
 
 
 def test_sampling_continues_the_prompt_and_repeats_itself_with_the_same_seed(run):
