@@ -153,8 +153,8 @@ def read_config(folder: str | Path) -> ConfigDict:
     if not path.is_file():
         what = "has no config.json" if Path(folder).is_dir() else "does not exist"
         raise ValueError(
-            f"{folder} is not a run folder: it {what}. A run is made by, for example: "
-            "python -m experiments.train --config=configs/quickstart.py --workdir=runs/a"
+            f"{folder} is not a run folder: it {what}. A run is made by, for example, "
+            "python -m experiments.train --config=configs/quickstart.py"
         )
     try:
         return ConfigDict(_tuples(json.loads(path.read_text(encoding="utf-8"))))
