@@ -154,7 +154,7 @@ def loop(job: Job, state: TrainState, totals: Totals, *, profile: int) -> Result
         save(job, state, totals, step, None)
     if not reason:
         done = "steps" if end == config.steps else "max_tokens"
-        reason = done if totals.evaluated == step else "signal"
+        reason = "signal" if job.stop and totals.evaluated < step else done
     return finish(job, step, reason, numbers)
 
 
