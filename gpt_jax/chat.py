@@ -1,0 +1,462 @@
+"""Conversations and instructions to token ids: the one home of templates.
+
+A template is a name of TEMPLATES or the text of a Jinja chat template, such as
+published models ship. Three rules hold for every template:
+
+* What a person wrote never becomes a special token, whatever it spells.
+* A marker of the template (`<|user|>`, say) is one token where the tokenizer has it as
+  a special token. Where it does not, the marker is spelled as plain text: so no
+  vocabulary grows, and any model can learn any template.
+* An answer always ends with one special token, which is learnt with it: the template's
+  own where the tokenizer has it, else the tokenizer's end-of-text token.
+
+Nothing here knows tokenizers or JAX; what is handed in is a `tokenizers.Tokenizer`.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROLES = ("system", "user", "assistant")
+
+
+class Message(NamedTuple):
+    """One turn of a conversation; the role is one of ROLES."""
+
+    role: str
+    content: str
+
+
+class Template(NamedTuple):
+    """How the turns of a conversation are written one after the other.
+
+    Attributes:
+      system: what stands before a system message.
+      user: what stands before a user's message.
+      assistant: what stands before an answer.
+      close: what stands behind a system or user message.
+      end: the special token behind an answer; "" = the tokenizer's end of text.
+      between: what separates two turns.
+      preamble: the system message of a conversation that has none; "" = nothing.
+      input: what joins an instruction and its input.
+    """
+
+    system: str
+    user: str
+    assistant: str
+    close: str
+    end: str
+    between: str
+    preamble: str
+    input: str
+
+
+TEMPLATES = {
+    # Stanford Alpaca's prompt (Taori et al. 2023), in Raschka's one form of it
+    # (Build a Large Language Model (From Scratch), section 7.2).
+    "alpaca": Template(
+        system="",
+        user="### Instruction:\n",
+        assistant="### Response:\n",
+        close="",
+        end="",
+        between="\n\n",
+        preamble="Below is an instruction that describes a task. Write a response that "
+        "appropriately completes the request.",
+        input="\n\n### Input:\n",
+    ),
+    # Abdin et al. 2024, "Phi-3 Technical Report", section 2.
+    "phi3": Template(
+        system="<|system|>\n",
+        user="<|user|>\n",
+        assistant="<|assistant|>\n",
+        close="<|end|>",
+        end="<|end|>",
+        between="\n",
+        preamble="",
+        input="\n",
+    ),
+    # OpenAI's Chat Markup Language, which many open models took over.
+    "chatml": Template(
+        system="<|im_start|>system\n",
+        user="<|im_start|>user\n",
+        assistant="<|im_start|>assistant\n",
+        close="<|im_end|>",
+        end="<|im_end|>",
+        between="\n",
+        preamble="",
+        input="\n",
+    ),
+    # Nothing but the texts, one a line.
+    "plain": Template(
+        system="",
+        user="",
+        assistant="",
+        close="",
+        end="",
+        between="\n",
+        preamble="",
+        input="\n",
+    ),
+}
+
+
+def check(template: str) -> None:
+    """Raises ValueError unless `template` is a name of TEMPLATES or Jinja text."""
+    if template in TEMPLATES:
+        return
+    if "{{" not in template and "{%" not in template:
+        raise ValueError(
+            f"template {template!r} is not one of: {', '.join(TEMPLATES)}, nor the "
+            "text of a Jinja template"
+        )
+    _compiled(template)
+
+
+def messages_of(row: Mapping[str, Any], template: str) -> list[Message]:
+    """Returns the conversation of a row of data.
+
+    Args:
+      row: {"messages": [{"role", "content"}, ...]}, or {"instruction", "output"} with
+        or without "input" (Alpaca); without "output" there is no answer at the end.
+      template: the way an instruction and its input are joined is a part of it.
+
+    Raises:
+      ValueError: a column is missing or something is not text; names it.
+    """
+    if "messages" in row:
+        turns = row["messages"]
+        if not isinstance(turns, list) or not turns:
+            raise ValueError("its messages are not a list of role and content")
+        return [_message(turn) for turn in turns]
+    if "instruction" not in row:
+        raise ValueError(
+            f"it has the columns {', '.join(map(repr, row)) or '(none)'}, but wanted "
+            "are 'messages', or 'instruction' and 'output' (and 'input')"
+        )
+    texts = {name: row.get(name) for name in ("instruction", "input", "output")}
+    for name, text in texts.items():
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"its {name} is {type(text).__name__}, not text")
+    join = TEMPLATES[template].input if template in TEMPLATES else "\n"
+    request = join.join(filter(None, (texts["instruction"], texts["input"])))
+    messages = [Message("user", request)]
+    if texts["output"] is not None:
+        messages.append(Message("assistant", texts["output"]))
+    return messages
+
+
+def render(
+    messages: Sequence[Message], tokenizer, template: str, *, reply: bool
+) -> tuple[list[int], list[int]]:
+    """Returns the ids of a conversation and which of them are answers.
+
+    Args:
+      messages: at least one.
+      tokenizer: a `tokenizers.Tokenizer`.
+      template: a name of TEMPLATES, or Jinja text.
+      reply: ends with the opening of an answer, which a model then writes: the prompt
+        for generation. Without it the ids end with the last message.
+
+    Returns:
+      (ids, answer): answer[i] is 1 where ids[i] belongs to an answer, its end token
+      included, and 0 elsewhere.
+
+    Raises:
+      ValueError: a role is unknown, the template fails, or the tokenizer has no token
+        that could end an answer.
+    """
+    for message in messages:
+        if message.role not in ROLES:
+            raise ValueError(f"role {message.role!r} is not one of: {', '.join(ROLES)}")
+    if not messages:
+        raise ValueError("a conversation needs at least one message")
+    guard = _unused("".join(message.content for message in messages))
+    safe = [
+        Message(message.role, _broken(message.content, tokenizer, guard))
+        for message in messages
+    ]
+    written = _by_name if template in TEMPLATES else _by_jinja
+    text, spans = written(safe, tokenizer, template, reply)
+    ids = list(tokenizer.opening) if template in TEMPLATES else []
+    answer = [0] * len(ids)
+    for part, is_answer in _parts(text, spans, tokenizer):
+        found = _encode(part, tokenizer, guard)
+        ids += found
+        answer += [is_answer] * len(found)
+    return ids, answer
+
+
+def stop_ids(tokenizer, template: str) -> list[int]:
+    """Returns the ids that end an answer: the template's, and the end of text."""
+    end, _ = _end(tokenizer, template)
+    ids = [tokenizer.specials[end], tokenizer.eos_id]
+    return [i for n, i in enumerate(ids) if i is not None and i not in ids[:n]]
+
+
+def fit(
+    messages: Sequence[Message], tokenizer, template: str, *, limit: int
+) -> tuple[list[Message], int]:
+    """Drops whole oldest turns until the prompt for an answer has at most `limit` ids.
+
+    A turn is a user's message and what follows it; system messages stay.
+
+    Returns:
+      (the messages that stay, how many turns were dropped).
+
+    Raises:
+      ValueError: the last turn alone is too long.
+    """
+    kept, dropped = list(messages), 0
+    while True:
+        ids, _ = render(kept, tokenizer, template, reply=True)
+        if len(ids) <= limit:
+            return kept, dropped
+        turns = [i for i, message in enumerate(kept) if message.role == "user"]
+        if len(turns) < 2:
+            raise ValueError(
+                f"the message takes {len(ids)} tokens with its template but there is "
+                f"room for {limit}; shorten it"
+            )
+        before = [message for message in kept[: turns[0]] if message.role == "system"]
+        kept, dropped = before + kept[turns[1] :], dropped + 1
+
+
+def template_of(folder: str | Path) -> str | None:
+    """Returns the template of a run folder: its task's, or one beside its tokenizer.
+
+    The second is chat_template.jinja (or, older, the chat_template of
+    chat_template.json or tokenizer_config.json) beside tokenizer.json. None where there
+    is none: the model only continues texts.
+
+    Raises:
+      ValueError: one of these files cannot be read.
+    """
+    folder = Path(folder)
+    task = _json(folder / "config.json").get("task")
+    if isinstance(task, dict) and task.get("template"):
+        return task["template"]
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        found = _json(folder / name).get("chat_template")
+        if isinstance(found, list):  # several, by name
+            found = {entry["name"]: entry["template"] for entry in found}.get("default")
+        if found:
+            return found
+    return None
+
+
+# ---------------------------------------------------------------- written as text
+
+
+def _by_name(messages, tokenizer, name: str, reply: bool):
+    """Returns the text of a conversation and where its answers begin and end."""
+    template, (end, _) = TEMPLATES[name], _end(tokenizer, name)
+    if template.preamble and messages[0].role != "system":
+        messages = [Message("system", template.preamble), *messages]
+    text, spans = "", []
+    for number, (role, content) in enumerate(messages):
+        text += (template.between if number else "") + getattr(template, role)
+        start = len(text)
+        text += content + (end if role == "assistant" else template.close)
+        if role == "assistant":
+            spans.append((start, len(text)))
+    return (
+        (text + template.between + template.assistant, []) if reply else (text, spans)
+    )
+
+
+def _by_jinja(messages, tokenizer, template: str, reply: bool):
+    """Returns the text of a conversation and where its answers begin and end.
+
+    An answer begins where the prompt for it ends, which is found by rendering what
+    precedes it, and ends behind the template's end token.
+    """
+    text = _fill(template, tokenizer, messages, reply)
+    if reply:
+        return text, []
+    end, own = _end(tokenizer, template)
+    written, taken, spans = "", 0, []
+    for number, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        before = _fill(template, tokenizer, messages[:number], True) if number else ""
+        stop = _behind(message.content.strip(), text, len(before), end if own else "")
+        if stop is None or not text.startswith(before):
+            raise ValueError(
+                f"message {number + 1}, an answer, cannot be found in what the chat "
+                "template makes of the conversation, so it cannot be learnt; use "
+                "another template, or conversations of one answer"
+            )
+        written += text[taken : len(before)]
+        answer = text[len(before) : stop] + ("" if own else end)
+        spans.append((len(written), len(written) + len(answer)))
+        written, taken = written + answer, stop
+    return written + text[taken:], spans
+
+
+def _behind(content: str, text: str, start: int, end: str) -> int | None:
+    """Returns where `content` and then `end` end in text[start:]."""
+    behind = rf"\s*{re.escape(end)}" if end else ""
+    found = re.compile(re.escape(content) + behind).search(text, start)
+    return found.end() if found else None
+
+
+@lru_cache(maxsize=64)
+def _end(tokenizer, template: str) -> tuple[str, bool]:
+    """Returns the special token behind an answer and whether the template writes it."""
+    by_id = {i: name for name, i in tokenizer.specials.items()}
+    if template in TEMPLATES:
+        end = TEMPLATES[template].end
+        if end in tokenizer.specials:
+            return end, True
+    else:
+        probe = [Message("user", "question"), Message("assistant", "answer")]
+        text = _fill(template, tokenizer, probe, False)
+        names = "|".join(map(re.escape, _names(tokenizer))) or "(?!)"
+        if found := re.search(rf"answer\s*({names})", text):
+            return found[1], True
+    if tokenizer.eos_id is None:
+        raise ValueError(
+            "the tokenizer has no end-of-text token, so nothing could end an answer; "
+            "use a model with a byte, bpe or word tokenizer"
+        )
+    return by_id[tokenizer.eos_id], template in TEMPLATES
+
+
+# ---------------------------------------------------------------- Jinja
+
+
+def _fill(template: str, tokenizer, messages, reply: bool) -> str:
+    """Returns what a Jinja template writes.
+
+    Raises:
+      ValueError: the template fails, or refuses this conversation.
+    """
+    names = {i: name for name, i in tokenizer.specials.items()}
+    opening = [names[i] for i in tokenizer.opening if i in names]
+    others = [n for n in ("<bos>", "<s>", "<|begin_of_text|>") if n in names.values()]
+    try:
+        return _compiled(template).render(
+            messages=[message._asdict() for message in messages],
+            add_generation_prompt=reply,
+            bos_token=next(iter(opening + others), names.get(tokenizer.eos_id, "")),
+            eos_token=names.get(tokenizer.eos_id, ""),
+            tools=None,
+        )
+    except Exception as error:  # a template can fail in every way that a program can
+        raise ValueError(f"the chat template fails: {error}") from error
+
+
+@lru_cache(maxsize=8)
+def _compiled(template: str):
+    """Returns a Jinja template in a sandbox, with what chat templates may call."""
+    try:
+        from jinja2 import TemplateError, sandbox
+    except ImportError:
+        raise ValueError(
+            "this chat template is written in Jinja, which is not installed: "
+            "pip install jinja2"
+        ) from None
+
+    def refuse(message):
+        raise TemplateError(message)
+
+    def to_json(value, **options):
+        return json.dumps(value, ensure_ascii=False, **options)
+
+    box = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    box.globals["raise_exception"] = refuse
+    box.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    box.filters["tojson"] = to_json
+    # Marks that only the training code of transformers reads.
+    plain = re.sub(r"\{%(-?)\s*generation\s*(-?)%\}", r"{%\1 if true \2%}", template)
+    plain = re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif \2%}", plain)
+    try:
+        return box.from_string(plain)
+    except TemplateError as error:
+        raise ValueError(f"the chat template is not valid Jinja: {error}") from error
+
+
+# ---------------------------------------------------------------- from text to ids
+
+
+def _names(tokenizer) -> list[str]:
+    """Returns the special tokens, the longest first."""
+    return sorted((n for n in tokenizer.specials if len(n) > 1), key=len, reverse=True)
+
+
+def _unused(text: str) -> str:
+    """Returns a character for private use that a text does not hold."""
+    return next(c for c in map(chr, range(0xE000, 0xF900)) if c not in text)
+
+
+def _broken(content: str, tokenizer, guard: str) -> str:
+    """Returns a text in which the names of special tokens are broken by `guard`."""
+    for name in _names(tokenizer):
+        content = content.replace(name, name[0] + guard + name[1:])
+    return content
+
+
+def _parts(text: str, spans, tokenizer):
+    """Yields (part of the text, 1 in a span and 0 between them).
+
+    A span takes the whitespace behind it where the special token at its end does.
+    """
+    last = 0
+    for start, stop in spans:
+        yield text[last:start], 0
+        matches = _pattern(tokenizer).finditer(text, start)
+        last = max(stop, next((m.end() for m in matches if m.end() >= stop), stop))
+        yield text[start:last], 1
+    yield text[last:], 0
+
+
+def _encode(text: str, tokenizer, guard: str) -> list[int]:
+    """Returns the ids of a text in which the names of special tokens are these."""
+    ids: list[int] = []
+    for number, piece in enumerate(_pattern(tokenizer).split(text)):
+        if number % 2:
+            ids.append(tokenizer.specials[piece.strip()])
+        elif piece:
+            ids += tokenizer.encode(piece.replace(guard, ""))
+    return ids
+
+
+@lru_cache(maxsize=8)
+def _pattern(tokenizer) -> re.Pattern[str]:
+    """Returns what matches the special tokens, with the whitespace that they take."""
+    added = tokenizer.backend.get_added_tokens_decoder()
+    parts = []
+    for name in _names(tokenizer):
+        token = added[tokenizer.specials[name]]
+        left, right = r"\s*" * token.lstrip, r"\s*" * token.rstrip
+        parts.append(f"{left}{re.escape(name)}{right}")
+    return re.compile(f"({'|'.join(parts) or '(?!)'})")
+
+
+def _message(turn: Any) -> Message:
+    if not isinstance(turn, Mapping) or not {"role", "content"} <= turn.keys():
+        raise ValueError(f"the message {turn!r:.80} lacks a role or a content")
+    role, content = turn["role"], turn["content"]
+    if role not in ROLES:
+        raise ValueError(f"role {role!r} is not one of: {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise ValueError(f"the content of a message is {type(content).__name__}")
+    return Message(role, content)
+
+
+def _json(path: Path) -> dict:
+    """Returns the object in a JSON file; an absent file is an empty one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    return found if isinstance(found, dict) else {}
