@@ -554,7 +554,6 @@ class Batches:
         prefetch: int,
     ):
         self.next, self.where = start, where
-        self.peeked: Batch | None = None
         self.ready: queue.Queue = queue.Queue(maxsize=prefetch)
         self.stop = threading.Event()
         thread = threading.Thread(
@@ -569,20 +568,9 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         return self
 
-    def peek(self) -> Batch:
-        """Returns the batch that comes next, without taking it."""
-        if self.peeked is None:
-            self.peeked = next(self)
-            self.next -= 1
-        return self.peeked
-
     def __next__(self) -> Batch:
         if self.stop.is_set():
             raise StopIteration
-        if self.peeked is not None:
-            batch, self.peeked = self.peeked, None
-            self.next += 1
-            return batch
         try:
             batch = self.ready.get(timeout=STALL_SECONDS)
         except queue.Empty:

@@ -33,6 +33,7 @@ __all__ = [
     "LayerKind",
     "RopeScaling",
     "count",
+    "for_one_row",
     "free",
     "init",
     "init_cache",
@@ -240,6 +241,19 @@ def _weight(module, name: str, shape: tuple[int, ...]):
     return module.param(name, nn.initializers.zeros, shape, dtype)
 
 
+def _product(module, x_ND, shape: tuple[int, ...], dtype=None):
+    """Returns x @ kernel [N, F], as numbers of `dtype`; kernel is [*inputs, *outputs].
+
+    The kernel lies as it is stored, or as [F, D] where `for_one_row` turned it.
+    """
+    if module.has_variable("params", "transposed"):
+        kernel_FD = module.get_variable("params", "transposed").astype(x_ND.dtype)
+        return jnp.einsum("ND,FD->NF", x_ND, kernel_FD, preferred_element_type=dtype)
+    kernel_DF = _weight(module, "kernel", shape).astype(x_ND.dtype)
+    kernel_DF = kernel_DF.reshape(x_ND.shape[-1], -1)
+    return jnp.matmul(x_ND, kernel_DF, preferred_element_type=dtype)
+
+
 class Dense(nn.Module):
     """x @ kernel + bias over the last len(inputs) axes of x."""
 
@@ -252,9 +266,8 @@ class Dense(nn.Module):
     def __call__(self, x):
         dtype = self.cfg.dtype
         n_in, n_out = math.prod(self.inputs), math.prod(self.outputs)
-        kernel = _weight(self, "kernel", self.inputs + self.outputs).astype(dtype)
         # Two plain matrices: on a CPU a tenth faster than contracting [B, T, ...].
-        y = x.reshape(-1, n_in) @ kernel.reshape(n_in, n_out)
+        y = _product(self, x.reshape(-1, n_in), self.inputs + self.outputs)
         if self.use_bias:
             y = y + _weight(self, "bias", self.outputs).astype(dtype).reshape(n_out)
         return y.reshape(*x.shape[: x.ndim - len(self.inputs)], *self.outputs)
@@ -421,13 +434,9 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, x):
         cfg = self.cfg
-        kernel = _weight(self, "kernel", (cfg.d_model, cfg.vocab_rows))
-        y = jnp.einsum(
-            "...D,DV->...V",
-            x,
-            kernel.astype(cfg.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        shape = (cfg.d_model, cfg.vocab_rows)
+        y = _product(self, x.reshape(-1, cfg.d_model), shape, jnp.float32)
+        y = y.reshape(*x.shape[:-1], cfg.vocab_rows)
         if cfg.head_bias:
             y = y + _weight(self, "bias", (cfg.vocab_rows,))
         return y
@@ -729,7 +738,11 @@ _VOCABULARY_AXIS = {"embed/embedding": 0, "head/kernel": 1, "head/bias": 0}
 def _fan_in(path: str, leaves: Mapping[str, Any]) -> int:
     """Returns how many numbers make one output of the layer that a weight is of."""
     layer = path.rpartition("/")[0]
-    shape = leaves.get(f"{layer}/kernel", leaves[path]).shape
+    return _inputs(layer, leaves.get(f"{layer}/kernel", leaves[path]).shape)
+
+
+def _inputs(layer: str, shape: tuple[int, ...]) -> int:
+    """Returns how many numbers go into the kernel of that shape."""
     return math.prod(shape[:2]) if layer.endswith("attn/out") else shape[0]
 
 
@@ -783,3 +796,22 @@ def unstack(params: Mapping[str, Any], cfg: GPTConfig) -> dict:
             lambda x, p=p: x[p], params["blocks"][f"kind_{j}"]
         )
     return flat
+
+
+def for_one_row(params: Mapping[str, Any]) -> dict:
+    """Returns unstacked weights with every kernel as `transposed` [outputs, inputs].
+
+    On a CPU one row times a matrix is a series of dot products along the rows of
+    memory: 1.5 times as fast as adding up the rows of `kernel`. With eight rows it is
+    the other way round. A tree that is already so is returned as is.
+    """
+    leaves: dict[str, Any] = flatten_dict(params, sep="/")  # type: ignore[assignment]
+    turned = {}
+    for path, leaf in leaves.items():
+        layer, _, name = path.rpartition("/")
+        if name == "kernel":
+            kernel_DF = leaf.reshape(_inputs(layer, leaf.shape), -1)
+            turned[f"{layer}/transposed"] = kernel_DF.T
+        else:
+            turned[path] = leaf
+    return unflatten_dict(turned, sep="/")

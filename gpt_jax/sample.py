@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt_jax.model import GPT, KVCache, init_cache, unstack
+from gpt_jax.model import GPT, KVCache, for_one_row, init_cache, unstack
 
 RUNNING, STOP, LENGTH = 0, 1, 2  # the reason of a row; the last two end it
 
@@ -218,7 +218,7 @@ def start(
     """Runs the prompts and chooses each row's first token.
 
     Args:
-      params: weights of unrolled layers (see `unstacked`).
+      params: weights of unrolled layers (see `laid_out`).
       tokens_BT: prompts, right-padded; ids inside the vocabulary.
       length_B: tokens in each prompt, 1 to max_length.
       sampling: the settings of each row.
@@ -313,14 +313,19 @@ def generate(
     return state.tokens_BS, state.length_B, state.reason_B
 
 
-def unstacked(model: GPT, params):
-    """Returns (model, params) with one array per layer, as decoding needs them.
+def laid_out(model: GPT, params, *, rows: int):
+    """Returns (model, params) with the weights as decoding so many rows reads them.
 
-    Slices of stacked weights would be copied for every token: three times slower.
+    One array per layer: slices of stacked weights would be copied for every token,
+    three times slower. For one row on a CPU, kernels transposed (`model.for_one_row`),
+    which are a second copy. What is laid out already is returned as is.
     """
-    if not model.cfg.scan_layers:
-        return model, params
-    return GPT(replace(model.cfg, scan_layers=False)), unstack(params, model.cfg)
+    if model.cfg.scan_layers:
+        params = unstack(params, model.cfg)
+        model = GPT(replace(model.cfg, scan_layers=False))
+    if rows == 1 and jax.default_backend() == "cpu":
+        params = for_one_row(params)
+    return model, params
 
 
 _start = jax.jit(start, static_argnames=("model", "max_length"))
@@ -371,7 +376,7 @@ def texts(
         for prompt in prompts
         for number in range(count)
     ]
-    model, params = unstacked(model, params)
+    model, params = laid_out(model, params, rows=len(jobs))
     done = []
     for first in range(0, len(jobs), ROWS):
         group = jobs[first : first + ROWS]
@@ -402,7 +407,7 @@ def stream(
     check(**settings)
     _check_stop(stop)
     row = _Row(prompt, _prompt_ids(prompt, tokenizer, model.cfg), 0)
-    model, params = unstacked(model, params)
+    model, params = laid_out(model, params, rows=1)
     chunks = _decode(
         model, params, tokenizer, [row], seed, stop, settings, STREAM_STEPS, 0
     )

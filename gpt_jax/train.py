@@ -155,7 +155,8 @@ def loop(
     started = time.monotonic() - totals.seconds
     batches = train_batches(job, start=step)
     if step < end:
-        job.step_fn.begin(state, job.strategy.put(batches.peek()), job.key, job.hyper)
+        batch = job.strategy.put(next(batches))
+        job.step_fn.begin(state, batch, job.key, job.hyper)
     trace = profiler(job, step, end, profile)
     trace(step)
     evaluates = step in (0, end) or due(step, config.eval_every)
@@ -164,13 +165,12 @@ def loop(
     if step == 0:
         sample_now(job, state, step, due(step, config.sample_every))
     while step < end and not (reason := reason or ended(job, totals)):
-        batch = next(batches)
-        state, sums, info = job.step_fn(
-            state, job.strategy.put(batch), job.key, job.hyper
-        )
-        sharding.wait_on_cpu(info)
+        state, sums, info = job.step_fn(state, batch, job.key, job.hyper)
         step += 1
         last = step == end
+        if not last:  # while the device computes
+            batch = job.strategy.put(next(batches))
+        sharding.wait_on_cpu(info)
         pending.append((sums, info))
         totals = totals._replace(
             tokens=totals.tokens + tokens_per_step(config, job.task),

@@ -308,21 +308,6 @@ def test_start_begins_where_an_uninterrupted_run_would_be():
     assert far == taken(2, start=10**9) and far != run[:2]
 
 
-def test_a_batch_that_was_peeked_at_still_comes():
-    wanted = taken(4, start=3)
-    batches, got = make(start=3), []
-    for n in range(4):
-        for _ in range(2):
-            assert batches.peek()["x"][..., 0].ravel().tolist() == wanted[n]
-        assert batches.next == 3 + n
-        got.append(next(batches)["x"][..., 0].ravel().tolist())
-    assert got == wanted
-    batches.peek()
-    batches.close()
-    with pytest.raises(StopIteration):
-        next(batches)
-
-
 def test_the_seed_decides_the_order():
     assert taken(3) == taken(3)
     assert taken(3) != taken(3, seed=8)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from gpt_jax import model
 from gpt_jax.model import GPT, Dropout
@@ -338,6 +339,17 @@ def test_rows_of_different_length_do_not_disturb_each_other(name):
         got, cache_ = stepper(name, 1)(params, new, cache_)
         np.testing.assert_allclose(got[0, 0], want[0, 3 + step], atol=5e-5)
         np.testing.assert_allclose(got[1, 0], want[1, 5 + step], atol=5e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma"])
+def test_kernels_transposed_for_one_row_give_the_same_logits(name):
+    _, params, run = family(name)
+    turned = model.for_one_row(params)
+    paths = flatten_dict(turned, sep="/")
+    assert not [path for path in paths if path.endswith("kernel")]
+    np.testing.assert_allclose(run(turned, TOKENS), run(params, TOKENS), atol=5e-5)
+    again = model.for_one_row(turned)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, turned, again))
 
 
 def test_a_row_put_into_a_used_slot_continues_as_if_alone():

@@ -112,7 +112,7 @@ def test_greedy_with_cache_equals_recomputation_for_ragged_rows_up_to_the_limit(
     lengths = np.array([1, 5, CONTEXT - 1, CONTEXT, 9], np.int32)
     tokens_BT = ragged(len(lengths), 61)
     sampling = sample.rows_of([PLAIN] * len(lengths))
-    loose = sample.unstacked(model, params)
+    loose = sample.laid_out(model, params, rows=len(lengths))
     tokens_BS, length_B, reason_B = generate(
         loose[1],
         tokens_BT,
@@ -128,6 +128,26 @@ def test_greedy_with_cache_equals_recomputation_for_ragged_rows_up_to_the_limit(
         wanted = greedy_without_cache(model, params, row[:length], CONTEXT)
         assert found.tolist() == wanted
     assert len(set(tokens_BS[0].tolist())) > 4  # not one token for ever
+
+
+@pytest.mark.parametrize("option", ["learned positions, tied", "scanned layers"])
+def test_a_single_row_chooses_the_same_tokens_with_weights_laid_out_for_it(option):
+    model, params = build(**OPTIONS[option])
+    prompt_BT = ragged(1, 61, width=5)
+    loose = sample.laid_out(model, params, rows=1)
+    assert "transposed" in loose[1]["block_0"]["mlp"]["up"]
+    tokens_BS, _, _ = generate(
+        loose[1],
+        prompt_BT,
+        np.array([5], np.int32),
+        sample.rows_of([PLAIN]),
+        keys(1),
+        model=loose[0],
+        max_length=CONTEXT,
+        stop_id=-1,
+    )
+    wanted = greedy_without_cache(model, params, prompt_BT[0], CONTEXT)
+    assert tokens_BS[0].tolist() == wanted
 
 
 def test_a_row_ends_at_its_stop_token_its_max_new_or_the_limit_and_stays_ended():
