@@ -154,6 +154,7 @@ def loop(
     pending, numbers, reason = [], {}, ""
     started = time.monotonic() - totals.seconds
     batches = train_batches(job, start=step)
+    batch: Any = None
     if step < end:
         batch = job.strategy.put(next(batches))
         job.step_fn.begin(state, batch, job.key, job.hyper)
