@@ -8,6 +8,9 @@ Rules kept here: 0 or "" means "choose for me"; a number that training may vary
 without recompiling lives in `hyper`; everything else is fixed for the run.
 """
 
+import json
+from pathlib import Path
+
 from ml_collections import ConfigDict
 
 
@@ -87,15 +90,8 @@ def base() -> ConfigDict:
         }
     )
 
-    config.task = ConfigDict(
-        {
-            "name": "lm",
-            # Positions of a window whose logits exist at once: fewer save memory and
-            # cost a tenth of a step. 0 = all, or what fits into 2 GB a micro-batch.
-            "loss_chunk": 0,
-        }
-    )
-    config.adapter = ConfigDict({"name": "full"})
+    config.task = task_lm()  # what is optimised: one of TASKS below
+    config.adapter = adapter_full()  # which weights move: one of ADAPTERS below
 
     config.optimizer = ConfigDict(
         {
@@ -130,6 +126,7 @@ def base() -> ConfigDict:
             "dropout_embed": 0.0,
             "dropout_attn": 0.0,
             "dropout_residual": 0.0,
+            "dropout_adapter": 0.0,  # of what an adapter's first matrix reads
             "label_smoothing": 0.0,
             "z_loss": 0.0,  # weight of log(sum(exp(logits)))^2
             "ema_decay": 0.999,
@@ -177,6 +174,90 @@ def base() -> ConfigDict:
     config.compile_cache = "~/.cache/gpt_jax/compile"  # "" = compile every time
     config.grace_s = 120.0  # after SIGTERM or Ctrl-C, the longest wait before leaving
     return config
+
+
+def task_lm() -> ConfigDict:
+    """Predict the next token of running text."""
+    return ConfigDict(
+        {
+            "name": "lm",
+            # Positions of a window whose logits exist at once: fewer save memory and
+            # cost a tenth of a step. 0 = all, or what fits into 2 GB a micro-batch.
+            "loss_chunk": 0,
+        }
+    )
+
+
+def adapter_full() -> ConfigDict:
+    """Every weight trains."""
+    return ConfigDict({"name": "full"})
+
+
+def adapter_only() -> ConfigDict:
+    """Some weights train, as they are; the others are frozen and stored once."""
+    # Regexes of the paths of those that train, such as block_5/attn/query/kernel.
+    return ConfigDict({"name": "only", "train": (r"final_norm/", r"classifier/")})
+
+
+def adapter_lora() -> ConfigDict:
+    """LoRA: every weight is frozen; a product of two thin matrices trains beside some.
+
+    Hu et al. 2021. What the thin matrices read is dropped by hyper.dropout_adapter.
+    """
+    return ConfigDict(
+        {
+            "name": "lora",
+            "rank": 8,  # the width between the two matrices
+            "alpha": 16.0,  # their product is multiplied by alpha / rank
+            # Regexes of the kernels that get one: those of linear layers.
+            "targets": (r"(query|key|value|out|up|gate|down|classifier)/kernel$",),
+            # How frozen kernels and embeddings are kept: "" = as they are, bfloat16.
+            "base_dtype": "",
+        }
+    )
+
+
+TASKS = {"lm": task_lm}
+ADAPTERS = {"full": adapter_full, "only": adapter_only, "lora": adapter_lora}
+
+
+def from_run(config: ConfigDict, folder: str) -> ConfigDict:
+    """Starts a config from the weights of a run: its model and its tokenizer as well.
+
+    Call it last, and change the model's shape after it only in what the task needs.
+    With "" (no such run) the config stays as it is.
+
+    Raises:
+      ValueError: the folder is no run, or its config.json cannot be read.
+    """
+    if not folder:
+        return config
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        what = "has no config.json" if Path(folder).is_dir() else "does not exist"
+        raise ValueError(
+            f"run={folder} is not a run folder: it {what}. A run is made by, for "
+            "example, python -m experiments.train --config=configs/quickstart.py"
+        )
+    try:
+        found = _tuples(json.loads(path.read_text(encoding="utf-8"))["model"])
+        unknown = sorted(found.keys() - config.model.keys())
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is not the config of a run: {error!r}") from error
+    if unknown:
+        raise ValueError(
+            f"{path} has keys of a model that are not known here: {', '.join(unknown)}"
+        )
+    config.model.update(found)
+    config.init_from = str(folder)
+    return config
+
+
+def _tuples(value):
+    """Returns what JSON holds with lists as tuples, as configs are written."""
+    if isinstance(value, dict):
+        return {key: _tuples(inner) for key, inner in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def options(arg: str | None, **defaults: str) -> dict[str, str]:

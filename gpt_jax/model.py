@@ -226,6 +226,7 @@ class Dropout(NamedTuple):
     embed: jax.Array | float | None
     attn: jax.Array | float | None
     residual: jax.Array | float | None
+    adapter: jax.Array | float | None = None
 
     def layer(self, layer) -> "Dropout":
         """Returns the dropout of one layer: the same rates, a key of its own."""
@@ -255,7 +256,11 @@ def _product(module, x_ND, shape: tuple[int, ...], dtype=None):
 
 
 class Dense(nn.Module):
-    """x @ kernel + bias over the last len(inputs) axes of x."""
+    """x @ kernel + bias over the last len(inputs) axes of x.
+
+    Where an adapter has put leaves beside the kernel (adapters.py), also
+    + (drop(x) @ lora_a) @ lora_b * lora_scale: LoRA (Hu et al. 2021, section 4.1).
+    """
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -263,14 +268,28 @@ class Dense(nn.Module):
     cfg: GPTConfig
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, dropout: Dropout | None = None):
         dtype = self.cfg.dtype
         n_in, n_out = math.prod(self.inputs), math.prod(self.outputs)
         # Two plain matrices: on a CPU a tenth faster than contracting [B, T, ...].
-        y = _product(self, x.reshape(-1, n_in), self.inputs + self.outputs)
+        x_ND = x.reshape(-1, n_in)
+        y = _product(self, x_ND, self.inputs + self.outputs)
         if self.use_bias:
             y = y + _weight(self, "bias", self.outputs).astype(dtype).reshape(n_out)
+        if self.has_variable("params", "lora_a"):
+            y = y + self._low_rank(x_ND, dropout)
         return y.reshape(*x.shape[: x.ndim - len(self.inputs)], *self.outputs)
+
+    def _low_rank(self, x_ND, dropout: Dropout | None):
+        a_DR, b_RF, scale = (
+            self.get_variable("params", name).astype(self.cfg.dtype)
+            for name in ("lora_a", "lora_b", "lora_scale")
+        )
+        if dropout is not None:  # each kernel of a layer draws a mask of its own
+            number = zlib.crc32(str(self.name).encode())
+            key = jax.random.fold_in(dropout.key, np.uint32(number))
+            x_ND = drop(x_ND, dropout.adapter, key)
+        return (x_ND @ a_DR) @ b_RF * scale
 
 
 class Norm(nn.Module):
@@ -312,7 +331,8 @@ class Attention(nn.Module):
 
     def __call__(self, x_BTD, sight: Sight, turn: Rotation | None, past, dropout):
         cfg = self.cfg
-        q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+        q_BTHK = self.query(x_BTD, dropout)
+        k_BTGK, v_BTGK = self.key(x_BTD, dropout), self.value(x_BTD, dropout)
         if cfg.qk_norm:
             q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
         if turn is not None:
@@ -343,7 +363,7 @@ class Attention(nn.Module):
             softcap=cfg.attn_softcap,
             dropout=own,
         )
-        return self.out(checkpoint_name(y_BTHK, "attn_out")), past
+        return self.out(checkpoint_name(y_BTHK, "attn_out"), dropout), past
 
 
 class MLP(nn.Module):
@@ -359,11 +379,12 @@ class MLP(nn.Module):
             self.gate = Dense(D, F, cfg.mlp_bias, cfg)
         self.down = Dense(F, D, cfg.mlp_bias, cfg)
 
-    def __call__(self, x_BTD):
+    def __call__(self, x_BTD, dropout):
         act = ACTIVATIONS[self.cfg.activation]
         if self.cfg.gated:
-            return self.down(act(self.gate(x_BTD)) * self.up(x_BTD))
-        return self.down(act(self.up(x_BTD)))
+            gate_BTF = act(self.gate(x_BTD, dropout))
+            return self.down(gate_BTF * self.up(x_BTD, dropout), dropout)
+        return self.down(act(self.up(x_BTD, dropout)), dropout)
 
 
 class Block(nn.Module):
@@ -384,7 +405,7 @@ class Block(nn.Module):
     def __call__(self, x_BTD, sight, turn, past, dropout):
         y_BTD, past = self.attn(self.norm1(x_BTD), sight, turn, past, dropout)
         x_BTD += self._finish(y_BTD, 1, dropout)
-        x_BTD += self._finish(self.mlp(self.norm2(x_BTD)), 2, dropout)
+        x_BTD += self._finish(self.mlp(self.norm2(x_BTD), dropout), 2, dropout)
         return x_BTD, past
 
     def _finish(self, y_BTD, sublayer: int, dropout):

@@ -36,6 +36,7 @@ class Hyper(NamedTuple):
     dropout_embed: Any
     dropout_attn: Any
     dropout_residual: Any
+    dropout_adapter: Any
     label_smoothing: Any
     z_loss: Any
     ema_decay: Any

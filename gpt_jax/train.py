@@ -48,7 +48,8 @@ NOT_NEGATIVE = (
     *("eval_every", "eval_windows", "eval_batch_size", "checkpoint_every", "seed"),
 )
 BELOW_1 = (
-    *("dropout_embed", "dropout_attn", "dropout_residual", "label_smoothing"),
+    *("dropout_embed", "dropout_attn", "dropout_residual", "dropout_adapter"),
+    "label_smoothing",
     *("beta1", "beta2", "momentum", "ema_decay"),
 )
 

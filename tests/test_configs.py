@@ -36,10 +36,18 @@ def keys(config, prefix=""):
             yield f"{prefix}{key}"
 
 
+def known(config):
+    """Returns the keys of `common.base` with the task and the adapter of a config."""
+    base = common.base()
+    base.task = common.TASKS[config.task.name]()
+    base.adapter = common.ADAPTERS[config.adapter.name]()
+    return sorted(keys(base))
+
+
 @pytest.mark.parametrize("name", ARGS)
 def test_a_config_has_the_keys_of_common_and_makes_a_model(name):
     config = get(name)
-    assert sorted(keys(config)) == sorted(keys(common.base()))
+    assert sorted(keys(config)) == known(config)
     train.check(config)
     fields = {**config.model, "vocab_size": config.model.vocab_size or 50257}
     cfg = model.GPTConfig(**fields)
@@ -82,3 +90,55 @@ def test_importing_every_config_imports_neither_jax_nor_gpt_jax():
 def test_an_options_string_is_parsed_with_defaults():
     assert common.options("a=1", a="0", b="2") == {"a": "1", "b": "2"}
     assert common.options(None, a="0") == {"a": "0"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run folder, as far as a config looks into it."""
+    config = common.tiny(common.modern(common.base()))
+    config.model.vocab_size = 77
+    text = json.dumps(config.to_dict())
+    (tmp_path / "config.json").write_text(text)
+    return tmp_path
+
+
+def test_a_config_from_a_run_has_its_model_and_starts_from_its_weights(folder):
+    config = common.from_run(common.tiny(common.base()), str(folder))
+    wanted = common.tiny(common.modern(common.base())).model
+    wanted.vocab_size = 77
+    assert config.model.to_dict() == wanted.to_dict()
+    assert config.init_from == str(folder)
+    assert config.hyper == common.tiny(common.base()).hyper
+    model.GPTConfig(**config.model)
+
+
+def test_a_run_from_before_a_key_was_there_gets_its_default(folder):
+    found = json.loads((folder / "config.json").read_text())
+    del found["model"]["qk_norm"]
+    (folder / "config.json").write_text(json.dumps(found))
+    config = common.from_run(common.base(), str(folder))
+    assert config.model.qk_norm is False and config.model.position == "rope"
+
+
+def test_no_run_leaves_a_config_as_it_is():
+    assert common.from_run(common.base(), "") == common.base()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "is not a run folder: it has no config.json"),
+        ("{", "is not the config of a run"),
+        ("[1]", "is not the config of a run"),
+        ('{"data": {}}', "is not the config of a run"),
+        ('{"model": 3}', "is not the config of a run"),
+        ('{"model": {"colour": 1}}', "not known here: colour"),
+    ],
+)
+def test_what_is_no_run_is_refused_in_a_sentence(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        common.from_run(common.base(), str(tmp_path))
+    with pytest.raises(ValueError, match="does not exist"):
+        common.from_run(common.base(), str(tmp_path / "none"))

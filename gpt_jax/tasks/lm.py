@@ -13,7 +13,8 @@ from gpt_jax.tasks.task import Task
 # Float32 logits of a micro-batch, over all devices, that exist at once when the config
 # does not say how many positions do. With their gradient they take three times that.
 LOGITS_BYTES = 2**31
-DROPOUTS = ("dropout_embed", "dropout_attn", "dropout_residual")  # of Hyper
+# Of Hyper, in the order of model.Dropout.
+DROPOUTS = ("dropout_embed", "dropout_attn", "dropout_residual", "dropout_adapter")
 
 
 def make(
