@@ -77,7 +77,8 @@ lock: python  ## resolve the requirements*.txt anew; UPGRADE=--upgrade takes new
 	$(LOCK) requirements.in -o requirements.txt
 	$(LOCK) requirements-dev.in -o requirements-dev.txt
 	$(LOCK) pyproject.toml \
-	  --extra sweep --extra wandb --extra datasets --extra parity --extra export --extra chat \
+	  --extra sweep --extra wandb --extra datasets --extra parity --extra export \
+	  --extra chat --extra eval \
 	  --constraints requirements.txt --no-annotate -o requirements-extras.txt
 	grep -Ev '^(nvidia|cuda|triton)' requirements-extras.txt > requirements-extras.tmp
 	mv requirements-extras.tmp requirements-extras.txt

@@ -31,6 +31,11 @@ def package(entry: str) -> str:
     return re.split(r"[\[<>=!~ ;]", entry)[0].lower().replace("_", "-")
 
 
+def pins(lock: str) -> set[str]:
+    """Returns package==version; markers may be wider in one lock than in another."""
+    return {entry.partition(" ;")[0] for entry in entries(lock)}
+
+
 def tracked() -> list[Path]:
     """Returns the files that git would carry; without git, those beside the code."""
     if shutil.which("git") and (ROOT / ".git").exists():
@@ -72,13 +77,11 @@ def test_every_wish_is_locked(wishes, lock):
 
 
 def test_the_development_lock_holds_the_runtime_lock():
-    assert set(entries("requirements.txt")) <= set(entries("requirements-dev.txt"))
+    assert pins("requirements.txt") <= pins("requirements-dev.txt")
 
 
 def test_the_extras_agree_with_the_runtime():
-    # Markers may be wider in one of them, versions may not differ.
-    runtime = {entry.partition(" ;")[0] for entry in entries("requirements.txt")}
-    extras = {entry.partition(" ;")[0] for entry in entries("requirements-extras.txt")}
+    runtime, extras = pins("requirements.txt"), pins("requirements-extras.txt")
     names = {package(pin) for pin in runtime}
     assert {pin for pin in extras if package(pin) in names} <= runtime
 
