@@ -372,7 +372,7 @@ def texts(
     if count < 1:
         raise ValueError(f"count {count} must be at least 1")
     jobs = [
-        _Row(prompt, _prompt_ids(prompt, tokenizer, model.cfg), number)
+        _Row(prompt, prompt_ids(prompt, tokenizer, model.cfg), number)
         for prompt in prompts
         for number in range(count)
     ]
@@ -406,7 +406,7 @@ def stream(
     """
     check(**settings)
     _check_stop(stop)
-    row = _Row(prompt, _prompt_ids(prompt, tokenizer, model.cfg), 0)
+    row = _Row(prompt, prompt_ids(prompt, tokenizer, model.cfg), 0)
     model, params = laid_out(model, params, rows=1)
     chunks = _decode(
         model, params, tokenizer, [row], seed, stop, settings, STREAM_STEPS, 0
@@ -607,8 +607,15 @@ def _completion(row, scribe, max_new, context, eos_id):
     return Completion(row.prompt, scribe.text, scribe.ids, reason, detail)
 
 
-def _prompt_ids(prompt, tokenizer, cfg):
-    """Returns a prompt's ids: at least one, at most the context, all in the model."""
+def prompt_ids(prompt: str | Sequence[int], tokenizer, cfg) -> list[int]:
+    """Returns a prompt's ids: at least one, at most the context, all in the model.
+
+    An empty prompt becomes the end-of-text token or, without one, a newline.
+
+    Raises:
+      ValueError: it is too long, has an id that is none, or is empty without a way to
+        begin; or the text cannot be tokenized.
+    """
     text = isinstance(prompt, str)
     ids = [*tokenizer.opening, *tokenizer.encode(prompt)] if text else list(prompt)
     if not ids and tokenizer.eos_id is not None:

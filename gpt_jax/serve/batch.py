@@ -1,0 +1,198 @@
+"""The rows of a server: their state on the device and the programs that change it.
+
+    logits, row, x = prefill(params, row, tokens, ...)   # a piece of one prompt
+    batch, chosen = admit(batch, row, logits, ...)       # the row joins, first token
+    batch, chosen = step(params, batch, running, ...)    # one token for every row
+
+All are plain functions of fixed shapes; the engine compiles them before its first
+request. A row never depends on its neighbours (see sample.py).
+
+Shapes: B rows  T tokens of a piece  S room of a row  V vocabulary  D width
+K alternatives
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gpt_jax.model import GPT, GPTConfig, KVCache, init_cache, insert
+from gpt_jax.sample import Sampling, choose, rows_of
+
+TOP = 20  # alternatives told with a token; OpenAI's most, so shapes stay few
+SCORED = 16  # positions whose logits are held at once: bounds memory only
+
+# What costs least, for idle rows.
+GREEDY = {
+    "temperature": 0.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "max_new": 0,
+}
+
+
+class Batch(NamedTuple):
+    """Rows on their way; every leaf has B in front."""
+
+    cache: KVCache  # holds every token but the newest
+    tokens_BS: jax.Array  # int32: the prompt, then what was chosen
+    sampling: Sampling
+    key_B: jax.Array
+    wants_B: jax.Array  # bool: log-probabilities too
+
+
+class Entry(NamedTuple):
+    """What a row brings along when it joins, but for its cache."""
+
+    tokens_S: Any  # int32: the prompt, right-padded to the room of a row
+    sampling: Sampling  # this and the rest: [1]
+    key_1: jax.Array
+    wants_1: Any
+
+
+class Chosen(NamedTuple):
+    """What a step brought; log-probabilities are 0 unless a row wants them."""
+
+    token_B: jax.Array
+    logprob_B: jax.Array  # of the token, before penalty, temperature and filters
+    top_BK: jax.Array  # the likeliest tokens
+    top_logprob_BK: jax.Array
+
+
+def empty(cfg: GPTConfig, rows: int) -> Batch:
+    """Returns rows in which nothing runs, with room for the model's context."""
+    room = cfg.context_length
+    return Batch(
+        cache=init_cache(cfg, rows, room, jnp.dtype(cfg.dtype)),
+        tokens_BS=jnp.zeros((rows, room), jnp.int32),
+        sampling=rows_of([GREEDY] * rows),
+        key_B=jax.random.split(jax.random.key(0), rows),
+        wants_B=jnp.zeros(rows, bool),
+    )
+
+
+def resize(batch: Batch, row_B) -> Batch:
+    """Returns the rows `row_B` of a batch, in that order, as a batch."""
+    return jax.tree.map(lambda x: x[row_B], batch)
+
+
+def prefill(params, row: KVCache, tokens_1T, start, count, *, model: GPT):
+    """Runs the tokens `start` to `start + count` of a prompt.
+
+    Args:
+      params: the weights.
+      row: a cache of one row that holds the tokens before `start`; what it holds
+        beyond is never seen.
+      tokens_1T: right-padded.
+      start, count: traced; count at least 1.
+
+    Returns:
+      logits [1, V] after the last of them; the cache, now with them; the last
+      hidden states [T, D], from which `score` reads the prompt's probabilities.
+    """
+    weights = {"params": params}
+    row = row._replace(length_B=jnp.reshape(start, 1).astype(jnp.int32))
+    x_BTD, row = _hidden(model, weights, tokens_1T, row)
+    last_1D = jax.lax.dynamic_slice_in_dim(x_BTD[0], count - 1, 1)
+    logits_1V = model.apply(weights, last_1D, method="logits")
+    length_B = jnp.reshape(start + count, 1).astype(jnp.int32)
+    return logits_1V, row._replace(length_B=length_B), x_BTD[0]
+
+
+def score(params, x_TD, next_T, *, model: GPT):
+    """Returns how likely each next token of a prompt was: fields of Chosen, [T, ...].
+
+    Args:
+      params: the weights.
+      x_TD: what `prefill` returned.
+      next_T: the token that follows each.
+    """
+
+    def some(part):
+        x_PD, next_P = part
+        logits_PV = model.apply({"params": params}, x_PD, method="logits")
+        return _told(logits_PV, next_P)
+
+    size = math.gcd(SCORED, len(next_T))
+    parts = (x_TD.reshape(-1, size, x_TD.shape[1]), next_T.reshape(-1, size))
+    told = jax.lax.map(some, parts)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), told)
+
+
+def admit(batch: Batch, row: KVCache, logits_1V, entry: Entry, slot):
+    """Puts a row whose prompt has run into a slot and chooses its first token.
+
+    Args:
+      batch: the rows; that in `slot` is gone afterwards.
+      row: the prompt's cache, which `prefill` returned with `logits_1V`.
+      logits_1V: after the prompt's last token.
+      entry: what else the row brings.
+      slot: traced.
+
+    Returns:
+      the batch and Chosen of one row.
+    """
+    tokens_S, sampling, key_1, wants_1 = entry
+    chosen = _choose(logits_1V, tokens_S[None], row.length_B, sampling, key_1, wants_1)
+    tokens_S = tokens_S.at[row.length_B].set(chosen.token_B, mode="drop")
+
+    def put(old_B, new_1):
+        return old_B.at[slot].set(new_1[0])
+
+    batch = Batch(
+        cache=insert(batch.cache, row, slot),
+        tokens_BS=batch.tokens_BS.at[slot].set(tokens_S),
+        sampling=jax.tree.map(put, batch.sampling, sampling),
+        key_B=put(batch.key_B, key_1),
+        wants_B=put(batch.wants_B, wants_1),
+    )
+    return batch, chosen
+
+
+def step(params, batch: Batch, running_B, *, model: GPT):
+    """Gives one more token to the rows that run; returns the batch and Chosen."""
+    weights = {"params": params}
+    rows, room = batch.tokens_BS.shape
+    held_B = batch.cache.length_B
+    newest_B = batch.tokens_BS[jnp.arange(rows), jnp.minimum(held_B, room - 1)]
+    x_BTD, cache = _hidden(model, weights, newest_B[:, None], batch.cache)
+    logits_BV = model.apply(weights, x_BTD[:, 0], method="logits")
+    length_B = held_B + 1
+    idle = rows_of([GREEDY])
+    sampling = jax.tree.map(partial(jnp.where, running_B), batch.sampling, idle)
+    wants_B = running_B & batch.wants_B
+    chosen = _choose(
+        logits_BV, batch.tokens_BS, length_B, sampling, batch.key_B, wants_B
+    )
+    place_B = jnp.where(running_B, length_B, room)  # room: dropped
+    tokens_BS = batch.tokens_BS.at[jnp.arange(rows), place_B].set(
+        chosen.token_B, mode="drop"
+    )
+    cache = cache._replace(length_B=jnp.where(running_B, length_B, held_B))
+    return batch._replace(cache=cache, tokens_BS=tokens_BS), chosen
+
+
+def _hidden(model: GPT, weights, tokens_BT, cache: KVCache) -> tuple[Any, KVCache]:
+    result: Any = model.apply(weights, tokens_BT, cache=cache, method="hidden")
+    return result
+
+
+def _choose(logits_BV, tokens_BS, length_B, sampling, key_B, wants_B) -> Chosen:
+    token_B = choose(logits_BV, tokens_BS, length_B, sampling, key_B).astype(jnp.int32)
+    like = jax.eval_shape(_told, logits_BV, token_B)
+    return jax.lax.cond(
+        wants_B.any(),
+        lambda: _told(logits_BV, token_B),
+        lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like),
+    )._replace(token_B=token_B)
+
+
+def _told(logits_BV, token_B) -> Chosen:
+    logp_BV = jax.nn.log_softmax(logits_BV)
+    own_B = jnp.take_along_axis(logp_BV, token_B[:, None], axis=-1)[:, 0]
+    top_logp_BK, top_BK = jax.lax.top_k(logp_BV, min(TOP, logits_BV.shape[-1]))
+    return Chosen(token_B, own_B, top_BK, top_logp_BK)

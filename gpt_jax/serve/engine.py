@@ -1,0 +1,370 @@
+"""Continuous batching: requests join and leave between two decode steps.
+
+One thread owns the device. It takes requests from a bounded queue, runs their prompts
+piece by piece between decode steps, and gives every running row one token a step. So
+a request waits for no other to end, and one that nobody wants any more is gone before
+the next step.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from gpt_jax import sample
+from gpt_jax.model import GPT
+from gpt_jax.serve import slots
+
+log = logging.getLogger(__name__)
+
+
+class Full(Exception):
+    """The queue is full; `seconds` is when it is worth while to try again."""
+
+    def __init__(self, seconds: int):
+        super().__init__(f"the queue is full; try again in {seconds} s")
+        self.seconds = seconds
+
+
+class Closed(Exception):
+    """The engine takes no requests: it leaves, or it broke."""
+
+
+class Token(NamedTuple):
+    """A token and how likely the model found it, in nats."""
+
+    id: int
+    text: str  # what it added; a character's bytes but the last add nothing
+    logprob: float | None  # None for the first token of a prompt
+    top: list[tuple[int, float]]  # the likeliest tokens there
+
+
+class Piece(NamedTuple):
+    """What a step brought to a request.
+
+    `reason` is "" while it goes on; the last piece has stop, length, cancelled (by
+    `Row.cancel`, or the engine closes), late (its deadline) or error.
+    """
+
+    text: str
+    tokens: list[Token]  # where probabilities are wanted
+    prompt: list[Token]  # likewise, once, where the prompt's are
+    reason: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text to write.
+
+    Attributes:
+      ids: the prompt, as `sample.prompt_ids` returns it.
+      settings: those of `sample.check`, all of them.
+      seed, number: with the prompt they decide the text, as in `sample.texts`.
+      stop: strings that end the text, ids of tokens that do.
+      top: how many alternatives to tell with each token; None = no probabilities.
+      score: whether to tell the prompt's tokens too.
+      deadline: when it is late, in time.monotonic() seconds.
+    """
+
+    ids: Sequence[int]
+    settings: dict[str, Any]
+    seed: int
+    number: int
+    stop: Sequence[str | int]
+    top: int | None
+    score: bool
+    deadline: float
+
+
+@dataclass(eq=False)
+class Row:
+    """A request on its way; `cancel` may be called from any thread."""
+
+    request: Request
+    deliver: Callable[[Piece], None]  # called by the engine's thread
+    cancelled: bool = False
+    begun: float = 0.0  # when its prompt began to run
+    done: int = 0  # tokens of the prompt that have run
+    written: int = 0  # tokens chosen
+    text: "_Text | None" = None
+
+    def cancel(self) -> None:
+        """Ends the request before the next step."""
+        self.cancelled = True
+
+    def over(self, now: float) -> str:
+        """Returns why the request need not go on, or ""."""
+        late = "late" if self.request.deadline <= now else ""
+        return "cancelled" if self.cancelled else late
+
+
+class Engine:
+    """A model that writes many texts at once.
+
+    Attributes:
+      model, tokenizer: as given; the model's layers unrolled.
+      most: how many requests run at once.
+      tokens: tokens chosen so far; prompted: prompt tokens run; steps: decode steps.
+      ready: set when everything is compiled.
+      failed: what broke the thread, or None.
+    """
+
+    def __init__(
+        self, *, model: GPT, params, tokenizer, sizes: Sequence[int], queue: int
+    ):
+        """Makes an engine; `start` starts it.
+
+        Args:
+          model: the model; scanned layers are unrolled first.
+          params: its weights.
+          tokenizer: makes text of ids.
+          sizes: how many rows a decode step may have; the last is `most`. One size
+            alone makes a row's numbers the same to the last bit, whoever is there.
+          queue: how many more requests may wait.
+        """
+        if queue < 0:
+            raise ValueError(f"queue {queue} is below 0")
+        self._slots = slots.Slots(model, params, sizes)
+        self.model, self.tokenizer = self._slots.model, tokenizer
+        self.most, self._queue = self._slots.sizes[-1], queue
+        self.ready, self.failed = threading.Event(), None
+        self.tokens = self.prompted = self.steps = 0
+        self._wake = threading.Condition()
+        self._waiting: deque[Row] = deque()
+        self._filling: Row | None = None  # its prompt is running
+        self._pace = 1.0  # seconds that a request takes, a moving average
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread, which compiles and then sets `ready`."""
+        self._thread.start()
+
+    def close(self, timeout: float) -> bool:
+        """Ends every request and the thread; returns whether it ended in time."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    @property
+    def running(self) -> int:
+        """How many requests have a slot, or are about to."""
+        return len(self._slots.taken()) + (self._filling is not None)
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for one."""
+        return len(self._waiting)
+
+    def submit(
+        self, jobs: Sequence[tuple[Request, Callable[[Piece], None]]]
+    ) -> list[Row]:
+        """Queues requests, all or none; pieces come by the functions beside them.
+
+        Raises:
+          Full: there is no room for all of them.
+          Closed: the engine takes no more.
+        """
+        rows = [Row(request, deliver) for request, deliver in jobs]
+        with self._wake:
+            if self._closing:
+                raise Closed(str(self.failed or "the server is leaving"))
+            ahead = len(self._waiting) + self.running + len(rows) - self.most
+            if ahead > self._queue:
+                raise Full(max(1, round(ahead / self.most * self._pace)))
+            self._waiting.extend(rows)
+            self._wake.notify()
+        return rows
+
+    # ------------------------------------------------------------ the thread
+
+    def _run(self) -> None:
+        try:
+            self._slots.compile()
+            self.ready.set()
+            while self._await_work():
+                self._drop()
+                self._fill()
+                self._step()
+        except Exception as error:  # the edge of the thread: nobody else would hear
+            log.exception("the engine broke")
+            self.failed = error
+        with self._wake:
+            self._closing = True
+            rows = [*self._waiting, *(row for _, row in self._slots.taken())]
+            rows += [self._filling] if self._filling else []
+            self._waiting.clear()
+        for row in dict.fromkeys(rows):  # one that joins is in two places
+            self._tell(row, reason="error" if self.failed else "cancelled")
+
+    def _await_work(self) -> bool:
+        """Waits until there is something to do; False when it is time to leave."""
+        if not self.running:
+            self._slots.fit(0)  # whoever comes next may be alone
+        with self._wake:
+            while not (self._closing or self._waiting or self.running):
+                self._wake.wait()
+            return not self._closing
+
+    def _drop(self) -> None:
+        """Ends what was cancelled or is late, whether it waits or runs."""
+        now = time.monotonic()
+        with self._wake:
+            gone = [row for row in self._waiting if row.over(now)]
+            for row in gone:
+                self._waiting.remove(row)
+        for slot, row in self._slots.taken():
+            if row.over(now):
+                self._slots.leave(slot)
+                gone.append(row)
+        if self._filling and self._filling.over(now):
+            gone.append(self._filling)
+            self._filling = None
+        for row in gone:
+            self._tell(row, reason=row.over(now))
+
+    def _fill(self) -> None:
+        """Runs prompts while there are slots, up to a piece before the next step."""
+        with self._wake:
+            rows = min(self.most, self.running + len(self._waiting))
+        self._slots.fit(rows)
+        spent = 0
+        while spent < slots.PIECE and (row := self._next()):
+            before = row.done
+            row.done, told = self._slots.prompt(
+                row.request.ids, row.done, score=row.request.score
+            )
+            spent += row.done - before
+            self.prompted += row.done - before
+            assert row.text is not None
+            if told is not None:
+                row.text.score(row.request.ids, before, told)
+            if row.done == len(row.request.ids):
+                self._join(row)
+                self._filling = None
+
+    def _next(self) -> Row | None:
+        """Returns the row whose prompt is to run, if one is and a slot is free."""
+        with self._wake:
+            if self._filling is None and self._waiting and self.running < self.most:
+                self._filling = self._waiting.popleft()
+                self._filling.begun = time.monotonic()
+                self._filling.text = _Text(self.tokenizer, self._filling.request)
+        return self._filling
+
+    def _join(self, row: Row) -> None:
+        """Gives a row whose prompt has run a slot and its first token."""
+        request, room = row.request, self._slots.room
+        if not request.settings["max_new"] or len(request.ids) >= room:
+            self._tell(row, reason="length")
+            return
+        entry = slots.entry(
+            request.ids,
+            request.settings,
+            seed=request.seed,
+            number=request.number,
+            wants=request.top is not None,
+            room=room,
+        )
+        slot, chosen = self._slots.join(entry, row)
+        self._push(slot, row, chosen, 0)
+
+    def _step(self) -> None:
+        """Gives every running row a token."""
+        taken = self._slots.taken()
+        if not taken:
+            return
+        told = any(row.request.top is not None for _, row in taken)
+        chosen = self._slots.step(told=told)
+        self.steps += 1
+        for slot, row in taken:
+            self._push(slot, row, chosen, slot)
+
+    def _push(self, slot: int, row: Row, chosen, i: int) -> None:
+        """Takes entry `i` of what was chosen as a row's next token."""
+        row.written += 1
+        self.tokens += 1
+        request, text = row.request, row.text
+        assert text is not None
+        text.push(chosen, i)
+        full = len(request.ids) + row.written >= self._slots.room
+        reason = "stop" if text.stopped else ""
+        if not reason and (full or row.written >= request.settings["max_new"]):
+            reason = "length"
+        if reason:
+            self._slots.leave(slot)
+            self._pace += (time.monotonic() - row.begun - self._pace) / 8
+        self._tell(row, reason=reason)
+
+    def _tell(self, row: Row, *, reason: str) -> None:
+        """Delivers what is new of a row; with a reason, for the last time."""
+        text, tokens, prompt = (
+            row.text.take(last=bool(reason)) if row.text else _NOTHING
+        )
+        if text or tokens or prompt or reason:
+            row.deliver(Piece(text, tokens, prompt, reason))
+
+
+_NOTHING: tuple[str, list[Token], list[Token]] = ("", [], [])
+
+
+class _Text:
+    """A row's text as it grows; each token comes out with the text it begins in."""
+
+    def __init__(self, tokenizer, request: Request):
+        self._scribe = sample.Transcript(tokenizer, request.ids, request.stop)
+        self._top, self._stop = request.top, set(request.stop)
+        told = request.top is not None
+        self._speller = sample.Transcript(tokenizer, request.ids if told else (), ())
+        self._reader = sample.Transcript(tokenizer, (), ())  # spells the prompt
+        self._length = 0  # characters of all tokens
+        self._fresh = ""
+        self._held: list[tuple[int, Token]] = []  # where it begins, the token
+        self._prompt: list[Token] = []
+
+    @property
+    def stopped(self) -> bool:
+        return self._scribe.stopped_by is not None
+
+    def score(self, ids, start: int, told) -> None:
+        """Takes the probabilities of the tokens after a piece of the prompt."""
+        if not start:
+            self._prompt.append(Token(ids[0], self._reader.push(ids[0]), None, []))
+        after = ids[start + 1 : start + 1 + len(told.token_B)]
+        for i, token in enumerate(after):
+            self._prompt.append(self._token(token, self._reader, told, i))
+
+    def push(self, chosen, i: int) -> None:
+        """Takes entry `i` of what was chosen."""
+        token = int(chosen.token_B[i])
+        self._fresh += self._scribe.push(token)
+        if self._top is not None and token not in self._stop:
+            self._held.append(
+                (self._length, self._token(token, self._speller, chosen, i))
+            )
+            self._length += len(self._held[-1][1].text)
+
+    def take(self, *, last: bool) -> tuple[str, list[Token], list[Token]]:
+        """Returns the new text and tokens, and the prompt's, each once."""
+        text = self._fresh + (self._scribe.flush() if last else "")
+        cut = isinstance(self._scribe.stopped_by, str)
+        shown = self._length + 1 if last and not cut else len(self._scribe.text)
+        out = [token for begins, token in self._held if begins < shown]
+        self._held = self._held[len(out) :]
+        prompt, self._prompt, self._fresh = self._prompt, [], ""
+        return text, out, prompt
+
+    def _token(self, token: int, speller, told, i: int) -> Token:
+        top = slice(self._top or 0)
+        ids, logprobs = (
+            told.top_BK[i, top].tolist(),
+            told.top_logprob_BK[i, top].tolist(),
+        )
+        pairs = list(zip(ids, logprobs, strict=True))
+        return Token(token, speller.push(token), float(told.logprob_B[i]), pairs)

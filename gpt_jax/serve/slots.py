@@ -1,0 +1,184 @@
+"""The places of a server's rows on the device, and the compiled programs.
+
+    slots.compile()                       # every shape that can occur, once
+    end, told = slots.prompt(ids, 0)      # a piece of a prompt
+    slot, chosen = slots.join(entry, owner)  # its row takes a place: first token
+    for slot, owner in slots.taken(): ...
+    chosen = slots.step()                 # the next token of every row
+
+A decode step costs what its shape costs, so rows live in the smallest of a few sizes
+that holds them, and move to another when their number calls for it.
+"""
+
+import zlib
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt_jax import sample
+from gpt_jax.model import GPT, init_cache
+from gpt_jax.serve import batch
+from gpt_jax.serve.batch import Chosen, Entry
+
+PIECE = 256  # prompt tokens run at once: what other rows wait for at most
+SHORTEST = 16  # pieces are padded to powers of two from here on
+PATIENCE = 32  # steps for which a smaller size must have done before it is taken
+
+
+def lengths(context: int) -> list[int]:
+    """Returns the lengths that pieces of prompts are padded to, rising."""
+    most = min(PIECE, context)
+    powers = [1 << n for n in range(SHORTEST.bit_length() - 1, PIECE.bit_length())]
+    return [*(length for length in powers if length < most), most]
+
+
+def entry(
+    ids: Sequence[int],
+    settings: dict,
+    *,
+    seed: int,
+    number: int,
+    wants: bool,
+    room: int,
+) -> Entry:
+    """Returns what a prompt's row brings along; the key is that of `sample.texts`."""
+    tokens_S = np.zeros(room, np.int32)
+    tokens_S[: len(ids)] = ids
+    key_1 = sample.row_keys(
+        np.uint32(seed % 2**32),
+        np.array([zlib.crc32(np.asarray(ids, "<i4").tobytes())], np.uint32),
+        np.array([number], np.uint32),
+    )
+    return Entry(tokens_S, sample.rows_of([settings]), key_1, np.array([wants]))
+
+
+class Slots:
+    """A batch of rows, each with an owner; grows and shrinks between fixed sizes."""
+
+    def __init__(self, model: GPT, params, sizes: Sequence[int]):
+        """Args: the model; its weights; how many rows a step may have, rising."""
+        if not sizes or min(sizes) < 1 or list(sizes) != sorted(set(sizes)):
+            raise ValueError(
+                f"batch sizes {list(sizes)} must be whole numbers above 0 that rise"
+            )
+        self.model, self._params = sample.laid_out(model, params, rows=sizes[-1])
+        # One row reads its weights in an order of its own where that is faster.
+        _, self._params_of_one = sample.laid_out(model, params, rows=sizes[0])
+        self.room, self.sizes = model.cfg.context_length, tuple(sizes)
+        self._lengths = lengths(self.room)
+        self._owners: list[Any] = [None] * self.sizes[0]
+        self._spare = 0  # steps for which a smaller size would have done
+        fixed = {"model": self.model}
+        self._prefill = jax.jit(partial(batch.prefill, **fixed), donate_argnums=1)
+        self._score = jax.jit(partial(batch.score, **fixed))
+        self._admit = jax.jit(batch.admit, donate_argnums=0)
+        self._step = jax.jit(partial(batch.step, **fixed), donate_argnums=1)
+        self._resize = jax.jit(batch.resize)
+
+    def compile(self) -> None:
+        """Runs every program once in every shape; nothing is compiled later."""
+        cfg = self.model.cfg
+        self._row = init_cache(cfg, 1, self.room, jnp.dtype(cfg.dtype))
+        for length in self._lengths:
+            self.prompt([0] * length, 0, score=True)
+        idle = entry([0], batch.GREEDY, seed=0, number=0, wants=True, room=self.room)
+        for smaller, size in zip((None, *self.sizes), self.sizes, strict=False):
+            self._batch = batch.empty(cfg, size)
+            self._owners = [None] * size
+            self.join(idle, "")
+            self.step()
+            if smaller:
+                self._move(smaller)
+                self._move(size)
+        self._batch = batch.empty(cfg, self.sizes[0])
+        self._owners = [None] * self.sizes[0]
+
+    def prompt(
+        self, ids: Sequence[int], start: int, *, score: bool = False
+    ) -> tuple[int, Chosen | None]:
+        """Runs the next piece of a prompt, whose last one leaves it ready to `join`.
+
+        Returns:
+          where the next piece starts; how likely each token after those of the piece
+          was, if asked for (an entry more than there are when the prompt ends).
+        """
+        count = min(PIECE, len(ids) - start)
+        length = next(n for n in self._lengths if n >= count)
+        tokens_T = np.zeros(length, np.int32)
+        tokens_T[:count] = ids[start : start + count]
+        self._logits, self._row, x_TD = self._prefill(
+            self._params, self._row, tokens_T[None], np.int32(start), np.int32(count)
+        )
+        end = start + count
+        if not score:
+            return end, None
+        next_T = np.zeros(length, np.int32)
+        after = ids[start + 1 : end + 1]
+        next_T[: len(after)] = after
+        told = jax.device_get(self._score(self._params, x_TD, next_T))
+        return end, jax.tree.map(lambda x: x[:count], told)
+
+    def join(self, entry: Entry, owner) -> tuple[int, Chosen]:
+        """Gives the prompt that has just run a free slot.
+
+        Returns:
+          the slot; the first token, Chosen of one row.
+        """
+        if None not in self._owners:
+            self._move(self.sizes[self.sizes.index(len(self._owners)) + 1])
+        slot = self._owners.index(None)
+        self._owners[slot] = owner
+        self._batch, chosen = self._admit(
+            self._batch, self._row, self._logits, entry, np.int32(slot)
+        )
+        return slot, _read(chosen, told=bool(entry.wants_1[0]))
+
+    def leave(self, slot: int) -> None:
+        """Frees a slot."""
+        self._owners[slot] = None
+
+    def taken(self) -> list[tuple[int, Any]]:
+        """Returns the taken slots and their owners."""
+        return [(i, o) for i, o in enumerate(self._owners) if o is not None]
+
+    def step(self, *, told: bool = True) -> Chosen:
+        """Gives every taken slot a token; `told` says whether probabilities matter."""
+        running_B = np.array([owner is not None for owner in self._owners])
+        params = self._params if len(running_B) > 1 else self._params_of_one
+        self._batch, chosen = self._step(params, self._batch, running_B)
+        return _read(chosen, told=told)
+
+    def fit(self, rows: int) -> None:
+        """Takes the smallest size that holds so many rows.
+
+        A larger one at once; a smaller one after some steps, since moving rows costs
+        more than a step, or when there are none to move.
+        """
+        size = next((s for s in self.sizes if s >= rows), self.sizes[-1])
+        self._spare = self._spare + 1 if size < len(self._owners) else 0
+        if size > len(self._owners) or self._spare > PATIENCE or not rows:
+            self._move(size)
+
+    def _move(self, size: int) -> None:
+        """Moves the rows, one size at a time: so few programs do."""
+        while len(self._owners) != size:
+            here = self.sizes.index(len(self._owners))
+            here += 1 if size > len(self._owners) else -1
+            taken = self.taken()
+            old_B = np.zeros(self.sizes[here], np.int32)
+            old_B[: len(taken)] = [slot for slot, _ in taken]
+            owners = [owner for _, owner in taken]
+            self._owners = owners + [None] * (len(old_B) - len(owners))
+            self._batch = self._resize(self._batch, old_B)
+        self._spare = 0
+
+
+def _read(chosen: Chosen, *, told: bool) -> Chosen:
+    """Fetches what was chosen from the device; without `told` only the tokens."""
+    if told:
+        return jax.device_get(chosen)
+    return chosen._replace(token_B=jax.device_get(chosen.token_B))

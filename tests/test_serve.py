@@ -1,0 +1,306 @@
+"""Facts about the engine: many at once, and each as if it were alone."""
+
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from gpt_jax import model as models
+from gpt_jax import sample, tokenizers
+from gpt_jax.serve import slots
+from gpt_jax.serve.engine import Closed, Engine, Full, Request
+from tests import tiny
+
+CONTEXT = 32
+SETTINGS = {
+    "temperature": 0.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "max_new": 12,
+}
+TOKENIZER = tokenizers.train("byte", [])
+
+
+def build():
+    """A tiny model of bytes whose weights are large enough to say things."""
+    cfg = tiny.cfg(context_length=CONTEXT, vocab_size=257, position="rope")
+    params = models.init(cfg, jax.random.key(3))
+    return models.GPT(cfg), jax.tree.map(lambda x: 5 * x, params)
+
+
+def engine(sizes=(1, 2, 4), queue=64):
+    model, params = build()
+    return Engine(
+        model=model, params=params, tokenizer=TOKENIZER, sizes=sizes, queue=queue
+    )
+
+
+@pytest.fixture(scope="module")
+def running():
+    """An engine of four slots that runs."""
+    made = engine()
+    made.start()
+    assert made.ready.wait(100)
+    yield made
+    assert made.close(10)
+
+
+def ask(prompt, number=0, seed=5, stop=(), top=None, score=False, late=60.0, **changes):
+    ids = prompt if isinstance(prompt, list) else list(prompt.encode())
+    return Request(
+        ids=ids,
+        settings={**SETTINGS, **changes},
+        seed=seed,
+        number=number,
+        stop=(*stop, 256),  # the end-of-text token of bytes
+        top=top,
+        score=score,
+        deadline=time.monotonic() + late,
+    )
+
+
+class Answer:
+    """What comes back of a request; `wait` until it is whole."""
+
+    def __init__(self):
+        self.pieces, self.ended = [], threading.Event()
+
+    def __call__(self, piece):
+        self.pieces.append(piece)
+        if piece.reason:
+            self.ended.set()
+
+    def wait(self):
+        assert self.ended.wait(60)
+        assert sum(bool(piece.reason) for piece in self.pieces) == 1
+        return self
+
+    @property
+    def text(self):
+        return "".join(piece.text for piece in self.pieces)
+
+    @property
+    def tokens(self):
+        return [token for piece in self.pieces for token in piece.tokens]
+
+    @property
+    def prompt(self):
+        return [token for piece in self.pieces for token in piece.prompt]
+
+    @property
+    def reason(self):
+        return self.pieces[-1].reason
+
+
+def answers(engine, requests):
+    """Submits requests together and returns their Answers, ended."""
+    found = [Answer() for _ in requests]
+    engine.submit(list(zip(requests, found, strict=True)))
+    return [answer.wait() for answer in found]
+
+
+def alone(prompt, number=0, seed=5, stop=(), **changes):
+    """The same request to `sample.texts`, which knows nothing of servers."""
+    model, params = build()
+    settings = {**SETTINGS, **changes}
+    done = sample.texts(
+        model=model,
+        params=params,
+        tokenizer=TOKENIZER,
+        prompts=[prompt],
+        count=number + 1,
+        seed=seed,
+        stop=list(stop),
+        **settings,
+    )
+    return done[number]
+
+
+MIXED = [
+    {"prompt": "a", "max_new": 30},
+    {"prompt": "The quick brown fox", "max_new": 7},
+    {"prompt": "To be or not to be, that is", "max_new": 30},
+    {"prompt": "x", "temperature": 1.0, "max_new": 25},
+    {"prompt": "xyz", "temperature": 0.7, "top_k": 9, "number": 2, "max_new": 18},
+    {"prompt": "q", "temperature": 1.3, "top_p": 0.8, "seed": 6, "max_new": 40},
+    {"prompt": "r", "temperature": 1.0, "min_p": 0.1, "max_new": 3},
+    {"prompt": "hello hello", "repetition_penalty": 1.7, "max_new": 20},
+    {"prompt": "one", "max_new": 1},
+    {"prompt": "b" * CONTEXT, "max_new": 4},
+]
+
+
+def test_texts_are_those_of_the_same_requests_alone(running):
+    together = answers(running, [ask(**request) for request in MIXED])
+    for request, answer in zip(MIXED, together, strict=True):
+        wanted = alone(**request)
+        assert (answer.text, answer.reason) == (wanted.text, wanted.reason), request
+    assert len({answer.text for answer in together}) == len(MIXED)
+
+
+def test_a_row_is_the_same_to_the_last_bit_whoever_else_is_there():
+    model, params = build()
+    mine = ask("mine", top=3, max_new=20)
+    told = []
+    for others in (0, 3):
+        rows = slots.Slots(model, params, [4])
+        rows.compile()
+        heard = []
+        for i in range(others):
+            rows.prompt([40 + i] * (5 + i), 0)
+            rows.join(entry(ask([40 + i], temperature=1.0)), "other")
+        rows.prompt(mine.ids, 0)
+        rows.join(entry(mine), "mine")
+        for _ in range(10):
+            (slot,) = [slot for slot, owner in rows.taken() if owner == "mine"]
+            chosen = rows.step()
+            heard.append((chosen.token_B[slot], chosen.logprob_B[slot].tobytes()))
+            if others:  # somebody leaves at every step
+                rows.leave(rows.taken()[0][0]) if rows.taken()[0][1] != "mine" else 0
+        told.append(heard)
+    assert told[0] == told[1]
+
+
+def entry(request):
+    return slots.entry(
+        request.ids,
+        request.settings,
+        seed=request.seed,
+        number=request.number,
+        wants=request.top is not None,
+        room=CONTEXT,
+    )
+
+
+def test_requests_join_while_others_run_and_grow_and_shrink_the_batch(running):
+    first = Answer()
+    running.submit([(ask("long", max_new=25), first)])
+    while not first.pieces:
+        assert not first.ended.wait(0.001)
+    more = answers(running, [ask(f"late {i}", max_new=5) for i in range(9)])
+    assert [answer.text for answer in more] == [
+        alone(f"late {i}", max_new=5).text for i in range(9)
+    ]
+    assert first.wait().text == alone("long", max_new=25).text
+    assert running.running == running.waiting == 0
+
+
+def test_nothing_is_compiled_after_the_start(running):
+    seen = []
+    jax.monitoring.register_event_listener(
+        lambda event, **_: seen.append(event) if "compile_requests" in event else None
+    )
+    requests = [
+        ask("y" * n, top=2, score=True, max_new=9) for n in (1, 16, 17, CONTEXT)
+    ]
+    answers(running, [*requests, *(ask("z", temperature=1.0) for _ in range(4))])
+    answers(running, [ask("z")])
+    assert seen == []
+
+
+def test_a_stop_string_ends_a_text_and_what_may_begin_one_is_held_back(running):
+    whole = alone("stop me", max_new=30).text
+    stop = whole[9:12]
+    cut = whole.index(stop)
+    (answer,) = answers(running, [ask("stop me", stop=[stop], max_new=30, top=0)])
+    assert (answer.text, answer.reason) == (whole[:cut], "stop")
+    spelled = TOKENIZER.decode([token.id for token in answer.tokens])
+    assert spelled[:cut] == answer.text  # a token comes with the text it begins in
+
+
+def test_log_probabilities_are_those_of_the_plain_model(running):
+    model, params = build()
+    request = ask("probable", top=4, score=True, temperature=1.0, max_new=6)
+    (answer,) = answers(running, [request])
+    ids = [*request.ids, *(token.id for token in answer.tokens)]
+    logits_1TV, _ = model.apply({"params": params}, np.array([ids]))
+    logp_TV = np.asarray(jax.nn.log_softmax(logits_1TV[0]))
+    found = [*answer.prompt, *answer.tokens]
+    assert [token.id for token in found] == ids and found[0].logprob is None
+    for before, token in enumerate(found[1:]):
+        best = np.argsort(-logp_TV[before])[:4]
+        np.testing.assert_allclose(token.logprob, logp_TV[before, token.id], atol=1e-4)
+        assert [i for i, _ in token.top] == best.tolist()
+        np.testing.assert_allclose(
+            [p for _, p in token.top], logp_TV[before, best], atol=1e-4
+        )
+
+
+def test_a_prompt_can_be_scored_without_writing(running):
+    (answer,) = answers(running, [ask("score me", top=0, score=True, max_new=0)])
+    assert (answer.text, answer.reason, answer.tokens) == ("", "length", [])
+    assert len(answer.prompt) == len("score me")
+
+
+def test_a_cancelled_request_is_gone_before_the_next_step(running):
+    answer, steps = Answer(), []
+
+    def deliver(piece):
+        answer(piece)
+        steps.append(running.steps)
+        if len(answer.pieces) == 3:
+            rows[0].cancel()
+
+    rows = []
+    rows += running.submit([(ask("cancel me", max_new=25), deliver)])
+    answer.wait()
+    assert answer.reason == "cancelled"
+    assert len(answer.pieces) <= 5 and steps[-1] == steps[-2]
+
+
+def test_a_late_request_ends_whether_it_runs_or_waits(running):
+    (answer,) = answers(running, [ask("late", late=-1.0)])
+    assert (answer.text, answer.reason) == ("", "late")
+
+
+def test_a_full_queue_refuses_all_or_none_and_says_when_to_come_again():
+    made = engine(sizes=[2], queue=1)  # not started: everything waits
+    found = [Answer() for _ in range(4)]
+    made.submit([(ask("a"), found[0]), (ask("b"), found[1])])
+    with pytest.raises(Full) as refused:
+        made.submit([(ask("c"), found[2]), (ask("d"), found[3])])
+    assert refused.value.seconds >= 1
+    assert made.waiting == 2
+    made.submit([(ask("c"), found[2])])
+    made.start()
+    assert [answer.wait().reason for answer in found[:3]] == ["length"] * 3
+    made.close(10)
+
+
+def test_an_engine_that_closes_ends_what_runs_and_takes_no_more():
+    made = engine(sizes=[1])
+    found = [Answer(), Answer()]
+    made.start()
+    made.submit([(ask("a", max_new=25), found[0]), (ask("b"), found[1])])
+    assert made.close(60)
+    assert {answer.wait().reason for answer in found} <= {"cancelled", "length"}
+    with pytest.raises(Closed):
+        made.submit([(ask("c"), Answer())])
+
+
+def test_an_engine_that_breaks_says_so_to_everybody(monkeypatch):
+    made = engine(sizes=[1])
+    made.start()
+    assert made.ready.wait(60)
+    monkeypatch.setattr(made._slots, "step", lambda told: 1 / 0)
+    found = answers(made, [ask("a"), ask("b")])
+    assert [answer.reason for answer in found] == ["error", "error"]
+    assert isinstance(made.failed, ZeroDivisionError)
+    with pytest.raises(Closed, match="division"):
+        made.submit([(ask("c"), Answer())])
+
+
+@pytest.mark.parametrize("sizes", [[], [0], [4, 2], [2, 2]])
+def test_sizes_that_make_no_batches_are_refused(sizes):
+    with pytest.raises(ValueError, match="batch sizes"):
+        engine(sizes=sizes)
+
+
+def test_pieces_of_prompts_have_few_lengths():
+    assert slots.lengths(1024) == [16, 32, 64, 128, 256]
+    assert slots.lengths(100) == [16, 32, 64, 100]
+    assert slots.lengths(8) == [8]
