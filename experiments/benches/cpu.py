@@ -141,7 +141,7 @@ def prepare(setting: Setting) -> list[Match]:
 
 def loader(setting: Setting) -> list[Match]:
     """Batches from disk, and how long training waits for them."""
-    count, steps = (3, 3) if setting.toy else (2000, 50)
+    count, tokens = (3, 200) if setting.toy else (2000, 40_000)
     where = {"folder": setting.folder}
     matches = []
     for name, (fixed, batch) in two_sizes(setting).items():
@@ -149,9 +149,12 @@ def loader(setting: Setting) -> list[Match]:
         ours = Side("gpt_jax", f"{OURS}:loader_rate", {**sizes, "count": count})
         peer = Side(GET_BATCH, f"{PEERS}:loader_rate", {**sizes, "count": count})
         matches.append(Match("loader", f"{name} alone", ours, peer, "batches/s"))
+        steps = tokens // (batch * fixed["context"])
         options = {**sizes, "recipe": recipe(fixed), "steps": steps}
         wait = Side("gpt_jax", f"{OURS}:data_wait", options)
         matches.append(Match("loader", f"{name}, wait", wait, None, "% of a step", 1.0))
+        cost = Side("gpt_jax", f"{OURS}:data_cost", options)
+        matches.append(Match("loader", f"{name}, cost", cost, None, "% of a step"))
     return matches
 
 

@@ -313,37 +313,58 @@ def loader_rate(
     return go, {}
 
 
-def data_wait(
-    *, recipe: Mapping[str, Any], folder: str, seq_len: int, batch: int, steps: int
-) -> tuple[Go, dict]:
-    """What fresh batches add to a training step, in %, over using one batch again.
+def data_wait(**options) -> tuple[Go, dict]:
+    """The share of training time, in %, that the device is without a batch.
 
-    Both loops place a batch while the step computes, as training does.
+    At most: the whole time of taking and placing a batch counts when the step had
+    ended by then. What it costs where host and device share the cores is `data_cost`.
     """
+    steps, walk = _walk(**options)
+
+    def go() -> dict:
+        spent, late = walk(fresh=True)
+        return {"value": 100 * late / spent, "ms": MS * late / steps}
+
+    return go, {}
+
+
+def data_cost(**options) -> tuple[Go, dict]:
+    """What fresh batches add to a training step, in %, over using one batch again."""
+    steps, walk = _walk(**options)
+
+    def go() -> dict:
+        before, fresh, after = (walk(fresh=fresh)[0] for fresh in (False, True, False))
+        again = (before + after) / 2  # a machine may grow slower or faster
+        return {"value": 100 * (fresh / again - 1), "ms": MS * (fresh - again) / steps}
+
+    return go, {}
+
+
+def _walk(
+    *, recipe: Mapping[str, Any], folder: str, seq_len: int, batch: int, steps: int
+) -> tuple[int, Callable]:
+    """Returns `walk(fresh)`: the seconds of so many steps, and of late batches."""
     job = trainer(recipe, batch=batch, accumulate=1)
     batches = _batches(Path(folder), seq_len=seq_len, batch=batch)
     placed = job.strategy.put(next(batches))
     state, job = job.state, job._replace(state=None)
 
-    def ms(fresh: bool) -> float:
+    def walk(*, fresh: bool) -> tuple[float, float]:
         nonlocal state, placed
-        started = time.perf_counter()
+        late, started = 0.0, time.perf_counter()
         for _ in range(steps):
             state, _, info = job.step_fn(state, placed, job.key, job.hyper)
-            if fresh:
+            asked = time.perf_counter()
+            if fresh:  # while the step computes, as in training
                 placed = job.strategy.put(next(batches))
+            if info["grad_norm"].is_ready():
+                late += time.perf_counter() - asked
             sharding.wait_on_cpu(info)
         jax.block_until_ready(state)
-        return MS * (time.perf_counter() - started) / steps
+        return time.perf_counter() - started, late
 
-    ms(True)
-
-    def go() -> dict:
-        again, fresh, last = ms(False), ms(True), ms(False)
-        again = (again + last) / 2  # a machine that grows slower or faster
-        return {"value": 100 * (fresh / again - 1), "ms": fresh - again}
-
-    return go, {}
+    walk(fresh=True)
+    return steps, walk
 
 
 def _batches(folder: Path, *, seq_len: int, batch: int) -> data.Batches:
