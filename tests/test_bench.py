@@ -308,9 +308,14 @@ def test_every_row_measures_something_at_a_toy_size(row, which, setting):
     matches = ROWS[row](setting)
     assert matches and all(one.row == row for one in matches)
     sides = [getattr(one, which) for one in matches]
-    found = {json.dumps(side.options): side for side in sides if side}
+    found = {json.dumps([*side]): side for side in sides if side}
     for chosen in found.values():
-        assert once(chosen.make, chosen.options)["value"] > 0
+        value = once(chosen.make, chosen.options)["value"]
+        assert value > 0 or chosen.make in OF_A_STEP
+
+
+# Shares of a step: nothing waited for is 0, and a small cost drowns in the noise.
+OF_A_STEP = ("gpt_jax.bench.ours:data_wait", "gpt_jax.bench.ours:data_cost")
 
 
 @pytest.mark.parametrize("row", sorted(ROWS))
