@@ -188,6 +188,29 @@ def task_lm() -> ConfigDict:
     )
 
 
+def task_dpo() -> ConfigDict:
+    """Prefer one of two answers to an instruction.
+
+    config.data.source names their file, as in task_sft; its rows have the columns
+    rejected, and chosen or output.
+    """
+    return ConfigDict(
+        {
+            "name": "dpo",
+            # As in task_sft; "" = that of the run whose weights this one starts from
+            "template": "",
+            "variant": "dpo",  # dpo, ipo, orpo
+            "logp": "sum",  # log-probability of an answer: sum or mean of its tokens'
+            "beta": 0.1,  # how closely the start is held to; orpo: weight of the odds
+            # A pair with an answer longer than the window: refuse, drop, cut
+            "too_long": "refuse",
+            "empty": "refuse",  # a row with an empty answer: refuse, drop
+            "test_fraction": 0.1,  # rows kept for a test, behind those to train on
+            "loss_chunk": 0,  # see task_lm
+        }
+    )
+
+
 def adapter_full() -> ConfigDict:
     """Every weight trains."""
     return ConfigDict({"name": "full"})
@@ -211,21 +234,23 @@ def adapter_lora() -> ConfigDict:
             "alpha": 16.0,  # their product is multiplied by alpha / rank
             # Regexes of the kernels that get one: those of linear layers.
             "targets": (r"(query|key|value|out|up|gate|down|classifier)/kernel$",),
-            # How frozen kernels and embeddings are kept: "" = as they are, bfloat16.
+            # How frozen kernels and embeddings are kept: "" = as they are, bfloat16,
+            # or int8 (kernels only; they lose bits, see docs/guide/10-preferences.md)
             "base_dtype": "",
         }
     )
 
 
-TASKS = {"lm": task_lm}
+TASKS = {"lm": task_lm, "dpo": task_dpo}
 ADAPTERS = {"full": adapter_full, "only": adapter_only, "lora": adapter_lora}
 
 
 def from_run(config: ConfigDict, folder: str) -> ConfigDict:
     """Starts a config from the weights of a run: its model and its tokenizer as well.
 
-    Call it last, and change the model's shape after it only in what the task needs.
-    With "" (no such run) the config stays as it is.
+    A task whose template is "" takes the run's. Call it last, and change the model's
+    shape after it only in what the task needs. With "" (no such run) the config stays
+    as it is.
 
     Raises:
       ValueError: the folder is no run, or its config.json cannot be read.
@@ -240,7 +265,8 @@ def from_run(config: ConfigDict, folder: str) -> ConfigDict:
             "example, python -m experiments.train --config=configs/quickstart.py"
         )
     try:
-        found = _tuples(json.loads(path.read_text(encoding="utf-8"))["model"])
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        found, template = _tuples(saved["model"]), saved["task"].get("template", "")
         unknown = sorted(found.keys() - config.model.keys())
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is not the config of a run: {error!r}") from error
@@ -249,6 +275,8 @@ def from_run(config: ConfigDict, folder: str) -> ConfigDict:
             f"{path} has keys of a model that are not known here: {', '.join(unknown)}"
         )
     config.model.update(found)
+    if config.task.get("template") == "":
+        config.task.template = template
     config.init_from = str(folder)
     return config
 

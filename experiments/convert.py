@@ -10,7 +10,8 @@
 Gemma 3 text, nanochat) and makes a run folder that experiments.sample works on. Only
 safetensors are read; nothing in the folder is executed. --to_hf writes a folder that
 transformers loads; --to_gguf one file for llama.cpp (GPT-2 and Llama); --to_stablehlo
-compiled programs with weights, tokenizer and a runner that needs no gpt_jax.
+compiled programs with weights, tokenizer and a runner that needs no gpt_jax. A LoRA
+run is written merged; --weights=base writes what it started from, bit for bit.
 
 Nothing is overwritten: the target must not exist.
 """
@@ -38,7 +39,10 @@ STEP = flags.DEFINE_string(
     "step", "", "Checkpoint: best, newest, a step number; empty = best, else newest."
 )
 WEIGHTS = flags.DEFINE_enum(
-    "weights", "", ["", "params", "ema"], "Which weights; empty = ema where kept."
+    "weights",
+    "",
+    ["", "params", "ema", "base"],
+    "Which weights; empty = ema where kept; base = those that a LoRA run started from.",
 )
 
 

@@ -225,16 +225,23 @@ class Checkpoints:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _clean(target.parent)
             _writer(target, _snapshot(_grouped(tree)))()
-            _seal(target, {"meta": {}, "leaves": leaves(tree)})
+            _seal(target, {"meta": {"digest": name}, "leaves": leaves(tree)})
         except Exception as error:
             raise self._failed(target, error) from error
         return name
 
     def load_frozen(self, name: str, abstract: Any = None) -> Any:
-        """Returns the frozen tree of that digest; `abstract` as for `restore`."""
+        """Returns the frozen tree of that digest; `abstract` as for `restore`.
+
+        Raises:
+          ValueError: it is missing, damaged, another one, or of another model.
+        """
         target = self.folder.parent / "frozen" / name
         try:
-            return _load(target, _manifest(target), abstract)
+            manifest = _manifest(target)
+            if manifest["meta"].get("digest", name) != name:
+                raise Damaged(f"{target} holds {manifest['meta']['digest']}")
+            return _load(target, manifest, abstract)
         except (FileNotFoundError, Damaged) as error:
             raise ValueError(
                 f"the frozen weights of this run cannot be used: {error}; copy the "

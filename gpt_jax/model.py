@@ -260,6 +260,7 @@ class Dense(nn.Module):
 
     Where an adapter has put leaves beside the kernel (adapters.py), also
     + (drop(x) @ lora_a) @ lora_b * lora_scale: LoRA (Hu et al. 2021, section 4.1).
+    With a `kernel_scale` the kernel is int8, and its outputs are multiplied by that.
     """
 
     inputs: tuple[int, ...]
@@ -274,6 +275,8 @@ class Dense(nn.Module):
         # Two plain matrices: on a CPU a tenth faster than contracting [B, T, ...].
         x_ND = x.reshape(-1, n_in)
         y = _product(self, x_ND, self.inputs + self.outputs)
+        if self.has_variable("params", "kernel_scale"):
+            y = y * self.get_variable("params", "kernel_scale").astype(dtype)
         if self.use_bias:
             y = y + _weight(self, "bias", self.outputs).astype(dtype).reshape(n_out)
         if self.has_variable("params", "lora_a"):

@@ -53,7 +53,8 @@ class Run(NamedTuple):
       config: every key, as the run last used it.
       tokenizer: a `tokenizers.Tokenizer`.
       model: the GPT, with its layers one by one (scan_layers off), as decoding needs.
-      params: the weights to apply it with, on this process's first device.
+      params: the weights to apply it with, on this process's first device; an adapter
+        is merged into them.
       step: the step that they are from.
     """
 
@@ -75,7 +76,8 @@ def open(
       step: a step; "best", the lowest validation loss; "latest", the newest sound
         checkpoint; or None, the best where there is one and else the latest.
       weights: "params", or "ema" for their moving average; "" = the average where the
-        run keeps one (optimizer.ema), as its evaluations did.
+        run keeps one (optimizer.ema), as its evaluations did; "base", those that the
+        run started from, bit for bit, where it holds them (LoRA, or a reference).
 
     Raises:
       ValueError: this is not a run, or the checkpoint is damaged or lacks `weights`.
@@ -87,9 +89,14 @@ def open(
     cfg = model_config(config, tokenizer)
     weights = weights or ("ema" if config.optimizer.ema else "params")
     store = Checkpoints(folder / "checkpoints", keep=None)
+    unmerged = weights == "base"
+    weights = "params" if unmerged else weights
     tree, meta, found = _load(store, step, weights)
     frozen = store.load_frozen(meta["frozen"]) if meta.get("frozen") else {}
-    params = adapters.make(**config.adapter).join(tree[weights], frozen)
+    joined = adapters.make(**config.adapter).join(tree[weights], frozen)
+    params = adapters.merge(joined, cfg.param_dtype)
+    if unmerged:
+        params = _base(frozen, params, folder)
     model = GPT(_unscanned(cfg))
     return Run(folder, config, tokenizer, model, unstack(params, cfg), found)
 
@@ -275,6 +282,18 @@ def _load(store: Checkpoints, step: int | str | None, weights: str) -> tuple:
             raise
         log.warning("the best checkpoint is damaged, using the newest: %s", error)
         return store.load(only=[weights], step=None)
+
+
+def _base(frozen: dict, params: dict, folder: Path) -> dict:
+    """Returns the weights that a run started from; `params` says what they must be."""
+    dtype = jax.tree.leaves(params)[0].dtype
+    found = adapters.merge(adapters.reference(frozen), dtype)
+    if jax.tree.structure(found) != jax.tree.structure(params):
+        raise ValueError(
+            f"{folder} does not hold the weights that it started from: only runs with "
+            "adapter lora, or with a reference (task dpo, grpo), do"
+        )
+    return found
 
 
 def _unscanned(cfg: GPTConfig) -> GPTConfig:

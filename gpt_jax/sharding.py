@@ -25,7 +25,7 @@ class Strategy(NamedTuple):
 
     Attributes:
       mesh: the devices, with axes data, fsdp and tensor.
-      compile: plain `train_step` (with its keyword `reduce` open) -> compiled step.
+      compile: plain `train_step` (with its keyword `reduce` open) -> `Step`.
       place: a state on the host or one device -> the same state on all devices.
       put: a host batch [A, B, ...] -> the batch on the devices, split over B.
       view: a placed tree -> the same arrays, replicated over the mesh: what
@@ -35,11 +35,44 @@ class Strategy(NamedTuple):
     """
 
     mesh: Mesh
-    compile: Callable[[Callable], Callable]
+    compile: Callable[[Callable], Any]
     place: Callable[[Any], Any]
     put: Callable[[Any], Any]
     view: Callable[[Any], Any]
     spread: Callable[[jax.Array], jax.Array]
+
+
+class Step(NamedTuple):
+    """A jitted step that donates its state, all but the frozen trees of it.
+
+    It is called as the plain step is. `lower` and `compile` are those of jax.jit.
+
+    Attributes:
+      run: jitted (or lowered, or compiled): (state without frozen, frozen, batch, key,
+        hyper) -> (state without frozen, sums, info).
+    """
+
+    run: Any
+
+    def __call__(self, state: Any, *rest: Any) -> tuple:
+        moved, sums, info = self.run(state._replace(frozen={}), state.frozen, *rest)
+        return moved._replace(frozen=state.frozen), sums, info
+
+    def lower(self, state: Any, *rest: Any) -> "Step":
+        return Step(self.run.lower(state._replace(frozen={}), state.frozen, *rest))
+
+    def compile(self) -> "Step":
+        return Step(self.run.compile())
+
+
+def _apart(step: Callable) -> Callable:
+    """Returns `step` with the frozen trees as an argument, as `Step.run` has them."""
+
+    def run(state, frozen, *rest, **options):
+        state, sums, info = step(state._replace(frozen=frozen), *rest, **options)
+        return state._replace(frozen={}), sums, info
+
+    return run
 
 
 def set_cpu_devices(micro_batch: int, *, data: int, cpu_devices: int) -> None:
@@ -117,13 +150,14 @@ def mesh_strategy(mesh: Mesh) -> Strategy:
     state = NamedSharding(mesh, P())
     rows = NamedSharding(mesh, P(None, ("data", "fsdp")))
 
-    def compile(step: Callable) -> Callable:
-        return jax.jit(
-            partial(step, reduce=lambda tree: tree),
+    def compile(step: Callable) -> Step:
+        jitted = jax.jit(
+            partial(_apart(step), reduce=lambda tree: tree),
             donate_argnums=0,
-            in_shardings=(state, rows, None, None),
+            in_shardings=(state, state, rows, None, None),
             out_shardings=(state, None, None),
         )
+        return Step(jitted)
 
     def spread(x: jax.Array) -> jax.Array:
         if x.shape[0] % mesh.shape["data"]:
@@ -147,21 +181,22 @@ def pmap_strategy(mesh: Mesh) -> Strategy:
     if jax.process_count() > 1:
         raise ValueError("mesh.strategy pmap is for one process; use mesh")
 
-    def compile(step: Callable) -> Callable:
-        def one(state, batch, key, hyper):
+    def compile(step: Callable) -> Step:
+        def one(state, frozen, batch, key, hyper):
             # Each device draws dropout masks of its own.
             key = jax.random.fold_in(key, jax.lax.axis_index("data"))
             add = partial(jax.lax.psum, axis_name="data")
-            return step(state, batch, key, hyper, reduce=add)
+            return _apart(step)(state, frozen, batch, key, hyper, reduce=add)
 
-        return jax.pmap(
+        mapped = jax.pmap(
             one,
             axis_name="data",
-            in_axes=(0, 0, None, None),
+            in_axes=(0, 0, 0, None, None),
             out_axes=(0, None, None),
             devices=devices,
             donate_argnums=0,
         )
+        return Step(mapped)
 
     def put(batch: Any) -> Any:
         def split(x):  # [A, B, ...] -> [n, A, B / n, ...]

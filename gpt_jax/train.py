@@ -39,6 +39,7 @@ from gpt_jax import (
 from gpt_jax.optimizer import Hyper
 from gpt_jax.step import TrainState, averaged, start, train_step
 
+ADAPTER = 1  # folded into the key of the first weights, for an adapter's own
 EVAL_TOKENS = 16_384  # tokens in an evaluation batch, when the config does not say
 
 # The ranges of the numbers that no other module checks.
@@ -58,14 +59,14 @@ class Parts(NamedTuple):
     """What runs that differ in traced numbers alone can share; see `make_parts`.
 
     Attributes:
-      fresh: weights -> the state before the first step.
+      fresh: (weights, key) -> the state before the first step.
       first: jitted, key -> the state that a new run with random weights begins with.
     """
 
     task: tasks.Task
     strategy: sharding.Strategy
     join: Callable
-    fresh: Callable[[Any], TrainState]
+    fresh: Callable[[Any, jax.Array], TrainState]
     first: Callable[[jax.Array], TrainState]
     step_fn: Callable
     eval_fn: Callable
@@ -84,6 +85,7 @@ class Job(NamedTuple):
     eval_fn: Callable
     join: Callable
     saves: checkpoint.Checkpoints
+    frozen: str  # the digest of what the run stores once, "" for nothing
     writer: metrics.Writer
     bar: metrics.Progress | metrics.Silence
     rate: metrics.Throughput
@@ -220,7 +222,7 @@ def build(
     parts = make_parts(config, task, strategy)
     stack.enter_context(runs.lock(workdir))
     job, state, totals = open_run(config, workdir, parts, stop, stack, quiet=False)
-    job.bar.print(describe(job, int(state.step)))
+    job.bar.print(describe(job, state))
     return job, strategy.place(state), totals
 
 
@@ -235,8 +237,10 @@ def make_parts(
     cfg = task.model.cfg
     options = programs.options_for_one_run(model.count(cfg))
 
-    def fresh(weights):
-        params, frozen = adapter.split(weights)
+    def fresh(weights, key):
+        params, frozen = adapter.split(weights, jax.random.fold_in(key, ADAPTER))
+        if task.reference:
+            frozen = adapters.with_reference(weights, frozen)
         return start(params, frozen, tx, ema=ema)
 
     return Parts(
@@ -245,7 +249,7 @@ def make_parts(
         join=adapter.join,
         fresh=fresh,
         first=jax.jit(
-            lambda key: fresh(model.init(cfg, key)), compiler_options=options
+            lambda key: fresh(model.init(cfg, key), key), compiler_options=options
         ),
         step_fn=strategy.compile(
             partial(train_step, loss=task.loss, join=adapter.join, tx=tx)
@@ -277,10 +281,11 @@ def open_run(
 
     if saves.steps():
         create_or_check()
-        state, totals = restore(saves, parts, init_key)
+        state, totals, frozen = restore(saves, parts, init_key)
     else:  # weights that do not fit are refused before there is a run
         state, totals = begin(config, parts, init_key), Totals()
         create_or_check()
+        frozen = saves.save_frozen(state.frozen) if state.frozen else ""
     writer = metrics.Writer(
         workdir,
         tensorboard=config.tensorboard,
@@ -304,6 +309,7 @@ def open_run(
         eval_fn=parts.eval_fn,
         join=parts.join,
         saves=saves,
+        frozen=frozen,
         writer=writer,
         bar=bar,
         rate=throughput(task, parts.strategy),
@@ -337,6 +343,11 @@ def check(config: ConfigDict) -> None:
     for key in BELOW_1:
         if config.hyper[key] >= 1:
             raise ValueError(f"hyper.{key} is {config.hyper[key]}: it must be below 1")
+    if config.hyper.dropout_adapter and config.adapter.name != "lora":
+        raise ValueError(
+            f"hyper.dropout_adapter is {config.hyper.dropout_adapter}, but the adapter "
+            f"{config.adapter.name!r} drops nothing: set it to 0 or take lora"
+        )
 
 
 def make_task(config: ConfigDict, workdir: Path) -> tasks.Task:
@@ -390,16 +401,21 @@ def make_hyper(config: ConfigDict, task: tasks.Task) -> Hyper:
 
 def restore(
     saves: checkpoint.Checkpoints, parts: Parts, key: jax.Array
-) -> tuple[TrainState, Totals]:
-    """Returns the newest sound state of this run, on one device, and its totals."""
+) -> tuple[TrainState, Totals, str]:
+    """Returns the newest sound state of this run, on one device, and its totals.
+
+    The third is the digest of its frozen trees, "" for none.
+    """
     replicated = NamedSharding(parts.strategy.mesh, PartitionSpec())
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
         jax.eval_shape(parts.first, key),
     )
-    state, meta, step = saves.restore(wanted, step=None)
+    state, meta, step = saves.restore(wanted._replace(frozen={}), step=None)
+    if wanted.frozen:
+        state = state._replace(frozen=saves.load_frozen(meta["frozen"], wanted.frozen))
     saves.rewind(step)
-    return sharding.local(state), Totals(**meta["totals"])
+    return sharding.local(state), Totals(**meta["totals"]), meta.get("frozen", "")
 
 
 def begin(config: ConfigDict, parts: Parts, key: jax.Array) -> TrainState:
@@ -413,7 +429,7 @@ def begin(config: ConfigDict, parts: Parts, key: jax.Array) -> TrainState:
         weights = runs.open(config.init_from).params
     weights = model.stack(weights, cfg) if cfg.scan_layers else weights
     checkpoint.check_same(jax.eval_shape(partial(model.init, cfg), key), weights)
-    return parts.fresh(weights)
+    return parts.fresh(weights, key)
 
 
 def last_step(config: ConfigDict, task: tasks.Task) -> int:
@@ -446,13 +462,17 @@ def throughput(task: tasks.Task, strategy: sharding.Strategy) -> metrics.Through
     )
 
 
-def describe(job: Job, step: int) -> str:
+def describe(job: Job, state: TrainState) -> str:
     """Returns the lines that a run begins with: what trains, on what, from where."""
     cfg, task, mesh = job.task.model.cfg, job.task, job.strategy.mesh
-    platform = jax.devices()[0].platform
+    platform, step = jax.devices()[0].platform, int(state.step)
     begin = f"resuming after step {step}" if step else "starting"
+    parameters = f"{model.count(cfg):,} parameters"
+    if "base" in state.frozen:
+        total = model.count(state.params) + model.count(state.frozen["base"])
+        parameters = f"{model.count(state.params):,} trainable of {total:,} parameters"
     return (
-        f"{model.count(cfg):,} parameters, {cfg.n_layers} layers of width "
+        f"{parameters}, {cfg.n_layers} layers of width "
         f"{cfg.d_model}, vocabulary {cfg.vocab_size:,}\n"
         f"{len(task.train):,} training windows of {task.tokens} tokens, "
         f"{tokens_per_step(job.config, task):,} tokens a step\n"
@@ -634,8 +654,10 @@ def save(
     job: Job, state: TrainState, totals: Totals, step: int, metric: float | None
 ) -> None:
     """Starts an asynchronous checkpoint of everything that a resume needs."""
-    view = job.strategy.view(state)
+    view = job.strategy.view(state._replace(frozen={}))
     meta = {"totals": totals._asdict(), "fingerprint": job.task.fingerprint}
+    if job.frozen:
+        meta["frozen"] = job.frozen
     job.saves.save(step, view, metric=metric, meta=meta)
 
 

@@ -131,8 +131,8 @@ def test_no_run_leaves_a_config_as_it_is():
         ("{", "is not the config of a run"),
         ("[1]", "is not the config of a run"),
         ('{"data": {}}', "is not the config of a run"),
-        ('{"model": 3}', "is not the config of a run"),
-        ('{"model": {"colour": 1}}', "not known here: colour"),
+        ('{"model": 3, "task": {}}', "is not the config of a run"),
+        ('{"model": {"colour": 1}, "task": {}}', "not known here: colour"),
     ],
 )
 def test_what_is_no_run_is_refused_in_a_sentence(tmp_path, text, message):

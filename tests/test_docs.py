@@ -109,6 +109,8 @@ def _is_constant(args: list) -> bool:
 @functools.cache
 def config_of(file_and_options: str):
     file, _, options = file_and_options.partition(":")
+    # A reader's own run is not here.
+    options = ",".join(o for o in options.split(",") if not o.startswith("run="))
     path = (ROOT / file).relative_to(ROOT).with_suffix("")
     return importlib.import_module(".".join(path.parts)).get_config(options or None)
 

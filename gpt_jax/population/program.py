@@ -56,23 +56,26 @@ def compile_steps(parts: Parts, hyper: Any, batch: Any, slots: int) -> Any:
 
     def train_one(member, batches, n):
         state, which, key, hyper = member
+        frozen, moving = state.frozen, state._replace(frozen={})
 
         def body(i, carry):
-            state, seen = carry
+            moving, seen = carry
             batch = jax.tree.map(lambda x: x[i, which], batches)
+            state = moving._replace(frozen=frozen)
             state, *new = parts.step_fn(state, batch, key, hyper)
             write = partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0)
-            return state, jax.tree.map(write, seen, new)
+            return state._replace(frozen={}), jax.tree.map(write, seen, new)
 
         first = jax.tree.map(lambda x: x[0, 0], batches)
         _, *shapes = jax.eval_shape(parts.step_fn, state, first, key, hyper)
         blank = jax.tree.map(lambda x: jnp.zeros((STEPS, *x.shape), x.dtype), shapes)
-        state, (sums, info) = jax.lax.fori_loop(0, n, body, (state, blank))
-        return state, sums, info
+        moving, (sums, info) = jax.lax.fori_loop(0, n, body, (moving, blank))
+        return moving, sums, info
 
     def train_all(state, which, key, hyper, batches, n):
         one = partial(train_one, batches=batches, n=n)
-        return over_members(one)((state, which, key, hyper))
+        moved, sums, info = over_members(one)((state, which, key, hyper))
+        return moved._replace(frozen=state.frozen), sums, info
 
     mapped = jax.shard_map(
         train_all,
