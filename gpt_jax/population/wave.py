@@ -324,7 +324,7 @@ def sample_now(wave: Wave, wanted: bool) -> None:
 
 def save(wave: Wave) -> None:
     """Starts a checkpoint of every member, so that all have the same steps."""
-    host = jax.device_get(wave.state)
+    host = jax.device_get(wave.state._replace(frozen={}))  # stored already
     for member in wave.members:
         metric = member.loss if member.totals.evaluated == wave.step else None
         state = at(host, member.slot)
