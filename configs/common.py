@@ -45,6 +45,7 @@ def base() -> ConfigDict:
         {
             "vocab_size": 0,  # 0 = the tokenizer's
             "vocab_multiple": 1,  # the embedding table is padded (and masked) to this
+            "n_classes": 0,  # of a classifier's head; 0 = the head of a language model
             "context_length": 256,  # the most tokens that the model sees at once
             "n_layers": 6,
             "d_model": 384,
@@ -211,6 +212,35 @@ def task_dpo() -> ConfigDict:
     )
 
 
+def task_classify() -> ConfigDict:
+    """Sort texts into classes; config.data.source names the table."""
+    return ConfigDict(
+        {
+            "name": "classify",
+            "text_column": "text",
+            "label_column": "label",  # of the class
+            "columns": (),  # the names of all columns, where the file has no header
+            "labels": (),  # the classes; () = all that the table has, sorted
+            "skip": False,  # leave out rows that cannot be used, and count them
+            "balance": False,  # of each class only as many rows as the rarest has
+            # The parts: a column that holds train, val or test; or tables of their own
+            # for val and test; or shares of all rows, in an order that the seed draws.
+            "split_column": "",
+            "val": "",
+            "test": "",
+            "fractions": (0.7, 0.1, 0.2),
+            "split_seed": 123,
+            # Whose features are classified: last or first token of the text, the mean
+            # of all; or end, the last position of the row, padding or not.
+            "pool": "last",
+            "causal": True,  # a token sees only what is before it
+            # Widths that a batch may be padded to, instead of the one that fits all
+            # texts; each is compiled for when it first comes.
+            "buckets": (),
+        }
+    )
+
+
 def adapter_full() -> ConfigDict:
     """Every weight trains."""
     return ConfigDict({"name": "full"})
@@ -241,7 +271,7 @@ def adapter_lora() -> ConfigDict:
     )
 
 
-TASKS = {"lm": task_lm, "dpo": task_dpo}
+TASKS = {"lm": task_lm, "classify": task_classify, "dpo": task_dpo}
 ADAPTERS = {"full": adapter_full, "only": adapter_only, "lora": adapter_lora}
 
 

@@ -31,6 +31,8 @@ from absl import flags
 
 from experiments import door
 
+MOST_LINES = 60  # of the printed table; results.csv has all
+
 SWEEP = flags.DEFINE_string("sweep", "", "Sweep file, e.g. experiments/sweeps/lr.py.")
 OUT = flags.DEFINE_string("out", "", "Folder (default: runs/sweep_<sweep's name>).")
 SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE of the config, for all trials.")
@@ -95,6 +97,8 @@ def main(_: list[str]) -> int:
             **options,
         )
     report.write(out, done.results)
+    if len(done.results["trials"]) <= MOST_LINES:
+        print(report.table(done.results))
     print(report.summary(done.results))
     if done.exit_code:
         print(f"stopped; the same command goes on: {door.command(())}")

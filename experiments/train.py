@@ -45,12 +45,15 @@ def main(_: list[str]) -> int:
     if result.reason == "signal":
         print(f"stopped after step {result.step}; the same command resumes")
         return result.exit_code
-    sample = f"python -m experiments.sample --run={workdir} --prompt=..."
+    use = f"sample           python -m experiments.sample --run={workdir} --prompt=..."
+    if (Path(workdir) / "classes.json").is_file():
+        classify = f"python -m experiments.classify --run={workdir}"
+        use = f"label texts      {classify} --text=..."
     longer = door.command(("--config.steps", "--workdir")) + f" --workdir={workdir}"
     mine = door.command(("--config.data.source", "--workdir")) + " --workdir=runs/mine"
     print(f"done: {result.reason} reached after step {result.step}")
     print(f"  the loss curve   {workdir}/loss.png")
-    print(f"  sample           {sample}")
+    print(f"  {use}")
     if result.reason == "steps":
         print(f"  train longer     {longer} --config.steps={2 * result.step}")
     print(f"  your own text    {mine} --config.data.source=FILE.txt")

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-# Shape legend: B batch  T time  C time within a chunk  D width  V vocabulary.
+# Shape legend: B batch  T time  C time within a chunk  D width  V vocabulary
+# N classes.
 
 
 def next_token(
@@ -96,3 +97,34 @@ def next_token_in_chunks(
     again = jax.checkpoint(part, prevent_cse=False)  # the loop prevents it
     parts = jax.lax.map(lambda piece: again(*piece), pieces)
     return jax.tree.map(lambda sums: sums.sum(0), parts)
+
+
+def classification(
+    logits_BN: jax.Array,
+    label_B: jax.Array,
+    mask_B: jax.Array,
+    *,
+    label_smoothing: jax.Array | float,
+    z_loss: jax.Array | float,
+) -> dict[str, jax.Array]:
+    """Cross-entropy of classes, summed over examples.
+
+    Args:
+      logits_BN: one score per class, any float type.
+      label_B: int, the right class of each example.
+      mask_B: the weight of each example; see `next_token`, as for what follows.
+      label_smoothing: traced.
+      z_loss: traced.
+
+    Returns:
+      Float32 scalars: "loss", "accuracy" (the weighted count of examples whose right
+      class scores highest; the first of equal scores) and "weight".
+    """
+    numbers = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+    sums = next_token(logits_BN[:, None], label_B[:, None], mask_B[:, None], **numbers)
+    right_B = logits_BN.argmax(-1) == label_B
+    return {
+        "loss": sums["loss"],
+        "accuracy": (right_B * mask_B.astype(jnp.float32)).sum(),
+        "weight": sums["weight"],
+    }

@@ -123,6 +123,7 @@ class GPTConfig:
     dtype: str
     param_dtype: str
     attention: str
+    n_classes: int = 0  # runs that are older than classification do not say
 
     def __post_init__(self):
         settle = partial(object.__setattr__, self)
@@ -151,6 +152,10 @@ class GPTConfig:
             )
         if not self.pattern:
             raise ValueError("pattern is empty; it needs at least one layer kind")
+        if self.n_classes == 1:
+            raise ValueError(
+                "n_classes is 1: a classifier needs at least two, 0 is a language model"
+            )
         if self.tie_embeddings and self.head_bias:
             raise ValueError("head_bias needs a head: set tie_embeddings=False")
         for name, choices in _CHOICES.items():
@@ -205,7 +210,7 @@ REMAT: dict[str, Callable | None] = {
 _POSITIVE = ("vocab_size", "vocab_multiple", "context_length", "n_layers")
 _POSITIVE += ("d_model", "n_heads")
 _NOT_NEGATIVE = ("n_kv_heads", "head_dim", "d_ff", "query_scale")
-_NOT_NEGATIVE += ("attn_softcap", "logit_softcap", "norm_eps")
+_NOT_NEGATIVE += ("attn_softcap", "logit_softcap", "norm_eps", "n_classes")
 _CHOICES = {
     "position": ("learned", "rope", "none"),
     "norm": ("layernorm", "rmsnorm"),
@@ -483,7 +488,9 @@ class GPT(nn.Module):
         for i in range(_n_scanned(cfg) if cfg.scan_layers else 0, cfg.n_layers):
             setattr(self, f"block_{i}", Block(cfg))
         self.final_norm = Norm(cfg.d_model, cfg.norm, cfg)
-        if not cfg.tie_embeddings:
+        if cfg.n_classes:
+            self.classifier = Dense((cfg.d_model,), (cfg.n_classes,), True, cfg)
+        elif not cfg.tie_embeddings:
             self.head = Head(cfg)
 
     def __call__(
@@ -552,8 +559,13 @@ class GPT(nn.Module):
         return self.final_norm(x_BTD), cache
 
     def logits(self, x):
-        """Returns float32 logits [..., V] of the true vocabulary."""
+        """Returns float32 logits [..., V] of the true vocabulary.
+
+        Of a classifier they are [..., C], of its classes.
+        """
         cfg = self.cfg
+        if cfg.n_classes:
+            return self.classifier(x).astype(jnp.float32)
         y = self.embed.attend(x) if cfg.tie_embeddings else self.head(x)
         y = y[..., : cfg.vocab_size]
         if cfg.logit_softcap:
@@ -716,7 +728,7 @@ def _presets(cfg: GPTConfig) -> list[tuple[str, Callable]]:
         "modern": [
             (r"bias$", _constant(0.0)),
             (r"embedding$", _normal(0.02 if cfg.tie_embeddings else 1.0)),
-            (r"head/kernel$", _normal(0.001)),
+            (r"(head|classifier)/kernel$", _normal(0.001)),
             (r".*", _uniform(math.sqrt(3.0))),
         ],
     }

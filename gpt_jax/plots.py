@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,34 @@ def loss(folder: str | Path) -> Path | None:
     figure.savefig(part, format="png")
     os.replace(part, path)
     return path
+
+
+def confusion(
+    path: str | Path, labels: Sequence[str], table_CC: Sequence[Sequence[int]]
+) -> None:
+    """Draws a confusion matrix into a PNG file.
+
+    Args:
+      path: the file.
+      labels: the classes.
+      table_CC: counts by right class (rows) and given class (columns); the colour is
+        the share of its row.
+    """
+    from matplotlib.figure import Figure
+
+    counts_CC = np.asarray(table_CC)
+    shares_CC = counts_CC / np.maximum(counts_CC.sum(1, keepdims=True), 1)
+    side = max(3.5, 0.7 * len(labels) + 1.5)  # inches
+    figure = Figure(figsize=(side, side), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(shares_CC, cmap="Blues", vmin=0.0, vmax=1.0)
+    for (row, column), count in np.ndenumerate(counts_CC):
+        ink = "white" if shares_CC[row, column] > 0.5 else "black"
+        axes.text(column, row, f"{count:,}", ha="center", va="center", color=ink)
+    axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set(xlabel="given class", ylabel="right class")
+    figure.savefig(path, format="png")
 
 
 def _curve(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:

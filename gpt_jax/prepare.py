@@ -106,7 +106,7 @@ def prepare(
         raise ValueError(f"data.workers is {workers}; it must not be negative")
     show = Show(progress)
     corpus = corpora.open(source, field=field, cache=cache, progress=progress)
-    ready = _ready_tokenizer(tokenizer, cache, progress)
+    ready = ready_tokenizer(tokenizer, cache, progress)
     identity = {
         "format": FORMAT,
         "text": corpus.fingerprint,
@@ -216,8 +216,12 @@ def _size(corpus: corpora.Corpus, show: "Show") -> Size:
 # --- the tokenizer --------------------------------------------------------------------
 
 
-def _ready_tokenizer(spec: str, cache: str | Path, progress: bool) -> Tokenizer | None:
-    """Returns the tokenizer that needs no training, or None."""
+def ready_tokenizer(spec: str, cache: str | Path, progress: bool) -> Tokenizer | None:
+    """Returns the tokenizer of a spec that needs no training; None for the others.
+
+    Raises:
+      FileNotFoundError: it is neither a kind of tokenizer nor the path of one.
+    """
     if spec == "gpt2":
         encoder = corpora.fetch("gpt2_encoder", cache, progress)
         return tokenizers.gpt2(encoder, corpora.fetch("gpt2_bpe", cache, progress))

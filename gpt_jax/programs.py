@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import monitoring
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class Program:
     """A jitted function that is compiled once, in the background if asked to.
 
     Its first call waits for that, and tells how long it took and whether the cache
-    had it. The shapes of the arguments never change.
+    had it. Arguments of other shapes are compiled for when they first come.
     """
 
     def __init__(self, jitted: Any, name: str, tell: Callable[[str], None]):
@@ -81,11 +82,12 @@ class Program:
         self._jitted, self._name, self._tell = jitted, name, tell
         self._compiled: Future | None = None
         self._run: Any = None
+        self._shapes: list[tuple[int, ...]] = []
 
     def begin(self, *args: Any) -> None:
         """Starts to compile for arguments like these, beside whatever comes next."""
         began = time.monotonic()
-        self._compiled = Future()
+        self._compiled, self._shapes = Future(), _shapes(args)
         work = (self._jitted.lower(*args), began, self._compiled)
         # An accelerator's compiler times its kernels: nothing may run beside it.
         if jax.default_backend() == "cpu":
@@ -102,7 +104,13 @@ class Program:
             self._run, seconds, event = self._compiled.result()
             self._compiled = None
             self._tell(_story(self._name, seconds, event))
+        if _shapes(args) != self._shapes:
+            return self._jitted(*args)
         return self._run(*args)
+
+
+def _shapes(args: tuple) -> list[tuple[int, ...]]:
+    return [jnp.shape(x) for x in jax.tree.leaves(args)]
 
 
 def _compile(lowered: Any, began: float, result: Future) -> None:

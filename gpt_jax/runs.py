@@ -2,6 +2,7 @@
 
 runs/a/config.json      every key of the config, as last used
 runs/a/tokenizer.json   the tokenizer; opens in Hugging Face `tokenizers` too
+runs/a/classes.json     what a classifier's classes are called, and how far it reads
 runs/a/data.json        the fingerprint of the training data
 runs/a/checkpoints/     see checkpoint.py; weights that never change in frozen/
 runs/a/metrics.jsonl    one JSON object a line; loss.png draws it
@@ -45,6 +46,18 @@ RESUMABLE = (
 ABSENT = "(absent)"
 
 
+class Classes(NamedTuple):
+    """What a classifier tells apart.
+
+    Attributes:
+      labels: the names of the classes, in the order of the logits.
+      length: tokens of a text that it reads at most.
+    """
+
+    labels: tuple[str, ...]
+    length: int
+
+
 class Run(NamedTuple):
     """An opened run.
 
@@ -56,6 +69,7 @@ class Run(NamedTuple):
       params: the weights to apply it with, on this process's first device; an adapter
         is merged into them.
       step: the step that they are from.
+      classes: of a classifier; None for a language model.
     """
 
     folder: Path
@@ -64,6 +78,7 @@ class Run(NamedTuple):
     model: GPT
     params: dict
     step: int
+    classes: "Classes | None" = None
 
 
 def open(
@@ -86,7 +101,8 @@ def open(
     folder = Path(folder)
     config = read_config(folder)
     tokenizer = tokenizers.load(folder / "tokenizer.json")
-    cfg = model_config(config, tokenizer)
+    classes = read_classes(folder)
+    cfg = model_config(config, tokenizer, classes)
     weights = weights or ("ema" if config.optimizer.ema else "params")
     store = Checkpoints(folder / "checkpoints", keep=None)
     unmerged = weights == "base"
@@ -98,12 +114,21 @@ def open(
     if unmerged:
         params = _base(frozen, params, folder)
     model = GPT(_unscanned(cfg))
-    return Run(folder, config, tokenizer, model, unstack(params, cfg), found)
+    return Run(folder, config, tokenizer, model, unstack(params, cfg), found, classes)
 
 
-def model_config(config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> GPTConfig:
-    """Returns the model of a config; vocab_size 0 takes the tokenizer's."""
+def model_config(
+    config: ConfigDict,
+    tokenizer: tokenizers.Tokenizer,
+    classes: Classes | None = None,
+) -> GPTConfig:
+    """Returns the model of a config.
+
+    Where vocab_size and n_classes are 0 they are those of the tokenizer, the classes.
+    """
     fields = config.model.to_dict()
+    if classes:
+        fields["n_classes"] = fields["n_classes"] or len(classes.labels)
     fields["vocab_size"] = fields["vocab_size"] or tokenizer.vocab_size
     if fields["vocab_size"] < tokenizer.vocab_size:
         raise ValueError(
@@ -113,16 +138,27 @@ def model_config(config: ConfigDict, tokenizer: tokenizers.Tokenizer) -> GPTConf
     return GPTConfig(**fields)
 
 
-def create(workdir: str | Path, config: ConfigDict, tokenizer) -> None:
-    """Writes tokenizer.json and then config.json, which makes the folder a run."""
+def create(
+    workdir: str | Path,
+    config: ConfigDict,
+    tokenizer,
+    classes: Classes | None = None,
+) -> None:
+    """Writes what a run is made of; last config.json, which makes the folder a run."""
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     tokenizer.save(workdir / "tokenizer.json")
+    if classes:
+        _write(workdir / "classes.json", json.dumps(classes._asdict()))
     _write(workdir / "config.json", _text(config))
 
 
 def create_or_check(
-    workdir: str | Path, config: ConfigDict, tokenizer, fingerprint: str
+    workdir: str | Path,
+    config: ConfigDict,
+    tokenizer,
+    fingerprint: str,
+    classes: Classes | None = None,
 ) -> bool:
     """Makes a new run folder, or checks that this config may go on in an old one.
 
@@ -149,7 +185,7 @@ def create_or_check(
                 f"use another --workdir"
             )
         _write(workdir / "data.json", json.dumps({"fingerprint": fingerprint}))
-        create(workdir, config, tokenizer)
+        create(workdir, config, tokenizer, classes)
         return False
     _refuse_changes(workdir, config, tokenizer, fingerprint)
     _write(workdir / "config.json", _text(config))
@@ -173,6 +209,20 @@ def read_config(folder: str | Path) -> ConfigDict:
         return as_config(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is not a config: {error}") from error
+
+
+def read_classes(folder: str | Path) -> Classes | None:
+    """Returns the classes of a classifier's run; None where a run has none."""
+    path = Path(folder) / "classes.json"
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return Classes(tuple(map(str, found["labels"])), int(found["length"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} does not hold the classes of a run: {error}"
+        ) from error
 
 
 def as_config(tree: dict) -> ConfigDict:

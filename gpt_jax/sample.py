@@ -616,6 +616,11 @@ def prompt_ids(prompt: str | Sequence[int], tokenizer, cfg) -> list[int]:
       ValueError: it is too long, has an id that is none, or is empty without a way to
         begin; or the text cannot be tokenized.
     """
+    if cfg.n_classes:
+        raise ValueError(
+            f"this model sorts texts into {cfg.n_classes} classes and writes none; use "
+            "it with python -m experiments.classify --run=..."
+        )
     text = isinstance(prompt, str)
     ids = [*tokenizer.opening, *tokenizer.encode(prompt)] if text else list(prompt)
     if not ids and tokenizer.eos_id is not None:

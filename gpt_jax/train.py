@@ -7,8 +7,10 @@ loop. What happens to the weights at a step is in step.py.
 import contextlib
 import gc
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -277,7 +280,9 @@ def open_run(
     init_key, key = jax.random.split(jax.random.key(config.seed))
 
     def create_or_check():
-        runs.create_or_check(workdir, config, task.tokenizer, task.fingerprint)
+        runs.create_or_check(
+            workdir, config, task.tokenizer, task.fingerprint, task.classes
+        )
 
     if saves.steps():
         create_or_check()
@@ -363,6 +368,11 @@ def make_task(config: ConfigDict, workdir: Path) -> tasks.Task:
         dropout=[key for key in hyper if key.startswith("dropout_") and hyper[key] > 0],
         progress=True,
     )
+    if config.sample_every and task.classes:
+        raise ValueError(
+            f"sample_every is {config.sample_every}: a classifier writes no text; set "
+            "it to 0"
+        )
     if config.sample_every:  # prompts and settings that cannot be sampled are refused
         sample.check(**sample_settings(config))
         first_prompt(task, config.sample.prompt)
@@ -424,12 +434,35 @@ def begin(config: ConfigDict, parts: Parts, key: jax.Array) -> TrainState:
         return parts.first(key)
     cfg = parts.task.model.cfg
     if published := hugging_face(config):
-        weights = pretrained.load(pretrained.find(published), cfg)
+        folder = pretrained.find(published)
+        weights = pretrained.load(folder, replace(cfg, n_classes=0))
     else:
         weights = runs.open(config.init_from).params
     weights = model.stack(weights, cfg) if cfg.scan_layers else weights
+    weights = adopt(weights, parts.task, key)
     checkpoint.check_same(jax.eval_shape(partial(model.init, cfg), key), weights)
     return parts.fresh(weights, key)
+
+
+def adopt(weights: Any, task: tasks.Task, key: jax.Array) -> Any:
+    """Returns weights of another task, less `task.drops`, with new `task.draws`."""
+    cfg = task.model.cfg
+    wanted = flatten_dict(jax.eval_shape(partial(model.init, cfg), key), sep="/")
+    found: dict[str, Any] = flatten_dict(weights, sep="/")  # type: ignore[assignment]
+    kept = {
+        path: leaf
+        for path, leaf in found.items()
+        if path in wanted or not any(re.search(rule, path) for rule in task.drops)
+    }
+    absent = [
+        path
+        for path in wanted.keys() - kept.keys()
+        if any(re.search(rule, path) for rule in task.draws)
+    ]
+    if absent:
+        drawn = flatten_dict(jax.jit(partial(model.init, cfg))(key), sep="/")
+        kept |= {path: drawn[path] for path in absent}
+    return unflatten_dict(kept, sep="/")
 
 
 def last_step(config: ConfigDict, task: tasks.Task) -> int:
@@ -536,7 +569,9 @@ def log(job: Job, totals: Totals, step: int, pending: list) -> dict[str, float]:
     finite = [part for part in sums if math.isfinite(part["loss"])]
     numbers = dict(info)
     if finite:
-        numbers["train_loss"] = evaluate.means(evaluate.add(finite))["loss"]
+        means = evaluate.means(evaluate.add(finite))
+        means.pop("perplexity", None)  # train_loss says the same
+        numbers |= {f"train_{name}": value for name, value in means.items()}
     numbers |= job.rate.measure(totals.tokens)
     job.writer.write(step, tokens=totals.tokens, seconds=totals.seconds, **numbers)
     job.bar.update(step, **numbers)

@@ -83,6 +83,12 @@ def test_means_divide_sums_once_and_name_what_they_know():
     )
 
 
+def test_other_sums_are_divided_by_the_weight_under_their_own_names():
+    sums = {"loss": 6.0, "weight": 4.0, "accuracy": 3.0, "margin": -2.0}
+    wanted = {"loss": 1.5, "accuracy": 0.75, "margin": -0.5}
+    assert evaluate.means(sums) == wanted
+
+
 def test_sums_of_batches_add_up_by_name():
     parts = [{"loss": 1.5, "weight": 2.0}, {"loss": np.float32(2.5), "weight": 1.0}]
     assert evaluate.add(parts) == {"loss": 4.0, "weight": 3.0}

@@ -208,6 +208,28 @@ def test_queries_and_keys_are_rms_normed_in_a_layernorm_model_too():
     np.testing.assert_allclose(forward(c)(params, TOKENS[:1])[0], want, atol=1e-4)
 
 
+# ---------------------------------------------------------------- classes
+
+
+def test_a_classifier_has_a_head_of_its_classes_instead_of_the_vocabulary():
+    c = cfg(n_classes=3, tie_embeddings=False, init="modern")
+    params = model.init(c, KEY)
+    assert params["classifier"]["kernel"].shape == (32, 3)
+    assert params["classifier"]["bias"].shape == (3,)
+    assert "head" not in params
+    logits, _ = GPT(c).apply({"params": params}, TOKENS)
+    assert logits.shape == (B, T, 3) and logits.dtype == jnp.float32
+    assert np.abs(logits).max() < 0.1  # begins undecided
+    lm = cfg(tie_embeddings=False, init="modern")
+    assert model.count(c) == model.count(lm) - 32 * 61 + 32 * 3 + 3
+
+
+@pytest.mark.parametrize("classes", [-1, 1])
+def test_a_number_of_classes_that_sorts_nothing_is_refused(classes):
+    with pytest.raises(ValueError, match=f"n_classes is {classes}"):
+        cfg(n_classes=classes)
+
+
 # ---------------------------------------------------------------- exact counts
 
 SIZES = {"small": (12, 768, 12), "medium": (24, 1024, 16), "large": (36, 1280, 20)}

@@ -43,6 +43,14 @@ def test_compiling_begins_before_the_call_and_beside_the_caller():
     assert not [t for t in threading.enumerate() if t.name == "compile"]
 
 
+def test_other_shapes_run_too_and_the_first_ones_go_on():
+    tracing = []
+    run = program(lambda x: tracing.append(x.shape) or x + 1, [])
+    for width in (3, 5, 3, 5):
+        assert run(jnp.ones(width)).tolist() == [2] * width
+    assert tracing == [(3,), (5,)]
+
+
 def test_donation_is_kept():
     run = program(lambda x: x + 1, [], donate_argnums=0)
     x = jnp.zeros(5)

@@ -403,3 +403,19 @@ def test_a_noted_end_holds_until_the_run_goes_on(tmp_path):
         assert runs.ended(tmp_path) == ("pruned", 3)
         saves.save(4, tree, metric=None, meta={})
     assert runs.ended(tmp_path) is None
+
+
+def test_a_classifier_opens_with_its_classes(config, tokenizer, tmp_path):
+    classes = runs.Classes(("ham", "spam", "eggs"), 12)
+    runs.create_or_check(tmp_path, config, tokenizer, "text", classes)
+    cfg = runs.model_config(config, tokenizer, classes)
+    assert cfg.n_classes == 3
+    with Checkpoints(tmp_path / "checkpoints", keep=1) as store:
+        store.save(1, {"params": draw(cfg, 1)}, metric=None, meta={})
+    run = runs.open(tmp_path)
+    assert run.classes == classes
+    logits, _ = run.model.apply({"params": run.params}, IDS % tokenizer.vocab_size)
+    assert logits.shape == (1, 12, 3)
+    (tmp_path / "classes.json").write_text('{"labels": 3}')
+    with pytest.raises(ValueError, match="does not hold the classes"):
+        runs.open(tmp_path)

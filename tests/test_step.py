@@ -10,6 +10,7 @@ import pytest
 from configs import common
 from gpt_jax import adapters, model, optimizer, step
 from gpt_jax.tasks import lm
+from gpt_jax.tasks.task import DROPOUTS
 from tests import tiny
 
 CFG = tiny.cfg()
@@ -163,7 +164,7 @@ def test_the_moving_average_follows_the_weights_and_skips_with_them():
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_members_of_a_vmap_over_hyper_equal_single_runs(name):
     """Every number that a population varies is traced: no recompilation, no branch."""
-    function, tx = make_step(name=name, dropout=lm.DROPOUTS)
+    function, tx = make_step(name=name, dropout=DROPOUTS)
     single, many = jax.jit(function), jax.jit(jax.vmap(function, (0, None, None, 0)))
     varied = [
         {"lr": 1e-3, "matrix_lr": 0.01, "dropout_attn": 0.0, "clip": 0.0},
@@ -187,7 +188,7 @@ def test_members_of_a_vmap_over_hyper_equal_single_runs(name):
 
 
 def test_dropout_masks_differ_between_steps_and_micro_batches():
-    function, tx = make_step(dropout=lm.DROPOUTS)
+    function, tx = make_step(dropout=DROPOUTS)
     fn = jax.jit(function)
     hyper = make_hyper(dropout_residual=0.5, lr=0.0, matrix_lr=0.0, weight_decay=0.0)
     state, batch = begin(tx), make_batch(1, 4, masked=False)

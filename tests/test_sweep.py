@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,8 @@ def test_a_ready_sweep_fits_its_config_and_says_what_it_is(path):
     for word in ("What:", "Expected:", "Time:", f"experiments/sweeps/{path.name}"):
         assert word in doc, f"{path.name} does not say {word!r}"
     ready = plan.load(path)
+    mine = re.sub(r"\brun=[^,]*", "run=", ready.config)  # the reader's run folder
+    ready = replace(ready, config=mine)
     ready, config = plan.fix(ready, door.load_config(ready.config))
     if ready.space:
         configs = [corner for _, corner in plan.corners(config, ready)]
@@ -188,6 +191,31 @@ def test_a_ready_sweep_fits_its_config_and_says_what_it_is(path):
 def test_a_sweep_file_that_cannot_be_is_refused(tmp_path, text, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
         plan.load(sweep_file(tmp_path, text))
+
+
+def test_a_point_may_choose_options_of_the_config_file():
+    points = [
+        {"config": "train=head,adapter=full", "hyper.lr": 0.5},
+        {"config": "adapter=lora"},
+        {"hyper.lr": 0.25},
+    ]
+    mine = make(points, config="configs/classify.py:size=tiny", fixed={"steps": 3})
+    mine, base = plan.fix(mine, door.load_config(mine.config))
+    built = plan.configs(base, mine)
+    names = ["train=head,adapter=full,lr=0.5", "adapter=lora", "lr=0.25"]
+    assert list(built) == names
+    head, lora, plain = (config for _, config in built.values())
+    assert (
+        head.optimizer.freeze and head.hyper.lr == 0.5 and head.adapter.name == "full"
+    )
+    assert lora.adapter.name == "lora" and not lora.optimizer.freeze
+    assert plain.hyper.lr == 0.25 and plain.adapter.name == "full"
+    assert {config.steps for config in (head, lora, plain)} == {3}
+    words = plan.command(mine, points[0], "runs/x")
+    assert "--config=configs/classify.py:size=tiny,train=head,adapter=full" in words
+    assert not any(word.startswith("--config.config") for word in words)
+    with pytest.raises(ValueError, match=r"point 0 .*is not one of: all, head"):
+        plan.configs(base, make([{"config": "train=tail"}], config=mine.config))
 
 
 def test_a_missing_file_and_a_word_that_is_no_setting_are_refused(tmp_path):

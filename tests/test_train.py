@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from configs import common
-from gpt_jax import checkpoint, metrics, runs, tokenizers, train
+from gpt_jax import checkpoint, metrics, model, runs, tasks, tokenizers, train
+from tests import tiny
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 300
 
@@ -213,6 +214,28 @@ def test_a_new_run_starts_from_the_weights_of_another(config, tmp_path):
     with pytest.raises(ValueError, match="of another model"):
         train.train(config, tmp_path / "third")
     assert not (tmp_path / "third" / "config.json").exists()
+
+
+def test_weights_of_another_task_lose_and_gain_only_what_the_task_names():
+    key = jax.random.key(0)
+    old, new = tiny.cfg(tie_embeddings=False), tiny.cfg(n_classes=3)
+    weights = model.init(old, jax.random.key(1))
+    task = tasks.Task(
+        *(model.GPT(new), None, None, None, None, 8, ""),
+        draws=("^classifier/",),
+        drops=("^head/",),
+    )
+    got = train.adopt(weights, task, key)
+    checkpoint.check_same(model.init(new, key), got)
+    kept, first = got["block_1"], weights["block_1"]
+    jax.tree.map(np.testing.assert_array_equal, kept, first)
+    assert np.abs(got["classifier"]["kernel"]).max() > 0
+    again = train.adopt(got, task, jax.random.key(2))  # a classifier is kept whole
+    np.testing.assert_array_equal(
+        again["classifier"]["kernel"], got["classifier"]["kernel"]
+    )
+    plain = task._replace(draws=(), drops=())
+    assert train.adopt(weights, plain, key).keys() == weights.keys()
 
 
 def test_a_run_of_nothing_but_nan_stops_and_saves_none_of_it(config, tmp_path):

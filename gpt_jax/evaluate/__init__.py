@@ -79,7 +79,8 @@ def means(sums: Mapping[str, Any]) -> dict[str, float]:
 
     Returns:
       loss: nats per target. perplexity: exp of the plain loss. bpb: bits per byte of
-      text, comparable between tokenizers; only where the sums know the bytes.
+      text, comparable between tokenizers; only where the sums know the bytes. Every
+      other sum is divided by the weight and keeps its name: accuracy, say.
     """
     weight = float(sums["weight"]) or 1.0
     result = {"loss": float(sums["loss"]) / weight}
@@ -88,4 +89,5 @@ def means(sums: Mapping[str, Any]) -> dict[str, float]:
         result["perplexity"] = math.exp(min(nll / weight, 700.0))  # exp(710) overflows
         if float(sums.get("bytes", 0.0)) > 0:
             result["bpb"] = nll / math.log(2) / float(sums["bytes"])
-    return result
+    others = sums.keys() - {"loss", "nll", "weight", "bytes"}
+    return result | {name: float(sums[name]) / weight for name in sorted(others)}

@@ -171,7 +171,9 @@ def build(
     shared = Shared(configs, workdirs, parts, stop, report, {}, {}, end)
     for i, (config, workdir) in enumerate(zip(configs, workdirs, strict=True)):
         if reached(workdir):  # refuses another config now, not when its turn comes
-            runs.create_or_check(workdir, config, task.tokenizer, task.fingerprint)
+            runs.create_or_check(
+                workdir, config, task.tokenizer, task.fingerprint, task.classes
+            )
         if note := runs.ended(workdir):
             shared.conclude(i, *note)
         elif shared.through(i, end):

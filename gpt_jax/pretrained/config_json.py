@@ -70,6 +70,11 @@ def config_of(cfg: GPTConfig) -> dict[str, Any]:
     Raises:
       ValueError: it belongs to none; the sentence names what the nearest one lacks.
     """
+    if cfg.n_classes:
+        raise ValueError(
+            f"this model sorts texts into {cfg.n_classes} classes: only language "
+            "models are exported"
+        )
     lacking = {}
     for family in TABLE.values():
         config = _config(family, cfg)

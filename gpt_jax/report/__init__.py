@@ -8,6 +8,6 @@ compare.py   any run folders side by side; seeds become mean and standard error
 """
 
 from gpt_jax.report.page import write
-from gpt_jax.report.results import summary, tables
+from gpt_jax.report.results import summary, table, tables
 
-__all__ = ["summary", "tables", "write"]
+__all__ = ["summary", "table", "tables", "write"]

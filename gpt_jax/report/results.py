@@ -65,6 +65,17 @@ def summary(results: Results) -> str:
     return f"{said}; best: {best['name']}, {value}"
 
 
+def table(results: Results) -> str:
+    """Returns the trials in the order of the sweep, as a Markdown table."""
+    metric = results["metric"]
+    lines = [f"| trial | {metric} | at step | seconds |", "|---|---|---|---|"]
+    for row in results["trials"]:
+        value = row["status"] if row["value"] is None else f"{row['value']:.4f}"
+        at = "" if row["at"] is None else row["at"]
+        lines.append(f"| {row['name']} | {value} | {at} | {row['seconds']:.0f} |")
+    return "\n".join(lines)
+
+
 def curve(folder: Path, metric: str) -> Curve:
     """Returns a run's evaluations of a metric; empty where it has none."""
     try:

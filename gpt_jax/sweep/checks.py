@@ -53,7 +53,7 @@ def _check(config: ConfigDict, plan: Plan, known: dict) -> None:
     text = (config.task, config.data, config.init_from, config.model.context_length)
     task = _once(known, ("task", *text), lambda: train.make_task(config, NOWHERE))
     model = ("model", config.model, *text)
-    _once(known, model, lambda: runs.model_config(config, task.tokenizer))
+    _once(known, model, lambda: runs.model_config(config, task.tokenizer, task.classes))
 
 
 def _once(known: dict, key: Any, make) -> Any:

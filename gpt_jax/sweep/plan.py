@@ -12,7 +12,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from gpt_jax.sweep.space import Dimension, Point, Pruner, names, short_keys
+from gpt_jax.sweep.space import (
+    OPTIONS,
+    Dimension,
+    Point,
+    Pruner,
+    names,
+    short_keys,
+)
 
 SAMPLERS = ("tpe", "random", "qmc", "cmaes", "gp")
 DIRECTIONS = ("minimize", "maximize")
@@ -26,7 +33,8 @@ class Plan:
       name: the file's name.
       config: the config file and its options, as --config takes it.
       fixed: overrides that all trials share.
-      points: the overrides of every trial; None when a search space is given.
+      points: the overrides of every trial; None when a search space is given. Under
+        the key "config" a point may have further options of the config file.
       space: what is searched.
       sampler, trials, seed: how a space is searched, and how many trials it gets.
       pruner: which trials stop early; None = none.
@@ -172,7 +180,12 @@ def configs(base: ConfigDict, plan: Plan) -> dict[str, tuple[Point, ConfigDict]]
     built = {}
     for index, (name, point) in enumerate(zip(names(points), points)):
         try:
-            built[name] = (point, override(base, point))
+            changes = dict(point)
+            start = base
+            if OPTIONS in changes:
+                file = with_options(plan.config, changes.pop(OPTIONS))
+                start = override(_read_config(file), plan.fixed)
+            built[name] = (point, override(start, changes))
         except ValueError as error:
             raise ValueError(f"point {index} ({name}): {error}") from error
     return built
@@ -189,11 +202,23 @@ def corners(base: ConfigDict, plan: Plan) -> Iterator[tuple[str, ConfigDict]]:
 
 def command(plan: Plan, point: Point, workdir: str) -> list[str]:
     """Returns the words of the command that trains a point alone."""
-    words = ["python", "-m", "experiments.train", f"--config={plan.config}"]
-    words += [
-        f"--config.{key}={value}" for key, value in {**plan.fixed, **point}.items()
-    ]
+    changes = {**plan.fixed, **point}
+    file = with_options(plan.config, changes.pop(OPTIONS, ""))
+    words = ["python", "-m", "experiments.train", f"--config={file}"]
+    words += [f"--config.{key}={value}" for key, value in changes.items()]
     return [*words, f"--workdir={workdir}"]
+
+
+def with_options(config: str, options: str) -> str:
+    """Returns a config file with more options behind its colon."""
+    file, _, before = config.partition(":")
+    more = ",".join(filter(None, (before, options)))
+    return f"{file}:{more}" if more else file
+
+
+def _read_config(file_and_options: str) -> ConfigDict:
+    path, _, arg = file_and_options.partition(":")
+    return runpy.run_path(path)["get_config"](arg or None)
 
 
 def _is_setting(key: str, value: Any) -> bool:

@@ -200,6 +200,7 @@ def _pruner(name: str, **numbers: int) -> Pruner:
 
 # --- names ----------------------------------------------------------------------------
 
+OPTIONS = "config"  # the key of a point that holds options of the config file
 LONGEST = 100  # characters in a trial's name, which is a folder
 
 
@@ -230,7 +231,12 @@ def name(
 ) -> str:
     """Returns a point as a folder's name: lr=0.001,d_model=128."""
     write = write or _brief
-    parts = [f"{short[key]}={_clean(write(value))}" for key, value in point.items()]
+    parts = [
+        _clean(value, "=,")
+        if key == OPTIONS
+        else f"{short[key]}={_clean(write(value))}"
+        for key, value in point.items()
+    ]
     whole = ",".join(parts) or "base"
     if len(whole) <= LONGEST:
         return whole
@@ -256,7 +262,7 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:8]
 
 
-def _clean(text: str) -> str:
+def _clean(text: str, also: str = "") -> str:
     """Keeps what a folder's name may hold on every system."""
-    kept = "".join(c if c.isalnum() or c in "._+-" else "_" for c in text)
+    kept = "".join(c if c.isalnum() or c in f"._+-{also}" else "_" for c in text)
     return kept or "_"

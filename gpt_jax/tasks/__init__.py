@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-from gpt_jax.tasks import lm
+from gpt_jax.tasks import classify, lm
 from gpt_jax.tasks.task import Batch, Sums, Task
 
 __all__ = ["TABLE", "Batch", "Sums", "Task", "make"]
 
-TABLE: dict[str, Callable[..., Task]] = {"lm": lm.make}
+TABLE: dict[str, Callable[..., Task]] = {"lm": lm.make, "classify": classify.make}
 
 
 def make(*, name: str, **options: Any) -> Task:

@@ -6,15 +6,13 @@ from typing import Any
 import jax.numpy as jnp
 
 from gpt_jax import data, losses
-from gpt_jax.model import GPT, Dropout, GPTConfig
+from gpt_jax.model import GPT, GPTConfig
 from gpt_jax.prepare import prepare
-from gpt_jax.tasks.task import Task
+from gpt_jax.tasks.task import Task, dropout_of
 
 # Float32 logits of a micro-batch, over all devices, that exist at once when the config
 # does not say how many positions do. With their gradient they take three times that.
 LOGITS_BYTES = 2**31
-# Of Hyper, in the order of model.Dropout.
-DROPOUTS = ("dropout_embed", "dropout_attn", "dropout_residual", "dropout_adapter")
 
 
 def make(
@@ -94,16 +92,12 @@ def make_loss(model: GPT, token_bytes_V, *, loss_chunk: int, dropout: Collection
     def loss(weights, frozen, batch, key, hyper):
         del frozen  # nothing but the weights decides this loss
         training = key is not None
-        rates = None
-        if training and dropout:
-            on = [getattr(hyper, n) if n in dropout else None for n in DROPOUTS]
-            rates = Dropout(key, *on)
         hidden: Any = model.apply(
             {"params": weights},
             batch["tokens"],
             batch.get("positions"),
             batch.get("segments"),
-            dropout=rates,
+            dropout=dropout_of(key, hyper, dropout),
             method="hidden",
         )
 

@@ -1,12 +1,32 @@
 """What a run optimises: the words that every task is described with."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from gpt_jax.data import Examples
+from gpt_jax.model import Dropout
+from gpt_jax.runs import Classes
 
 Batch = Mapping[str, Any]  # arrays [A, B, ...]: A micro-batches of B examples
 Sums = Mapping[str, Any]  # scalars summed over examples, always "loss" and "weight"
+
+
+# Of Hyper, in the order of model.Dropout.
+DROPOUTS = ("dropout_embed", "dropout_attn", "dropout_residual", "dropout_adapter")
+
+
+def dropout_of(key: Any, hyper: Any, on: Collection[str]) -> Dropout | None:
+    """Returns the dropout of one training pass; None in evaluation (no key).
+
+    Args:
+      key: of this pass, or None.
+      hyper: has the rates.
+      on: which of DROPOUTS may be above zero; the others are left out of the compiled
+        program, and with them what keeps attention from being fused.
+    """
+    if key is None or not on:
+        return None
+    return Dropout(key, *(getattr(hyper, n) if n in on else None for n in DROPOUTS))
 
 
 class Task(NamedTuple):
@@ -22,6 +42,9 @@ class Task(NamedTuple):
       tokens: tokens in one example, at most.
       fingerprint: what the examples were made of; a resumed run must find the same.
       reference: the loss needs the starting weights as `frozen["reference"]`.
+      classes: what a classifier tells apart; else None.
+      draws: regexes of weights that `init_from` may lack: they begin at random.
+      drops: regexes of weights of `init_from` that the model may lack: they are left.
       rollout: (weights, batch, key) -> batch, run before the step, or None.
     """
 
@@ -33,4 +56,7 @@ class Task(NamedTuple):
     tokens: int
     fingerprint: str
     reference: bool = False
+    classes: Classes | None = None
+    draws: tuple[str, ...] = ()
+    drops: tuple[str, ...] = ()
     rollout: Callable[..., Batch] | None = None

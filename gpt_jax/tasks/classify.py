@@ -1,0 +1,227 @@
+"""Classification: one label for a whole text."""
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from gpt_jax import classify, losses, prepare, tables, tokenizers
+from gpt_jax.classify import POOLS
+from gpt_jax.model import GPT, GPTConfig
+from gpt_jax.runs import Classes
+from gpt_jax.tasks.task import Task, dropout_of
+
+HEAD, LM_HEAD = "^classifier/", "^head/"
+
+
+class Texts:
+    """Encoded texts and their classes as examples.
+
+    `tokens` int32 [T], `length` and `label` int32 [], `mask` float32 [], which is 1.
+    Together (`take`), texts are padded to the first of `widths` that holds them all.
+    """
+
+    def __init__(
+        self, encoded: classify.Encoded, label_N: np.ndarray, widths: Sequence[int]
+    ):
+        self.encoded, self.label_N = encoded, label_N
+        self.widths = widths
+
+    def __len__(self) -> int:
+        return len(self.label_N)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {key: x[0] for key, x in self.take([index]).items()}
+
+    def take(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        """Returns many examples, stacked."""
+        length_B = self.encoded.length_N[indices]
+        width = next(width for width in self.widths if width >= length_B.max())
+        return {
+            "tokens": self.encoded.tokens_NT[indices, :width],
+            "length": length_B,
+            "label": self.label_N[indices],
+            "mask": np.ones(len(indices), np.float32),
+        }
+
+
+def make(
+    *,
+    model: Mapping[str, Any],
+    text: Mapping[str, Any],
+    dropout: Collection[str],
+    progress: bool,
+    pool: str,
+    causal: bool,
+    buckets: Sequence[int],
+    **table: Any,
+) -> Task:
+    """Reads the labelled texts and returns the task.
+
+    Args:
+      model: the fields of `GPTConfig`; vocab_size 0 takes the tokenizer's, n_classes 0
+        as many as there are labels.
+      text: the keys of `config.data`: the table, the tokenizer, the folder of
+        downloads; seq_len is how many tokens of a text are read, 0 = as many as the
+        longest to learn from has, and at most the context.
+      dropout: which of task.DROPOUTS may be above zero.
+      progress: say what was found.
+      pool: which position's features are classified, one of classify.POOLS.
+      causal: whether a token sees only what is before it.
+      buckets: widths that a batch may be padded to instead of the full one; each is
+        compiled for when it first comes.
+      **table: see `source_of`.
+
+    Raises:
+      ValueError: an option, the table, or the model and the texts do not fit.
+    """
+    _check(pool, buckets)
+    found = tables.load(source_of(table, text))
+    tokenizer = _tokenizer(text, found.parts)
+    gpt = GPT(_model(model, tokenizer, found.labels))
+    limit = text["seq_len"] or gpt.cfg.context_length
+    if limit > gpt.cfg.context_length:
+        raise ValueError(
+            f"data.seq_len {limit} is more than model.context_length "
+            f"{gpt.cfg.context_length}: read less of a text or enlarge the context"
+        )
+    texts = [[row.text for row in rows] for rows in found.parts]
+    train = classify.encode(tokenizer, texts[0], length=limit)
+    width = text["seq_len"] or int(train.length_N.max())
+    train = train._replace(tokens_NT=train.tokens_NT[:, :width])
+    val = classify.encode(tokenizer, texts[1], length=width)
+    cut = [f"{n.cut} {part}" for n, part in ((train, "train"), (val, "val")) if n.cut]
+    show = prepare.Show(progress)
+    show.say(f"{text['source']}: {found.summary()}")
+    if cut:
+        show.say(f"cut after {width} tokens: {' and '.join(cut)} texts")
+    widths = sorted({min(size, width) for size in buckets} | {width})
+    sides = ((train, found.parts.train), (val, found.parts.val))
+    examples = [
+        Texts(encoded, _numbers(rows, found.labels), widths) for encoded, rows in sides
+    ]
+    return Task(
+        model=gpt,
+        tokenizer=tokenizer,
+        loss=make_loss(gpt, pool=pool, causal=causal, dropout=dropout),
+        train=examples[0],
+        evals={"val": examples[1]},
+        tokens=width,
+        fingerprint=fingerprint(found, tokenizer, width),
+        classes=Classes(found.labels, width),
+        draws=(HEAD,),
+        drops=(LM_HEAD,),
+    )
+
+
+def make_loss(model: GPT, *, pool: str, causal: bool, dropout: Collection[str]):
+    """Returns the loss of `model` as `(weights, frozen, ...) -> Sums`.
+
+    The sums are "loss", "accuracy" (texts whose class is right) and "weight" (texts).
+    """
+
+    def loss(weights, frozen, batch, key, hyper):
+        del frozen  # nothing but the weights decides this loss
+        training = key is not None
+        logits_BC = classify.logits(
+            weights,
+            batch["tokens"],
+            batch["length"],
+            model=model,
+            pool=pool,
+            causal=causal,
+            dropout=dropout_of(key, hyper, dropout),
+        )
+        return losses.classification(
+            logits_BC,
+            batch["label"],
+            batch["mask"],
+            label_smoothing=hyper.label_smoothing if training else 0.0,
+            z_loss=hyper.z_loss if training else 0.0,
+        )
+
+    return loss
+
+
+def source_of(task: Mapping[str, Any], text: Mapping[str, Any]) -> tables.Source:
+    """Returns the table that `config.task` and `config.data` name."""
+    return tables.Source(
+        source=text["source"],
+        cache=text["cache"],
+        columns=tables.Columns(
+            task["text_column"],
+            task["label_column"],
+            task["split_column"],
+            tuple(task["columns"]),
+        ),
+        val=task["val"],
+        test=task["test"],
+        fractions=tuple(task["fractions"]),
+        seed=task["split_seed"],
+        balance=task["balance"],
+        labels=tuple(task["labels"]),
+        skip=task["skip"],
+    )
+
+
+def fingerprint(
+    found: tables.Table, tokenizer: tokenizers.Tokenizer, length: int
+) -> str:
+    """Returns the sha256 of all that a run's examples are made of, its test included.
+
+    Args:
+      found: the table.
+      tokenizer: what makes ids of it.
+      length: tokens of a text that are read.
+    """
+    words = f"{found.fingerprint} {tokenizer.sha256} {length}"
+    return hashlib.sha256(words.encode()).hexdigest()
+
+
+def _check(pool: str, buckets: Sequence[int]) -> None:
+    if pool not in POOLS:
+        raise ValueError(f"task.pool {pool!r} is not one of: {', '.join(POOLS)}")
+    if any(size < 1 for size in buckets):
+        raise ValueError(f"task.buckets is {buckets}: give numbers of tokens")
+    if buckets and pool == "end":
+        raise ValueError(
+            "task.pool=end reads the last position of rows that are all of one width: "
+            "leave task.buckets empty, or pool the last token of the text"
+        )
+    if buckets and jax.process_count() > 1:
+        raise ValueError(
+            f"{jax.process_count()} processes would pad a batch to different widths: "
+            "leave task.buckets empty"
+        )
+
+
+def _tokenizer(text: Mapping[str, Any], parts: tables.Parts) -> tokenizers.Tokenizer:
+    """Returns the tokenizer that is named, trained on the texts to learn from."""
+    spec = text["tokenizer"]
+    ready = prepare.ready_tokenizer(spec, text["cache"], progress=True)
+    return ready or tokenizers.train(spec, (row.text for row in parts.train))
+
+
+def _model(
+    model: Mapping[str, Any], tokenizer: tokenizers.Tokenizer, labels: Sequence[str]
+) -> GPTConfig:
+    fields = dict(model)
+    fields["vocab_size"] = fields["vocab_size"] or tokenizer.vocab_size
+    fields["n_classes"] = fields["n_classes"] or len(labels)
+    if fields["vocab_size"] < tokenizer.vocab_size:
+        raise ValueError(
+            f"model.vocab_size {fields['vocab_size']} is less than the tokenizer's "
+            f"{tokenizer.vocab_size}: set it to 0 to take the tokenizer's"
+        )
+    if fields["n_classes"] != len(labels):
+        raise ValueError(
+            f"model.n_classes is {fields['n_classes']} and the table has {len(labels)} "
+            f"classes ({', '.join(labels)}): set it to 0 to take those of the table"
+        )
+    return GPTConfig(**fields)
+
+
+def _numbers(rows: Sequence[tables.Row], labels: Sequence[str]) -> np.ndarray:
+    return np.array([labels.index(row.label) for row in rows], np.int32)

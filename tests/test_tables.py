@@ -1,0 +1,228 @@
+"""Labelled texts: every kind of table, and which rows end in which part."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from gpt_jax import tables
+
+PLAIN = tables.Columns("text", "label", "", ())
+
+
+def source(path, **changes):
+    settings = {
+        **{"source": str(path), "cache": "nowhere", "columns": PLAIN},
+        **{"val": "", "test": "", "fractions": (0.7, 0.1, 0.2), "seed": 1},
+        **{"balance": False, "labels": (), "skip": False},
+    }
+    return tables.Source(**{**settings, **changes})
+
+
+def write(path, rows, columns=("label", "text")):
+    """Writes a TSV with a header."""
+    lines = ["\t".join(columns), *("\t".join(row) for row in rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def many(spam=20, ham=50):
+    return [("spam", f"s{i}") for i in range(spam)] + [
+        ("ham", f"h{i}") for i in range(ham)
+    ]
+
+
+# --- reading --------------------------------------------------------------------------
+
+ROWS = [("ham", 'he said "no", then left'), ("spam", "größer, €5\u2028now")]
+FILES = {
+    "a.tsv": "label\ttext\n" + "".join(f"{a}\t{b}\n" for a, b in ROWS),
+    "crlf.tsv": "label\ttext\r\n" + "".join(f"{a}\t{b}\r\n" for a, b in ROWS),
+    "a.csv": 'label,text\nham,"he said ""no"", then left"\n'
+    'spam,"größer, €5\u2028now"\n',
+    "a.jsonl": "".join(json.dumps({"text": b, "label": a}) + "\n\n" for a, b in ROWS),
+    "a.json": json.dumps([{"text": b, "label": a, "more": 1} for a, b in ROWS]),
+    "bom.tsv": "\ufefflabel\ttext\n" + "".join(f"{a}\t{b}\n" for a, b in ROWS),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
+    (tmp_path / name).write_bytes(FILES[name].encode())
+    rows = tables.read(str(tmp_path / name), PLAIN, "nowhere")
+    assert [(row.label, row.text) for row in rows] == ROWS
+    assert name in rows[0].where
+
+
+@pytest.mark.parametrize("name, mark", [("a.tsv", "\t"), ("a.csv", ",")])
+def test_a_file_without_a_header_takes_the_names_that_it_is_given(tmp_path, name, mark):
+    (tmp_path / name).write_text(f"ham{mark}hello\nspam{mark}win\n")
+    columns = tables.Columns("text", "label", "", ("label", "text"))
+    rows = tables.read(str(tmp_path / name), columns, "nowhere")
+    assert [row[:2] for row in rows] == [("hello", "ham"), ("win", "spam")]
+
+
+def test_labels_may_be_numbers_in_json(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "label": 0}\n{"text": "b", "label": true}\n')
+    assert [r.label for r in tables.read(str(path), PLAIN, "")] == ["0", "True"]
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.tsv", "label\tmessage\nham\thi\n", "no column 'text'.*label, message"),
+        ("a.tsv", "label\ttext\nham\thi\tyou\n", "line 2 has 3 fields .* 2 columns"),
+        ("a.csv", 'label,text\nham,"hi\n', "line 2"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text"\n', "line 2 is not JSON"),
+        ("a.jsonl", "[1]\n", "line 1 is not an object"),
+        ("a.jsonl", '{"text": 3, "label": 1}\n', "'text' is 3, not a text"),
+        ("a.json", '{"text": "a"}', "holds no list"),
+        ("a.tsv", "label\ttext\n", "has no rows"),
+        ("a.txt", "hello", "must end in .tsv, .csv"),
+    ],
+)
+def test_what_is_no_table_is_refused_in_a_sentence(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        tables.read(str(tmp_path / name), PLAIN, "nowhere")
+
+
+def test_bytes_that_are_no_text_and_files_that_are_absent_are_refused(tmp_path):
+    (tmp_path / "a.tsv").write_bytes(b"label\ttext\nham\t\xff\n")
+    with pytest.raises(ValueError, match="not UTF-8 text: the byte at offset 15"):
+        tables.read(str(tmp_path / "a.tsv"), PLAIN, "nowhere")
+    with pytest.raises(FileNotFoundError, match="there is no table"):
+        tables.read("absent.tsv", PLAIN, "nowhere")
+    with pytest.raises(ValueError, match=r"write hf:<name>"):
+        tables.read("hf:", PLAIN, "nowhere")
+
+
+def test_the_library_of_python_is_a_table_for_a_first_try():
+    rows = tables.read("builtin:json", PLAIN, "nowhere")
+    assert {"decoder", "encoder"} <= {row.label for row in rows}
+    assert all(row.text.strip() for row in rows)
+
+
+def test_a_dataset_names_its_classes(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="needs the package datasets")
+    features = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["a", "b"]),
+        }
+    )
+    table = datasets.Dataset.from_dict(
+        {"text": ["one", "two"], "label": [1, 0]}, features=features
+    )
+    table.to_parquet(tmp_path / "train.parquet")
+    rows = tables.read(f"hf:{tmp_path}", PLAIN, "nowhere")
+    assert [row[:2] for row in rows] == [("one", "b"), ("two", "a")]
+
+
+# --- parts ----------------------------------------------------------------------------
+
+
+def test_rows_are_cut_into_three_parts_that_share_none(tmp_path):
+    found = tables.load(source(write(tmp_path / "a.tsv", many())))
+    assert [len(part) for part in found.parts] == [49, 7, 14]
+    texts = [row.text for part in found.parts for row in part]
+    assert sorted(texts) == sorted(text for _, text in many())
+    assert found.labels == ("ham", "spam")
+    again = tables.load(source(tmp_path / "a.tsv"))
+    other = tables.load(source(tmp_path / "a.tsv", seed=2))
+    assert again.fingerprint == found.fingerprint != other.fingerprint
+    assert "49 train, 7 val, 14 test" in found.summary()
+
+
+def test_a_balanced_table_has_as_many_of_each_class_as_the_rarest(tmp_path):
+    path = write(tmp_path / "a.tsv", many(spam=20, ham=50))
+    found = tables.load(source(path, balance=True))
+    rows = [row for part in found.parts for row in part]
+    assert Counter(row.label for row in rows) == {"ham": 20, "spam": 20}
+    ham = {row.text for row in rows if row.label == "ham"}
+    assert ham != {f"h{i}" for i in range(20)}  # drawn, not the first ones
+
+
+def test_a_column_may_say_the_part(tmp_path):
+    parts = ["train", "Validation", "test", "dev", "training"] * 4
+    rows = [
+        (label, f"{label}{i}", part)
+        for i, part in enumerate(parts)
+        for label in ("ham", "spam")
+    ]
+    path = write(tmp_path / "a.tsv", rows, ("label", "text", "split"))
+    columns = tables.Columns("text", "label", "split", ())
+    found = tables.load(source(path, columns=columns))
+    assert [len(part) for part in found.parts] == [16, 16, 8]
+    assert {row.part for row in found.parts.test} == {"test"}
+    write(path, [*rows, ("ham", "x", "holdout")], ("label", "text", "split"))
+    with pytest.raises(ValueError, match="'holdout' in the column"):
+        tables.load(source(path, columns=columns))
+
+
+def test_parts_may_be_tables_of_their_own(tmp_path):
+    train = write(tmp_path / "train.tsv", many(spam=3, ham=9))
+    val = write(tmp_path / "val.tsv", many(spam=2, ham=4))
+    found = tables.load(source(train, val=str(val), balance=True))
+    assert [len(part) for part in found.parts] == [6, 6, 0]  # what is judged stays
+    write(val, [("eggs", "x"), *many(1, 1)])
+    with pytest.raises(ValueError, match=r"val\.tsv line 2 .*unknown label 'eggs'"):
+        tables.load(source(train, val=str(val)))
+    found = tables.load(source(train, val=str(val), skip=True))
+    assert found.skipped == {"with the unknown label 'eggs'": 1}
+    assert "left out: 1 with the unknown label" in found.summary()
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [(("ham", "  "), "without a text"), (("", "hello"), "without a label")],
+)
+def test_rows_without_text_or_label_are_refused_or_counted(tmp_path, row, message):
+    path = write(tmp_path / "a.tsv", [*many(), row])
+    with pytest.raises(ValueError, match=f"line 72 is a row {message}"):
+        tables.load(source(path))
+    found = tables.load(source(path, skip=True))
+    assert found.skipped == {message: 1}
+    assert sum(map(len, found.parts)) == 70
+
+
+@pytest.mark.parametrize(
+    "rows, changes, message",
+    [
+        (many(spam=0), {}, r"has 1 class \(ham\): a classifier needs at least two"),
+        (many(spam=1), {}, "part has no row of the class spam"),
+        (many(), {"labels": ("ham", "spam", "eggs")}, "no row of the class eggs"),
+        (many(), {"labels": ("ham", "ham")}, "names a class twice"),
+        (many(), {"fractions": (0.7, 0.1, 0.1)}, "task.fractions is"),
+        (many(), {"fractions": (1.2, 0.1, -0.3)}, "task.fractions is"),
+    ],
+)
+def test_classes_and_shares_that_teach_nothing_are_refused(
+    tmp_path, rows, changes, message
+):
+    path = write(tmp_path / "a.tsv", rows)
+    with pytest.raises(ValueError, match=message):
+        tables.load(source(path, **changes))
+
+
+def test_a_column_and_own_tables_for_the_parts_contradict_each_other():
+    columns = tables.Columns("text", "label", "split", ())
+    with pytest.raises(ValueError, match="give one of them"):
+        source("a.tsv", columns=columns, val="b.tsv")
+
+
+def test_drawing_rows_takes_each_once():
+    rows = [tables.Row(f"{i}", "ab"[i % 2], "", "") for i in range(9)]
+    kept = tables.balanced(rows, np.random.default_rng(0))
+    assert len({row.text for row in kept}) == len(kept) == 8
+
+
+def test_the_sms_collection_balances_to_747_of_each_class(corpus_file):
+    path = corpus_file("sms_spam.tsv")
+    columns = tables.Columns("text", "label", "", ("label", "text"))
+    rows = tables.read(str(path), columns, "nowhere")
+    assert Counter(row.label for row in rows) == {"ham": 4827, "spam": 747}
+    found = tables.load(source(path, columns=columns, balance=True))
+    assert [len(part) for part in found.parts] == [1045, 149, 300]
