@@ -36,7 +36,7 @@ LOCK = $(UV)/bin/uv pip compile --quiet --universal --python-version 3.11 \
 help:  ## list the targets
 	@echo 'usage: make TARGET [PYTHON=python3.12]'
 	@sed -n 's/^\([a-z-]*\):.*## /  \1|/p' $(MAKEFILE_LIST) \
-	  | while IFS='|' read -r name text; do printf '%-14s%s\n' "$$name" "$$text"; done
+	  | while IFS='|' read -r name text; do printf '%-16s%s\n' "$$name" "$$text"; done
 
 .PHONY: demo
 demo: runtime  ## train a small model, show what it writes (a few minutes on a CPU)
@@ -58,6 +58,17 @@ test-data: dev  ## the facts about real texts, read from DATA=folder; a skip is 
 test-parity: parity  ## the same numbers as transformers, live; installs torch once
 	$(RUN) -m pytest tests/test_parity.py $(PYTEST_ARGS)
 
+# A browser is a large download, so the system's is taken where there is one.
+.PHONY: test-browser
+test-browser: browser  ## the chat page in Chromium; installs playwright once
+	command -v chromium chromium-browser google-chrome >/dev/null \
+	  || $(RUN) -m playwright install chromium
+	$(RUN) -m pytest tests/test_serve_page.py $(PYTEST_ARGS)
+
+.PHONY: test-faults
+test-faults: dev  ## what must survive what, the slow rows too (minutes)
+	$(RUN) -m pytest tests/test_serve_faults.py tests/faults_serve.py $(PYTEST_ARGS)
+
 .PHONY: check
 check: dev  ## lint, format and types, without changing a file
 	$(RUN) -m ruff check .
@@ -78,7 +89,7 @@ lock: python  ## resolve the requirements*.txt anew; UPGRADE=--upgrade takes new
 	$(LOCK) requirements-dev.in -o requirements-dev.txt
 	$(LOCK) pyproject.toml \
 	  --extra sweep --extra wandb --extra datasets --extra parity --extra export \
-	  --extra chat --extra eval \
+	  --extra chat --extra eval --extra serve --extra browser \
 	  --constraints requirements.txt --no-annotate -o requirements-extras.txt
 	grep -Ev '^(nvidia|cuda|triton)' requirements-extras.txt > requirements-extras.tmp
 	mv requirements-extras.tmp requirements-extras.txt
@@ -116,3 +127,11 @@ parity: dev
 	  && $(RUN) -m pip install --quiet --disable-pip-version-check \
 	    -r requirements-dev.txt -c requirements-extras.txt torch transformers \
 	  && cp requirements-extras.txt $(STAMP)-parity; }
+
+.PHONY: browser
+browser: dev
+	@$(call fresh,requirements-extras.txt,browser) || { \
+	  echo 'Installing playwright into $(VENV): once ...' \
+	  && $(RUN) -m pip install --quiet --disable-pip-version-check \
+	    -r requirements-dev.txt -c requirements-extras.txt playwright \
+	  && cp requirements-extras.txt $(STAMP)-browser; }

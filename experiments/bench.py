@@ -11,8 +11,8 @@ are printed as a Markdown table, and --out keeps a JSON line for each row and sh
 The first thing measured is the machine: matmul rate and memory bandwidth.
 
 Rows: train_step time_to_loss decode prepare loader checkpoint compile startup memory
-population, and on a GPU gpu_train_124m gpu_train_1.5b gpu_time_to_loss gpu_decode
-gpu_ablation gpu_population.
+population serving, and on a GPU gpu_train_124m gpu_train_1.5b gpu_time_to_loss
+gpu_decode gpu_ablation gpu_population.
 The peers: pip install -r requirements.txt -c requirements-extras.txt torch transformers
 A row that cannot be measured says why. All of them take about an hour on 2 cores; run
 them on a quiet machine.
@@ -60,11 +60,11 @@ def main(_: list[str]) -> int:
 
 
 def _measure() -> list[dict]:
-    from experiments.benches import cpu, gpu
+    from experiments.benches import cpu, gpu, serving
     from experiments.benches.setting import Setting
     from gpt_jax.bench import machine, match, report
 
-    table = cpu.ROWS | gpu.ROWS
+    table = cpu.ROWS | serving.ROWS | gpu.ROWS
     unknown = [name for name in ROWS.value if name not in table]
     if unknown:
         raise ValueError(f"--rows={unknown[0]} is not one of: {', '.join(table)}")

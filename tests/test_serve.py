@@ -10,7 +10,8 @@ import pytest
 from gpt_jax import model as models
 from gpt_jax import sample, tokenizers
 from gpt_jax.serve import slots
-from gpt_jax.serve.engine import Closed, Engine, Full, Request
+from gpt_jax.serve.engine import Closed, Engine, Full
+from gpt_jax.serve.texts import Request
 from tests import tiny
 
 CONTEXT = 32

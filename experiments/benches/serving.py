@@ -1,0 +1,52 @@
+"""The row `serving`: our server against Hugging Face `generate` behind FastAPI."""
+
+from experiments.benches.setting import (
+    BABY,
+    GPT2,
+    GPT2_TOKENS,
+    TOY,
+    TOY_TOKENS,
+    Setting,
+    recipe,
+    shape,
+)
+from gpt_jax.bench.match import Match
+from gpt_jax.bench.worker import Side
+
+SERVING = "gpt_jax.bench.serving"
+GOALS = {1: None, 8: 1.5, 32: None}
+BABY_TOKENS = 4096  # a small vocabulary of word pieces
+
+
+def serving(setting: Setting) -> list[Match]:
+    """Streamed greedy texts of 8 to 63 tokens for 1, 8 and 32 clients at once."""
+    sizes = {
+        "baby": (shape(BABY, BABY_TOKENS, setting), 48),
+        "gpt2_124m": (shape(GPT2, GPT2_TOKENS, setting), 32),
+    }
+    if setting.toy:
+        sizes = {"toy": (shape(TOY, TOY_TOKENS, setting), 8)}
+    matches = []
+    for name, (fixed, most) in sizes.items():
+        for clients, goal in GOALS.items():
+            load = {"clients": clients, "count": min(most, 8 * clients)}
+            mine = {"recipe": recipe(fixed), "batches": [1, 8, 32], **load}
+            matches.append(
+                Match(
+                    "serving",
+                    f"{name}, {clients} clients",
+                    Side("gpt_jax.serve", f"{SERVING}:ours", mine),
+                    Side(
+                        "Hugging Face generate behind FastAPI",
+                        f"{SERVING}:hugging_face",
+                        {"shape": fixed, **load},
+                    ),
+                    "tokens/s",
+                    goal,
+                    repeats=3,
+                )
+            )
+    return matches
+
+
+ROWS = {"serving": serving}

@@ -1,0 +1,101 @@
+"""Serve runs over HTTP: a chat page, and what OpenAI's clients speak.
+
+  python -m experiments.serve --runs=runs/quickstart
+  python -m experiments.serve --runs=runs/base,runs/tuned --port=9000
+  GPT_JAX_API_KEY=secret python -m experiments.serve --runs=runs/tuned --host=0.0.0.0
+  python -m experiments.serve --runs=runs/large --batches=1,4 --queue=16
+
+Then open http://127.0.0.1:8000 or ask from anywhere on this machine:
+
+  curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \\
+      -d '{"model": "quickstart", "prompt": "def main(", "max_tokens": 50}'
+
+A model is called as its run folder is. A run that was tuned on conversations has
+/v1/chat/completions, every run has /v1/completions. LoRA adapters over one base hold
+its weights once.
+
+--batches are the numbers of requests that a decode step may have: it takes the
+smallest that does. The last is the most at once; --queue more may wait, and others are
+told to come back (429). With one number alone an answer is the same to the last bit
+whoever else asks; with several the numbers behind it differ by rounding.
+
+SIGTERM and Ctrl-C let what runs end, up to --grace_s seconds, and exit with code 0. A
+second signal ends it. Who can reach the port can use the model: the server listens on
+this machine only unless --host says otherwise; set a key then.
+"""
+
+import os
+import sys
+
+from absl import flags
+
+from experiments import door
+
+RUNS = flags.DEFINE_list("runs", [], "Run folders, separated by commas.")
+HOST = flags.DEFINE_string("host", "127.0.0.1", "Address; 0.0.0.0 is every network.")
+PORT = flags.DEFINE_integer("port", 8000, "Port; 0 takes a free one.")
+BATCHES = flags.DEFINE_list("batches", ["1", "8", "32"], "Rows of a decode step.")
+QUEUE = flags.DEFINE_integer("queue", 64, "Requests that may wait for a slot.")
+MAX_BODY_BYTES = flags.DEFINE_integer("max_body_bytes", 1 << 20, "Of a request.")
+MAX_PROMPT_BYTES = flags.DEFINE_integer(
+    "max_prompt_bytes", 1 << 17, "Of a request's texts, before they are tokenized."
+)
+MAX_CHOICES = flags.DEFINE_integer("max_choices", 32, "Texts of a request.")
+TIMEOUT_S = flags.DEFINE_float("timeout_s", 120.0, "From a request to its last token.")
+READ_TIMEOUT_S = flags.DEFINE_float("read_timeout_s", 10.0, "For a request to come.")
+CONNECTIONS = flags.DEFINE_integer("connections", 512, "Connections at once.")
+GRACE_S = flags.DEFINE_float("grace_s", 30.0, "For what runs when a signal comes.")
+STEP = flags.DEFINE_string(
+    "step", "", "Checkpoint: best, newest, a step number; empty = best, else newest."
+)
+WEIGHTS = flags.DEFINE_enum(
+    "weights", "", ["", "params", "ema"], "Which weights; empty = ema where kept."
+)
+
+
+def main(_: list[str]) -> None:
+    """Serves until a signal; raises ValueError for what the user can mend."""
+    if not all(size.strip().isdecimal() for size in BATCHES.value):
+        raise ValueError(f"--batches={','.join(BATCHES.value)} must be whole numbers")
+    step = door.step(STEP.value)
+    for flag in (MAX_BODY_BYTES, MAX_PROMPT_BYTES, MAX_CHOICES, CONNECTIONS):
+        if flag.value < 1:
+            raise ValueError(f"--{flag.name}={flag.value} must be at least 1")
+
+    from gpt_jax import programs, runs
+    from gpt_jax.serve import server
+    from gpt_jax.serve.wire import Limits
+
+    paths = server.named(RUNS.value)
+    server.need_packages()
+    programs.use_cache(runs.read_config(next(iter(paths.values()))).compile_cache)
+    models = server.open_runs(
+        paths,
+        step=step,
+        weights=WEIGHTS.value,
+        sizes=[int(size) for size in BATCHES.value],
+        queue=QUEUE.value,
+    )
+    limits = Limits(
+        body_bytes=MAX_BODY_BYTES.value,
+        prompt_bytes=MAX_PROMPT_BYTES.value,
+        choices=MAX_CHOICES.value,
+        seconds=TIMEOUT_S.value,
+        read_seconds=READ_TIMEOUT_S.value,
+        connections=CONNECTIONS.value,
+    )
+    key = os.environ.get("GPT_JAX_API_KEY", "")
+    ended = server.serve(
+        models,
+        server.Place(HOST.value, PORT.value, key, GRACE_S.value),
+        limits,
+        stop=server.Stop(),
+        tell=lambda line: print(line, flush=True),
+    )
+    if not ended:  # a program is being compiled, which nothing can interrupt
+        sys.stdout.flush()
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    door.run(main, __doc__)

@@ -1,0 +1,133 @@
+"""From what a client asks to the pieces of its texts, as they come."""
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gpt_jax import chat, sample
+from gpt_jax.serve.engine import Closed, Engine, Full, Piece
+from gpt_jax.serve.texts import Request
+from gpt_jax.serve.wire import Ask, Refused
+
+ENDS = {  # how a text that was not finished is answered
+    "cancelled": (503, "the server is leaving", "leaving"),
+    "late": (504, "the request was not done in time; ask for less", "timeout"),
+    "error": (500, "the model failed; the server's log says how", "failed"),
+}
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model under its name.
+
+    Attributes:
+      engine: what writes.
+      template: of conversations (see chat.py); None = it only continues texts.
+      facts: what `/v1/models` tells besides.
+    """
+
+    engine: Engine
+    template: str | None
+    facts: Mapping[str, Any]
+
+
+def requests_of(ask: Ask, served: Served, prompts: list[list[int]], deadline: float):
+    """Returns the requests for the engine: n texts of every prompt, in order."""
+    engine = served.engine
+    context = engine.model.cfg.context_length
+    settings = dict(ask.settings)
+    if settings["max_new"] > context:
+        raise Refused(
+            400,
+            f"max_tokens {settings['max_new']} is more than the context of {context}",
+            "invalid_request",
+        )
+    if settings["max_new"] < 0:
+        settings["max_new"] = context
+    ends = [engine.tokenizer.eos_id]
+    if ask.messages and served.template:
+        ends = chat.stop_ids(engine.tokenizer, served.template)
+    stop = [*ask.stop, *(i for i in ends if i is not None and not ask.ignore_eos)]
+    seed = secrets.randbits(31) if ask.seed is None else ask.seed
+    return [
+        Request(
+            ids=ids,
+            settings=settings,
+            seed=seed,
+            number=number,
+            stop=stop,
+            top=ask.top,
+            score=ask.echo and ask.top is not None,
+            deadline=deadline,
+        )
+        for ids in prompts
+        for number in range(ask.n)
+    ]
+
+
+def prompt_ids(ask: Ask, served: Served) -> list[list[int]]:
+    """Returns the ids of every prompt; raises Refused for one that cannot be."""
+    tokenizer, cfg = served.engine.tokenizer, served.engine.model.cfg
+    try:
+        if not ask.messages:
+            return [sample.prompt_ids(p, tokenizer, cfg) for p in ask.prompts]
+        if served.template is None:
+            raise ValueError(
+                "this model only continues texts: ask /v1/completions, or serve a run "
+                "that was tuned on conversations"
+            )
+        messages = [chat.Message(*message) for message in ask.messages]
+        ids, _ = chat.render(messages, tokenizer, served.template, reply=True)
+        return [sample.prompt_ids(ids, tokenizer, cfg)]
+    except ValueError as error:
+        long = "context" in str(error)
+        code = "context_length_exceeded" if long else "invalid_request"
+        raise Refused(400, str(error), code) from None
+
+
+class Flow:
+    """The pieces of a request's texts, as they come to the event loop."""
+
+    def __init__(self, engine: Engine, requests: Sequence[Request]):
+        """Submits the requests; raises Refused when there is no room."""
+        loop, self._queue = asyncio.get_running_loop(), asyncio.Queue()
+        self._open = len(requests)
+
+        def outlet(i: int) -> Callable[[Piece], None]:
+            def deliver(piece):
+                with contextlib.suppress(RuntimeError):  # the loop has ended
+                    loop.call_soon_threadsafe(self._queue.put_nowait, (i, piece))
+
+            return deliver
+
+        jobs = [(request, outlet(i)) for i, request in enumerate(requests)]
+        try:
+            self._rows = engine.submit(jobs)
+        except Full as full:
+            raise Refused(429, str(full), "overloaded", full.seconds) from None
+        except Closed:
+            failed = engine.failed is not None
+            raise Refused(*ENDS["error" if failed else "cancelled"]) from None
+
+    async def next(self) -> tuple[int, Piece] | None:
+        """Returns (which text, its piece), or None when all have ended."""
+        if not self._open:
+            return None
+        i, piece = await self._queue.get()
+        self._open -= bool(piece.reason)
+        if piece.reason in ENDS:
+            raise Refused(*ENDS[piece.reason])
+        return i, piece
+
+    @property
+    def written(self) -> int:
+        """Tokens chosen so far, of all texts."""
+        return sum(row.written for row in self._rows)
+
+    def close(self) -> None:
+        """Ends what still runs, before the next decode step."""
+        for row in self._rows:
+            row.cancel()

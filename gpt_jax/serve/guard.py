@@ -1,0 +1,117 @@
+"""Before the paths: the key, the limits on bodies, and the count of answers."""
+
+import asyncio
+import hmac
+import json
+from collections.abc import Callable
+from contextlib import suppress
+
+from gpt_jax.serve.numbers import Numbers
+from gpt_jax.serve.wire import Limits, Refused
+
+GONE = 499  # what the numbers call a client that left; nobody reads such an answer
+OVERRUN, OVERRUN_SECONDS = 1 << 26, 5  # of a refused body that is read nevertheless
+
+
+def guarded(
+    app: Callable, *, key: str, open_paths: set[str], limits: Limits, numbers: Numbers
+) -> Callable:
+    """Returns an ASGI application behind a key and limits; counts its answers.
+
+    Args:
+      app: gets bodies whole.
+      key: what clients must show; "" = nothing.
+      open_paths: those that need no key.
+      limits: of bodies, and of the time in which they must have come.
+      numbers: where answers are counted.
+    """
+
+    async def asgi(scope, receive, send) -> None:
+        if scope["type"] != "http":
+            return await app(scope, receive, send)
+        status = GONE
+
+        async def noting(message):
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            if key and scope["path"] not in open_paths:
+                _check_key(scope, key)
+            body = await _body(scope, receive, limits)
+            await app(scope, _replayed(body, receive), noting)
+        except Refused as error:
+            await _refuse(error, scope, receive, noting)
+        finally:
+            numbers.answered(scope["path"], status)
+
+    return asgi
+
+
+def _check_key(scope, key: str) -> None:
+    given = dict(scope["headers"]).get(b"authorization", b"")
+    # Compares in a time that does not tell how much of a guess was right.
+    if not hmac.compare_digest(given, f"Bearer {key}".encode()):
+        raise Refused(401, "this server wants an API key", "invalid_api_key")
+
+
+async def _body(scope, receive, limits: Limits) -> bytes:
+    """Returns the body of a request, if it is short and comes soon."""
+    most = limits.body_bytes
+    too_long = Refused(413, f"the body is longer than {most} bytes", "body_too_long")
+    length = dict(scope["headers"]).get(b"content-length", b"0")
+    if int(length[:20]) > most:  # the server has seen to it that it is a number
+        raise too_long
+    body = bytearray()
+    try:
+        async with asyncio.timeout(limits.read_seconds):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise Refused(GONE, "the client has left", "gone")
+                body += message.get("body", b"")
+                if len(body) > most:
+                    raise too_long
+                if not message.get("more_body"):
+                    return bytes(body)
+    except TimeoutError:
+        raise Refused(408, "the body came too slowly", "timeout") from None
+
+
+def _replayed(body: bytes, receive: Callable) -> Callable:
+    """Returns a `receive` that gives a body already read, then what follows."""
+    waiting = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again():
+        return waiting.pop() if waiting else await receive()
+
+    return again
+
+
+async def _refuse(error: Refused, scope, receive, send) -> None:
+    """Answers with an error and reads on, since who is cut off in the middle of
+    sending may never see the answer."""
+    body = json.dumps(error.body()).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body))}
+    headers |= {"connection": "close", **error.headers}
+    pairs = [(k.lower().encode(), v.encode()) for k, v in headers.items()]
+    start = {"type": "http.response.start", "status": error.status, "headers": pairs}
+    await send(start)
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    if b"expect" not in dict(scope["headers"]) and error.status == 413:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(OVERRUN_SECONDS):
+                await _pass_over(receive)
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def _pass_over(receive: Callable) -> None:
+    """Reads the rest of a body, up to a point, and keeps nothing of it."""
+    passed = 0
+    while passed < OVERRUN:
+        message = await receive()
+        passed += len(message.get("body", b""))
+        if not message.get("more_body"):
+            return
