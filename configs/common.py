@@ -189,6 +189,34 @@ def task_lm() -> ConfigDict:
     )
 
 
+def task_sft() -> ConfigDict:
+    """Learn the answers of instructions and conversations.
+
+    config.data.source names their file: JSON, JSONL, hf:<dataset>, "instructions" (the
+    1,100 rows of Raschka's book), "alpaca" (Stanford's 52,002) or "builtin:json".
+    data.split cuts them "fraction" as they stand, "documents" after a shuffle.
+    """
+    return ConfigDict(
+        {
+            "name": "sft",
+            "template": "alpaca",  # alpaca, phi3, chatml, plain, or the text of a Jinja
+            "learn": "answers",  # answers, all: which tokens count in the loss
+            "pack": True,  # several conversations to a row, unseen by each other
+            # A conversation longer than the window: refuse, drop, cut
+            "too_long": "refuse",
+            "empty": "refuse",  # a row with an empty answer, or none: refuse, drop
+            "test_fraction": 0.1,  # rows kept for a test, behind those to train on
+            "loss_chunk": 0,  # see task_lm
+        }
+    )
+
+
+def template(name: str) -> str:
+    """Returns a chat template: the text of a .jinja file, or a name as it is."""
+    is_file = name.endswith(".jinja")
+    return Path(name).read_text(encoding="utf-8") if is_file else name
+
+
 def task_dpo() -> ConfigDict:
     """Prefer one of two answers to an instruction.
 
@@ -271,7 +299,12 @@ def adapter_lora() -> ConfigDict:
     )
 
 
-TASKS = {"lm": task_lm, "classify": task_classify, "dpo": task_dpo}
+TASKS = {
+    "lm": task_lm,
+    "classify": task_classify,
+    "sft": task_sft,
+    "dpo": task_dpo,
+}
 ADAPTERS = {"full": adapter_full, "only": adapter_only, "lora": adapter_lora}
 
 

@@ -49,6 +49,9 @@ def main(_: list[str]) -> int:
     if (Path(workdir) / "classes.json").is_file():
         classify = f"python -m experiments.classify --run={workdir}"
         use = f"label texts      {classify} --text=..."
+    answers = "template" in config.task
+    if answers:
+        use = f"talk with it     python -m experiments.chat --run={workdir}"
     longer = door.command(("--config.steps", "--workdir")) + f" --workdir={workdir}"
     mine = door.command(("--config.data.source", "--workdir")) + " --workdir=runs/mine"
     print(f"done: {result.reason} reached after step {result.step}")
@@ -56,7 +59,8 @@ def main(_: list[str]) -> int:
     print(f"  {use}")
     if result.reason == "steps":
         print(f"  train longer     {longer} --config.steps={2 * result.step}")
-    print(f"  your own text    {mine} --config.data.source=FILE.txt")
+    file = "rows    " if answers else "text    "
+    print(f"  your own {file}{mine} --config.data.source=FILE")
     return result.exit_code
 
 

@@ -6,9 +6,9 @@ mark at the start of a file is left out.
 
 `fetch(name)` returns a downloaded file out of the cache folder, downloading it when
 it is not there. Files that never change are checked against the sha256 in DOWNLOADS.
-Two sources publish none: Project Gutenberg (austen) builds its files anew from time
-to time, and of TinyStories none is known here. These are trusted at their first use:
-their sha256 goes into `pins.json` in the cache and is checked from then on.
+Three sources publish none: Project Gutenberg (austen) builds its files anew from time
+to time, and of TinyStories and Alpaca none is known here. These are trusted at their
+first use: their sha256 goes into `pins.json` in the cache and is checked from then on.
 """
 
 import gzip
@@ -711,6 +711,16 @@ DOWNLOADS = {
         urls=(f"{_BOOK}/ch07/01_main-chapter-code/instruction-data.json",),
         names=("instruction-data.json",),
         sha256="7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944",
+    ),
+    # Stanford's 52,002 instructions (Taori et al. 2023).
+    "alpaca": Download(
+        urls=(
+            "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/"
+            "alpaca_data.json",
+        ),
+        names=("alpaca_data.json",),
+        sha256=None,
+        changes=True,
     ),
     "preferences": Download(
         urls=(

@@ -4,6 +4,7 @@ runs/a/config.json      every key of the config, as last used
 runs/a/tokenizer.json   the tokenizer; opens in Hugging Face `tokenizers` too
 runs/a/classes.json     what a classifier's classes are called, and how far it reads
 runs/a/data.json        the fingerprint of the training data
+runs/a/test.json        rows that were kept for a test
 runs/a/checkpoints/     see checkpoint.py; weights that never change in frozen/
 runs/a/metrics.jsonl    one JSON object a line; loss.png draws it
 runs/a/samples.md       texts written while training
@@ -17,7 +18,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -255,6 +256,13 @@ def add_samples(workdir: str | Path, step: int, texts: Sequence[str]) -> None:
     blocks = "".join(f"\n````text\n{text}\n````\n" for text in texts)
     added = [*kept, f"## Step {step}\n{blocks}"]
     _write(path, "".join(f"{section}<!-- end -->\n" for section in added))
+
+
+def keep_test(workdir: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes the rows that a run may not learn from to test.json; none, no file."""
+    if rows and not jax.process_index():
+        text = json.dumps(list(rows), ensure_ascii=False, indent=1)
+        _write(Path(workdir) / "test.json", text + "\n")
 
 
 def end(workdir: str | Path, reason: str, step: int) -> None:

@@ -291,6 +291,7 @@ def open_run(
         state, totals = begin(config, parts, init_key), Totals()
         create_or_check()
         frozen = saves.save_frozen(state.frozen) if state.frozen else ""
+    runs.keep_test(workdir, task.test)
     writer = metrics.Writer(
         workdir,
         tensorboard=config.tensorboard,
@@ -657,17 +658,19 @@ def sample_now(job: Job, state: TrainState, step: int, wanted: bool) -> None:
     if not (wanted and job.config.sample_every) or job.stop:
         return
     prompt = first_prompt(job.task, job.config.sample.prompt)
+    ids = job.task.prompt(prompt) if job.task.prompt else None
     weights, _ = weights_of(job, state)
     texts = sample.texts(
         model=job.task.model,
         params=sharding.local(weights),
         tokenizer=job.task.tokenizer,
-        prompts=[prompt],
+        prompts=[ids or prompt],
         count=job.config.sample.count,
         seed=job.config.seed,
-        stop=(),
+        stop=job.task.stop,
         **sample_settings(job.config),
     )
+    prompt += "\n" if ids else ""
     runs.add_samples(job.workdir, step, [prompt + text.text for text in texts])
     for text in texts:
         job.bar.print(f"--- sample after step {step}\n{prompt}{text.text}\n---")

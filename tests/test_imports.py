@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     "model attention tokenizers chat corpora data losses adapters optimizer sharding "
     "programs checkpoint metrics signals",
-    "prepare sample runs plots tables classify pretrained",
+    "prepare instructions sample runs plots tables classify pretrained",
     "tasks evaluate",
     "step train",
     "population serve",

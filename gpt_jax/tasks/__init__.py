@@ -3,12 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
-from gpt_jax.tasks import classify, lm
+from gpt_jax.tasks import classify, lm, sft
 from gpt_jax.tasks.task import Batch, Sums, Task
 
 __all__ = ["TABLE", "Batch", "Sums", "Task", "make"]
 
-TABLE: dict[str, Callable[..., Task]] = {"lm": lm.make, "classify": classify.make}
+TABLE: dict[str, Callable[..., Task]] = {
+    "lm": lm.make,
+    "classify": classify.make,
+    "sft": sft.make,
+}
 
 
 def make(*, name: str, **options: Any) -> Task:

@@ -41,23 +41,13 @@ def make(
             f"task.loss_chunk is {loss_chunk}: give a number of positions, or 0 to "
             "have it chosen"
         )
-    model, text = dict(model), dict(text)
+    text = dict(text)
     seq_len = text.pop("seq_len") or model["context_length"]
     stride = text.pop("stride") or seq_len
-    if seq_len > model["context_length"]:
-        raise ValueError(
-            f"data.seq_len {seq_len} is more than model.context_length "
-            f"{model['context_length']}: shorten the windows or enlarge the context"
-        )
+    check_window(seq_len, model["context_length"])
     prepared = prepare(**text, progress=progress)
     tokenizer = prepared.tokenizer
-    model["vocab_size"] = model["vocab_size"] or tokenizer.vocab_size
-    if model["vocab_size"] < tokenizer.vocab_size:
-        raise ValueError(
-            f"model.vocab_size {model['vocab_size']} is less than the tokenizer's "
-            f"{tokenizer.vocab_size}: set it to 0 to take the tokenizer's"
-        )
-    gpt = GPT(GPTConfig(**model))
+    gpt = make_model(model, tokenizer)
     return Task(
         model=gpt,
         tokenizer=tokenizer,
@@ -73,6 +63,30 @@ def make(
         tokens=seq_len,
         fingerprint=prepared.fingerprint,
     )
+
+
+def check_window(seq_len: int, context_length: int) -> None:
+    """Raises ValueError when windows are longer than what the model sees at once."""
+    if seq_len > context_length:
+        raise ValueError(
+            f"data.seq_len {seq_len} is more than model.context_length "
+            f"{context_length}: shorten the windows or enlarge the context"
+        )
+
+
+def make_model(fields: Mapping[str, Any], tokenizer) -> GPT:
+    """Returns the model of a config; vocab_size 0 takes the tokenizer's.
+
+    Raises:
+      ValueError: the tokenizer has more tokens than the model.
+    """
+    size = fields["vocab_size"] or tokenizer.vocab_size
+    if size < tokenizer.vocab_size:
+        raise ValueError(
+            f"model.vocab_size {size} is less than the tokenizer's "
+            f"{tokenizer.vocab_size}: set it to 0 to take the tokenizer's"
+        )
+    return GPT(GPTConfig(**{**fields, "vocab_size": size}))
 
 
 def make_loss(model: GPT, token_bytes_V, *, loss_chunk: int, dropout: Collection[str]):

@@ -1,6 +1,6 @@
 """What a run optimises: the words that every task is described with."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gpt_jax.data import Examples
@@ -45,6 +45,9 @@ class Task(NamedTuple):
       classes: what a classifier tells apart; else None.
       draws: regexes of weights that `init_from` may lack: they begin at random.
       drops: regexes of weights of `init_from` that the model may lack: they are left.
+      test: rows of data that nothing here reads; a run keeps them in test.json.
+      prompt: a user's text -> the ids that samples continue, or None: as it stands.
+      stop: further tokens that end a sample.
       rollout: (weights, batch, key) -> batch, run before the step, or None.
     """
 
@@ -59,4 +62,7 @@ class Task(NamedTuple):
     classes: Classes | None = None
     draws: tuple[str, ...] = ()
     drops: tuple[str, ...] = ()
+    test: Sequence[Mapping[str, Any]] = ()
+    prompt: Callable[[str], Sequence[int]] | None = None
+    stop: tuple[int, ...] = ()
     rollout: Callable[..., Batch] | None = None

@@ -1,0 +1,85 @@
+"""Rows of instructions: files, splits, and what is refused."""
+
+import json
+from functools import partial
+
+import pytest
+
+from gpt_jax import instructions
+
+ROW = {"instruction": "Say it twice.", "input": "ten", "output": "ten ten"}
+TALK = {
+    "messages": [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello."},
+    ]
+}
+
+
+def test_the_split_of_the_book_is_935_110_55_in_the_order_of_the_file():
+    rows = [{"n": n} for n in range(1100)]
+    parts = instructions.split(
+        rows, how="fraction", val_fraction=0.05, test_fraction=0.1
+    )
+    assert {name: len(part) for name, part in parts.items()} == {
+        "train": 935,
+        "test": 110,
+        "val": 55,
+    }
+    assert [*parts["train"], *parts["test"], *parts["val"]] == rows
+
+
+def test_a_shuffled_split_loses_no_row_and_is_always_the_same():
+    rows = [{"n": n} for n in range(20)]
+    cut = partial(instructions.split, rows, val_fraction=0.2, test_fraction=0.0)
+    parts = cut(how="documents")
+    found = [row["n"] for part in parts.values() for row in part]
+    assert found != sorted(found) and sorted(found) == list(range(20))
+    assert parts["test"] == [] and parts == cut(how="documents")
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_json_and_json_lines_are_read_alike(tmp_path, name):
+    wanted = [ROW, TALK]
+    path = tmp_path / name
+    lines = "\n".join(map(json.dumps, wanted))
+    path.write_text(lines if name.endswith("l") else json.dumps(wanted))
+    rows = instructions.read(str(path), cache=tmp_path, progress=False)
+    assert rows == wanted
+
+
+def test_the_library_of_python_is_a_source_without_a_download(tmp_path):
+    rows = instructions.read("builtin:json", cache=tmp_path, progress=False)
+    dumps = next(row for row in rows if row["input"] == "dumps")
+    assert dumps["output"] == "Serialize ``obj`` to a JSON formatted ``str``."
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('[{"instruction": "a"}, {"text": "b"}]', "row 2: it has the columns 'text'"),
+        ('{"messages": [{"role": "bot", "content": ""}]}', "row 1: role 'bot'"),
+        ('["a"]', "row 1: it is not an object"),
+        ("[]", "has no rows"),
+        ("instruction,output", "neither a JSON list"),
+    ],
+)
+def test_a_file_that_is_no_list_of_conversations_is_refused(tmp_path, text, words):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        instructions.read(str(tmp_path / "a.json"), cache=tmp_path, progress=False)
+
+
+def test_an_absent_file_is_told_with_the_names_that_there_are(tmp_path):
+    with pytest.raises(FileNotFoundError, match="instructions, preferences, alpaca"):
+        instructions.read("none.json", cache=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize(
+    "count, val, test", [(20, 0, 0.1), (20, 0.5, 0.5), (1, 0.5, 0)]
+)
+def test_a_split_without_rows_to_train_or_validate_is_refused(count, val, test):
+    with pytest.raises(ValueError, match=r"task\.test_fraction"):
+        instructions.split(
+            [ROW] * count, how="fraction", val_fraction=val, test_fraction=test
+        )
