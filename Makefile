@@ -10,6 +10,7 @@ VERSION = $(eval VERSION := $$(shell $(PYTHON) -c \
   'import platform; print(platform.python_version())'))$(VERSION)
 VENV = .venv-$(VERSION)
 RUN = $(VENV)/bin/python
+LM_EVAL = $(VENV)-lm-eval
 
 # A stamp is a copy of the lock that was installed: it goes stale with the lock's text,
 # not with its date; it goes before pip starts and comes back only if pip succeeds.
@@ -69,6 +70,10 @@ test-browser: browser  ## the chat page in Chromium; installs playwright once
 test-faults: dev  ## what must survive what, the slow rows too (minutes)
 	$(RUN) -m pytest tests/test_serve_faults.py tests/faults_serve.py $(PYTEST_ARGS)
 
+.PHONY: test-lm-eval
+test-lm-eval: lm-eval  ## runs on EleutherAI's harness, in an environment of their own
+	$(LM_EVAL)/bin/python -m pytest tests/test_harness.py $(PYTEST_ARGS)
+
 .PHONY: check
 check: dev  ## lint, format and types, without changing a file
 	$(RUN) -m ruff check .
@@ -87,6 +92,7 @@ lock: python  ## resolve the requirements*.txt anew; UPGRADE=--upgrade takes new
 	  && $(UV)/bin/python -m pip install --quiet uv==$(UV_VERSION); }
 	$(LOCK) requirements.in -o requirements.txt
 	$(LOCK) requirements-dev.in -o requirements-dev.txt
+	$(LOCK) requirements-lm-eval.in -o requirements-lm-eval.txt
 	$(LOCK) pyproject.toml \
 	  --extra sweep --extra wandb --extra datasets --extra parity --extra export \
 	  --extra chat --extra eval --extra serve --extra browser \
@@ -135,3 +141,12 @@ browser: dev
 	  && $(RUN) -m pip install --quiet --disable-pip-version-check \
 	    -r requirements-dev.txt -c requirements-extras.txt playwright \
 	  && cp requirements-extras.txt $(STAMP)-browser; }
+
+.PHONY: lm-eval
+lm-eval: python
+	@cmp -s requirements-lm-eval.txt $(LM_EVAL)/installed || { \
+	  echo 'Installing lm-eval into $(LM_EVAL): once, about 1.4 GB on disk ...' \
+	  && $(PYTHON) -m venv --clear $(LM_EVAL) \
+	  && $(LM_EVAL)/bin/python -m pip install --quiet --disable-pip-version-check \
+	    -r requirements-lm-eval.txt \
+	  && cp requirements-lm-eval.txt $(LM_EVAL)/installed; }

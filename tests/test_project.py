@@ -13,7 +13,10 @@ import pytest
 import gpt_jax
 
 ROOT = Path(__file__).parents[1]
-LOCKS = ("requirements.txt", "requirements-dev.txt", "requirements-extras.txt")
+LOCKS = (
+    *("requirements.txt", "requirements-dev.txt", "requirements-extras.txt"),
+    "requirements-lm-eval.txt",
+)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -69,6 +72,7 @@ def test_every_line_of_a_lock_pins_one_version(lock):
     [
         ("requirements.in", "requirements.txt"),
         ("requirements-dev.in", "requirements-dev.txt"),
+        ("requirements-lm-eval.in", "requirements-lm-eval.txt"),
     ],
 )
 def test_every_wish_is_locked(wishes, lock):
@@ -88,7 +92,8 @@ def test_the_extras_agree_with_the_runtime():
 
 def test_every_extra_is_locked_except_the_accelerators():
     extras = PROJECT["project"]["optional-dependencies"]
-    locked = {package(entry) for entry in entries("requirements-extras.txt")}
+    locks = ("requirements-extras.txt", "requirements-lm-eval.txt")
+    locked = {package(entry) for lock in locks for entry in entries(lock)}
     for name in extras.keys() - {"gpu", "tpu"}:
         assert {package(entry) for entry in extras[name]} <= locked, name
 

@@ -1,0 +1,112 @@
+"""What fine-tuning reaches: spam, instructions, preferences, rewards."""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from experiments.targets import Absent, Found, Place, Row, run, train
+
+SEEDS = (1, 2, 3)
+BASE = "configs/austen_15m.py:size=small"
+TRAINED_ON, TESTED_ON = 935, 110  # rows of the instruction file, in its order
+
+
+def spam(place: Place) -> Found:
+    """Returns the test accuracy of spam classifiers from random weights."""
+    place.file("sms_spam.tsv")
+    shares = []
+    for seed in SEEDS:
+        name = f"spam_{seed}"
+        train(place, name, _config("classify"), f"seed={seed}")
+        folder = place.out / name
+        command = [sys.executable, "-m", "experiments.classify", f"--run={folder}"]
+        run([*command, "--test"], place.out / f"{name}_test.log")
+        shares.append(100 * json.loads((folder / "test.json").read_text())["accuracy"])
+    mean = statistics.mean(shares)
+    each = " / ".join(f"{share:.1f}" for share in shares)
+    return Found(f"{mean:.2f} % ({each})", mean >= 95)
+
+
+def instructions(place: Place) -> Found:
+    """Returns how much the validation loss of answers fell."""
+    place.file("instruction-data.json")
+    losses = _values(train(place, "sft", _config("sft", _base(place))), "val_loss")
+    fall = 1 - min(losses) / losses[0]
+    words = f"{losses[0]:.2f} to {min(losses):.2f}: by {100 * fall:.0f} %"
+    return Found(words, fall >= 1 / 3)
+
+
+def answers(place: Place) -> Found:
+    """Returns scores of base and tuned model on the test rows, and how they end."""
+    from gpt_jax.evaluate import rows
+
+    test = rows.read(place.file("instruction-data.json"))
+    train(place, "sft", _config("sft", _base(place)))
+    rows.write(place.out / "test.json", test[TRAINED_ON : TRAINED_ON + TESTED_ON])
+    scored = place.out / "answers"
+    command = [sys.executable, "-m", "experiments.evaluate", "--template=alpaca"]
+    command += [f"--run={_base(place)}", f"--run={place.out / 'sft'}"]
+    command += [f"--rows={place.out / 'test.json'}", f"--out={scored}"]
+    run([*command, "--max_new_tokens=100"], place.out / "answers.log")
+    base, tuned = json.loads((scored / "scores.json").read_text()).values()
+    gains = [f"{name} {base[name]['mean']:.0f} to {tuned[name]['mean']:.0f}"
+             for name in ("f1", "rouge_l", "chrf")]  # fmt: skip
+    risen = all(tuned["gain"][name]["low"] > 0 for name in ("f1", "rouge_l", "chrf"))
+    words = f"{tuned['ended']:.0f} % end, {tuned['length']:.2f}x as long; "
+    right = tuned["ended"] >= 90 and 0.5 <= tuned["length"] <= 2
+    return Found(words + ", ".join(gains), right and risen)
+
+
+def preferences(place: Place) -> Found:
+    """Returns the first and the best validation loss of DPO on the tuned model."""
+    place.file("instruction-data-with-preference.json")
+    train(place, "sft", _config("sft", _base(place)))
+    losses = _values(train(place, "dpo", _config("dpo", place.out / "sft")), "val_loss")
+    words = f"{losses[0]:.4f}, then {min(losses):.3f}"
+    return Found(words, abs(losses[0] - 0.6931) <= 0.001 and min(losses) < 0.66)
+
+
+def rewards(place: Place) -> Found:
+    """Returns how often letters are reversed rightly, before and after GRPO."""
+    begun = train(place, "grpo_start", _config("grpo"))
+    before = _values(begun, "val_accuracy")[-1]
+    start = place.out / "grpo_start"
+    after = max(_values(train(place, "grpo", _config("grpo", start)), "val_accuracy"))
+    return Found(f"{before:.2f} to {after:.2f}", before < 0.2 and after > 0.8)
+
+
+def _config(name: str, base: Path | None = None) -> str:
+    """Returns a config of this version that starts from a run."""
+    file = f"configs/{name}.py"
+    if not Path(file).is_file():
+        raise Absent(f"{file} is not in this version")
+    return f"{file}:run={base}" if base else file
+
+
+def _base(place: Place) -> Path:
+    """Returns the pretrained run: the one that was named, or one trained here."""
+    if place.base:
+        return place.base
+    place.file("austen.txt")
+    train(place, "base", BASE, "model.context_length=256")
+    return place.out / "base"
+
+
+def _values(lines: list[dict], name: str) -> list[float]:
+    """Returns a number of every line that has it."""
+    return [line[name] for line in lines if line.get(name) is not None]
+
+
+ROWS = (
+    Row("SMS spam from random weights: test accuracy, mean of 3 seeds",
+        "95 % or more", "none", spam),
+    Row("instruction tuning: validation loss of answers", "falls by a third or more",
+        "none", instructions),
+    Row("the tuned model's test answers", "90 % end by themselves, 0.5x to 2x as long; "
+        "scores rise", "95 % intervals above 0", answers),
+    Row("DPO on the tuned model: validation loss", "0.6931, then below 0.66",
+        "+- 0.001", preferences),
+    Row("GRPO on reversing 3 to 5 letters: held-out exact matches", "from below 0.2 to "
+        "above 0.8", "none", rewards),
+)  # fmt: skip
