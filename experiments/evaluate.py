@@ -143,6 +143,10 @@ def _opened():
     sharding.set_cpu_devices(64, data=-1, cpu_devices=0)
     for folder in RUN.value:
         run = runs.open(folder, step=door.step(STEP.value), weights=WEIGHTS.value)
+        if run.model.cfg.n_classes:
+            raise ValueError(
+                f"{folder} sorts texts into classes: python -m experiments.classify"
+            )
         programs.use_cache(run.config.compile_cache)
         yield _name(folder), run
 
@@ -196,6 +200,8 @@ def _validation(run):
     from gpt_jax import prepare
     from gpt_jax.evaluate import text
 
+    if run.config.task.name != "lm":
+        raise ValueError(f"--text=val: {run.folder} was not trained on running text")
     keys = dict(run.config.data)
     for key in ("seq_len", "stride"):
         keys.pop(key)
