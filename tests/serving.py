@@ -66,7 +66,9 @@ def alone(prompt, context, *, number=0, seed=0, stop=(), **settings):
 @contextlib.contextmanager
 def running(engine, *, limits=LIMITS, key="", grace_s=5.0, templates=(None, "plain")):
     """Serves an engine in a thread: as `tiny` it continues, as `chatty` it talks."""
-    facts = {"context_length": engine.model.cfg.context_length, "parameters": 1}
+    cfg = engine.model.cfg
+    facts = {"context_length": cfg.context_length, "vocab_size": cfg.vocab_size}
+    facts |= {"parameters": models.count(cfg), "step": 0}
     served = {
         name: Served(engine, template, facts)
         for name, template in zip(("tiny", "chatty"), templates, strict=True)

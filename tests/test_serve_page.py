@@ -129,6 +129,7 @@ def test_a_text_can_be_stopped_and_asked_for_again(page, live):
 
 
 def test_tokens_are_coloured_and_tell_what_else_was_likely(page):
+    page.select_option("#model", "chatty")
     settings(page, temperature=0, max_tokens=25, tokens=True)
     send(page, "Once upon")
     done(page)

@@ -152,7 +152,7 @@ async function answer() {
         dropped += 1;
       }
     }
-    made.note = made.reason === "length" ? "stopped: no more room" : "";
+    made.note = made.reason === "length" ? "cut: enough tokens, or the context is full" : "";
     if (dropped) made.note = `the model no longer sees the oldest ${dropped} turns. ${made.note}`;
     const seconds = (performance.now() - began) / 1000;
     say(`Done in ${seconds.toFixed(1)} s, the first token after ${Math.round(first)} ms.`);
