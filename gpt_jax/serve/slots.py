@@ -82,20 +82,29 @@ class Slots:
     def compile(self) -> None:
         """Runs every program once in every shape; nothing is compiled later."""
         cfg = self.model.cfg
-        self._row = init_cache(cfg, 1, self.room, jnp.dtype(cfg.dtype))
+        # Arrays that are bound to a device, as the weights of a run and all that comes
+        # of them, have programs of their own: so these are bound from the start.
+        (device,) = jax.tree.leaves(self._params)[0].devices()
+        bind = partial(jax.device_put, device=device)
+        self._row = bind(init_cache(cfg, 1, self.room, jnp.dtype(cfg.dtype)))
         for length in self._lengths:
             self.prompt([0] * length, 0, score=True)
         idle = entry([0], batch.GREEDY, seed=0, number=0, wants=True, room=self.room)
         for smaller, size in zip((None, *self.sizes), self.sizes, strict=False):
-            self._batch = batch.empty(cfg, size)
+            self._batch = bind(batch.empty(cfg, size))
             self._owners = [None] * size
             self.join(idle, "")
             self.step()
             if smaller:
                 self._move(smaller)
                 self._move(size)
-        self._batch = batch.empty(cfg, self.sizes[0])
+        self._batch = bind(batch.empty(cfg, self.sizes[0]))
         self._owners = [None] * self.sizes[0]
+
+    def programs(self) -> int:
+        """Returns how many programs there are."""
+        jitted = (self._prefill, self._score, self._admit, self._step, self._resize)
+        return sum(one._cache_size() for one in jitted)
 
     def prompt(
         self, ids: Sequence[int], start: int, *, score: bool = False
