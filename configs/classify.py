@@ -6,8 +6,9 @@ What: chapter 6 of Raschka's "Build a Large Language Model (From Scratch)": the 
   start from; without it the weights are random and a BPE vocabulary is made of the
   messages. `adapter=lora` trains thin matrices beside frozen weights; `train=head`
   moves only the new head, `train=last1` also the last block and the final norm,
-  `train=last2` two blocks, and so on. `size=mini`, `small`, `medium`, `large` are
-  models without `run=`. Your own table:
+  `train=last2` two blocks, and so on. `pool=` says whose features are classified (last,
+  first, mean, end), `epochs=` how often every message is seen. `size=mini`, `small`,
+  `medium`, `large` are models without `run=`. Your own table:
   --config.data.source=FILE.csv (or .tsv, .jsonl, hf:<dataset>), with the columns text
   and label or --config.task.text_column=... --config.task.label_column=...
 Expected: see docs/guide/8-classify.md: above 95 % of the test messages are sorted
@@ -44,8 +45,12 @@ def still(train: str, n_layers: int) -> tuple[str, ...]:
 
 def get_config(arg: str | None = None):
     options = common.options(
-        arg, run="", adapter="full", train="all", pool="last", size="small"
+        arg,
+        **{"run": "", "adapter": "full", "train": "all", "pool": "last"},
+        **{"size": "small", "epochs": "5"},
     )
+    if not options["epochs"].isdecimal():
+        raise ValueError(f"epochs {options['epochs']!r} is not one of: 1, 2, 3, ...")
     config = common.modern(common.base())
     config.task = common.task_classify()
     config.task.update(balance=True, pool=options["pool"])
@@ -55,8 +60,8 @@ def get_config(arg: str | None = None):
     config.optimizer.update(name="adamw", schedule="linear")
     config.hyper.update(lr=1e-3, weight_decay=0.05, beta2=0.99, warmup_steps=20.0)
     config.batch_size = 16
-    config.steps = 325  # five epochs
-    config.eval_every = 65
+    config.eval_every = 65  # an epoch of the 1,045 messages
+    config.steps = config.eval_every * int(options["epochs"])
     config.checkpoint_every = 130
     if options["size"] == "tiny":
         common.tiny(config)

@@ -15,13 +15,13 @@ Command: python -m experiments.sweep --sweep=experiments/sweeps/book_classifier.
 """
 
 # pool=end: the book's last token is the last position of the padded row.
-config = "configs/classify.py:run=runs/austen,pool=end"
+config = "configs/classify.py:run=runs/austen,pool=end,epochs=2"
 metric = "val_accuracy"
 direction = "maximize"
 fixed = {"checkpoint_every": 10_000, "tensorboard": False}
 
 _WIDTHS = (16, 32, 48, 64, 80, 96, 112)
-_ONE_BY_ONE = {"batch_size": 1, "steps": 5225, "eval_every": 1045, "hyper.lr": 2e-4}
+_ONE_BY_ONE = {"batch_size": 1, "steps": 2090, "eval_every": 1045, "hyper.lr": 2e-4}
 _ROWS = [
     ("train=last1", {}),
     ("train=last1,pool=first", {}),
