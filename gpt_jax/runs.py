@@ -228,7 +228,7 @@ def read_classes(folder: str | Path) -> Classes | None:
 
 def as_config(tree: dict) -> ConfigDict:
     """Returns the config that was written as JSON, lists as tuples as in configs/."""
-    return ConfigDict(_tuples(tree))
+    return ConfigDict(tuples(tree))
 
 
 def difference(old: ConfigDict, new: ConfigDict) -> list[str]:
@@ -409,10 +409,11 @@ def _shown(rows: dict, key: str) -> str:
     return repr(rows[key]) if key in rows else ABSENT
 
 
-def _tuples(value: Any) -> Any:
+def tuples(value: Any) -> Any:
+    """Returns what JSON gives back, with its lists as tuples."""
     if isinstance(value, dict):
-        return {key: _tuples(inner) for key, inner in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+        return {key: tuples(inner) for key, inner in value.items()}
+    return tuple(map(tuples, value)) if isinstance(value, list) else value
 
 
 def _write(path: Path, text: str) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from gpt_jax import runs, signals
 from gpt_jax.sweep import batch, checks, engine
 from gpt_jax.sweep import plan as plans
 from gpt_jax.sweep.plan import Plan
+from gpt_jax.sweep.space import OPTIONS
 from gpt_jax.sweep.study import Study, Trial
 from gpt_jax.sweep.view import View
 
@@ -180,11 +181,16 @@ def results(study: Study) -> Results:
         )
         if best
         else None,
-        "trials": [_row(trial) for trial in trials],
+        "trials": [_row(trial, plan.keys) for trial in trials],
     }
 
 
-def _row(trial: Trial) -> dict:
+def _row(trial: Trial, keys: Iterable[str]) -> dict:
+    """Returns what there is to know of a trial; keys that it leaves have its config's
+    values, so that all trials have all keys."""
+    flat = runs.flat(trial.config)
+    own = {key: runs.tuples(flat[key]) for key in keys if key in flat}
+    own |= {} if OPTIONS not in keys else {OPTIONS: ""}
     told = {"value": None, "at": None, "last": None, "step": 0, "tokens": 0}
     told |= {"seconds": 0.0, "reason": ""}
     told |= {key: trial.outcome[key] for key in told if key in trial.outcome}
@@ -194,7 +200,7 @@ def _row(trial: Trial) -> dict:
         **told,
         "steps": trial.config.steps,
         "attempts": trial.attempts,
-        "overrides": trial.overrides,
+        "overrides": own | trial.overrides,
     }
 
 
