@@ -103,7 +103,8 @@ class Slots:
 
     def programs(self) -> int:
         """Returns how many programs there are."""
-        jitted = (self._prefill, self._score, self._admit, self._step, self._resize)
+        jitted: list[Any] = [self._prefill, self._score, self._admit]
+        jitted += [self._step, self._resize]
         return sum(one._cache_size() for one in jitted)
 
     def prompt(
