@@ -329,7 +329,8 @@ def from_run(config: ConfigDict, folder: str) -> ConfigDict:
         )
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        found, template = _tuples(saved["model"]), saved["task"].get("template", "")
+        found = {key: _tuples(value) for key, value in saved["model"].items()}
+        template = saved["task"].get("template", "")
         unknown = sorted(found.keys() - config.model.keys())
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is not the config of a run: {error!r}") from error

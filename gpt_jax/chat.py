@@ -413,8 +413,8 @@ def _parts(text: str, spans, tokenizer):
     last = 0
     for start, stop in spans:
         yield text[last:start], 0
-        matches = _pattern(tokenizer).finditer(text, start)
-        last = max(stop, next((m.end() for m in matches if m.end() >= stop), stop))
+        ends = [m for m in _pattern(tokenizer).finditer(text, start) if m.end() >= stop]
+        last = ends[0].end() if ends and ends[0].start() < stop else stop
         yield text[start:last], 1
     yield text[last:], 0
 
