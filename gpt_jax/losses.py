@@ -1,12 +1,13 @@
 """Losses: arrays in, float32 SUMS out; the mean is taken once, by who shows it."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 # Shape legend: B batch  T time  C time within a chunk  D width  V vocabulary
-# N classes.
+# N classes  P chosen and rejected answer.
 
 
 def next_token(
@@ -82,21 +83,7 @@ def next_token_in_chunks(
         numbers = {"label_smoothing": label_smoothing, "z_loss": z_loss}
         return next_token(head(x_BCD), target_BC, mask_BC, **numbers)
 
-    length = x_BTD.shape[1]
-    chunks = -(-length // chunk)
-    if chunks == 1:
-        return part(x_BTD, target_BT, mask_BT)
-    size = -(-length // chunks)
-
-    def split(a):  # [B, T, ...] -> [chunks, B, C, ...]; zeros, so mask 0, fill up
-        widths = [(0, 0), (0, chunks * size - length)] + [(0, 0)] * (a.ndim - 2)
-        a = jnp.pad(a, widths).reshape(len(a), chunks, size, *a.shape[2:])
-        return jnp.moveaxis(a, 1, 0)
-
-    pieces = tuple(map(split, (x_BTD, target_BT, mask_BT)))
-    again = jax.checkpoint(part, prevent_cse=False)  # the loop prevents it
-    parts = jax.lax.map(lambda piece: again(*piece), pieces)
-    return jax.tree.map(lambda sums: sums.sum(0), parts)
+    return _add_chunks(part, (x_BTD, target_BT, mask_BT), chunk)
 
 
 def classification(
@@ -128,3 +115,122 @@ def classification(
         "accuracy": (right_B * mask_B.astype(jnp.float32)).sum(),
         "weight": sums["weight"],
     }
+
+
+def sequence_logp(
+    head: Callable[[jax.Array], jax.Array],
+    x_BTD: jax.Array,
+    target_BT: jax.Array,
+    mask_BT: jax.Array,
+    *,
+    chunk: int,
+) -> jax.Array:
+    """Returns float32 [B]: the log-probability of each row's targets, in nats.
+
+    Arguments are those of `next_token_in_chunks`; a row whose mask is all 0 has 0.
+    """
+
+    def part(x_BCD, target_BC, mask_BC):
+        row = partial(next_token, label_smoothing=0.0, z_loss=0.0)
+        # A row is a batch of its own, so that its sum stays its own.
+        rows = (head(x_BCD)[:, None], target_BC[:, None], mask_BC[:, None])
+        return -jax.vmap(row)(*rows)["nll"]
+
+    return _add_chunks(part, (x_BTD, target_BT, mask_BT), chunk)
+
+
+def preference(
+    policy_BP: jax.Array,
+    reference_BP: jax.Array | None,
+    length_BP: jax.Array,
+    *,
+    variant: str,
+    logp: str,
+    beta: float,
+    label_smoothing: jax.Array | float,
+) -> dict[str, jax.Array]:
+    """How little the chosen answer of a pair is preferred to the rejected, over pairs.
+
+    With c the log-probability of the chosen answer and r of the rejected one, under the
+    policy, less those under the reference, and h = c - r:
+
+      dpo   -log sigmoid(beta h)  (Rafailov et al. 2023, equation 7)
+      ipo   (h - 1 / (2 beta))^2  (Azar et al. 2024, equation 17)
+      orpo  -c - beta log sigmoid(log odds(c) - log odds(r)), without a reference;
+            odds(c) = exp(c) / (1 - exp(c))  (Hong et al. 2024, equations 3 to 7)
+
+    Args:
+      policy_BP: log-probabilities of whole answers in nats; P = 2: chosen, rejected.
+      reference_BP: the same under the reference; None for orpo.
+      length_BP: tokens of the answers. A pair with an answer of none does not count.
+      variant: dpo, ipo or orpo.
+      logp: "sum" takes them as they are, "mean" divides each by its length; orpo is
+        made of means.
+      beta: above 0; how closely the policy is held to the reference (dpo, ipo), or the
+        weight of the odds (orpo).
+      label_smoothing: dpo only: the share of pairs that are taken to be the wrong way
+        round (Mitchell 2023, "A note on DPO with noisy preferences"); traced.
+
+    Returns:
+      Float32 scalars, summed over the pairs that count: "loss"; "weight", the pairs;
+      "chosen_reward" and "rejected_reward", which are beta c and beta r; "margin",
+      their difference; "accuracy", the pairs whose margin is above 0.
+    """
+    counts_B = (length_BP > 0).all(-1)
+    ratio_BP = policy_BP if reference_BP is None else policy_BP - reference_BP
+    if logp == "mean":
+        ratio_BP = ratio_BP / jnp.maximum(length_BP, 1)
+    # A pair that does not count takes values at which no variant is singular.
+    ratio_BP = jnp.where(counts_B[:, None], ratio_BP, -1.0)
+    reward_BP = beta * ratio_BP
+    margin_B = reward_BP[:, 0] - reward_BP[:, 1]
+    loss_B = PREFERENCES[variant](ratio_BP, beta, label_smoothing)
+    each = {
+        "loss": loss_B,
+        "weight": jnp.ones_like(loss_B),
+        "chosen_reward": reward_BP[:, 0],
+        "rejected_reward": reward_BP[:, 1],
+        "margin": margin_B,
+        "accuracy": (margin_B > 0).astype(jnp.float32),
+    }
+    return {name: jnp.where(counts_B, x_B, 0).sum() for name, x_B in each.items()}
+
+
+def _dpo(ratio_BP, beta, label_smoothing):
+    h_B = beta * (ratio_BP[:, 0] - ratio_BP[:, 1])
+    right_B, wrong_B = jax.nn.log_sigmoid(h_B), jax.nn.log_sigmoid(-h_B)
+    return -(1 - label_smoothing) * right_B - label_smoothing * wrong_B
+
+
+def _ipo(ratio_BP, beta, label_smoothing):
+    del label_smoothing
+    return (ratio_BP[:, 0] - ratio_BP[:, 1] - 1 / (2 * beta)) ** 2
+
+
+def _orpo(ratio_BP, beta, label_smoothing):
+    del label_smoothing
+    # A certain answer (log-probability 0) has infinite odds: stay a bit below.
+    logp_BP = jnp.minimum(ratio_BP, -1e-6)
+    odds_BP = logp_BP - jnp.log(-jnp.expm1(logp_BP))
+    return -ratio_BP[:, 0] - beta * jax.nn.log_sigmoid(odds_BP[:, 0] - odds_BP[:, 1])
+
+
+PREFERENCES = {"dpo": _dpo, "ipo": _ipo, "orpo": _orpo}
+
+
+def _add_chunks(part: Callable, arrays: tuple[jax.Array, ...], chunk: int):
+    """Returns part(*arrays) as the sum of part over chunks of their second axis."""
+    length = arrays[0].shape[1]
+    chunks = -(-length // chunk)
+    if chunks == 1:
+        return part(*arrays)
+    size = -(-length // chunks)
+
+    def split(a):  # [B, T, ...] -> [chunks, B, C, ...]; zeros, so mask 0, fill up
+        widths = [(0, 0), (0, chunks * size - length)] + [(0, 0)] * (a.ndim - 2)
+        a = jnp.pad(a, widths).reshape(len(a), chunks, size, *a.shape[2:])
+        return jnp.moveaxis(a, 1, 0)
+
+    again = jax.checkpoint(part, prevent_cse=False)  # the loop prevents it
+    parts = jax.lax.map(lambda piece: again(*piece), tuple(map(split, arrays)))
+    return jax.tree.map(lambda sums: sums.sum(0), parts)

@@ -74,6 +74,56 @@ def confusion(
     figure.savefig(path, format="png")
 
 
+def margins(folder: str | Path) -> Path | None:
+    """Draws what a run learnt of preferences into `folder/margins.png`.
+
+    Above, the rewards of chosen and of rejected answers and the margin between them,
+    on training (thin) and validation pairs; below, the share of pairs whose chosen
+    answer has the higher reward.
+
+    Returns:
+      The file's path; None when no margin was recorded.
+
+    Raises:
+      FileNotFoundError: the folder has no record.
+    """
+    folder = Path(folder)
+    rows = metrics.read(folder)
+    if not any("val_margin" in row for row in rows):
+        return None
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1)  # inches
+    figure = Figure(figsize=(8, 7), dpi=150, layout=layout)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    for name, color in (
+        ("chosen_reward", "#55A868"),
+        ("rejected_reward", BEST),
+        ("margin", "0.3"),
+    ):
+        above.plot(*_curve(rows, f"train_{name}"), color=color, lw=0.8, alpha=0.5)
+        label, curve = name.replace("_", " "), _curve(rows, f"val_{name}")
+        above.plot(*curve, color=color, lw=1.6, marker="o", ms=4, label=label)
+    below.plot(*_curve(rows, "train_accuracy"), color=TRAIN, lw=0.8, alpha=0.5)
+    curve = _curve(rows, "val_accuracy")
+    below.plot(*curve, color=TRAIN, lw=1.6, marker="o", ms=4, label="accuracy")
+    above.set_title(folder.resolve().name, fontweight="bold", pad=10)
+    above.set_ylabel("reward (nats, times beta)")
+    below.set_ylabel("share of pairs")
+    below.set_ylim(-0.02, 1.02)
+    below.set_xlabel("step")
+    for axes in (above, below):
+        axes.grid(color="0.9", lw=0.8)
+        axes.set_axisbelow(True)
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    path, part = folder / "margins.png", folder / "margins.png.part"
+    figure.savefig(part, format="png")
+    os.replace(part, path)
+    return path
+
+
 def _curve(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns steps and values of a number; null becomes nan, a gap in the curve."""
     points = [(row["step"], row[name]) for row in rows if name in row]

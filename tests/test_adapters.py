@@ -2,6 +2,7 @@
 
 import shutil
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +91,7 @@ def test_a_linear_layer_adds_the_scaled_product():
     }
     x = np.asarray(jax.random.normal(KEY, (3, 32)))
     dense = model.Dense((32,), (128,), True, cfg)
-    got = dense.apply({"params": joined["block_0"]["mlp"]["up"]}, jnp.asarray(x))
+    got: Any = dense.apply({"params": joined["block_0"]["mlp"]["up"]}, jnp.asarray(x))
     wanted = x @ up["kernel"] + up["bias"] + x @ up["lora_a"] @ up["lora_b"] * 1.5
     np.testing.assert_allclose(got, wanted, atol=1e-4)
 
@@ -160,9 +161,11 @@ def test_the_state_of_lora_is_little_more_than_the_base():
     tx = optimizer.make(**options)
 
     def state(adapter):
-        return jax.eval_shape(
-            lambda w: step.start(*adapter.split(w, KEY), tx, ema=False), base
-        )
+        def begin(weights):
+            params, frozen = adapter.split(weights, KEY)
+            return step.start(params, frozen, tx, ema=False)
+
+        return jax.eval_shape(begin, base)
 
     def size(tree):
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.losses import classification, next_token, next_token_in_chunks
+from gpt_jax.losses import (
+    PREFERENCES,
+    classification,
+    next_token,
+    next_token_in_chunks,
+    preference,
+    sequence_logp,
+)
 
 V = 7
 
@@ -183,3 +190,118 @@ def test_classes_are_scored_by_hand():
     assert got["loss"] == pytest.approx(sum(losses), rel=1e-6)
     assert got["accuracy"] == 1.0  # the first row alone is right
     assert got["weight"] == 4.0
+
+
+@pytest.mark.parametrize("chunk", [2, 5])
+def test_the_log_probability_of_a_row_is_the_sum_over_its_targets(case, chunk):
+    """Oracle: `by_hand`, a row at a time. Nan under mask 0 has no say."""
+    logits, target, mask = case
+    mask = (mask > 0).astype(np.float32)
+    wanted = [
+        -by_hand(*(x[i : i + 1] for x in (logits, target, mask)), smoothing=0, z=0)[
+            "nll"
+        ]
+        for i in range(2)
+    ]
+    logits[mask == 0] = np.nan
+    got = sequence_logp(lambda x: x, logits, target, mask, chunk=chunk)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)
+    nothing = sequence_logp(lambda x: x, logits, target, 0 * mask, chunk=chunk)
+    np.testing.assert_array_equal(nothing, [0, 0])
+
+
+@pytest.fixture
+def pairs():
+    """Log-probabilities of 5 pairs of answers under two models; their lengths."""
+    rng = np.random.default_rng(3)
+    length = rng.integers(2, 9, (5, 2)).astype(np.float32)
+    policy, reference = (-length * rng.uniform(0.2, 2.0, (5, 2)) for _ in range(2))
+    return policy.astype(np.float32), reference.astype(np.float32), length
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def test_dpo_is_minus_log_sigmoid_of_the_scaled_log_ratios(pairs):
+    """Oracle: equation 7 of Rafailov et al. 2023, in float64."""
+    policy, reference = (np.asarray(x, np.float64) for x in pairs[:2])
+    chosen, rejected = (0.3 * (policy - reference)).T
+    options = {"variant": "dpo", "logp": "sum", "beta": 0.3}
+    got = preference(*pairs, **options, label_smoothing=0.0)
+    wanted = {
+        "loss": -np.log(sigmoid(chosen - rejected)).sum(),
+        "weight": 5,
+        "chosen_reward": chosen.sum(),
+        "rejected_reward": rejected.sum(),
+        "margin": (chosen - rejected).sum(),
+        "accuracy": (chosen > rejected).sum(),
+    }
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert float(got[name]) == pytest.approx(value, rel=1e-5), name
+    noisy = preference(*pairs, **options, label_smoothing=0.25)
+    other_way = -np.log(sigmoid(rejected - chosen)).sum()
+    wanted_loss = 0.75 * wanted["loss"] + 0.25 * other_way
+    assert float(noisy["loss"]) == pytest.approx(wanted_loss, rel=1e-5)
+
+
+def test_means_divide_every_log_probability_by_its_length(pairs):
+    policy, reference, length = pairs
+    options = {"variant": "dpo", "beta": 0.3, "label_smoothing": 0.0}
+    got = preference(*pairs, logp="mean", **options)
+    means = (policy / length, reference / length, length)
+    wanted = preference(*means, logp="sum", **options)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), got, wanted)
+
+
+def test_ipo_pulls_the_log_ratio_to_half_the_inverse_of_beta(pairs):
+    """Oracle: equation 17 of Azar et al. 2024."""
+    policy, reference, length = (np.asarray(x, np.float64) for x in pairs)
+    ratio = (policy - reference) / length
+    wanted = ((ratio[:, 0] - ratio[:, 1] - 1 / 0.6) ** 2).sum()
+    options = {"variant": "ipo", "logp": "mean", "beta": 0.3}
+    got = preference(*pairs, **options, label_smoothing=0.0)
+    assert float(got["loss"]) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_orpo_adds_the_odds_ratio_to_the_likelihood_of_the_chosen(pairs):
+    """Oracle: equations 3 to 7 of Hong et al. 2024, from probabilities."""
+    policy, _, length = (np.asarray(x, np.float64) for x in pairs)
+    p = np.exp(policy / length)
+    odds = p / (1 - p)
+    ratio = np.log(odds[:, 0] / odds[:, 1])
+    wanted = (-np.log(p[:, 0]) - 0.3 * np.log(sigmoid(ratio))).sum()
+    options = {"variant": "orpo", "logp": "mean", "beta": 0.3}
+    got = preference(pairs[0], None, pairs[2], **options, label_smoothing=0.0)
+    assert float(got["loss"]) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("variant", PREFERENCES)
+def test_a_pair_without_an_answer_counts_for_nothing(pairs, variant):
+    """Filling of a short batch has length 0 and log-probability 0."""
+    options = {"variant": variant, "logp": "mean", "beta": 0.1, "label_smoothing": 0.0}
+
+    def loss(policy, reference, length):
+        sums = preference(policy, reference, length, **options)
+        return sums["loss"], sums
+
+    gradient = jax.grad(loss, has_aux=True)
+    if variant == "orpo":
+        pairs = (pairs[0], 0 * pairs[1], pairs[2])  # it has no reference
+    filled = [np.concatenate([x, np.zeros((2, 2), np.float32)]) for x in pairs]
+    slope, sums = gradient(*pairs)
+    filled_slope, filled_sums = gradient(*filled)
+    jax.tree.map(np.testing.assert_array_equal, filled_sums, sums)
+    np.testing.assert_array_equal(filled_slope[:5], slope)
+    np.testing.assert_array_equal(filled_slope[5:], 0)
+    # The gradient asks for more of the chosen and less of the rejected answer.
+    assert (np.asarray(slope) * [1, -1] < 0).all()
+
+
+def test_a_policy_that_is_its_reference_has_the_loss_log_2(pairs):
+    policy, _, length = pairs
+    options = {"variant": "dpo", "logp": "sum", "beta": 0.1, "label_smoothing": 0.0}
+    sums = preference(policy, policy, length, **options)
+    assert float(sums["loss"] / sums["weight"]) == pytest.approx(np.log(2), abs=1e-6)
+    assert float(sums["margin"]) == 0.0 and float(sums["accuracy"]) == 0.0

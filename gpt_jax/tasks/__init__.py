@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from gpt_jax.tasks import classify, lm, sft
+from gpt_jax.tasks import classify, dpo, lm, sft
 from gpt_jax.tasks.task import Batch, Sums, Task
 
 __all__ = ["TABLE", "Batch", "Sums", "Task", "make"]
@@ -12,6 +12,7 @@ TABLE: dict[str, Callable[..., Task]] = {
     "lm": lm.make,
     "classify": classify.make,
     "sft": sft.make,
+    "dpo": dpo.make,
 }
 
 

@@ -123,7 +123,7 @@ def make_loss(model: GPT, token_bytes_V, *, loss_chunk: int, dropout: Collection
             hidden[0],
             batch["targets"],
             batch["mask"],
-            chunk=loss_chunk or _fitting_chunk(batch["tokens"], model.cfg),
+            chunk=loss_chunk or fitting_chunk(batch["tokens"], model.cfg),
             label_smoothing=hyper.label_smoothing if training else 0.0,
             z_loss=hyper.z_loss if training else 0.0,
         )
@@ -135,7 +135,7 @@ def make_loss(model: GPT, token_bytes_V, *, loss_chunk: int, dropout: Collection
     return loss
 
 
-def _fitting_chunk(tokens_BT, cfg: GPTConfig) -> int:
+def fitting_chunk(tokens_BT, cfg: GPTConfig) -> int:
     """Returns how many positions of all rows have logits within LOGITS_BYTES."""
     rows = tokens_BT.shape[0]
     return max(1, LOGITS_BYTES // (4 * rows * cfg.vocab_rows))

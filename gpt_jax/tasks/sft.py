@@ -67,9 +67,9 @@ def make(
       ValueError: a setting or a row cannot be used; see `instructions.read`.
     """
     chat.check(template)
-    _check("learn", learn, LEARN)
-    _check("too_long", too_long, TOO_LONG)
-    _check("empty", empty, EMPTY)
+    check("learn", learn, LEARN)
+    check("too_long", too_long, TOO_LONG)
+    check("empty", empty, EMPTY)
     seq_len = text["seq_len"] or model["context_length"]
     lm.check_window(seq_len, model["context_length"])
     show = prepare.Show(progress)
@@ -80,7 +80,7 @@ def make(
         val_fraction=text["val_fraction"],
         test_fraction=test_fraction,
     )
-    tokenizer = _tokenizer(text, parts["train"], template, progress)
+    tokenizer = tokenizer_of(text, parts["train"], template, progress)
     gpt = lm.make_model(model, tokenizer)
     encoded = {}
     for name in ("train", "val"):
@@ -108,7 +108,7 @@ def make(
         tokens=width,
         fingerprint=_fingerprint(encoded, tokenizer),
         test=parts["test"],
-        prompt=partial(_prompt, tokenizer=tokenizer, template=template),
+        prompt=partial(prompt_ids, tokenizer=tokenizer, template=template),
         stop=tuple(chat.stop_ids(tokenizer, template)),
     )
 
@@ -264,7 +264,7 @@ def _answered(rows, name: str, template: str, empty: str, show) -> list:
     return kept
 
 
-def _tokenizer(text, rows, template: str, progress: bool) -> tokenizers.Tokenizer:
+def tokenizer_of(text, rows, template: str, progress: bool) -> tokenizers.Tokenizer:
     """Returns the tokenizer of `config.data`, trained on `rows` where it must be."""
     spec = text["tokenizer"]
     ready = prepare.ready_tokenizer(spec, text["cache"], progress)
@@ -274,7 +274,7 @@ def _tokenizer(text, rows, template: str, progress: bool) -> tokenizers.Tokenize
     return tokenizers.train(spec, (m.content for talk in talks for m in talk))
 
 
-def _prompt(text: str, *, tokenizer, template: str) -> list[int]:
+def prompt_ids(text: str, *, tokenizer, template: str) -> list[int]:
     """Returns the ids after which the model answers a user's text."""
     return chat.render([chat.Message("user", text)], tokenizer, template, reply=True)[0]
 
@@ -289,6 +289,7 @@ def _fingerprint(encoded: Mapping[str, Sequence[Example]], tokenizer) -> str:
     return digest.hexdigest()
 
 
-def _check(key: str, value: str, choices: Sequence[str]) -> None:
+def check(key: str, value: str, choices: Sequence[str]) -> None:
+    """Raises ValueError unless a key of the task is one of the choices."""
     if value not in choices:
         raise ValueError(f"task.{key} {value!r} is not one of: {', '.join(choices)}")

@@ -1,0 +1,321 @@
+"""Preferences: raise the odds of a chosen answer over a rejected one.
+
+Direct preference optimisation needs neither a reward model nor sampling: its loss
+compares what the model gives the two answers with what the weights that it started
+from gave them. Those are held once, in `frozen`; with LoRA they are the base itself.
+"""
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from gpt_jax import adapters, chat, data, instructions, losses, prepare
+from gpt_jax.model import GPT
+from gpt_jax.tasks import lm, sft
+from gpt_jax.tasks.task import Task, dropout_of
+
+LOGPS = ("sum", "mean")
+WITHOUT_REFERENCE = ("orpo",)
+
+
+class Pair(NamedTuple):
+    """Two answers to one prompt, each with the prompt before it."""
+
+    chosen: sft.Example
+    rejected: sft.Example
+
+    @property
+    def size(self) -> int:
+        """The positions that the longer of the two takes."""
+        return max(self.chosen.size, self.rejected.size)
+
+
+def make(
+    *,
+    model: Mapping[str, Any],
+    text: Mapping[str, Any],
+    template: str,
+    variant: str,
+    logp: str,
+    beta: float,
+    too_long: str,
+    empty: str,
+    test_fraction: float,
+    loss_chunk: int,
+    dropout: Collection[str],
+    progress: bool,
+) -> Task:
+    """Reads, splits and encodes pairs of answers and returns the task.
+
+    Args:
+      model: the fields of `GPTConfig`; vocab_size 0 takes the tokenizer's.
+      text: the keys of `config.data`; source is as `instructions.read` takes it, and
+        each row has the columns "rejected" and "chosen" (or "output") as well.
+      template: see `chat.render`.
+      variant: see `losses.preference`.
+      logp: see `losses.preference`.
+      beta: see `losses.preference`.
+      too_long: what becomes of a pair with an answer that ends behind the window:
+        "refuse" is an error, "drop" leaves it out, "cut" cuts both answers off there;
+        the last two are counted.
+      empty: what becomes of a row with an empty answer: "refuse" or "drop".
+      test_fraction: the share of rows kept for a test; nothing here reads them.
+      loss_chunk: see `lm.make_loss`.
+      dropout: see `lm.make_loss`.
+      progress: show how far reading is, and what was left out.
+
+    Raises:
+      ValueError: a setting or a row cannot be used.
+    """
+    check(template=template, variant=variant, logp=logp, beta=beta)
+    sft.check("too_long", too_long, sft.TOO_LONG)
+    sft.check("empty", empty, sft.EMPTY)
+    seq_len = text["seq_len"] or model["context_length"]
+    lm.check_window(seq_len, model["context_length"])
+    show = prepare.Show(progress)
+    rows = instructions.read(text["source"], cache=text["cache"], progress=progress)
+    if text["source"].partition(":")[0] == "builtin":
+        rows = mismatched(rows)
+    parts = instructions.split(
+        rows,
+        how=text["split"],
+        val_fraction=text["val_fraction"],
+        test_fraction=test_fraction,
+    )
+    pairs = {name: both(parts[name], name, empty, show) for name in ("train", "val")}
+    chosen_rows = [chosen for chosen, _ in pairs["train"]]
+    tokenizer = sft.tokenizer_of(text, chosen_rows, template, progress)
+    gpt = lm.make_model(model, tokenizer)
+    encoded = {}
+    for name, rows_of in pairs.items():
+        chosen, rejected = (
+            sft.encode(side, tokenizer, template, learn="answers", show=show)
+            for side in zip(*rows_of, strict=True)
+        )
+        found = [Pair(*pair) for pair in zip(chosen, rejected, strict=True)]
+        encoded[name] = fitting(found, seq_len, name=name, too_long=too_long, show=show)
+    longest = max(pair.size for part in encoded.values() for pair in part)
+    width = min(seq_len, -(-longest // 8) * 8)
+    ready = {name: Pairs(part, width) for name, part in encoded.items()}
+    counts = ", ".join(f"{len(part)} ({name})" for name, part in ready.items())
+    show.say(f"pairs of answers: {counts}, {len(parts['test'])} kept for a test")
+    return Task(
+        model=gpt,
+        tokenizer=tokenizer,
+        loss=make_loss(
+            gpt,
+            variant=variant,
+            logp=logp,
+            beta=beta,
+            loss_chunk=loss_chunk,
+            dropout=dropout,
+        ),
+        train=ready["train"],
+        evals={"val": ready["val"]},
+        tokens=2 * width,
+        fingerprint=_fingerprint(encoded, tokenizer),
+        reference=variant not in WITHOUT_REFERENCE,
+        test=parts["test"],
+        prompt=partial(sft.prompt_ids, tokenizer=tokenizer, template=template),
+        stop=tuple(chat.stop_ids(tokenizer, template)),
+    )
+
+
+def check(*, template: str, variant: str, logp: str, beta: float) -> None:
+    """Raises ValueError for settings of the loss that cannot be."""
+    if not template:
+        raise ValueError(
+            f"task.template is empty: name the one that the model was tuned with, "
+            f"{', '.join(chat.TEMPLATES)} or the text of a Jinja template"
+        )
+    chat.check(template)
+    sft.check("variant", variant, tuple(losses.PREFERENCES))
+    sft.check("logp", logp, LOGPS)
+    if beta <= 0:
+        raise ValueError(f"task.beta is {beta}: it must be above 0")
+    if variant == "orpo" and logp == "sum":
+        raise ValueError(
+            "task.variant orpo is made of mean log-probabilities: set task.logp=mean"
+        )
+
+
+def make_loss(
+    model: GPT,
+    *,
+    variant: str,
+    logp: str,
+    beta: float,
+    loss_chunk: int,
+    dropout: Collection[str],
+):
+    """Returns the preference loss of `model` as `(weights, frozen, ...) -> Sums`.
+
+    Arguments are those of `losses.preference` and `lm.make_loss`. The sums are those of
+    `losses.preference`. Dropout acts on the policy alone.
+    """
+
+    def logps(weights, batch, rates) -> jax.Array:  # [B, P] of batch arrays [B, P, T]
+        rows = {name: x.reshape(-1, x.shape[-1]) for name, x in batch.items()}
+        hidden: Any = model.apply(
+            {"params": weights}, rows["tokens"], dropout=rates, method="hidden"
+        )
+
+        def head(x_BTD) -> Any:
+            return model.apply({"params": weights}, x_BTD, method="logits")
+
+        logp_R = losses.sequence_logp(
+            head,
+            hidden[0],
+            rows["targets"],
+            rows["mask"],
+            chunk=loss_chunk or lm.fitting_chunk(rows["tokens"], model.cfg),
+        )
+        return logp_R.reshape(-1, 2)
+
+    def loss(weights, frozen, batch, key, hyper):
+        training = key is not None
+        reference_BP = None
+        if variant not in WITHOUT_REFERENCE:
+            start = jax.lax.stop_gradient(adapters.reference(frozen))
+            reference_BP = logps(start, batch, None)
+        return losses.preference(
+            logps(weights, batch, dropout_of(key, hyper, dropout)),
+            reference_BP,
+            batch["mask"].sum(-1),
+            variant=variant,
+            logp=logp,
+            beta=beta,
+            label_smoothing=hyper.label_smoothing if training else 0.0,
+        )
+
+    return loss
+
+
+def mismatched(rows: Sequence[instructions.Row]) -> list[instructions.Row]:
+    """Returns rows without preferences as if the next row's answer were rejected."""
+    others = [*rows[1:], *rows[:1]]
+    return [
+        {**row, "rejected": other["output"]}
+        for row, other in zip(rows, others, strict=True)
+    ]
+
+
+def both(
+    rows: Sequence[instructions.Row], name: str, empty: str, show: prepare.Show
+) -> list[tuple[instructions.Row, instructions.Row]]:
+    """Returns each row as two: with the chosen answer, and with the rejected one."""
+    found, lost = [], []
+    for row in rows:
+        chosen = _answer(row, "chosen", row.get("chosen", row.get("output")))
+        rejected = _answer(row, "rejected", row.get("rejected"))
+        pair = (_with_answer(row, chosen), _with_answer(row, rejected))
+        (found if chosen.strip() and rejected.strip() else lost).append(pair)
+    share = f"{len(lost)} of {len(rows)} pairs ({name})"
+    if lost and empty == "refuse":
+        raise ValueError(
+            f"{share} have an empty answer, the first: {lost[0]!s:.160}; mend them, or "
+            "leave them out with --config.task.empty=drop"
+        )
+    if lost:
+        show.say(f"{share} left out: an answer is empty")
+    if not found:
+        raise ValueError(f"no pair ({name}) has two answers to compare")
+    return found
+
+
+def fitting(
+    pairs: Sequence[Pair],
+    seq_len: int,
+    *,
+    name: str,
+    too_long: str,
+    show: prepare.Show,
+) -> list[Pair]:
+    """Returns the pairs as they fit into a window of `seq_len` positions.
+
+    What is left out or cut is counted and said. A pair of which an answer would have
+    nothing left is left out.
+
+    Raises:
+      ValueError: one is too long under "refuse", or nothing remains.
+    """
+    long = [pair for pair in pairs if pair.size > seq_len]
+    if long and too_long == "refuse":
+        raise ValueError(
+            f"{len(long)} of {len(pairs)} pairs ({name}) are longer than the window of "
+            f"{seq_len} tokens, the longest has {max(p.size for p in long)}: raise "
+            "data.seq_len (up to model.context_length), or choose what becomes of them "
+            "with --config.task.too_long=drop or cut"
+        )
+    kept = [pair for pair in pairs if pair.size <= seq_len or too_long == "cut"]
+    end = seq_len + 1
+    kept = [
+        Pair(*(sft.Example(e.ids[:end], e.learnt[:end]) for e in pair)) for pair in kept
+    ]
+    kept = [pair for pair in kept if all(e.learnt[1:].any() for e in pair)]
+    lost = len(pairs) - len(kept)
+    if long:
+        show.say(
+            f"{len(long)} of {len(pairs)} pairs ({name}) were longer than {seq_len} "
+            f"tokens: {len(long) - lost} cut, {lost} left out"
+        )
+    if not kept:
+        raise ValueError(
+            f"no pair ({name}) of {len(pairs)} fits into {seq_len} tokens with its "
+            "answers; use a longer context or a shorter template"
+        )
+    return kept
+
+
+class Pairs:
+    """Pairs as examples for batches: arrays [P, T], chosen and rejected.
+
+    `tokens`, `targets` and `mask` are as in `data.Windows`; the mask is 1 where the
+    target belongs to the answer.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], width: int):
+        self.pairs, self.width = pairs, width
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> data.Batch:
+        kinds = {"tokens": np.int32, "targets": np.int32, "mask": np.float32}
+        arrays = {name: np.zeros((2, self.width), kind) for name, kind in kinds.items()}
+        for side, example in enumerate(self.pairs[index]):
+            arrays["tokens"][side, : example.size] = example.ids[:-1]
+            arrays["targets"][side, : example.size] = example.ids[1:]
+            arrays["mask"][side, : example.size] = example.learnt[1:]
+        return arrays
+
+
+def _answer(row: instructions.Row, what: str, answer: Any) -> str:
+    if not isinstance(answer, str):
+        raise ValueError(
+            f"a row has no text {what!r}; its columns are {', '.join(map(repr, row))}, "
+            "and wanted are 'rejected', and 'chosen' or 'output'"
+        )
+    return answer
+
+
+def _with_answer(row: instructions.Row, answer: str) -> instructions.Row:
+    """Returns a row as `chat.messages_of` reads it, with this answer at its end."""
+    if "messages" in row:
+        last = {"role": "assistant", "content": answer}
+        return {"messages": [*row["messages"], last]}
+    return {**row, "output": answer}
+
+
+def _fingerprint(encoded: Mapping[str, Sequence[Pair]], tokenizer) -> str:
+    digest = hashlib.sha256(tokenizer.sha256.encode())
+    for name, pairs in encoded.items():
+        digest.update(f"{name} {len(pairs)}\n".encode())
+        for example in (example for pair in pairs for example in pair):
+            digest.update(example.ids.astype("<i4").tobytes())
+            digest.update(example.learnt.astype("<f4").tobytes())
+    return digest.hexdigest()
