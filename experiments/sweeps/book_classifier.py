@@ -8,7 +8,7 @@ What: the bonus of chapter 6 of "Build a Large Language Model (From Scratch)" as
   leaves padding out of the loss: no label is ever padding, so it must equal row 1.
 Expected: the table in docs/guide/8-classify.md: it matters most that the token that is
   read has seen the text, and that more than the head trains.
-Time: about 15 minutes on 2 CPU cores, after the model to start from:
+Time: about 20 minutes on 2 CPU cores, after the model to start from:
   python -m experiments.train --config=configs/austen_15m.py:size=small \\
       --config.model.context_length=256 --workdir=runs/austen
 Command: python -m experiments.sweep --sweep=experiments/sweeps/book_classifier.py
