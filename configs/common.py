@@ -269,6 +269,40 @@ def task_classify() -> ConfigDict:
     )
 
 
+def task_answers() -> ConfigDict:
+    """Learn the right answers of generated problems: the start of task_grpo."""
+    return ConfigDict(
+        {
+            "name": "answers",
+            # reverse (abc< cba), sort (cab^ abc), copy (abc= abc), upper (abc> ABC) of
+            # letters; add (12+7= 19) of digits
+            "kind": "reverse",
+            "shortest": 3,  # letters, or digits of a summand
+            "longest": 5,
+            "problems": 1_000_000,  # how many training problems there are to draw
+            "held_out": 500,  # problems of an evaluation, never trained on
+            "max_new_tokens": 0,  # the longest completion; 0 = the longest answer's
+        }
+    )
+
+
+def task_grpo() -> ConfigDict:
+    """Learn to solve generated problems from rewards; batch_size counts questions."""
+    task = task_answers()
+    task.update(
+        name="grpo",
+        group=16,  # answers to each question, which are compared
+        reward="exact",  # exact (0 or 1), partial (the share of right positions)
+        normalize=True,  # divide advantages by the group's standard deviation
+        average="sequence",  # what counts the same: each sequence, token; or constant
+        clip=0.2,  # how far a probability ratio may move; 0 = off
+        kl=0.0,  # weight of the divergence from the start; 0 = no reference
+        temperature=1.0,  # that answers are drawn with
+        updates=1,  # steps that use one rollout; 1 = exactly on-policy
+    )
+    return task
+
+
 def adapter_full() -> ConfigDict:
     """Every weight trains."""
     return ConfigDict({"name": "full"})
@@ -304,6 +338,8 @@ TASKS = {
     "classify": task_classify,
     "sft": task_sft,
     "dpo": task_dpo,
+    "answers": task_answers,
+    "grpo": task_grpo,
 }
 ADAPTERS = {"full": adapter_full, "only": adapter_only, "lora": adapter_lora}
 

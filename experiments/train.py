@@ -55,12 +55,14 @@ def main(_: list[str]) -> int:
     longer = door.command(("--config.steps", "--workdir")) + f" --workdir={workdir}"
     mine = door.command(("--config.data.source", "--workdir")) + " --workdir=runs/mine"
     print(f"done: {result.reason} reached after step {result.step}")
-    print(f"  the loss curve   {workdir}/loss.png")
+    curve = "reward.png" if config.task.name == "grpo" else "loss.png"
+    print(f"  the curve        {workdir}/{curve}")
     print(f"  {use}")
     if result.reason == "steps":
         print(f"  train longer     {longer} --config.steps={2 * result.step}")
     file = "rows    " if answers else "text    "
-    print(f"  your own {file}{mine} --config.data.source=FILE")
+    if config.task.name not in ("answers", "grpo"):  # they make their own problems
+        print(f"  your own {file}{mine} --config.data.source=FILE")
     return result.exit_code
 
 

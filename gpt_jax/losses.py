@@ -218,6 +218,66 @@ def _orpo(ratio_BP, beta, label_smoothing):
 PREFERENCES = {"dpo": _dpo, "ipo": _ipo, "orpo": _orpo}
 
 
+def token_logp(
+    logits_BTV: jax.Array, target_BT: jax.Array, mask_BT: jax.Array
+) -> jax.Array:
+    """Returns float32 [B, T]: log-probabilities of the targets, 0 where mask is 0."""
+    counts_BT = mask_BT > 0
+    logits_BTV = jnp.where(counts_BT[..., None], logits_BTV, 0).astype(jnp.float32)
+    norm_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    target_BT1 = jnp.where(counts_BT, target_BT, 0)[..., None]
+    right_BT = jnp.take_along_axis(logits_BTV, target_BT1, axis=-1)[..., 0]
+    return jnp.where(counts_BT, right_BT - norm_BT, 0)
+
+
+def policy(
+    logp_BT: jax.Array,
+    old_BT: jax.Array,
+    reference_BT: jax.Array | None,
+    advantage_B: jax.Array,
+    weight_BT: jax.Array,
+    *,
+    clip: float,
+    kl: float,
+) -> dict[str, jax.Array]:
+    """The clipped policy objective of GRPO (Shao et al. 2024, equations 3 and 4).
+
+    Args:
+      logp_BT: log-probabilities of the tokens that were sampled.
+      old_BT: the same under the weights that sampled them; no gradient flows there.
+      reference_BT: the same under the reference, or None where kl is 0.
+      advantage_B: of each completion.
+      weight_BT: what each token counts, 0 outside completions. The objective of a row
+        is the weighted sum over its tokens: 1 / length makes that a mean.
+      clip: a token whose probability ratio has moved further than this from 1, in the
+        direction that its advantage asks for, adds no gradient. 0 = off.
+      kl: weight of the divergence from the reference.
+
+    Returns:
+      Float32 scalars, summed over rows: "loss"; "weight", the rows with a completion;
+      and of each row's mean over its tokens "entropy" (estimated: -logp, in nats),
+      "clipped" (the share of tokens that add no gradient) and, with a reference, "kl".
+    """
+    there_BT = (weight_BT > 0).astype(jnp.float32)
+    mean_BT = there_BT / jnp.maximum(there_BT.sum(-1, keepdims=True), 1)
+    advantage_B1 = advantage_B[:, None]
+    ratio_BT = jnp.exp(logp_BT - jax.lax.stop_gradient(old_BT))
+    held_BT = jnp.clip(ratio_BT, 1 - clip, 1 + clip) if clip else ratio_BT
+    gain_BT = jnp.minimum(ratio_BT * advantage_B1, held_BT * advantage_B1)
+    sums = {
+        "weight": there_BT.max(-1).sum(),
+        "entropy": -(logp_BT * mean_BT).sum(),
+        "clipped": ((gain_BT < ratio_BT * advantage_B1) * mean_BT).sum(),
+    }
+    if reference_BT is not None:
+        # Never negative, and without bias (Schulman 2020; equation 4).
+        away_BT = jax.lax.stop_gradient(reference_BT) - logp_BT
+        apart_BT = jnp.exp(away_BT) - away_BT - 1
+        gain_BT = gain_BT - kl * apart_BT
+        sums["kl"] = (apart_BT * mean_BT).sum()
+    return {"loss": -(gain_BT * weight_BT).sum(), **sums}
+
+
 def _add_chunks(part: Callable, arrays: tuple[jax.Array, ...], chunk: int):
     """Returns part(*arrays) as the sum of part over chunks of their second axis."""
     length = arrays[0].shape[1]

@@ -29,7 +29,8 @@ class Writer:
       step: updates made.
       tokens: training tokens seen, over all devices.
       seconds: wall time of the run, over all its sittings.
-      train_loss: mean of the trained loss per target since the last line, in nats.
+      train_loss: mean of the trained loss per target since the last line, in nats;
+        other means that the task's loss knows, as train_reward, beside it.
       val_loss, val_perplexity, val_bpb: of the validation set: nats per target, its
         exponential, and bits per byte of text. Other sets: their name for "val".
       lr: learning rate.

@@ -124,6 +124,51 @@ def margins(folder: str | Path) -> Path | None:
     return path
 
 
+def rewards(folder: str | Path) -> Path | None:
+    """Draws how a run that learns from rewards does into `folder/reward.png`.
+
+    Above, the mean reward and the share of right answers, drawn and greedy; below, the
+    share of groups that teach nothing and the entropy of a token.
+
+    Returns:
+      The file's path; None when no reward was recorded.
+
+    Raises:
+      FileNotFoundError: the folder has no record.
+    """
+    folder = Path(folder)
+    rows = metrics.read(folder)
+    if not any("train_reward" in row for row in rows):
+        return None
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1)  # inches
+    figure = Figure(figsize=(8, 7), dpi=150, layout=layout)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    _draw_train(above, *_curve(rows, "train_reward"), label="mean reward")
+    right = _curve(rows, "val_accuracy")
+    above.plot(*right, color=BEST, lw=1.6, marker="o", ms=4, label="held out, greedy")
+    above.set_title(folder.resolve().name, fontweight="bold", pad=10)
+    above.set_ylabel("share of right answers")
+    above.set_ylim(-0.02, 1.02)
+    silent = _curve(rows, "train_no_signal")
+    below.plot(*silent, color="0.45", lw=1.4, label="groups without a signal")
+    entropy = _curve(rows, "train_entropy")
+    below.plot(*entropy, color="#55A868", lw=1.4, label="entropy of a token (nats)")
+    below.set_xlabel("step")
+    below.set_ylim(bottom=0)
+    for axes in (above, below):
+        axes.grid(color="0.9", lw=0.8)
+        axes.set_axisbelow(True)
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    path, part = folder / "reward.png", folder / "reward.png.part"
+    figure.savefig(part, format="png")
+    os.replace(part, path)
+    return path
+
+
 def _curve(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns steps and values of a number; null becomes nan, a gap in the curve."""
     points = [(row["step"], row[name]) for row in rows if name in row]
@@ -131,20 +176,22 @@ def _curve(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarra
     return np.array([step for step, _ in points]), np.array(values, float)
 
 
-def _draw_train(axes, steps: np.ndarray, values: np.ndarray) -> None:
+def _draw_train(
+    axes, steps: np.ndarray, values: np.ndarray, label: str = "training"
+) -> None:
     finite = np.isfinite(values)
     if not finite.any():
         return
     marker = "o" if finite.sum() == 1 else ""
     if finite.sum() < MANY:
-        axes.plot(steps, values, color=TRAIN, lw=1.6, marker=marker, label="training")
+        axes.plot(steps, values, color=TRAIN, lw=1.6, marker=marker, label=label)
         return
     axes.plot(steps, values, color=TRAIN, lw=0.8, alpha=0.3)
     steps, values = steps[finite], values[finite]
     width = max(3, len(values) // 25) | 1
     smooth = np.convolve(values, np.ones(width) / width, mode="valid")
     middle = steps[width // 2 : width // 2 + len(smooth)]
-    axes.plot(middle, smooth, color=TRAIN, lw=1.8, label="training (moving average)")
+    axes.plot(middle, smooth, color=TRAIN, lw=1.8, label=f"{label} (moving average)")
 
 
 def _draw_val(axes, steps: np.ndarray, values: np.ndarray) -> None:

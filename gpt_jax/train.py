@@ -44,6 +44,7 @@ from gpt_jax.step import TrainState, averaged, start, train_step
 
 ADAPTER = 1  # folded into the key of the first weights, for an adapter's own
 EVAL_TOKENS = 16_384  # tokens in an evaluation batch, when the config does not say
+ROLLOUT = 2**32 - 1  # folded into a run's key: no step has that number
 
 # The ranges of the numbers that no other module checks.
 AT_LEAST_1 = ("batch_size", "accumulate", "log_every", "keep", "max_skipped")
@@ -73,6 +74,7 @@ class Parts(NamedTuple):
     first: Callable[[jax.Array], TrainState]
     step_fn: Callable
     eval_fn: Callable
+    rollout_fn: Callable | None
 
 
 class Job(NamedTuple):
@@ -86,6 +88,7 @@ class Job(NamedTuple):
     key: jax.Array
     step_fn: programs.Program
     eval_fn: Callable
+    rollout_fn: Callable | None
     join: Callable
     saves: checkpoint.Checkpoints
     frozen: str  # the digest of what the run stores once, "" for nothing
@@ -159,11 +162,11 @@ def loop(
     step = int(job.strategy.view(state.step))
     pending, numbers, reason = [], {}, ""
     started = time.monotonic() - totals.seconds
-    batches = train_batches(job, start=step)
+    batches, roll = train_batches(job, start=step), rollouts(job)
     batch: Any = None
     if step < end:
         batch = job.strategy.put(next(batches))
-        job.step_fn.begin(state, batch, job.key, job.hyper)
+        job.step_fn.begin(state, like_rollout(job, state, batch), job.key, job.hyper)
     trace = profiler(job, step, end, profile)
     trace(step)
     evaluates = step in (0, end) or due(step, config.eval_every)
@@ -171,8 +174,9 @@ def loop(
         numbers, totals = evaluate_now(job, state, totals, step)
     if step == 0:
         sample_now(job, state, step, due(step, config.sample_every))
-    while step < end and not (reason := reason or ended(job, totals)):
-        state, sums, info = job.step_fn(state, batch, job.key, job.hyper)
+    while step < end and not (reason := reason or ended(job, totals, step)):
+        rolled = roll(state, step, batch)
+        state, sums, info = job.step_fn(state, rolled, job.key, job.hyper)
         step += 1
         last = step == end
         if not last:  # while the device computes
@@ -258,6 +262,7 @@ def make_parts(
             partial(train_step, loss=task.loss, join=adapter.join, tx=tx)
         ),
         eval_fn=evaluate.compile(task.loss, strategy.mesh),
+        rollout_fn=compile_rollout(task, adapter.join, strategy),
     )
 
 
@@ -313,6 +318,7 @@ def open_run(
         key=key,
         step_fn=programs.Program(parts.step_fn, name="the train step", tell=bar.print),
         eval_fn=parts.eval_fn,
+        rollout_fn=parts.rollout_fn,
         join=parts.join,
         saves=saves,
         frozen=frozen,
@@ -369,6 +375,7 @@ def make_task(config: ConfigDict, workdir: Path) -> tasks.Task:
         dropout=[key for key in hyper if key.startswith("dropout_") and hyper[key] > 0],
         progress=True,
     )
+    check_rollouts(config, task)
     if config.sample_every and task.classes:
         raise ValueError(
             f"sample_every is {config.sample_every}: a classifier writes no text; set "
@@ -378,6 +385,25 @@ def make_task(config: ConfigDict, workdir: Path) -> tasks.Task:
         sample.check(**sample_settings(config))
         first_prompt(task, config.sample.prompt)
     return task
+
+
+def check_rollouts(config: ConfigDict, task: tasks.Task) -> None:
+    """Refuses what does not go with a task that makes its batches by rollouts.
+
+    Raises:
+      ValueError: names the key and the value found.
+    """
+    if task.rollout and config.mesh.strategy != "mesh":
+        raise ValueError(
+            f"mesh.strategy is {config.mesh.strategy}: task {config.task.name} needs "
+            "mesh, since it draws its batches on the devices"
+        )
+    for key in ("steps", "eval_every", "checkpoint_every"):
+        if config[key] % task.updates:
+            raise ValueError(
+                f"{key} {config[key]} is not a multiple of task.updates "
+                f"{task.updates}: so many steps share a rollout, which is not saved"
+            )
 
 
 def first_tokenizer(config: ConfigDict, workdir: Path) -> Path:
@@ -470,9 +496,8 @@ def last_step(config: ConfigDict, task: tasks.Task) -> int:
     """Returns the step at which `steps` or `max_tokens`, the sooner, ends the run."""
     if not config.max_tokens:
         return config.steps
-    return min(
-        config.steps, math.ceil(config.max_tokens / tokens_per_step(config, task))
-    )
+    steps = math.ceil(config.max_tokens / tokens_per_step(config, task))
+    return min(config.steps, math.ceil(steps / task.updates) * task.updates)
 
 
 def tokens_per_step(config: ConfigDict, task: tasks.Task) -> int:
@@ -528,14 +553,72 @@ def train_batches(job: Job, start: int) -> data.Batches:
     )
 
 
+def compile_rollout(
+    task: tasks.Task, join: Callable, strategy: sharding.Strategy
+) -> Callable | None:
+    """Returns the jitted `(params, frozen, batch, key, step) -> batch` of a task.
+
+    Each device rolls out its own rows, for as long as these take.
+    """
+    if task.rollout is None:
+        return None
+    rollout, rows = task.rollout, PartitionSpec(None, ("data", "fsdp"))
+
+    def rolled(params, frozen, batch, key, step):
+        key = jax.random.fold_in(jax.random.fold_in(key, ROLLOUT), step)
+        return rollout(join(params, frozen), batch, key)
+
+    alike = PartitionSpec()
+    return jax.jit(
+        jax.shard_map(
+            rolled,
+            mesh=strategy.mesh,
+            in_specs=(alike, alike, rows, alike, alike),
+            out_specs=rows,
+            check_vma=False,  # the first values of a decode loop belong to no device
+        )
+    )
+
+
+def rollouts(job: Job) -> Callable[[TrainState, int, tasks.Batch], tasks.Batch]:
+    """Returns (state, step, batch) -> the batch that the step trains on.
+
+    That is the batch itself or, where the task has one, its rollout, which
+    `task.updates` steps share.
+    """
+    held: tasks.Batch = {}
+
+    def roll(state: TrainState, step: int, batch: tasks.Batch) -> tasks.Batch:
+        nonlocal held
+        if job.rollout_fn is None:
+            return batch
+        if not held or step % job.task.updates == 0:
+            number = np.uint32(step)
+            held = job.rollout_fn(state.params, state.frozen, batch, job.key, number)
+            sharding.wait_on_cpu(held)
+        return held
+
+    return roll
+
+
+def like_rollout(job: Job, state: TrainState, batch: tasks.Batch) -> tasks.Batch:
+    """Returns a batch, or the shapes of one, like those that steps train on."""
+    if job.rollout_fn is None:
+        return batch
+    step = (state.params, state.frozen, batch, job.key, np.uint32(0))
+    return jax.eval_shape(job.rollout_fn, *step)
+
+
 def due(step: int, every: int) -> bool:
     """Whether something that happens each `every` steps (0 = never) happens now."""
     return every > 0 and step % every == 0
 
 
-def ended(job: Job, totals: Totals) -> str:
-    """Returns why the run ends before its last step, or "" to go on."""
+def ended(job: Job, totals: Totals, step: int) -> str:
+    """Returns why the run ends after `step`, before its last one, or "" to go on."""
     config = job.config
+    if step % job.task.updates:  # a resumed run begins with a new rollout
+        return ""
     if job.stop:
         return "signal"
     if config.max_seconds and totals.seconds >= config.max_seconds:
@@ -702,7 +785,7 @@ def save(
 def finish(job: Job, step: int, reason: str, numbers: dict[str, float]) -> Result:
     """Waits for the last checkpoint, draws the curve, and says how the run ended."""
     job.saves.wait()
-    plots.loss(job.workdir)
+    plots.rewards(job.workdir) or plots.loss(job.workdir)
     plots.margins(job.workdir)
     code = job.stop.exit_code if job.stop else 0
     return Result(reason=reason, step=step, numbers=numbers, exit_code=code)

@@ -18,6 +18,7 @@ ARGS = [
     *("shakespeare_char:size=cpu,recipe=modern", "the_verdict:recipe=appendix_d"),
     *("shakespeare_char:size=gpu,recipe=nanogpt", "the_verdict:recipe=chapter5"),
     *("shakespeare_char:size=gpu,recipe=modern", "austen_15m:size=small"),
+    *("grpo:stage=start", "grpo:stage=rl", "grpo:stage=rl,size=tiny"),
     *("gpt2:size=small", "gpt2:size=medium", "gpt2:size=large", "gpt2:size=xl"),
     *("sft:set=alpaca,template=chatml", "sft:adapter=lora"),
     *(f"{name}:size=tiny" for name in NAMES),

@@ -163,6 +163,11 @@ def build(
     del axes["strategy"]  # the devices of a population do not talk
     sharding.set_cpu_devices(0, data=axes["data"], cpu_devices=axes["cpu_devices"])
     task = alone.make_task(config, workdirs[0])
+    if task.rollout:
+        raise ValueError(
+            f"task {config.task.name} makes its batches with its own weights, which a "
+            "population does not do: train these runs one after another"
+        )
     axes["data"] = min(sharding.make_mesh(0, **axes).size, len(configs))
     strategy = program.strategy(sharding.make_mesh(0, **axes))
     parts = alone.make_parts(config, task, strategy)

@@ -186,7 +186,7 @@ def shrink(shared: Shared, wave: Wave, trials: Sequence[int]) -> Wave:
 
 def leave(shared: Shared, wave: Wave) -> Wave:
     """Saves and ends the members whose time is over: patience, seconds, a signal."""
-    reasons = {m.trial: train.ended(m.job, m.totals) for m in wave.members}
+    reasons = {m.trial: train.ended(m.job, m.totals, wave.step) for m in wave.members}
     if not any(reasons.values()):
         return wave
     leaving = [m for m in wave.members if reasons[m.trial]]

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from gpt_jax.tasks import classify, dpo, lm, sft
+from gpt_jax.tasks import answers, classify, dpo, grpo, lm, sft
 from gpt_jax.tasks.task import Batch, Sums, Task
 
 __all__ = ["TABLE", "Batch", "Sums", "Task", "make"]
@@ -13,6 +13,8 @@ TABLE: dict[str, Callable[..., Task]] = {
     "classify": classify.make,
     "sft": sft.make,
     "dpo": dpo.make,
+    "answers": answers.make,
+    "grpo": grpo.make,
 }
 
 

@@ -48,7 +48,9 @@ class Task(NamedTuple):
       test: rows of data that nothing here reads; a run keeps them in test.json.
       prompt: a user's text -> the ids that samples continue, or None: as it stands.
       stop: further tokens that end a sample.
-      rollout: (weights, batch, key) -> batch, run before the step, or None.
+      rollout: (weights, batch [A, B, ...], key) -> batch [A, C, ...], run before the
+        step over the rows of each device, or None. C is a multiple of B.
+      updates: steps that train on one rollout.
     """
 
     model: Any
@@ -66,3 +68,4 @@ class Task(NamedTuple):
     prompt: Callable[[str], Sequence[int]] | None = None
     stop: tuple[int, ...] = ()
     rollout: Callable[..., Batch] | None = None
+    updates: int = 1
