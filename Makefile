@@ -55,6 +55,10 @@ test-data: dev  ## the facts about real texts, read from DATA=folder; a skip is 
 	  $(RUN) -m pytest -p tests.corpus_facts $(WORKERS) $(PYTEST_ARGS)
 
 # Which build of torch arrives, the CPU's or CUDA's, depends on the package index in use.
+.PHONY: test-slow
+test-slow: dev  ## what `make test` leaves out: every mesh, whole sweeps
+	$(RUN) -m pytest -m slow $(WORKERS) $(PYTEST_ARGS)
+
 .PHONY: test-parity
 test-parity: parity  ## the same numbers as transformers, live; installs torch once
 	$(RUN) -m pytest tests/test_parity.py $(PYTEST_ARGS)

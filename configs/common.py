@@ -164,8 +164,8 @@ def base() -> ConfigDict:
         {
             "strategy": "mesh",  # mesh (jit over a device mesh), pmap
             "data": -1,  # devices that share the batch; -1 = all that are left
-            "fsdp": 1,
-            "tensor": 1,
+            "fsdp": 1,  # devices that split weights and examples
+            "tensor": 1,  # devices that split heads, MLP columns and the vocabulary
             "cpu_devices": 0,  # XLA devices on a CPU; 0 = one per core, at most 8
         }
     )

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType, PartitionSpec
 
 from gpt_jax import attention
 from gpt_jax.attention import KVCache, RopeScaling, Rotation, Sight, drop, free, insert
@@ -247,6 +248,21 @@ def _weight(module, name: str, shape: tuple[int, ...]):
     return module.param(name, nn.initializers.zeros, shape, dtype)
 
 
+EXAMPLES = ("data", "fsdp")  # axes of the mesh that examples are split over
+
+
+def _constrained(x, *axes):
+    """Returns x split so over the mesh in sight, if one is (`sharding.within`).
+
+    Left to itself, XLA may split the residual stream over its width, as the weights
+    are, and move activations instead of weights.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if AxisType.Auto not in mesh.axis_types:  # none, or each device for itself
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
 def _product(module, x_ND, shape: tuple[int, ...], dtype=None):
     """Returns x @ kernel [N, F], as numbers of `dtype`; kernel is [*inputs, *outputs].
 
@@ -438,6 +454,7 @@ class Embed(nn.Module):
     """A table of vectors: the tokens' or the positions'."""
 
     rows: int
+    split: str | None  # the axis of the mesh that its rows are split over
     cfg: GPTConfig
 
     def setup(self):
@@ -445,7 +462,9 @@ class Embed(nn.Module):
 
     def __call__(self, index):
         # Cast after the look-up: gradients of one row then add up in float32.
-        return self.embedding[index].astype(self.cfg.dtype)
+        # Gathered over its width: the rows that are looked up come whole.
+        table = _constrained(self.embedding, self.split, None)
+        return _constrained(table[index].astype(self.cfg.dtype), EXAMPLES)
 
     def attend(self, x):
         """Returns float32 x @ embedding.T."""
@@ -478,9 +497,9 @@ class GPT(nn.Module):
 
     def setup(self):
         cfg = self.cfg
-        self.embed = Embed(cfg.vocab_rows, cfg)
+        self.embed = Embed(cfg.vocab_rows, "tensor", cfg)
         if cfg.position == "learned":
-            self.positions = Embed(cfg.context_length, cfg)
+            self.positions = Embed(cfg.context_length, None, cfg)
         if cfg.embed_norm:
             self.embed_norm = Norm(cfg.d_model, cfg.norm, cfg)
         if cfg.scan_layers and cfg.n_periods:
@@ -637,6 +656,7 @@ class GPT(nn.Module):
 
             if cfg.remat != "none":
                 run = nn.remat(run, policy=REMAT[cfg.remat])
+            x_BTD = _constrained(x_BTD, EXAMPLES)
             x_BTD, past = run(getattr(self, f"block_{i}"), x_BTD, past)
             pasts.append(past)
         return x_BTD, pasts
@@ -652,6 +672,7 @@ class GPT(nn.Module):
 
                 if cfg.remat != "none":  # the scan prevents the cse
                     run = nn.remat(run, policy=REMAT[cfg.remat], prevent_cse=False)
+                x_BTD = _constrained(x_BTD, EXAMPLES)
                 x_BTD = run(getattr(blocks, f"kind_{j}"), x_BTD, first + j)
             return x_BTD, None
 

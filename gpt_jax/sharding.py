@@ -1,12 +1,14 @@
 """What lives on which device: the mesh, and the two ways to run one train step.
 
-`mesh` (the default) compiles the step once for all devices with `jax.jit`; arrays
-carry their placement and XLA inserts the communication. `pmap` is plain data
-parallelism over one process's devices: the state is copied to each, gradients are
-summed by an explicit `psum`. Both take the same `train_step` and give the same losses.
+`mesh` (the default) compiles the step once for all devices with `jax.jit`; RULES say
+how each weight is split, arrays carry their placement and XLA inserts the
+communication. `pmap` is plain data parallelism over one process's devices: the state is
+copied to each, gradients are summed by an explicit `psum`. Both take the same
+`train_step` and give the same losses.
 """
 
 import os
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,6 +19,31 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # the axes that examples are split over
+
+# How a weight is split, by the end of its path; the first match wins. Optimizer memory
+# follows its weight. What `fsdp` splits is gathered before it is used (ZeRO:
+# Rajbhandari et al. 2020); `tensor` splits heads, MLP columns and the vocabulary
+# (Megatron-LM: Shoeybi et al. 2019, section 3). Stacked layers have one more axis in
+# front.
+RULES = (
+    (r"(^|/)embed/embedding$", P("tensor", "fsdp")),
+    (r"(^|/)positions/embedding$", P(None, "fsdp")),
+    (r"/(query|key|value)/kernel$", P("fsdp", "tensor", None)),
+    (r"/(query|key|value)/bias$", P("tensor", None)),
+    (r"/out/kernel$", P("tensor", None, "fsdp")),
+    (r"/(up|gate)/kernel$", P("fsdp", "tensor")),
+    (r"/(up|gate)/bias$", P("tensor")),
+    (r"/down/kernel$", P("tensor", "fsdp")),
+    (r"(^|/)head/kernel$", P("fsdp", "tensor")),
+    (r"(^|/)head/bias$", P("tensor")),
+    (r"(^|/)classifier/kernel$", P("fsdp", None)),
+    (r"/lora_a$", P("fsdp", None)),
+    (r"/lora_b$", P(None, "fsdp")),
+    # Small: vectors as long as the residual stream, numbers, counters.
+    (r"/(bias|scale|kernel_scale|lora_scale)$", P()),
+    (r"(^|/)(step|count|in_a_row|total)$", P()),
+)
 MAX_CPU_DEVICES = 8  # more host devices than this only add overhead
 
 
@@ -26,16 +53,18 @@ class Strategy(NamedTuple):
     Attributes:
       mesh: the devices, with axes data, fsdp and tensor.
       compile: plain `train_step` (with its keyword `reduce` open) -> `Step`.
-      place: a state on the host or one device -> the same state on all devices.
+      layout: a tree of arrays or shapes -> where each is made or restored.
+      place: a state laid out so, or on the host -> the same state on all devices.
       put: a host batch [A, B, ...] -> the batch on the devices, split over B.
-      view: a placed tree -> the same arrays, replicated over the mesh: what
-        checkpoints and evaluation read.
+      view: a placed tree -> the same arrays on the mesh, each once: what checkpoints
+        and evaluation read.
       spread: an array inside the step -> the same array, split over its first axis
         where that divides: divides work that all devices would repeat.
     """
 
     mesh: Mesh
     compile: Callable[[Callable], Any]
+    layout: Callable[[Any], Any]
     place: Callable[[Any], Any]
     put: Callable[[Any], Any]
     view: Callable[[Any], Any]
@@ -75,7 +104,9 @@ def _apart(step: Callable) -> Callable:
     return run
 
 
-def set_cpu_devices(micro_batch: int, *, data: int, cpu_devices: int) -> None:
+def set_cpu_devices(
+    micro_batch: int, *, data: int, fsdp: int, tensor: int, cpu_devices: int
+) -> None:
     """Asks XLA for one CPU device per core, before JAX starts its backend.
 
     Element-wise work of XLA:CPU runs on one core per device, so data parallelism over
@@ -85,12 +116,13 @@ def set_cpu_devices(micro_batch: int, *, data: int, cpu_devices: int) -> None:
 
     Args:
       micro_batch: examples in one micro-batch; 0 = none that devices would share.
-      data: the data axis of the mesh, where the user gave one; -1 = choose.
+      data, fsdp, tensor: the axes of the mesh; data -1 = choose.
       cpu_devices: the number to use; 0 = choose.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     limit = min(cores or os.cpu_count() or 1, MAX_CPU_DEVICES)
-    count = cpu_devices or max(data, _largest_divisor(micro_batch, limit))
+    chosen = _largest_divisor(micro_batch, limit) if fsdp * tensor == 1 else 1
+    count = cpu_devices or max(data, chosen) * fsdp * tensor
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:  # the backend runs: its devices are used as they are
@@ -103,11 +135,11 @@ def make_mesh(
     """Returns the mesh of devices for this process.
 
     Args:
-      micro_batch: examples in one micro-batch, which must divide over the data axis;
+      micro_batch: examples in one micro-batch, which must divide over data x fsdp;
         0 = none that devices would share.
       data: devices along the data axis; -1 = all that are left (on a CPU: as many as
         divide `micro_batch`).
-      fsdp: devices over which parameters are split.
+      fsdp: devices over which parameters are split, and examples too.
       tensor: devices over which matrices are split.
       cpu_devices: at most so many devices on a CPU; 0 = all.
 
@@ -115,11 +147,9 @@ def make_mesh(
       ValueError: the axes ask for more devices than there are, or the batch does not
         divide.
     """
-    if fsdp != 1 or tensor != 1:
-        raise ValueError(
-            f"mesh.fsdp {fsdp} and mesh.tensor {tensor} are not supported yet: both "
-            "must be 1; use mesh.data"
-        )
+    for name, axis in {"fsdp": fsdp, "tensor": tensor}.items():
+        if axis < 1:
+            raise ValueError(f"mesh.{name} is {axis}: it must be at least 1")
     if data == 0 or data < -1:
         raise ValueError(
             f"mesh.data is {data}: give a number of devices, or -1 for all"
@@ -129,13 +159,18 @@ def make_mesh(
     if on_cpu and cpu_devices:
         devices = devices[:cpu_devices]
     if data == -1:
-        data = _largest_divisor(micro_batch, len(devices)) if on_cpu else len(devices)
-    if data > len(devices):
-        raise ValueError(f"mesh.data is {data} but there are {len(devices)} devices")
-    if micro_batch % data:
+        left = len(devices) // (fsdp * tensor)
+        data = _largest_divisor(micro_batch // fsdp, left) if on_cpu else max(1, left)
+    if data * fsdp * tensor > len(devices):
         raise ValueError(
-            f"a micro-batch of {micro_batch} examples does not divide over {data} "
-            f"devices: make batch_size / accumulate a multiple of it, or set mesh.data"
+            f"mesh.data {data} x fsdp {fsdp} x tensor {tensor} asks for "
+            f"{data * fsdp * tensor} devices but there are {len(devices)}"
+        )
+    if micro_batch % (data * fsdp):
+        raise ValueError(
+            f"a micro-batch of {micro_batch} examples does not divide over "
+            f"{data * fsdp} devices (mesh.data {data} x fsdp {fsdp}): make batch_size "
+            "/ accumulate a multiple of it, or set mesh.data"
         )
     return jax.make_mesh(
         (data, fsdp, tensor),
@@ -145,29 +180,92 @@ def make_mesh(
     )
 
 
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """Returns how the array at `path` is split over the mesh: the first of RULES.
+
+    An array of another rank than the rule's (an optimizer's row means) is not split.
+    Fewer key and value heads than the tensor axis has devices are not split either.
+
+    Raises:
+      ValueError: no rule matches, or an axis does not divide.
+    """
+    rule = next((axes for rule, axes in RULES if re.search(rule, path)), None)
+    if rule is None:
+        raise ValueError(f"no rule of sharding.RULES matches {path}")
+    axes = (None, *rule) if re.search(r"(^|/)blocks/", path) else tuple(rule)
+    if not rule or len(axes) != len(shape):
+        return P()
+    few = re.search(r"/(key|value)/", path) and shape[-2] < mesh.shape["tensor"]
+    if few:
+        axes = tuple(None if axis == "tensor" else axis for axis in axes)
+    for length, axis in zip(shape, axes, strict=True):
+        if axis and length % mesh.shape[axis]:
+            raise ValueError(
+                f"{path} {shape} does not divide over mesh.{axis}={mesh.shape[axis]}: "
+                f"{length} is not a multiple of it (for the vocabulary, set "
+                "model.vocab_multiple)"
+            )
+    return P(*axes)
+
+
+def layout(tree: Any, mesh: Mesh) -> Any:
+    """Returns the sharding of every array (or shape) of a tree; see `spec`."""
+
+    def leaf(path, x) -> NamedSharding:
+        words = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+        return NamedSharding(mesh, spec("/".join(words), x.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def alone(tree: Any, mesh: Mesh) -> Any:
+    """Returns a tree of shardings that put everything on the mesh's first device."""
+    where = NamedSharding(Mesh(mesh.devices.flat[:1], ("data",)), P())
+    return jax.tree.map(lambda _: where, tree)
+
+
+def within(mesh: Mesh, function: Callable) -> Callable:
+    """Returns `function` traced with the mesh in sight: `model.py` looks for it."""
+
+    def traced(*args, **options):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **options)
+
+    return traced
+
+
 def mesh_strategy(mesh: Mesh) -> Strategy:
-    """One jitted program over the mesh; the batch is split, the state replicated."""
-    state = NamedSharding(mesh, P())
-    rows = NamedSharding(mesh, P(None, ("data", "fsdp")))
+    """One jitted program over the mesh; the batch and the state are split."""
 
     def compile(step: Callable) -> Step:
-        jitted = jax.jit(
-            partial(_apart(step), reduce=lambda tree: tree),
-            donate_argnums=0,
-            in_shardings=(state, state, rows, None, None),
-            out_shardings=(state, None, None),
-        )
-        return Step(jitted)
+        def run(*args):
+            moved, sums, info = _apart(step)(*args, reduce=lambda tree: tree)
+            placed = jax.lax.with_sharding_constraint(moved, layout(moved, mesh))
+            return placed, sums, info
+
+        return Step(jax.jit(within(mesh, run), donate_argnums=0))
 
     def spread(x: jax.Array) -> jax.Array:
-        if x.shape[0] % mesh.shape["data"]:
+        if x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
             return x
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P("data")))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH)))
+
+    def place(tree: Any) -> Any:
+        def leaf(x, where):
+            if isinstance(x, jax.Array) and x.sharding == where:
+                return x
+            # A real copy, also where the source lies on one of the devices:
+            # `device_put` may hand back its buffer, and a step that donates it would
+            # delete it.
+            return jax.device_put(np.array(x), where)
+
+        return jax.tree.map(leaf, tree, layout(tree, mesh))
 
     return Strategy(
         mesh=mesh,
         compile=compile,
-        place=partial(replicate, mesh=mesh),
+        layout=partial(layout, mesh=mesh),
+        place=place,
         put=partial(split_rows, mesh=mesh),
         view=lambda placed: placed,
         spread=spread,
@@ -180,6 +278,11 @@ def pmap_strategy(mesh: Mesh) -> Strategy:
     n = len(devices)
     if jax.process_count() > 1:
         raise ValueError("mesh.strategy pmap is for one process; use mesh")
+    if mesh.shape["data"] != n:
+        raise ValueError(
+            "mesh.strategy pmap splits examples alone: set mesh.fsdp and mesh.tensor "
+            "to 1, or use mesh"
+        )
 
     def compile(step: Callable) -> Step:
         def one(state, frozen, batch, key, hyper):
@@ -230,6 +333,7 @@ def pmap_strategy(mesh: Mesh) -> Strategy:
     return Strategy(
         mesh=mesh,
         compile=compile,
+        layout=partial(alone, mesh=mesh),
         place=place,
         put=put,
         view=view,
@@ -265,7 +369,7 @@ def replicate(tree: Any, *, mesh: Mesh) -> Any:
 
 def split_rows(batch: Any, *, mesh: Mesh) -> Any:
     """Places a host batch [A, B, ...] on the mesh, split over B."""
-    return jax.device_put(batch, NamedSharding(mesh, P(None, ("data", "fsdp"))))
+    return jax.device_put(batch, NamedSharding(mesh, P(None, BATCH)))
 
 
 def wait_on_cpu(tree: Any) -> None:
@@ -279,8 +383,15 @@ def wait_on_cpu(tree: Any) -> None:
 
 
 def local(tree: Any) -> Any:
-    """Returns one device's copy of replicated arrays, without copying."""
-    return jax.tree.map(lambda x: x.addressable_data(0), tree)
+    """Returns the arrays on one device: its copy, or gathered where they are split."""
+    first = jax.local_devices()[0]
+
+    def leaf(x):
+        if x.is_fully_replicated:
+            return x.addressable_data(0)
+        return jax.device_put(np.asarray(x), first)
+
+    return jax.tree.map(leaf, tree)
 
 
 def _largest_divisor(n: int, limit: int) -> int:

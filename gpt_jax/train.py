@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from gpt_jax import (
@@ -223,7 +222,8 @@ def build(
     micro_batch = config.batch_size // config.accumulate
     programs.use_cache(config.compile_cache)
     mesh = config.mesh
-    sharding.set_cpu_devices(micro_batch, data=mesh.data, cpu_devices=mesh.cpu_devices)
+    axes = {key: value for key, value in mesh.items() if key != "strategy"}
+    sharding.set_cpu_devices(micro_batch, **axes)
     task = make_task(config, workdir)
     strategy = sharding.make(micro_batch, **mesh)
     parts = make_parts(config, task, strategy)
@@ -250,14 +250,16 @@ def make_parts(
             frozen = adapters.with_reference(weights, frozen)
         return start(params, frozen, tx, ema=ema)
 
+    def first(key):
+        return fresh(model.init(cfg, key), key)
+
+    layout = strategy.layout(jax.eval_shape(first, jax.random.key(0)))
     return Parts(
         task=task,
         strategy=strategy,
         join=adapter.join,
         fresh=fresh,
-        first=jax.jit(
-            lambda key: fresh(model.init(cfg, key), key), compiler_options=options
-        ),
+        first=jax.jit(first, out_shardings=layout, compiler_options=options),
         step_fn=strategy.compile(
             partial(train_step, loss=task.loss, join=adapter.join, tx=tx)
         ),
@@ -277,7 +279,7 @@ def open_run(
 ) -> tuple[Job, TrainState, Totals]:
     """Opens a locked run folder: restores its newest state, or makes the first one.
 
-    The state is on one device. A quiet job shows no progress.
+    The state is laid out as the strategy says. A quiet job shows no progress.
     """
     task = parts.task
     saves = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.keep)
@@ -439,20 +441,21 @@ def make_hyper(config: ConfigDict, task: tasks.Task) -> Hyper:
 def restore(
     saves: checkpoint.Checkpoints, parts: Parts, key: jax.Array
 ) -> tuple[TrainState, Totals, str]:
-    """Returns the newest sound state of this run, on one device, and its totals.
+    """Returns the newest sound state of this run, laid out, and its totals.
 
     The third is the digest of its frozen trees, "" for none.
     """
-    replicated = NamedSharding(parts.strategy.mesh, PartitionSpec())
+    shapes = jax.eval_shape(parts.first, key)
     wanted = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
-        jax.eval_shape(parts.first, key),
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        shapes,
+        parts.strategy.layout(shapes),
     )
     state, meta, step = saves.restore(wanted._replace(frozen={}), step=None)
     if wanted.frozen:
         state = state._replace(frozen=saves.load_frozen(meta["frozen"], wanted.frozen))
     saves.rewind(step)
-    return sharding.local(state), Totals(**meta["totals"]), meta.get("frozen", "")
+    return state, Totals(**meta["totals"]), meta.get("frozen", "")
 
 
 def begin(config: ConfigDict, parts: Parts, key: jax.Array) -> TrainState:

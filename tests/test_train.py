@@ -127,6 +127,18 @@ def test_a_run_from_two_devices_opens_and_resumes_on_one(config, tmp_path):
     )
 
 
+def test_a_run_over_split_weights_goes_on_over_another_mesh(config, tmp_path):
+    config.sample_every = 4
+    config.mesh.data = 1
+    whole = train.train(config, tmp_path / "whole")
+    for steps, axes in {4: (1, 2, 1), 6: (1, 1, 2), 8: (2, 1, 1)}.items():
+        config.mesh.data, config.mesh.fsdp, config.mesh.tensor = axes
+        config.steps = steps
+        moved = train.train(config, tmp_path / "run")
+    assert moved.step == 8
+    assert moved.numbers["val_loss"] == pytest.approx(whole.numbers["val_loss"], 1e-5)
+
+
 def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(config, tmp_path):
     """Oracle: a run that nobody interrupted."""
     config.patience = 9

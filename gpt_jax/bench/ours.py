@@ -51,7 +51,7 @@ class Trainer(NamedTuple):
 def trainer(recipe: Mapping[str, Any], *, batch: int, accumulate: int) -> Trainer:
     """Returns a trainer of `recipe`: model, optimizer, hyper and task of a config."""
     micro = batch // accumulate
-    sharding.set_cpu_devices(micro, data=-1, cpu_devices=0)
+    sharding.set_cpu_devices(micro, data=-1, fsdp=1, tensor=1, cpu_devices=0)
     strategy = sharding.make(
         micro, strategy="mesh", data=-1, fsdp=1, tensor=1, cpu_devices=0
     )

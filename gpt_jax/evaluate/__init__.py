@@ -17,7 +17,7 @@ def compile(loss: Callable, mesh: Mesh) -> Callable:
     def sums(weights, frozen, batch, hyper):
         return loss(weights, frozen, jax.tree.map(lambda x: x[0], batch), None, hyper)
 
-    return jax.jit(sums, out_shardings=NamedSharding(mesh, P()))
+    return jax.jit(sharding.within(mesh, sums), out_shardings=NamedSharding(mesh, P()))
 
 
 def evaluate(

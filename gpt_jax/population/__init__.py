@@ -161,7 +161,7 @@ def build(
     programs.use_cache(config.compile_cache)
     axes = config.mesh.to_dict()
     del axes["strategy"]  # the devices of a population do not talk
-    sharding.set_cpu_devices(0, data=axes["data"], cpu_devices=axes["cpu_devices"])
+    sharding.set_cpu_devices(0, **axes)
     task = alone.make_task(config, workdirs[0])
     if task.rollout:
         raise ValueError(
