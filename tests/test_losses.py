@@ -185,7 +185,8 @@ def test_chunks_have_the_sums_and_gradients_of_the_whole(case, chunk):
 def test_classes_are_scored_by_hand():
     logits = np.array([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0], [np.nan, 0.0]])
     label, mask = np.array([0, 0, 1, 0]), np.array([1.0, 2.0, 1.0, 0.0])
-    got = classification(logits, label, mask, label_smoothing=0.0, z_loss=0.0)
+    arrays = map(jnp.asarray, (logits, label, mask))
+    got = classification(*arrays, label_smoothing=0.0, z_loss=0.0)
     losses = [np.log1p(np.exp(-2)), 2 * np.log1p(np.exp(1)), np.log1p(np.exp(3))]
     assert got["loss"] == pytest.approx(sum(losses), rel=1e-6)
     assert got["accuracy"] == 1.0  # the first row alone is right
