@@ -140,7 +140,7 @@ def _opened():
     """Yields the runs one after the other, with their names."""
     from gpt_jax import programs, runs, sharding
 
-    sharding.set_cpu_devices(64, data=-1, cpu_devices=0)
+    sharding.set_cpu_devices(64, data=-1, fsdp=1, tensor=1, cpu_devices=0)
     for folder in RUN.value:
         run = runs.open(folder, step=door.step(STEP.value), weights=WEIGHTS.value)
         if run.model.cfg.n_classes:

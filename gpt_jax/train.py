@@ -789,7 +789,8 @@ def save(
 def finish(job: Job, step: int, reason: str, numbers: dict[str, float]) -> Result:
     """Waits for the last checkpoint, draws the curve, and says how the run ended."""
     job.saves.wait()
-    plots.rewards(job.workdir) or plots.loss(job.workdir)
+    if not plots.rewards(job.workdir):
+        plots.loss(job.workdir)
     plots.margins(job.workdir)
     code = job.stop.exit_code if job.stop else 0
     return Result(reason=reason, step=step, numbers=numbers, exit_code=code)

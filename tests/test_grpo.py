@@ -2,6 +2,7 @@
 
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +112,7 @@ def test_the_divergence_is_zero_at_the_reference_and_pulls_towards_it(case):
     logp, _, reference, _, weight = case
 
     def kl(logp):
-        still = np.zeros(B, np.float32)
+        still = jnp.zeros(B)
         sums = losses.policy(logp, logp, reference, still, weight, clip=0.2, kl=1.0)
         return sums["loss"], sums["kl"]
 
@@ -125,10 +126,10 @@ def test_the_divergence_is_zero_at_the_reference_and_pulls_towards_it(case):
 def test_log_probabilities_are_right_and_zero_where_masked(poison):
     rng = np.random.default_rng(1)
     logits = rng.normal(size=(B, T, V)).astype(np.float32) * 3
-    target = rng.integers(0, V, (B, T))
-    mask = rng.integers(0, 2, (B, T)).astype(np.float32)
-    want = np.where(mask > 0, logp_by_hand(logits, target), 0)
-    bad = np.where(mask[..., None] > 0, logits, poison).astype(np.float32)
+    target = jnp.asarray(rng.integers(0, V, (B, T)))
+    mask = jnp.asarray(rng.integers(0, 2, (B, T)), jnp.float32)
+    want = np.where(mask > 0, logp_by_hand(logits, np.asarray(target)), 0)
+    bad = jnp.where(mask[..., None] > 0, logits, poison)
     np.testing.assert_allclose(
         losses.token_logp(bad, target, mask), want, rtol=1e-5, atol=1e-6
     )
@@ -296,6 +297,7 @@ def roll(parts, weights, numbers, devices):
         cpu_devices=0,
     )
     run = train.compile_rollout(task, lambda params, _: params, strategy)
+    assert run is not None
     batch = parts.train.take(numbers)
     batch = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), batch)
     placed = strategy.place(weights)
@@ -499,7 +501,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(whole, tmp_path):
 
 def test_a_signal_waits_for_the_last_step_of_a_rollout(whole):
     config, _, _ = whole
-    job = SimpleNamespace(config=config, stop=True, task=SimpleNamespace(updates=2))
+    job: Any = SimpleNamespace(
+        config=config, stop=True, task=SimpleNamespace(updates=2)
+    )
     assert [train.ended(job, train.Totals(), step) for step in (4, 5, 6)] == [
         "signal",
         "",

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -232,8 +233,9 @@ def test_weights_of_another_task_lose_and_gain_only_what_the_task_names():
     key = jax.random.key(0)
     old, new = tiny.cfg(tie_embeddings=False), tiny.cfg(n_classes=3)
     weights = model.init(old, jax.random.key(1))
+    nothing: Any = None
     task = tasks.Task(
-        *(model.GPT(new), None, None, None, None, 8, ""),
+        *(model.GPT(new), nothing, nothing, nothing, nothing, 8, ""),
         draws=("^classifier/",),
         drops=("^head/",),
     )
