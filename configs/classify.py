@@ -43,15 +43,16 @@ def still(train: str, n_layers: int) -> tuple[str, ...]:
 
 
 def get_config(arg: str | None = None):
+    task = common.task_classify()
     options = common.options(
         arg,
-        **{"run": "", "adapter": "full", "train": "all", "pool": "last"},
+        **{"run": "", "adapter": "full", "train": "all", "pool": task.pool},
         **{"size": "small", "epochs": "5"},
     )
     if not options["epochs"].isdecimal():
         raise ValueError(f"epochs {options['epochs']!r} is not one of: 1, 2, 3, ...")
     config = common.modern(common.base())
-    config.task = common.task_classify()
+    config.task = task
     config.task.update(balance=True, pool=options["pool"])
     config.data.update(source="sms_spam", tokenizer="bpe:1000", seq_len=128)
     config.model.update(common.choose(SIZES, options["size"], "size"))

@@ -42,11 +42,12 @@ SIZES = {"run": lambda config: None, "tiny": common.tiny}
 
 
 def get_config(arg: str | None = None):
+    task = common.task_sft()
     options = common.options(
-        arg, run="", set="book", adapter="full", template="alpaca", size="run"
+        arg, run="", set="book", adapter="full", template=task.template, size="run"
     )
     config = common.base()
-    config.task = common.task_sft()
+    config.task = task
     config.task.template = common.template(options["template"])
     config.data.val_fraction = 0.05
     config.batch_size = 8

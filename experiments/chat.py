@@ -86,6 +86,11 @@ def main(_: list[str]) -> None:
 
     sample.check(**settings)  # before the weights are read
     run = runs.open(RUN.value, step=step)
+    if run.classes:
+        raise ValueError(
+            f"{RUN.value} sorts texts into classes and writes none; use it with python "
+            f"-m experiments.classify --run={RUN.value}"
+        )
     programs.use_cache(run.config.compile_cache)
     template = TEMPLATE.value or chat.template_of(RUN.value)
     talk = Talk(run, template, {**settings, "seed": SEED.value}, _opening())
@@ -121,6 +126,8 @@ def lines() -> Iterator[str]:
         try:
             line = held + (input("> ") if terminal else _piped())
         except EOFError:
+            if held:
+                yield held.removesuffix("\n")
             return
         except KeyboardInterrupt:
             if not terminal:
@@ -244,9 +251,17 @@ def save(talk: Talk, path: str) -> None:
     """Writes the conversation as JSON to a new file."""
     if not path:
         raise ValueError("write /save FILE")
+    answers = [m.content.strip() for m in talk.messages if m.role == "assistant"]
+    if not answers or not all(answers):
+        raise ValueError(
+            f"the conversation has {'an empty' if answers else 'no'} answer: nothing "
+            "could be learnt from it"
+        )
     row = {"messages": [message._asdict() for message in talk.messages]}
-    with Path(path).open("x", encoding="utf-8") as file:  # never over another file
-        file.write(json.dumps([row], ensure_ascii=False, indent=1) + "\n")
+    text = json.dumps([row], ensure_ascii=False, indent=1) + "\n"
+    content = text.encode()  # what cannot be written is refused before there is a file
+    with Path(path).open("xb") as file:  # never over another file
+        file.write(content)
     tell(f"[{len(talk.messages)} messages written to {path}]")
 
 

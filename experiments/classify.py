@@ -14,7 +14,7 @@ which --image draws. Its columns are called as in training unless --text_column,
 --label_column or --columns (all names, for a file without a header) say otherwise.
 
 --test judges the run with the test part of its own table, once: the report is kept in
-the run folder (test.json, test.png), and a second --test shows what is kept. Choose
+the run folder (test_report.json, .png), and a second --test shows what is kept. Choose
 everything by the validation part, which training reports, and look here last.
 """
 
@@ -57,7 +57,7 @@ def main(_: list[str]) -> None:
         )
     if IMAGE.value and asked[0]:
         raise ValueError("--image draws a report: it goes with --labelled or --test")
-    if TEST.value and (kept := Path(RUN.value) / "test.json").is_file():
+    if TEST.value and (kept := Path(RUN.value) / "test_report.json").is_file():
         print(f"the test part was read before; this is what {kept} keeps")
         _show(json.loads(kept.read_text(encoding="utf-8")))
         return
@@ -137,8 +137,8 @@ def _report_on_test(run) -> None:
     result = _report(run, found.parts.test)
     numbers = {**result.numbers(), "step": run.step}
     text = json.dumps(numbers, indent=1) + "\n"
-    (run.folder / "test.json").write_text(text, encoding="utf-8")
-    _draw(result, IMAGE.value or str(run.folder / "test.png"))
+    (run.folder / "test_report.json").write_text(text, encoding="utf-8")
+    _draw(result, IMAGE.value or str(run.folder / "test_report.png"))
     _show(numbers)
 
 
@@ -192,7 +192,8 @@ def _lines(path: str) -> list[str]:
     """Returns the lines of a file or of stdin."""
     data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     try:
-        return data.decode("utf-8-sig").removesuffix("\n").split("\n")
+        text = data.decode("utf-8-sig").removesuffix("\n")
+        return [line.removesuffix("\r") for line in text.split("\n")]
     except UnicodeDecodeError as error:
         raise ValueError(
             f"--file={path} is not UTF-8 text (byte {error.start}); convert it"

@@ -11,7 +11,7 @@ Gemma 3 text, nanochat) and makes a run folder that experiments.sample works on.
 safetensors are read; nothing in the folder is executed. --to_hf writes a folder that
 transformers loads; --to_gguf one file for llama.cpp (GPT-2 and Llama); --to_stablehlo
 compiled programs with weights, tokenizer and a runner that needs no gpt_jax. A LoRA
-run is written merged; --weights=base writes what it started from, bit for bit.
+run is written merged; --weights=base writes what it started from, as it holds it.
 
 Nothing is overwritten: the target must not exist.
 """

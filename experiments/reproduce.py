@@ -10,7 +10,7 @@ cores. Each has a run folder in OUT, so the same command goes on where it was st
 
 --data is the folder of the texts (the names are those that the rows ask for, and those
 that downloads get); a row whose text is not there says so. --page writes the table into
-a Markdown file. The exit code is 1 when a claim was missed.
+a Markdown file. The exit code is 1 when a claim was missed, or a command failed.
 """
 
 import platform
@@ -78,7 +78,7 @@ def _asked_for(what: str) -> bool:
 
 def _measured(row, place) -> tuple[str, ...]:
     """Returns a line of the table."""
-    from experiments.targets import Absent
+    from experiments.targets import Absent, Failed
 
     print(f"{row.what} ...", file=sys.stderr, flush=True)
     try:
@@ -86,6 +86,8 @@ def _measured(row, place) -> tuple[str, ...]:
         measured, verdict = found.measured, "met" if found.met else "missed"
     except Absent as error:
         measured, verdict = "", f"not measured: {error}"
+    except Failed as error:
+        measured, verdict = str(error), "missed"
     return row.what, row.claimed, measured, row.tolerance, verdict
 
 

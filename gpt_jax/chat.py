@@ -16,12 +16,15 @@ Nothing here knows tokenizers or JAX; what is handed in is a `tokenizers.Tokeniz
 import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROLES = ("system", "user", "assistant")
+# What a template that asks for the date is told, always: what is learnt today must be
+# learnt tomorrow, or a run could not be resumed. The date that Llama 3's falls back to.
+DATE = date(2024, 7, 26)
 
 
 class Message(NamedTuple):
@@ -187,7 +190,7 @@ def render(
     for part, is_answer in _parts(text, spans, tokenizer):
         found = _encode(part, tokenizer, guard)
         ids += found
-        answer += [is_answer] * len(found)
+        answer += [is_answer * (not reply)] * len(found)
     return ids, answer
 
 
@@ -203,7 +206,8 @@ def fit(
 ) -> tuple[list[Message], int]:
     """Drops whole oldest turns until the prompt for an answer has at most `limit` ids.
 
-    A turn is a user's message and what follows it; system messages stay.
+    A turn is a user's message and what follows it; system messages before the first
+    one stay.
 
     Returns:
       (the messages that stay, how many turns were dropped).
@@ -266,9 +270,7 @@ def _by_name(messages, tokenizer, name: str, reply: bool):
         text += content + (end if role == "assistant" else template.close)
         if role == "assistant":
             spans.append((start, len(text)))
-    return (
-        (text + template.between + template.assistant, []) if reply else (text, spans)
-    )
+    return text + (template.between + template.assistant) * reply, spans
 
 
 def _by_jinja(messages, tokenizer, template: str, reply: bool):
@@ -278,8 +280,6 @@ def _by_jinja(messages, tokenizer, template: str, reply: bool):
     precedes it, and ends behind the template's end token.
     """
     text = _fill(template, tokenizer, messages, reply)
-    if reply:
-        return text, []
     end, own = _end(tokenizer, template)
     written, taken, spans = "", 0, []
     for number, message in enumerate(messages):
@@ -288,6 +288,8 @@ def _by_jinja(messages, tokenizer, template: str, reply: bool):
         before = _fill(template, tokenizer, messages[:number], True) if number else ""
         stop = _behind(message.content.strip(), text, len(before), end if own else "")
         if stop is None or not text.startswith(before):
+            if reply:  # no such conversation was ever learnt
+                return text, []
             raise ValueError(
                 f"message {number + 1}, an answer, cannot be found in what the chat "
                 "template makes of the conversation, so it cannot be learnt; use "
@@ -374,7 +376,7 @@ def _compiled(template: str):
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     box.globals["raise_exception"] = refuse
-    box.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    box.globals["strftime_now"] = DATE.strftime
     box.filters["tojson"] = to_json
     # Marks that only the training code of transformers reads.
     plain = re.sub(r"\{%(-?)\s*generation\s*(-?)%\}", r"{%\1 if true \2%}", template)
@@ -395,7 +397,14 @@ def _names(tokenizer) -> list[str]:
 
 def _unused(text: str) -> str:
     """Returns a character for private use that a text does not hold."""
-    return next(c for c in map(chr, range(0xE000, 0xF900)) if c not in text)
+    held = set(text)
+    free = (c for c in map(chr, range(0xE000, 0xF900)) if c not in held)
+    if not (found := next(free, "")):
+        raise ValueError(
+            "the messages hold every character for private use, U+E000 to U+F8FF; one "
+            "must be free to mark what is no special token: leave one out"
+        )
+    return found
 
 
 def _broken(content: str, tokenizer, guard: str) -> str:
@@ -437,7 +446,10 @@ def _pattern(tokenizer) -> re.Pattern[str]:
     parts = []
     for name in _names(tokenizer):
         token = added[tokenizer.specials[name]]
-        left, right = r"\s*" * token.lstrip, r"\s*" * token.rstrip
+        # Whitespace is tried from its beginning alone: from each of its characters,
+        # a long run of it that no token follows would take quadratic time.
+        left = r"(?:(?<!\s)\s+)?" * token.lstrip
+        right = r"\s*" * token.rstrip
         parts.append(f"{left}{re.escape(name)}{right}")
     return re.compile(f"({'|'.join(parts) or '(?!)'})")
 

@@ -141,7 +141,12 @@ def probabilities(
       length: tokens of a text that it reads; the rest is cut off.
       pool: one of POOLS.
       causal: as it was trained.
+
+    Raises:
+      ValueError: there is no text, or one is empty.
     """
+    if not texts:
+        raise ValueError("there is no text to classify")
     if blank := [i for i, text in enumerate(texts) if not text.strip()]:
         raise ValueError(f"text {blank[0] + 1} of {len(texts)} is empty")
     tokens_NT, length_N, _ = encode(tokenizer, texts, length=length)

@@ -125,7 +125,8 @@ def _file(path: Path) -> list[Any]:
     try:
         if text.lstrip().startswith("["):
             return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        # Not splitlines: JSON text may hold U+2028 and the like as they are.
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is neither a JSON list of rows nor a JSON object a line: {error}"

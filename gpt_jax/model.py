@@ -124,7 +124,7 @@ class GPTConfig:
     dtype: str
     param_dtype: str
     attention: str
-    n_classes: int = 0  # runs that are older than classification do not say
+    n_classes: int
 
     def __post_init__(self):
         settle = partial(object.__setattr__, self)

@@ -5,6 +5,7 @@ runs/a/tokenizer.json   the tokenizer; opens in Hugging Face `tokenizers` too
 runs/a/classes.json     what a classifier's classes are called, and how far it reads
 runs/a/data.json        the fingerprint of the training data
 runs/a/test.json        rows that were kept for a test
+runs/a/test_report.json how a classifier did on its test; test_report.png draws it
 runs/a/checkpoints/     see checkpoint.py; weights that never change in frozen/
 runs/a/metrics.jsonl    one JSON object a line; loss.png draws it
 runs/a/samples.md       texts written while training
@@ -45,6 +46,11 @@ RESUMABLE = (
     r"eval_.*|task\.loss_chunk|model\.(remat|attention)",
 )
 ABSENT = "(absent)"
+# Keys that older runs lack, by their part of the config, with the value that means what
+# such a run did.
+ADDED = (("hyper", "dropout_adapter", 0.0), ("model", "n_classes", 0))
+# What a run says of its data, where it has such data.
+OF_DATA = ("classes.json", "test.json", "test_report.json", "test_report.png")
 
 
 class Classes(NamedTuple):
@@ -93,7 +99,8 @@ def open(
         checkpoint; or None, the best where there is one and else the latest.
       weights: "params", or "ema" for their moving average; "" = the average where the
         run keeps one (optimizer.ema), as its evaluations did; "base", those that the
-        run started from, bit for bit, where it holds them (LoRA, or a reference).
+        run started from, as it holds them (adapter.base_dtype), where it does (LoRA,
+        or a reference).
 
     Raises:
       ValueError: this is not a run, or the checkpoint is damaged or lacks `weights`.
@@ -145,9 +152,14 @@ def create(
     tokenizer,
     classes: Classes | None = None,
 ) -> None:
-    """Writes what a run is made of; last config.json, which makes the folder a run."""
+    """Writes what a run is made of; last config.json, which makes the folder a run.
+
+    What an earlier run, which got nowhere, said of its data goes.
+    """
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
+    for name in OF_DATA:
+        (workdir / name).unlink(missing_ok=True)
     tokenizer.save(workdir / "tokenizer.json")
     if classes:
         _write(workdir / "classes.json", json.dumps(classes._asdict()))
@@ -196,6 +208,8 @@ def create_or_check(
 def read_config(folder: str | Path) -> ConfigDict:
     """Returns the config of a run, lists as tuples as in configs/.
 
+    Keys that are newer than the run have the value that means what it did.
+
     Raises:
       ValueError: the folder is not a run, or its config.json cannot be read.
     """
@@ -207,7 +221,10 @@ def read_config(folder: str | Path) -> ConfigDict:
             "python -m experiments.train --config=configs/quickstart.py"
         )
     try:
-        return as_config(json.loads(path.read_text(encoding="utf-8")))
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        for part, key, value in ADDED:
+            tree.get(part, {}).setdefault(key, value)
+        return as_config(tree)
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is not a config: {error}") from error
 

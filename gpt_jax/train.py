@@ -386,7 +386,9 @@ def make_task(config: ConfigDict, workdir: Path) -> tasks.Task:
         )
     if config.sample_every:  # prompts and settings that cannot be sampled are refused
         sample.check(**sample_settings(config))
-        first_prompt(task, config.sample.prompt)
+        prompt = first_prompt(task, config.sample.prompt)
+        ids = task.prompt(prompt) if task.prompt else prompt
+        sample.prompt_ids(ids, task.tokenizer, task.model.cfg)
     return task
 
 

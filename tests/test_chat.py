@@ -104,12 +104,29 @@ def test_every_answer_and_its_end_are_learnt_and_nothing_else(template, tokenize
 
 
 @pytest.mark.parametrize("template", ALL)
-def test_the_prompt_for_an_answer_is_the_beginning_of_what_was_learnt(template):
-    whole, answer = chat.render(TALK, MARKED, template, reply=False)
-    prompt, none = chat.render(TALK[:3], MARKED, template, reply=True)
+@pytest.mark.parametrize("tokenizer", [BYTE, MARKED], ids=["bare", "marked"])
+def test_the_prompt_for_an_answer_is_the_beginning_of_what_was_learnt(
+    template, tokenizer
+):
+    whole, answer = chat.render(TALK, tokenizer, template, reply=False)
+    prompt, none = chat.render(TALK[:3], tokenizer, template, reply=True)
     assert whole[: len(prompt)] == prompt
     assert answer[len(prompt)] == 1 and answer[len(prompt) - 1] == 0
     assert sum(none) == 0 and len(none) == len(prompt)
+
+
+def test_earlier_answers_are_tokens_of_their_own_in_a_prompt_as_in_training():
+    """A tokenizer that would join an answer with the text before it."""
+    joining = tokenizers.train("bpe:300", [text_of(TALK, "alpaca", BYTE) * 9])
+    for template in (*chat.TEMPLATES, CHATML, PHI3):
+        whole, _ = chat.render(TALK, joining, template, reply=False)
+        prompt, none = chat.render(TALK[:3], joining, template, reply=True)
+        assert whole[: len(prompt)] == prompt and not any(none)
+
+
+def test_a_prompt_needs_no_answer_that_can_be_found():
+    shouting = "{{ messages|map(attribute='content')|join('|')|upper }}|"
+    assert text_of(TALK[:3], shouting, reply=True) == "HI|HELLO!|BYE|"
 
 
 @pytest.mark.parametrize("template", ALL)
@@ -136,6 +153,39 @@ def test_a_token_that_takes_the_whitespace_behind_it_does_so():
     text = text_of(TALK, PHI3)
     assert ids == backend.encode(text).ids
     assert len(ids) < len(chat.render(TALK, MARKED, PHI3, reply=False)[0])
+
+
+def spaced(*names, side):
+    """Returns MARKED with tokens that take the whitespace on that side of them."""
+    document = json.loads(MARKED.json)
+    for token in document["added_tokens"]:
+        token[side] = token["content"] in names
+    return tokenizers.Tokenizer(json.dumps(document))
+
+
+def test_a_token_that_takes_the_whitespace_before_it_does_so_in_linear_time():
+    """Oracle: Hugging Face's encoding; quadratic time would be minutes."""
+    taking = spaced("<|im_end|>", side="lstrip")
+    shown = "{{ messages[0].content }} \n<|im_end|> <|im_end|>x  <|user|>"
+    ids, _ = chat.render(TALK[:1], taking, shown, reply=True)
+    backend = tokenizers.hf.Tokenizer.from_str(taking.json)
+    assert ids == backend.encode("Hi \n<|im_end|> <|im_end|>x  <|user|>").ids
+    long = [Message("user", "a" + " " * 131_000 + "b")]
+    ids, _ = chat.render(long, taking, "plain", reply=True)
+    assert len(ids) == 131_003
+
+
+def test_text_that_leaves_no_character_to_mark_with_is_refused():
+    private = "".join(map(chr, range(0xE000, 0xF900)))
+    with pytest.raises(ValueError, match="every character for private use"):
+        chat.render([Message("user", private)], MARKED, "plain", reply=True)
+    ids, _ = chat.render([Message("user", private[1:])], MARKED, "plain", reply=True)
+    assert MARKED.decode(ids) == private[1:] + "\n"
+
+
+def test_a_template_that_asks_for_the_date_is_told_the_same_one_always():
+    shown = text_of(TALK[:1], "{{ strftime_now('%d %b %Y') }}", reply=True)
+    assert shown == "26 Jul 2024"
 
 
 def test_the_opening_that_a_tokenizer_asks_for_stands_first():

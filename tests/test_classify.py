@@ -97,6 +97,8 @@ def test_probabilities_do_not_depend_on_the_other_texts():
     assert done[0].probability == max(done[0].probabilities.values())
     with pytest.raises(ValueError, match="text 2 of 2 is empty"):
         classify.probabilities(["a", " "], **how)
+    with pytest.raises(ValueError, match="there is no text to classify"):
+        classify.probabilities([], **how)
 
 
 # --- how good it is -------------------------------------------------------------------
@@ -222,6 +224,7 @@ def test_filling_of_a_batch_counts_for_nothing(folder):
         ({"task": {"buckets": (0,)}}, "task.buckets is"),
         ({"task": {"buckets": (8,), "pool": "end"}}, "leave task.buckets empty"),
         ({"data": {"seq_len": 33}}, "seq_len 33 is more than model.context_length 32"),
+        ({"data": {"seq_len": -5}}, "data.seq_len is -5: give a number of tokens"),
         ({"model": {"n_classes": 3}}, "n_classes is 3 and the table has 2 classes"),
         ({"model": {"vocab_size": 9}}, "vocab_size 9 is less than the tokenizer's"),
         ({"task": {"labels": ("good", "fine")}}, "unknown label 'bad'"),
@@ -278,12 +281,20 @@ def door(*args, text=""):
 def test_the_door_labels_texts_with_probabilities(run, tmp_path):
     out = tmp_path / "out.json"
     texts = ["--text=lovely x", "--file=-", f"--json={out}"]
-    code, shown, error = door(f"--run={run}", *texts, text="rude y\nsunny z\n")
+    code, shown, error = door(f"--run={run}", *texts, text="rude y\r\nsunny z\r\n")
     assert code == 0, error
     assert [line.split()[0] for line in shown.splitlines()] == ["good", "bad", "good"]
     written = json.loads(out.read_text())
     assert [one["label"] for one in written] == ["good", "bad", "good"]
+    assert [one["text"] for one in written] == ["lovely x", "rude y", "sunny z"]
     assert sum(written[1]["probabilities"].values()) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_a_chat_with_a_classifier_is_refused_before_it_begins(run):
+    command = [sys.executable, "-m", "experiments.chat", f"--run={run}"]
+    done = subprocess.run(command, input=b"hello\n", capture_output=True, timeout=240)
+    assert done.returncode == 2
+    assert b"sorts texts into classes and writes none" in done.stderr
 
 
 def test_the_door_reports_on_a_table(run, tmp_path):
@@ -300,14 +311,14 @@ def test_the_door_reports_on_a_table(run, tmp_path):
 def test_the_test_part_is_read_once(run, folder):
     code, shown, error = door(f"--run={run}", "--test")
     assert code == 0, error
-    kept = json.loads((run / "test.json").read_text())
+    kept = json.loads((run / "test_report.json").read_text())
     assert kept["count"] == 18 and kept["accuracy"] > 0.9
-    assert (run / "test.png").is_file()
+    assert (run / "test_report.png").is_file()
     kept["accuracy"] = 0.125  # so that reading it is told from measuring it
-    (run / "test.json").write_text(json.dumps(kept))
+    (run / "test_report.json").write_text(json.dumps(kept))
     code, shown, _ = door(f"--run={run}", "--test")
     assert code == 0 and "was read before" in shown and "12.50%" in shown
-    (run / "test.json").unlink()
+    (run / "test_report.json").unlink()
     old = (folder / "table.tsv").read_text()
     (folder / "table.tsv").write_text(old + "kind\tgood\n")
     code, _, error = door(f"--run={run}", "--test")

@@ -48,6 +48,13 @@ def test_json_and_json_lines_are_read_alike(tmp_path, name):
     assert rows == wanted
 
 
+def test_a_line_of_json_lines_ends_at_a_newline_alone(tmp_path):
+    row = {**ROW, "output": "one\u2028two\x85three"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{json.dumps(row, ensure_ascii=False)}\r\n" * 2, encoding="utf-8")
+    assert instructions.read(str(path), cache=tmp_path, progress=False) == [row, row]
+
+
 def test_the_library_of_python_is_a_source_without_a_download(tmp_path):
     rows = instructions.read("builtin:json", cache=tmp_path, progress=False)
     dumps = next(row for row in rows if row["input"] == "dumps")

@@ -281,6 +281,7 @@ def test_only_what_is_the_same_beside_seed_and_hyper_shares_a_program(config):
         ({"hyper.lr": float("nan")}, "hyper.lr is nan"),
         ({"folder": "0"}, "the same run folder"),
         ({"members": -1}, "members is -1"),
+        ({"task.buckets": (8,)}, "task.buckets is"),
         ({"rungs": [Rung(0, 1)]}, "at least 1"),
     ],
 )
@@ -289,6 +290,10 @@ def test_what_cannot_train_together_is_refused(config, tmp_path, change, message
     options = {"members": 0, "rungs": [], "report": lambda *_: None}
     folders = [tmp_path / "0", tmp_path / change.pop("folder", "1")]
     options |= {key: change.pop(key) for key in ("members", "rungs") if key in change}
+    if "task.buckets" in change:
+        for each in configs:
+            each.task = common.task_classify()
+            each.task.buckets = change["task.buckets"]
     configs[1].update_from_flattened_dict(change)
     with pytest.raises(ValueError, match=message):
         population.train(configs, folders, **options)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from experiments import targets
+from experiments import reproduce, targets
 from experiments.targets import exact, learning
 
 
@@ -53,8 +53,21 @@ def test_a_missing_file_says_its_name(tmp_path):
 
 def test_a_failed_command_says_why_and_where(tmp_path):
     code = "print('it begins'); raise SystemExit('error: no such thing')"
-    with pytest.raises(targets.Absent, match=r"exit code 1: error: no such thing.*log"):
+    with pytest.raises(targets.Failed, match=r"exit code 1: error: no such thing.*log"):
         targets.run([sys.executable, "-c", code], tmp_path / "log")
+
+
+def test_a_row_whose_command_fails_is_missed_and_one_without_its_text_is_not():
+    def measure(error):
+        def found(place):
+            raise error
+
+        return targets.Row("x", "1", "exact", found)
+
+    failed = reproduce._measured(measure(targets.Failed("exit code 1")), None)
+    assert failed[-1] == "missed" and "exit code 1" in failed
+    absent = reproduce._measured(measure(targets.Absent("needs a.txt")), None)
+    assert absent[-1] == "not measured: needs a.txt"
 
 
 def test_evaluations_are_read_from_metrics():

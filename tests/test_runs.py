@@ -251,6 +251,33 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_anew_with_another_c
     assert runs.read_config(tmp_path).batch_size == 2
 
 
+def test_a_folder_made_anew_forgets_what_was_said_of_other_data(
+    config, tokenizer, tmp_path
+):
+    classes = runs.Classes(("ham", "spam"), 7)
+    runs.create_or_check(tmp_path, config, tokenizer, "text", classes)
+    runs.keep_test(tmp_path, [{"instruction": "a"}])
+    assert runs.read_classes(tmp_path) == classes
+    runs.create_or_check(tmp_path, config, tokenizer, "text")
+    assert runs.read_classes(tmp_path) is None
+    assert not (tmp_path / "test.json").exists()
+
+
+def test_a_run_older_than_a_key_goes_on_where_the_key_changes_nothing(
+    config, tokenizer, tmp_path
+):
+    begin(tmp_path, config, tokenizer)
+    old = config.to_dict()
+    del old["model"]["n_classes"], old["hyper"]["dropout_adapter"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    config.hyper.dropout_adapter = 0.1
+    with pytest.raises(ValueError, match=r"hyper\.dropout_adapter: 0\.0 -> 0\.1"):
+        runs.create_or_check(tmp_path, config, tokenizer, "text")
+    config.hyper.dropout_adapter = 0.0
+    assert runs.read_config(tmp_path).model.n_classes == 0
+    assert runs.create_or_check(tmp_path, config, tokenizer, "text")
+
+
 def test_every_resumable_pattern_matches_a_key_of_the_config():
     keys = runs._flat(common.base().to_dict())
     for alternatives in runs.RESUMABLE:

@@ -192,11 +192,32 @@ def test_an_empty_answer_is_refused_or_left_out_and_counted(tmp_path, capfd, out
         ({"learn": "answer"}, r"task\.learn 'answer' is not one of: answers, all"),
         ({"too_long": "x"}, r"task\.too_long 'x' is not one of: refuse, drop, cut"),
         ({"empty": "cut"}, r"task\.empty 'cut' is not one of: refuse, drop"),
+        ({"loss_chunk": -1}, r"task\.loss_chunk is -1: give a number of positions"),
     ],
 )
 def test_an_unknown_choice_is_refused(tmp_path, changes, words):
     with pytest.raises(ValueError, match=words):
         make(tmp_path, **changes)
+
+
+def test_the_rows_of_the_test_belong_to_what_a_run_was_started_on(tmp_path):
+    rows = [ROWS[1]] * 20
+    one = make(tmp_path, rows)
+    assert len(one.test) == 2 and one.fingerprint == make(tmp_path, rows).fingerprint
+    rows[16] = {**ROWS[1], "output": "another"}
+    other = make(tmp_path, rows)
+    assert one.test != other.test and one.fingerprint != other.fingerprint
+
+
+def test_a_prompt_that_is_too_long_in_its_template_is_refused_at_once(tmp_path):
+    config = common.tiny(common.base())
+    config.task = common.task_sft()
+    config.data.source = str(write(tmp_path, [ROWS[1]] * 20))
+    config.model.context_length = 300
+    config.sample_every = 5
+    config.sample.prompt = "x" * 200  # the template has 150 more
+    with pytest.raises(ValueError, match=r"the prompt has 3\d\d tokens but .* is 300"):
+        train.make_task(config, tmp_path)
 
 
 # --- a run ----------------------------------------------------------------------------
@@ -261,6 +282,7 @@ def test_a_piped_chat_answers_obeys_and_drops_the_oldest_turns_whole(run, tmp_pa
         folder,
         *("/set temperature 0", "/set temperature warm", "/set top_p 7", "/set heat 1"),
         *(again, again, f"/save {kept}", f"/save {kept}", "/reset", "/hm"),
+        f"/save {tmp_path / 'none.json'}",
         *(again, f"/save {tmp_path / 'b.json'}", "x" * 99, "/quit", again),
     )
     assert said == "three three\n" * 3
@@ -270,10 +292,12 @@ def test_a_piped_chat_answers_obeys_and_drops_the_oldest_turns_whole(run, tmp_pa
         "the names are: temperature, top_k",
         "the context of 48 tokens is full: dropped the oldest turn",
         f"File exists: {kept}",
+        "the conversation has no answer",
         "/hm is not one of: /reset, /set",
         "there is room for 24; shorten it",
     ):
         assert words in told
+    assert not (tmp_path / "none.json").exists()
     question = {"role": "user", "content": "Say it twice.\nthree"}
     answer = {"role": "assistant", "content": "three three"}
     # The first turn was dropped for the second, and all by /reset.
@@ -290,7 +314,8 @@ def test_a_chat_with_a_base_model_continues_what_is_written(run, tmp_path):
     config["task"] = common.task_lm().to_dict()
     (base / "config.json").write_text(json.dumps(config))
     flags = ("--temperature=0", "--max_new_tokens=5")
-    said, told = talk(base, "Say it twice.\\\nthree\\\nthr", flags=flags)
+    # The backslash of the last line holds nothing back: there is no next one.
+    said, told = talk(base, "Say it twice.\\\nthree\\\nthr\\", flags=flags)
     assert said == "Say it twice.\nthree\nthree th\n"
     assert "has no chat template: a base model" in told
     assert "[stopped: 5 new tokens]" in told

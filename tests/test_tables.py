@@ -114,14 +114,34 @@ def test_a_dataset_names_its_classes(tmp_path):
         }
     )
     table = datasets.Dataset.from_dict(
-        {"text": ["one", "two"], "label": [1, 0]}, features=features
+        {"text": ["one", "two", "three"], "label": [1, 0, -1]}, features=features
     )
     table.to_parquet(tmp_path / "train.parquet")
     rows = tables.read(f"hf:{tmp_path}", PLAIN, "nowhere")
-    assert [row[:2] for row in rows] == [("one", "b"), ("two", "a")]
+    assert [row[:2] for row in rows] == [("one", "b"), ("two", "a"), ("three", "")]
 
 
 # --- parts ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "own, sizes", [("val", [56, 20, 14]), ("test", [63, 7, 20]), ("both", [70, 20, 20])]
+)
+def test_a_part_without_a_table_of_its_own_is_cut_from_the_rows(tmp_path, own, sizes):
+    path = write(tmp_path / "a.tsv", many())
+    more = str(write(tmp_path / "b.tsv", [(a, f"{b}+") for a, b in many(10, 10)]))
+    given = {name: more for name in ("val", "test") if own in (name, "both")}
+    found = tables.load(source(path, **given))
+    assert [len(part) for part in found.parts] == sizes
+    texts = [row.text for part in found.parts for row in part if "+" not in row.text]
+    assert sorted(texts) == sorted(text for _, text in many())
+
+
+def test_shares_are_decimal_fractions():
+    """0.29 * 100 is 28.999999999999996 in binary."""
+    rows = [tables.Row(f"{i}", "a", "", "") for i in range(100)]
+    parts = tables.cut(rows, (0.29, 0.57, 0.14), np.random.default_rng(0))
+    assert [len(part) for part in parts] == [29, 57, 14]
 
 
 def test_rows_are_cut_into_three_parts_that_share_none(tmp_path):
@@ -165,12 +185,13 @@ def test_a_column_may_say_the_part(tmp_path):
 def test_parts_may_be_tables_of_their_own(tmp_path):
     train = write(tmp_path / "train.tsv", many(spam=3, ham=9))
     val = write(tmp_path / "val.tsv", many(spam=2, ham=4))
-    found = tables.load(source(train, val=str(val), balance=True))
+    own = {"val": str(val), "fractions": (0.8, 0.2, 0.0)}
+    found = tables.load(source(train, **own, balance=True))
     assert [len(part) for part in found.parts] == [6, 6, 0]  # what is judged stays
     write(val, [("eggs", "x"), *many(1, 1)])
     with pytest.raises(ValueError, match=r"val\.tsv line 2 .*unknown label 'eggs'"):
-        tables.load(source(train, val=str(val)))
-    found = tables.load(source(train, val=str(val), skip=True))
+        tables.load(source(train, **own))
+    found = tables.load(source(train, **own, skip=True))
     assert found.skipped == {"with the unknown label 'eggs'": 1}
     assert "left out: 1 with the unknown label" in found.summary()
 

@@ -11,6 +11,10 @@ class Absent(Exception):
     """A row cannot be measured here; the message says what is missing."""
 
 
+class Failed(Exception):
+    """A command that a row needs has failed; the message says how."""
+
+
 class Found(NamedTuple):
     """What was measured, in words, and whether it meets the claim."""
 
@@ -45,7 +49,7 @@ class Row(NamedTuple):
       what: is claimed of.
       claimed: the number, in words.
       tolerance: how near counts as met.
-      measure: measures it anew; raises Absent.
+      measure: measures it anew; raises Absent, or Failed.
     """
 
     what: str
@@ -83,7 +87,7 @@ def train(place: Place, name: str, config: str, *overrides: str) -> list[dict]:
       *overrides: keys and values, as in "steps=100".
 
     Raises:
-      Absent: training failed; names the file that says why.
+      Failed: training failed; names the file that says why.
     """
     from gpt_jax import metrics
 
@@ -102,7 +106,7 @@ def run(command: Sequence[str], log: Path) -> str:
     """Runs a door and returns what it printed, which `log` keeps.
 
     Raises:
-      Absent: it failed.
+      Failed: it did not end well.
     """
     print(f"  {' '.join(command[1:])}  (see {log})", file=sys.stderr, flush=True)
     with log.open("w", encoding="utf-8") as file:
@@ -112,5 +116,5 @@ def run(command: Sequence[str], log: Path) -> str:
     text = log.read_text(encoding="utf-8")
     if code:
         last = (text.strip().splitlines() or ["no words"])[-1]
-        raise Absent(f"exit code {code}: {last} (see {log})")
+        raise Failed(f"exit code {code}: {last} (see {log})")
     return text

@@ -22,7 +22,8 @@ def spam(place: Place) -> Found:
         folder = place.out / name
         command = [sys.executable, "-m", "experiments.classify", f"--run={folder}"]
         run([*command, "--test"], place.out / f"{name}_test.log")
-        shares.append(100 * json.loads((folder / "test.json").read_text())["accuracy"])
+        report = json.loads((folder / "test_report.json").read_text())
+        shares.append(100 * report["accuracy"])
     mean = statistics.mean(shares)
     each = " / ".join(f"{share:.1f}" for share in shares)
     return Found(f"{mean:.2f} % ({each})", mean >= 95)

@@ -141,6 +141,12 @@ def check(
     for rung in rungs:
         if rung.step < 1 or rung.keep < 1:
             raise ValueError(f"{rung}: step and keep must be at least 1")
+    if buckets := configs[0].task.get("buckets"):
+        raise ValueError(
+            f"task.buckets is {buckets}: the members of a population would pad a batch "
+            "to different widths; leave it empty, or train the runs one by one "
+            "(a sweep: --engine=process)"
+        )
     for config in configs:
         alone.check(config)
 

@@ -47,7 +47,8 @@ class Source:
       cache: the folder of downloads.
       columns: see `Columns`.
       val, test: tables of their own for these parts; "" = rows of `source`.
-      fractions: of train, val and test, where no table or column divides the rows.
+      fractions: of train, val and test, where no column divides the rows; the share of
+        a part that has its own table goes to train.
       seed: of the choice of rows.
       balance: keep as many rows of each class as the rarest has: of all rows where
         they are cut by `fractions`, else of those to learn from.
@@ -139,9 +140,14 @@ def load(wanted: Source) -> Table:
         parts = _by_column(rows)
     elif wanted.val or wanted.test:
         own = {
-            name: usable(read(source, wanted.columns, wanted.cache)) if source else []
+            name: usable(read(source, wanted.columns, wanted.cache))
             for name, source in (("val", wanted.val), ("test", wanted.test))
+            if source
         }
+        if len(own) < 2:
+            share = wanted.fractions[1 if wanted.test else 2]
+            rows, _, rest = cut(rows, (1 - share, 0.0), generator)
+            own = {"val": rest, "test": rest, **own}
         parts = Parts(train=rows, **own)
     else:
         rows = balanced(rows, generator) if wanted.balance else rows
@@ -194,10 +200,11 @@ def balanced(rows: Sequence[Row], generator: np.random.Generator) -> list[Row]:
 def cut(
     rows: Sequence[Row], fractions: Sequence[float], generator: np.random.Generator
 ) -> Parts:
-    """Returns the rows in a random order, cut at these fractions of their number."""
+    """Returns the rows in a random order: shares of train and val, the rest is test."""
     mixed = [rows[i] for i in generator.permutation(len(rows))]
-    first = int(len(rows) * fractions[0])
-    second = first + int(len(rows) * fractions[1])
+    # Shares are decimal fractions, which binary ones miss by less than this.
+    first = int(len(rows) * fractions[0] + 1e-6)
+    second = first + int(len(rows) * fractions[1] + 1e-6)
     return Parts(mixed[:first], mixed[first:second], mixed[second:])
 
 

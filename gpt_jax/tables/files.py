@@ -205,9 +205,9 @@ def _dataset(spec: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     }
     for number, fields in enumerate(rows, start=1):
         told = {
-            column: names[column][value]
+            column: names[column][value] if value >= 0 else None  # -1 = not labelled
             for column, value in fields.items()
-            if column in names and value is not None and value >= 0
+            if column in names and value is not None
         }
         yield f"{spec} row {number}", {**fields, **told}
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from gpt_jax import classify, losses, prepare, tables, tokenizers
 from gpt_jax.classify import POOLS
-from gpt_jax.model import GPT, GPTConfig
+from gpt_jax.model import GPT
 from gpt_jax.runs import Classes
+from gpt_jax.tasks import lm
 from gpt_jax.tasks.task import Task, dropout_of
 
 HEAD, LM_HEAD = "^classifier/", "^head/"
@@ -79,14 +80,10 @@ def make(
     """
     _check(pool, buckets)
     found = tables.load(source_of(table, text))
-    tokenizer = _tokenizer(text, found.parts)
-    gpt = GPT(_model(model, tokenizer, found.labels))
+    tokenizer = _tokenizer(text, found.parts, progress)
+    gpt = _model(model, tokenizer, found.labels)
     limit = text["seq_len"] or gpt.cfg.context_length
-    if limit > gpt.cfg.context_length:
-        raise ValueError(
-            f"data.seq_len {limit} is more than model.context_length "
-            f"{gpt.cfg.context_length}: read less of a text or enlarge the context"
-        )
+    lm.check_window(limit, gpt.cfg.context_length)
     texts = [[row.text for row in rows] for rows in found.parts]
     train = classify.encode(tokenizer, texts[0], length=limit)
     width = text["seq_len"] or int(train.length_N.max())
@@ -197,30 +194,24 @@ def _check(pool: str, buckets: Sequence[int]) -> None:
         )
 
 
-def _tokenizer(text: Mapping[str, Any], parts: tables.Parts) -> tokenizers.Tokenizer:
+def _tokenizer(
+    text: Mapping[str, Any], parts: tables.Parts, progress: bool
+) -> tokenizers.Tokenizer:
     """Returns the tokenizer that is named, trained on the texts to learn from."""
     spec = text["tokenizer"]
-    ready = prepare.ready_tokenizer(spec, text["cache"], progress=True)
+    ready = prepare.ready_tokenizer(spec, text["cache"], progress)
     return ready or tokenizers.train(spec, (row.text for row in parts.train))
 
 
 def _model(
     model: Mapping[str, Any], tokenizer: tokenizers.Tokenizer, labels: Sequence[str]
-) -> GPTConfig:
-    fields = dict(model)
-    fields["vocab_size"] = fields["vocab_size"] or tokenizer.vocab_size
-    fields["n_classes"] = fields["n_classes"] or len(labels)
-    if fields["vocab_size"] < tokenizer.vocab_size:
+) -> GPT:
+    if model["n_classes"] not in (0, len(labels)):
         raise ValueError(
-            f"model.vocab_size {fields['vocab_size']} is less than the tokenizer's "
-            f"{tokenizer.vocab_size}: set it to 0 to take the tokenizer's"
-        )
-    if fields["n_classes"] != len(labels):
-        raise ValueError(
-            f"model.n_classes is {fields['n_classes']} and the table has {len(labels)} "
+            f"model.n_classes is {model['n_classes']} and the table has {len(labels)} "
             f"classes ({', '.join(labels)}): set it to 0 to take those of the table"
         )
-    return GPTConfig(**fields)
+    return lm.make_model({**model, "n_classes": len(labels)}, tokenizer)
 
 
 def _numbers(rows: Sequence[tables.Row], labels: Sequence[str]) -> np.ndarray:

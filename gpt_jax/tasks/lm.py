@@ -36,11 +36,6 @@ def make(
       ValueError: the text is too short for one window, or the model and the text do
         not fit each other.
     """
-    if loss_chunk < 0:
-        raise ValueError(
-            f"task.loss_chunk is {loss_chunk}: give a number of positions, or 0 to "
-            "have it chosen"
-        )
     text = dict(text)
     seq_len = text.pop("seq_len") or model["context_length"]
     stride = text.pop("stride") or seq_len
@@ -66,7 +61,12 @@ def make(
 
 
 def check_window(seq_len: int, context_length: int) -> None:
-    """Raises ValueError when windows are longer than what the model sees at once."""
+    """Raises ValueError when windows are empty or longer than what the model sees."""
+    if seq_len < 1:
+        raise ValueError(
+            f"data.seq_len is {seq_len}: give a number of tokens, or 0 to take "
+            f"model.context_length"
+        )
     if seq_len > context_length:
         raise ValueError(
             f"data.seq_len {seq_len} is more than model.context_length "
@@ -89,6 +89,15 @@ def make_model(fields: Mapping[str, Any], tokenizer) -> GPT:
     return GPT(GPTConfig(**{**fields, "vocab_size": size}))
 
 
+def check_chunk(loss_chunk: int) -> None:
+    """Raises ValueError unless `loss_chunk` is a number of positions, or 0."""
+    if loss_chunk < 0:
+        raise ValueError(
+            f"task.loss_chunk is {loss_chunk}: give a number of positions, or 0 to "
+            "have it chosen"
+        )
+
+
 def make_loss(model: GPT, token_bytes_V, *, loss_chunk: int, dropout: Collection[str]):
     """Returns the next-token loss of `model` as `(weights, frozen, ...) -> Sums`.
 
@@ -101,7 +110,11 @@ def make_loss(model: GPT, token_bytes_V, *, loss_chunk: int, dropout: Collection
 
     The sums are "loss" (smoothed, with z-loss, while training), "nll" (plain, in
     nats), "weight" (targets) and, in evaluation, "bytes".
+
+    Raises:
+      ValueError: loss_chunk is negative.
     """
+    check_chunk(loss_chunk)
 
     def loss(weights, frozen, batch, key, hyper):
         del frozen  # nothing but the weights decides this loss

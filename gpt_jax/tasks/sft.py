@@ -6,6 +6,7 @@ token belongs to an answer count. Several conversations share a row of tokens
 """
 
 import hashlib
+import json
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -106,7 +107,7 @@ def make(
         train=ready["train"],
         evals={"val": ready["val"]},
         tokens=width,
-        fingerprint=_fingerprint(encoded, tokenizer),
+        fingerprint=_fingerprint(encoded, tokenizer, parts["test"]),
         test=parts["test"],
         prompt=partial(prompt_ids, tokenizer=tokenizer, template=template),
         stop=tuple(chat.stop_ids(tokenizer, template)),
@@ -279,8 +280,12 @@ def prompt_ids(text: str, *, tokenizer, template: str) -> list[int]:
     return chat.render([chat.Message("user", text)], tokenizer, template, reply=True)[0]
 
 
-def _fingerprint(encoded: Mapping[str, Sequence[Example]], tokenizer) -> str:
+def _fingerprint(
+    encoded: Mapping[str, Sequence[Example]], tokenizer, test: Sequence[Any]
+) -> str:
+    """Returns the sha256 of what is learnt, validated with, and kept for a test."""
     digest = hashlib.sha256(tokenizer.sha256.encode())
+    digest.update(json.dumps(test, sort_keys=True, default=str).encode())
     for name, examples in encoded.items():
         digest.update(f"{name} {len(examples)}\n".encode())
         for example in examples:
