@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from glob import glob
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich import progress as bars
 from rich.console import Console
@@ -390,25 +390,39 @@ def _open_bytes(path: Path) -> io.BufferedIOBase:
     return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore
 
 
-def _dataset(name: str, spec: str, field: str) -> Corpus:
-    """Returns a streamed Hugging Face dataset; its code, if it has any, never runs."""
+def dataset(spec: str, *, streaming: bool) -> Any:
+    """Returns the rows of hf:<name>[:<config>][:<split>], of its train split without.
+
+    Raises:
+      ValueError: that names no dataset, or the package datasets is not installed.
+    """
+    path, config, split = _named(spec)
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise ValueError(
+            f"reading {spec} needs the package datasets: pip install datasets"
+        ) from None
+    return datasets.load_dataset(path, config or None, split=split, streaming=streaming)
+
+
+def _named(spec: str) -> tuple[str, str, str]:
+    """Returns the name, configuration and split that hf:... means."""
     _, *parts = spec.split(":")
     if not parts[0] or len(parts) > 3:
         raise ValueError(
             f"{spec!r} does not name a dataset; write hf:<name>[:<config>][:<split>]"
         )
     path, config, split = (*parts, "", "")[:3]
-    split = split or "train"
+    return path, config, split or "train"
+
+
+def _dataset(name: str, spec: str, field: str) -> Corpus:
+    """Returns a streamed Hugging Face dataset; its code, if it has any, never runs."""
+    path, config, split = _named(spec)
 
     def read() -> Iterator[Piece]:
-        try:
-            import datasets
-        except ModuleNotFoundError:
-            raise ValueError(
-                f"reading {spec} needs the package datasets: pip install datasets"
-            ) from None
-        rows = datasets.load_dataset(path, config or None, split=split, streaming=True)
-        for row in rows:
+        for row in dataset(spec, streaming=True):
             if not isinstance(row.get(field), str):
                 raise ValueError(
                     f"{spec} has no text in the field {field!r}; its fields are: "

@@ -36,7 +36,7 @@ def read(source: str, *, cache: str | Path, progress: bool) -> list[Row]:
       ValueError: it is not rows of conversations; names the first row that is not.
     """
     if source.startswith("hf:"):
-        rows = _dataset(source)
+        rows = list(corpora.dataset(source, streaming=False))
     elif source.partition(":")[0] == "builtin":
         rows = _docstrings(corpora.open(source, field="", cache=cache))
     elif source in NAMES:
@@ -131,19 +131,3 @@ def _file(path: Path) -> list[Any]:
         raise ValueError(
             f"{path} is neither a JSON list of rows nor a JSON object a line: {error}"
         ) from None
-
-
-def _dataset(spec: str) -> list[Any]:
-    _, *parts = spec.split(":")
-    if not parts[0] or len(parts) > 3:
-        raise ValueError(
-            f"{spec!r} does not name a dataset; write hf:<name>[:<config>][:<split>]"
-        )
-    path, config, part = (*parts, "", "")[:3]
-    try:
-        import datasets
-    except ModuleNotFoundError:
-        raise ValueError(
-            f"reading {spec} needs the package datasets: pip install datasets"
-        ) from None
-    return list(datasets.load_dataset(path, config or None, split=part or "train"))

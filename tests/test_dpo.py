@@ -109,6 +109,7 @@ def test_rows_that_make_no_pair_are_refused_in_a_sentence(
         ({"variant": "orpo"}, "set task.logp=mean"),
         ({"template": ""}, "task.template is empty"),
         ({"too_long": "shrink"}, "task.too_long 'shrink' is not one of"),
+        ({"loss_chunk": -1}, "task.loss_chunk is -1: give a number of positions"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_in_a_sentence(
@@ -116,6 +117,21 @@ def test_settings_that_cannot_be_are_refused_in_a_sentence(
 ):
     with pytest.raises(ValueError, match=message):
         task_of(configure(home, **change), tmp_path)
+
+
+def test_the_rows_of_the_test_belong_to_what_a_run_was_started_on(home, tmp_path):
+    one = task_of(configure(home), tmp_path)
+    last = ROWS.index(one.test[-1], len(one.train))
+    other = task_of(
+        configure(home),
+        tmp_path,
+        [
+            {**row, "output": "Else."} if i == last else row
+            for i, row in enumerate(ROWS)
+        ],
+    )
+    assert len(one.train) == len(other.train) and one.test != other.test
+    assert one.fingerprint != other.fingerprint
 
 
 def test_what_is_left_out_or_cut_is_counted(home, tmp_path, capfd):

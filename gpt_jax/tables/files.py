@@ -185,19 +185,9 @@ READERS: dict[str, Callable] = {
 
 def _dataset(spec: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Rows of a Hugging Face dataset; numbers of classes become their names."""
-    _, *words = spec.split(":")
-    if not words[0] or len(words) > 3:
-        raise ValueError(
-            f"{spec!r} does not name a dataset; write hf:<name>[:<config>][:<split>]"
-        )
-    path, config, split = (*words, "", "")[:3]
-    try:
-        import datasets
-    except ModuleNotFoundError:
-        raise ValueError(
-            f"reading {spec} needs the package datasets: pip install datasets"
-        ) from None
-    rows: Any = datasets.load_dataset(path, config or None, split=split or "train")
+    rows = corpora.dataset(spec, streaming=False)
+    import datasets
+
     names = {
         column: feature.names
         for column, feature in rows.features.items()

@@ -117,7 +117,7 @@ def make(
         train=ready["train"],
         evals={"val": ready["val"]},
         tokens=2 * width,
-        fingerprint=_fingerprint(encoded, tokenizer),
+        fingerprint=_fingerprint(encoded, tokenizer, parts["test"]),
         reference=variant not in WITHOUT_REFERENCE,
         test=parts["test"],
         prompt=partial(sft.prompt_ids, tokenizer=tokenizer, template=template),
@@ -157,6 +157,7 @@ def make_loss(
     Arguments are those of `losses.preference` and `lm.make_loss`. The sums are those of
     `losses.preference`. Dropout acts on the policy alone.
     """
+    lm.check_chunk(loss_chunk)
 
     def logps(weights, batch, rates) -> jax.Array:  # [B, P] of batch arrays [B, P, T]
         rows = {name: x.reshape(-1, x.shape[-1]) for name, x in batch.items()}
@@ -311,8 +312,11 @@ def _with_answer(row: instructions.Row, answer: str) -> instructions.Row:
     return {**row, "output": answer}
 
 
-def _fingerprint(encoded: Mapping[str, Sequence[Pair]], tokenizer) -> str:
+def _fingerprint(
+    encoded: Mapping[str, Sequence[Pair]], tokenizer, test: Sequence[Any]
+) -> str:
     digest = hashlib.sha256(tokenizer.sha256.encode())
+    digest.update(sft.digest_of(test))
     for name, pairs in encoded.items():
         digest.update(f"{name} {len(pairs)}\n".encode())
         for example in (example for pair in pairs for example in pair):

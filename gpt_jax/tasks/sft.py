@@ -285,13 +285,19 @@ def _fingerprint(
 ) -> str:
     """Returns the sha256 of what is learnt, validated with, and kept for a test."""
     digest = hashlib.sha256(tokenizer.sha256.encode())
-    digest.update(json.dumps(test, sort_keys=True, default=str).encode())
+    digest.update(digest_of(test))
     for name, examples in encoded.items():
         digest.update(f"{name} {len(examples)}\n".encode())
         for example in examples:
             digest.update(example.ids.astype("<i4").tobytes())
             digest.update(example.learnt.astype("<f4").tobytes())
     return digest.hexdigest()
+
+
+def digest_of(rows: Sequence[Any]) -> bytes:
+    """Returns the sha256 of rows of data as they stand."""
+    text = json.dumps(rows, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).digest()
 
 
 def check(key: str, value: str, choices: Sequence[str]) -> None:
