@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt_jax import sample
-from gpt_jax.model import GPT, GPTConfig
+from gpt_jax.model import GPT
 from gpt_jax.tasks import lm
 from gpt_jax.tasks.problems import Problems, open_source, open_tokenizer
 from gpt_jax.tasks.task import Task
@@ -148,8 +148,7 @@ def parts(
     tokenizer, stop_id = open_tokenizer(text["tokenizer"])
     prompt = len(tokenizer.opening) + source.kind.question(longest)
     completion = _completion(max_new_tokens, source.kind.answer(longest) + 1)
-    fields = {**model, "vocab_size": model["vocab_size"] or tokenizer.vocab_size}
-    gpt = GPT(GPTConfig(**fields))
+    gpt = lm.make_model(model, tokenizer)
     if prompt + completion > gpt.cfg.context_length:
         raise ValueError(
             f"a question and its answer have up to {prompt + completion} tokens but "
