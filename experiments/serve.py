@@ -41,6 +41,9 @@ MAX_PROMPT_BYTES = flags.DEFINE_integer(
     "max_prompt_bytes", 1 << 17, "Of a request's texts, before they are tokenized."
 )
 MAX_CHOICES = flags.DEFINE_integer("max_choices", 32, "Texts of a request.")
+MAX_TOLD = flags.DEFINE_integer(
+    "max_told", 1 << 18, "Probabilities of prompts that a request may be told."
+)
 TIMEOUT_S = flags.DEFINE_float("timeout_s", 120.0, "From a request to its last token.")
 READ_TIMEOUT_S = flags.DEFINE_float("read_timeout_s", 10.0, "For a request to come.")
 CONNECTIONS = flags.DEFINE_integer("connections", 512, "Connections at once.")
@@ -55,12 +58,8 @@ WEIGHTS = flags.DEFINE_enum(
 
 def main(_: list[str]) -> None:
     """Serves until a signal; raises ValueError for what the user can mend."""
-    if not all(size.strip().isdecimal() for size in BATCHES.value):
-        raise ValueError(f"--batches={','.join(BATCHES.value)} must be whole numbers")
-    step = door.step(STEP.value)
-    for flag in (MAX_BODY_BYTES, MAX_PROMPT_BYTES, MAX_CHOICES, CONNECTIONS):
-        if flag.value < 1:
-            raise ValueError(f"--{flag.name}={flag.value} must be at least 1")
+    sizes, step = _sizes(BATCHES.value), door.step(STEP.value)
+    _check_numbers()
 
     from gpt_jax import programs, runs
     from gpt_jax.serve import server
@@ -73,13 +72,14 @@ def main(_: list[str]) -> None:
         paths,
         step=step,
         weights=WEIGHTS.value,
-        sizes=[int(size) for size in BATCHES.value],
+        sizes=sizes,
         queue=QUEUE.value,
     )
     limits = Limits(
         body_bytes=MAX_BODY_BYTES.value,
         prompt_bytes=MAX_PROMPT_BYTES.value,
         choices=MAX_CHOICES.value,
+        told=MAX_TOLD.value,
         seconds=TIMEOUT_S.value,
         read_seconds=READ_TIMEOUT_S.value,
         connections=CONNECTIONS.value,
@@ -95,6 +95,33 @@ def main(_: list[str]) -> None:
     if not ended:  # a program is being compiled, which nothing can interrupt
         sys.stdout.flush()
         os._exit(0)
+
+
+def _sizes(texts: list[str]) -> list[int]:
+    """Returns what --batches says."""
+    sizes = [int(text) for text in texts if text.strip().isdecimal()]
+    if len(sizes) < max(1, len(texts)) or sizes != sorted({*sizes}) or sizes[0] < 1:
+        raise ValueError(
+            f"--batches={','.join(texts)} must be whole numbers above 0 that rise, as "
+            "in --batches=1,8,32"
+        )
+    return sizes
+
+
+def _check_numbers() -> None:
+    """Raises ValueError for a number that cannot be, before any weights are read."""
+    counts = (MAX_BODY_BYTES, MAX_PROMPT_BYTES, MAX_CHOICES, MAX_TOLD, CONNECTIONS)
+    for flag in counts:
+        if flag.value < 1:
+            raise ValueError(f"--{flag.name}={flag.value} must be at least 1")
+    for flag in (TIMEOUT_S, READ_TIMEOUT_S):
+        if not 0 < flag.value < float("inf"):
+            raise ValueError(f"--{flag.name}={flag.value} must be above 0 seconds")
+    for flag in (QUEUE, GRACE_S):
+        if not flag.value >= 0:
+            raise ValueError(f"--{flag.name}={flag.value} must be at least 0")
+    if not 0 <= PORT.value <= 65535:
+        raise ValueError(f"--port={PORT.value} must be a number from 0 to 65535")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from gpt_jax.model import GPT, KVCache, for_one_row, init_cache, unstack
 RUNNING, STOP, LENGTH = 0, 1, 2  # the reason of a row; the last two end it
 
 ROWS = 32  # rows decoded at once: only bounds memory, since rows are independent
+TAIL = 8  # tokens of a prompt that may decide how the next one is spelled
 TEXT_STEPS, STREAM_STEPS = 16, 4  # tokens between two looks at the text: latency only
 
 
@@ -489,7 +490,7 @@ class Transcript:
         self._tokens = {s for s in stop if not isinstance(s, str)}
         self._stream = tokenizer.decode_stream()
         self._held = ""
-        for token in prompt:  # so that the first word is spaced as after the prompt
+        for token in prompt[-TAIL:]:  # so that the first word is spaced as after it
             self._decode(token)
 
     def push(self, token: int) -> str:

@@ -33,6 +33,7 @@ CLOSE_UP = tuple(",.:;?!\"()'")
 CUT = re.compile(r"(?<=[\w.,;:!?。])(?=[ \n])")
 CUT_CHARS = 1 << 12  # encodes a sixth faster than 1 << 16: the work stays in the cache
 GROUP_CHARS = 1 << 22
+HELD = 8  # tokens: whoever waits for the rest of a character gives up after so many
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,9 @@ class Tokenizer:
     def decode_stream(self) -> "PieceStream | WindowStream":
         """Returns an object whose `push(id)` gives the text that id completes.
 
-        The pushed texts and a final `flush()` join to what `decode` returns.
+        The pushed texts and a final `flush()` join to what `decode` returns, but that
+        a run of more than HELD tokens without a whole character may differ in its
+        U+FFFD.
         """
         return WindowStream(self) if self._pieces is None else PieceStream(self)
 
@@ -193,6 +196,18 @@ class Tokenizer:
                 f"{known}; add it with add_special"
             )
         return self.specials[token]
+
+    def bytes_of(self, id: int) -> bytes:
+        """Returns what a token stands for, which may be a part of a character.
+
+        Raises:
+          ValueError: the id is not in the vocabulary.
+        """
+        (id,) = self._checked([id])
+        if self._pieces is not None:
+            return self._pieces[id]
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", self.backend.id_to_token(id) or "")
+        return bytes.fromhex(byte[1]) if byte else self.decode([id]).encode()
 
     def token_bytes(self) -> np.ndarray:
         """Returns int32 [V]: the UTF-8 bytes each token stands for; specials 0."""
@@ -391,7 +406,8 @@ class WindowStream:
     def _emit(self, *, final: bool) -> str:
         before = self.tokenizer.decode(self.context)
         after = self.tokenizer.decode(self.context + self.fresh)
-        if not self.fresh or (after.endswith("\ufffd") and not final):
+        more = after.endswith("\ufffd") and len(self.fresh) < HELD and not final
+        if not self.fresh or more:
             return ""
         self.context, self.fresh = self.fresh, []
         return after[len(before) :]

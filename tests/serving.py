@@ -23,6 +23,7 @@ LIMITS = Limits(
     body_bytes=1 << 20,
     prompt_bytes=1 << 16,
     choices=8,
+    told=2000,
     seconds=60.0,
     read_seconds=5.0,
     connections=400,

@@ -106,7 +106,11 @@ def raw(live, data: bytes, timeout=10.0):
 
 
 def post(payload: bytes, *more: str) -> bytes:
-    head = [f"POST {PATH} HTTP/1.1", "Host: x", "Content-Type: application/json"]
+    head = [
+        f"POST {PATH} HTTP/1.1",
+        "Host: localhost",
+        "Content-Type: application/json",
+    ]
     head += more or [f"Content-Length: {len(payload)}"]
     return "\r\n".join([*head, "", ""]).encode() + payload
 

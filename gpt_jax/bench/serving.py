@@ -70,7 +70,7 @@ def ours(
         sizes=batches,
         queue=clients,
     )
-    limits = Limits(1 << 20, 1 << 17, 32, SECONDS, 30.0, 512)
+    limits = Limits(1 << 20, 1 << 17, 32, 1 << 18, SECONDS, 30.0, 512)
     lines: queue.Queue[str] = queue.Queue()
     place = server.Place("127.0.0.1", 0, "", 1.0)
     threading.Thread(

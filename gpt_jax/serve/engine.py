@@ -6,11 +6,12 @@ a request waits for no other to end, and one that nobody wants any more is gone 
 the next step.
 """
 
+import contextlib
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -122,7 +123,8 @@ class Engine:
     @property
     def running(self) -> int:
         """How many requests have a slot, or are about to."""
-        return len(self._slots.taken()) + (self._filling is not None)
+        rows = {row for _, row in self._slots.taken()}  # one that joins is in both
+        return len(rows | ({self._filling} if self._filling else set()))
 
     @property
     def waiting(self) -> int:
@@ -135,10 +137,16 @@ class Engine:
         """Queues requests, all or none; pieces come by the functions beside them.
 
         Raises:
-          Full: there is no room for all of them.
+          ValueError: there would never be room for all of them.
+          Full: there is no room for all of them now.
           Closed: the engine takes no more.
         """
         rows = [Row(request, deliver) for request, deliver in jobs]
+        if len(rows) > self.most + self._queue:
+            raise ValueError(
+                f"{len(rows)} texts are more than this server can take at once: "
+                f"{self.most} that run and {self._queue} that wait; ask for fewer"
+            )
         with self._wake:
             if self._closing:
                 raise Closed(str(self.failed or "the server is leaving"))
@@ -159,7 +167,7 @@ class Engine:
                 self._drop()
                 self._fill()
                 self._step()
-        except Exception as error:  # the edge of the thread: nobody else would hear
+        except BaseException as error:  # the thread's edge: nobody else would hear
             log.exception("the engine broke")
             self.failed = error
         with self._wake:
@@ -168,7 +176,23 @@ class Engine:
             rows += [self._filling] if self._filling else []
             self._waiting.clear()
         for row in dict.fromkeys(rows):  # one that joins is in two places
-            self._tell(row, reason="error" if self.failed else "cancelled")
+            with self._only(row):
+                self._tell(row, reason="error" if self.failed else "cancelled")
+
+    @contextlib.contextmanager
+    def _only(self, row: Row) -> Iterator[None]:
+        """Ends this row, and no other, with "error" when the block fails."""
+        try:
+            yield
+        except Exception:
+            log.exception("a request failed")
+            for slot, owner in self._slots.taken():
+                if owner is row:
+                    self._slots.leave(slot)
+            if self._filling is row:
+                self._filling = None
+            with contextlib.suppress(Exception):
+                row.deliver(Piece("", [], [], "error"))
 
     def _await_work(self) -> bool:
         """Waits until there is something to do; False when it is time to leave."""
@@ -194,7 +218,8 @@ class Engine:
             gone.append(self._filling)
             self._filling = None
         for row in gone:
-            self._tell(row, reason=row.over(now))
+            with self._only(row):
+                self._tell(row, reason=row.over(now))
 
     def _fill(self) -> None:
         """Runs prompts while there are slots, up to a piece before the next step."""
@@ -209,12 +234,12 @@ class Engine:
             )
             spent += row.done - before
             self.prompted += row.done - before
-            assert row.text is not None
-            if told is not None:
-                row.text.score(row.request.ids, before, told)
-            if row.done == len(row.request.ids):
+            with self._only(row):
+                assert row.text is not None
+                if told is not None:
+                    row.text.score(row.request.ids, before, told)
+            if row is self._filling and row.done == len(row.request.ids):
                 self._join(row)
-                self._filling = None
 
     def _next(self) -> Row | None:
         """Returns the row whose prompt is to run, if one is and a slot is free."""
@@ -222,14 +247,19 @@ class Engine:
             if self._filling is None and self._waiting and self.running < self.most:
                 self._filling = self._waiting.popleft()
                 self._filling.begun = time.monotonic()
-                self._filling.text = Text(self.tokenizer, self._filling.request)
+        row = self._filling
+        if row and row.text is None:
+            with self._only(row):
+                row.text = Text(self.tokenizer, row.request)
         return self._filling
 
     def _join(self, row: Row) -> None:
         """Gives a row whose prompt has run a slot and its first token."""
         request, room = row.request, self._slots.room
         if not request.settings["max_new"] or len(request.ids) >= room:
-            self._tell(row, reason="length")
+            self._filling = None
+            with self._only(row):
+                self._tell(row, reason="length")
             return
         entry = slots.entry(
             request.ids,
@@ -240,7 +270,9 @@ class Engine:
             room=room,
         )
         slot, chosen = self._slots.join(entry, row)
-        self._push(slot, row, chosen, 0)
+        self._filling = None  # before its first token is told: it may be the last
+        with self._only(row):
+            self._push(slot, row, chosen, 0)
 
     def _step(self) -> None:
         """Gives every running row a token."""
@@ -251,7 +283,8 @@ class Engine:
         chosen = self._slots.step(told=told)
         self.steps += 1
         for slot, row in taken:
-            self._push(slot, row, chosen, slot)
+            with self._only(row):
+                self._push(slot, row, chosen, slot)
 
     def _push(self, slot: int, row: Row, chosen, i: int) -> None:
         """Takes entry `i` of what was chosen as a row's next token."""

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import secrets
+import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +12,9 @@ from typing import Any
 from gpt_jax import chat, sample
 from gpt_jax.serve.engine import Closed, Engine, Full, Piece
 from gpt_jax.serve.texts import Request
-from gpt_jax.serve.wire import Ask, Refused
+from gpt_jax.serve.wire import Ask, Limits, Refused
 
+LATER = 1.0  # seconds after a deadline at which the engine is not waited for any more
 ENDS = {  # how a text that was not finished is answered
     "cancelled": (503, "the server is leaving", "leaving"),
     "late": (504, "the request was not done in time; ask for less", "timeout"),
@@ -34,7 +37,13 @@ class Served:
     facts: Mapping[str, Any]
 
 
-def requests_of(ask: Ask, served: Served, prompts: list[list[int]], deadline: float):
+def requests_of(
+    ask: Ask,
+    served: Served,
+    prompts: list[list[int]],
+    limits: Limits,
+    deadline: float,
+) -> list[Request]:
     """Returns the requests for the engine: n texts of every prompt, in order."""
     engine = served.engine
     context = engine.model.cfg.context_length
@@ -47,25 +56,35 @@ def requests_of(ask: Ask, served: Served, prompts: list[list[int]], deadline: fl
         )
     if settings["max_new"] < 0:
         settings["max_new"] = context
+    told = ask.n * sum(map(len, prompts)) * (1 + (ask.top or 0))
+    if ask.echo and ask.top is not None and told > limits.told:
+        raise Refused(
+            413,
+            f"the prompts' probabilities would be {told} numbers, more than "
+            f"{limits.told}: send fewer prompts at once, or ask for fewer logprobs",
+            "prompt_too_long",
+        )
     ends = [engine.tokenizer.eos_id]
     if ask.messages and served.template:
         ends = chat.stop_ids(engine.tokenizer, served.template)
     stop = [*ask.stop, *(i for i in ends if i is not None and not ask.ignore_eos)]
     seed = secrets.randbits(31) if ask.seed is None else ask.seed
-    return [
-        Request(
-            ids=ids,
-            settings=settings,
-            seed=seed,
-            number=number,
-            stop=stop,
-            top=ask.top,
-            score=ask.echo and ask.top is not None,
-            deadline=deadline,
+    numbers, requests = Counter(), []
+    for prompt in (tuple(ids) for ids in prompts for _ in range(ask.n)):
+        requests.append(
+            Request(
+                ids=prompt,
+                settings=settings,
+                seed=seed,
+                number=numbers[prompt],  # equal prompts get different texts too
+                stop=stop,
+                top=ask.top,
+                score=ask.echo and ask.top is not None,
+                deadline=deadline,
+            )
         )
-        for ids in prompts
-        for number in range(ask.n)
-    ]
+        numbers[prompt] += 1
+    return requests
 
 
 def prompt_ids(ask: Ask, served: Served) -> list[list[int]]:
@@ -95,6 +114,7 @@ class Flow:
         """Submits the requests; raises Refused when there is no room."""
         loop, self._queue = asyncio.get_running_loop(), asyncio.Queue()
         self._open = len(requests)
+        self._end = max(request.deadline for request in requests) + LATER
 
         def outlet(i: int) -> Callable[[Piece], None]:
             def deliver(piece):
@@ -106,6 +126,8 @@ class Flow:
         jobs = [(request, outlet(i)) for i, request in enumerate(requests)]
         try:
             self._rows = engine.submit(jobs)
+        except ValueError as error:
+            raise Refused(400, str(error), "invalid_request") from None
         except Full as full:
             raise Refused(429, str(full), "overloaded", full.seconds) from None
         except Closed:
@@ -116,7 +138,11 @@ class Flow:
         """Returns (which text, its piece), or None when all have ended."""
         if not self._open:
             return None
-        i, piece = await self._queue.get()
+        try:  # the engine itself ends what is late, but a step of it may hang
+            async with asyncio.timeout(self._end - time.monotonic()):
+                i, piece = await self._queue.get()
+        except TimeoutError:
+            raise Refused(*ENDS["late"]) from None
         self._open -= bool(piece.reason)
         if piece.reason in ENDS:
             raise Refused(*ENDS[piece.reason])

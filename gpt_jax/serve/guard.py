@@ -3,18 +3,26 @@
 import asyncio
 import hmac
 import json
+import re
 from collections.abc import Callable
 from contextlib import suppress
 
 from gpt_jax.serve.numbers import Numbers
 from gpt_jax.serve.wire import Limits, Refused
 
+HOSTS = ("localhost", "127.0.0.1", "[::1]")  # what a server on loopback is called
 GONE = 499  # what the numbers call a client that left; nobody reads such an answer
 OVERRUN, OVERRUN_SECONDS = 1 << 26, 5  # of a refused body that is read nevertheless
 
 
 def guarded(
-    app: Callable, *, key: str, open_paths: set[str], limits: Limits, numbers: Numbers
+    app: Callable,
+    *,
+    key: str,
+    open_paths: set[str],
+    limits: Limits,
+    numbers: Numbers,
+    local: bool,
 ) -> Callable:
     """Returns an ASGI application behind a key and limits; counts its answers.
 
@@ -24,6 +32,8 @@ def guarded(
       open_paths: those that need no key.
       limits: of bodies, and of the time in which they must have come.
       numbers: where answers are counted.
+      local: whether nobody but this machine is meant to ask. A page of another site
+        in a browser here could, under a name of its own that leads here.
     """
 
     async def asgi(scope, receive, send) -> None:
@@ -38,6 +48,7 @@ def guarded(
             await send(message)
 
         try:
+            _check_sender(scope, local)
             if key and scope["path"] not in open_paths:
                 _check_key(scope, key)
             body = await _body(scope, receive, limits)
@@ -48,6 +59,18 @@ def guarded(
             numbers.answered(scope["path"], status)
 
     return asgi
+
+
+def _check_sender(scope, local: bool) -> None:
+    """Refuses what a browser sends here for a page of somebody else."""
+    headers = dict(scope["headers"])
+    host = headers.get(b"host", b"").decode("latin-1").lower()
+    if local and re.sub(r":\d+$", "", host) not in HOSTS:
+        names = ", ".join(HOSTS)
+        raise Refused(403, f"this server is called {names}, not {host:.80}", "host")
+    kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if scope["method"] == "POST" and kind != b"application/json":
+        raise Refused(415, "send application/json as the Content-Type", "not_json")
 
 
 def _check_key(scope, key: str) -> None:

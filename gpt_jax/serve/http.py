@@ -7,9 +7,10 @@
     GET  /                              the page
 
 Every answer has one of these statuses: 200; 400 a request that cannot be; 401 without
-the key; 404 no such model or path; 405; 408 it came too slowly; 413 too long; 429 the
-queue is full (Retry-After says when to come back); 500 a mistake of ours; 503 starting
-or leaving; 504 not done in time. Errors are JSON as OpenAI's clients read it.
+the key; 403 the wrong Host on loopback; 404 no such model or path; 405; 408 it came too
+slowly; 413 too long; 415 no JSON; 429 the queue is full (Retry-After says when to come
+back); 500 a mistake of ours; 503 starting or leaving; 504 not done in time. Errors are
+JSON as OpenAI's clients read it.
 """
 
 import asyncio
@@ -32,6 +33,7 @@ FILES = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css"}
 POLICY = {  # of a browser that shows the page: nothing from elsewhere
     "Content-Security-Policy": "default-src 'self'; img-src data:; base-uri 'none'"
 }
+FEW = 16  # tokens of an event that are told without a thread of their own
 OPEN = {*FILES, "/healthz", "/readyz"}  # need no key
 
 
@@ -43,6 +45,7 @@ class Service:
     limits: Limits
     key: str  # "" = none is asked for
     numbers: Numbers
+    local: bool  # listens on loopback
     leaving: bool = False
 
     @property
@@ -137,6 +140,7 @@ def application(service: Service) -> Callable:
         open_paths=OPEN,
         limits=service.limits,
         numbers=service.numbers,
+        local=service.local,
     )
 
 
@@ -154,9 +158,19 @@ async def _generate(service: Service, http, form: Callable):
     name, served = service.model(ask.model)
     if not served.engine.ready.is_set():
         raise Refused(503, "the model is still being compiled", "starting", 5)
-    prompts = await asyncio.to_thread(prompt_ids, ask, served)
-    requests = requests_of(ask, served, prompts, began + service.limits.seconds)
-    reply = replies.reply(ask, name, served.engine.tokenizer, prompts)
+    deadline = began + service.limits.seconds
+
+    def prepared() -> tuple[list, Reply]:
+        prompts = prompt_ids(ask, served)
+        requests = requests_of(ask, served, prompts, service.limits, deadline)
+        return requests, replies.reply(ask, name, served.engine.tokenizer, prompts)
+
+    try:  # whoever writes a tokenizer's rules may have made one that never ends
+        async with asyncio.timeout(deadline - time.monotonic()):
+            work = asyncio.to_thread(prepared)
+            requests, reply = await _unless_gone(http, work)
+    except TimeoutError:
+        raise Refused(*ENDS["late"]) from None
     flow = Flow(served.engine, requests)
     try:
         first = await _unless_gone(http, flow.next())
@@ -169,18 +183,19 @@ async def _generate(service: Service, http, form: Callable):
     except BaseException:
         flow.close()
         raise
-    from fastapi.responses import JSONResponse
+    from fastapi.responses import Response
 
-    return JSONResponse(body)
+    return Response(body, media_type="application/json")
 
 
-async def _whole(reply: Reply, flow: Flow, first) -> dict:
+async def _whole(reply: Reply, flow: Flow, first) -> bytes:
     """Collects all pieces and returns the body."""
     texts = [Text(echo) for echo in reply.echoes for _ in range(reply.ask.n)]
     while first is not None:
         texts[first[0]].add(first[1])
         first = await flow.next()
-    return reply.whole(texts, flow.written)
+    # It may be long, and others' tokens are not to wait for it.
+    return await asyncio.to_thread(lambda: _json(reply.whole(texts, flow.written)))
 
 
 async def _events(service: Service, reply: Reply, flow: Flow, first) -> AsyncIterator:
@@ -195,7 +210,11 @@ async def _events(service: Service, reply: Reply, flow: Flow, first) -> AsyncIte
             text, start = texts[i], texts[i].told
             echo, echoes[i] = echoes[i], ""
             tokens = text.add(piece)
-            yield _event(reply.piece(i, echo + piece.text, tokens, start, piece.reason))
+            told = (i, echo + piece.text, tokens, start, piece.reason)
+            if len(tokens) > FEW:
+                yield await asyncio.to_thread(lambda a: _event(reply.piece(*a)), told)
+            else:
+                yield _event(reply.piece(*told))
             first = await flow.next()
     except Refused as error:
         yield _event(error.body())
@@ -206,7 +225,11 @@ async def _events(service: Service, reply: Reply, flow: Flow, first) -> AsyncIte
 
 
 def _event(body: dict) -> bytes:
-    return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _json(body) + b"\n\n"
+
+
+def _json(body: dict) -> bytes:
+    return json.dumps(body, separators=(",", ":")).encode()
 
 
 def _streaming(events, flow: Flow, service: Service, began: float, name: str):

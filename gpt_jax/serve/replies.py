@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gpt_jax.serve import wire
 from gpt_jax.serve.engine import Piece
-from gpt_jax.serve.texts import Token
+from gpt_jax.serve.texts import Token, speller
 from gpt_jax.serve.wire import Ask
 
 
@@ -107,22 +107,17 @@ class Text:
 def reply(ask: Ask, name: str, tokenizer, prompts: list[list[int]]) -> Reply:
     """Returns how a request is answered, before there is anything to answer."""
     echoes = [
-        ("" if not ask.echo else p if isinstance(p, str) else tokenizer.decode(ids))
+        ("" if not ask.echo else p if isinstance(p, str) else _shown(tokenizer, ids))
         for p, ids in zip(ask.prompts or [""], prompts, strict=True)
     ]
     prefix = "chatcmpl" if ask.messages else "cmpl"
     number = f"{prefix}-{secrets.token_hex(12)}"
-    spell = _speller(tokenizer)
+    spell = speller(tokenizer)
     return Reply(ask, name, number, int(time.time()), prompts, echoes, spell)
 
 
-def _speller(tokenizer) -> wire.Spell:
-    """Returns a function from a token to its text, by itself."""
-
-    def spell(token: int) -> str:
-        try:
-            return tokenizer.decode([token])
-        except ValueError:  # published models have more ids than their tokenizers
-            return ""
-
-    return spell
+def _shown(tokenizer, ids: Sequence[int]) -> str:
+    """Returns the text of a prompt of ids without the token that opens texts."""
+    opening = list(tokenizer.opening)
+    hidden = len(opening) if list(ids[: len(opening)]) == opening else 0
+    return tokenizer.decode(ids[hidden:])

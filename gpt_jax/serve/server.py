@@ -92,6 +92,7 @@ def open_runs(
                 f"{path} sorts texts into classes and cannot write; use "
                 "python -m experiments.classify"
             )
+        template = _template(path, run.tokenizer)
         params = share(run.params, held) if len(paths) > 1 else run.params
         engine = Engine(
             model=run.model,
@@ -107,8 +108,20 @@ def open_runs(
             "vocab_size": run.model.cfg.vocab_size,
             "step": run.step,
         }
-        served[name] = Served(engine, chat.template_of(path), facts)
+        served[name] = Served(engine, template, facts)
     return served
+
+
+def _template(path: Path, tokenizer) -> str | None:
+    """Returns the chat template of a run, if it has one and one that works."""
+    template = chat.template_of(path)
+    try:
+        if template is not None:
+            chat.check(template)
+            chat.stop_ids(tokenizer, template)
+    except ValueError as error:
+        raise ValueError(f"{path} has a chat template, but {error}") from None
+    return template
 
 
 def share(params, held: dict[tuple, Any]):
@@ -190,7 +203,10 @@ def serve(
       ValueError: nothing can listen there.
     """
     engines = {name: served.engine for name, served in models.items()}
-    service = Service(models, limits, place.key, Numbers(engines))
+    local = place.host == "localhost" or place.host.startswith(("127.", "::1"))
+    service = Service(models, limits, place.key, Numbers(engines), local)
+    if not (local or place.key):
+        tell("warning: whoever reaches this port can use the models: set a key")
     sys.setswitchinterval(SWITCH)
     with stop.watch():
         asyncio.run(_serve(service, place, stop, tell))
@@ -204,7 +220,7 @@ async def _serve(service: Service, place: Place, stop: Stop, tell) -> None:
     listener = _listen(place.host, place.port)
     config = uvicorn.Config(
         application(service),
-        http=_protocol(service.limits.read_seconds),
+        http=_protocol(service.limits),
         ws="none",
         lifespan="off",
         access_log=False,
@@ -223,7 +239,10 @@ async def _serve(service: Service, place: Place, stop: Stop, tell) -> None:
         service.leaving = True
         tell("leaving: what runs may end; a second signal ends it")
         end, first = time.monotonic() + place.grace_s, stop.signals
-        while time.monotonic() < end and stop.signals <= first and _busy(service):
+        answering = server.server_state.tasks
+        while time.monotonic() < end and stop.signals <= first:
+            if not (answering or _busy(service)):
+                break
             await asyncio.sleep(TICK)
     finally:
         for served in service.models.values():
@@ -278,20 +297,25 @@ def _signals_are_ours():
     yield
 
 
-def _protocol(seconds: float) -> type:
-    """Returns uvicorn's HTTP/1.1 with a limit to how slowly a request may begin.
+def _protocol(limits: Limits) -> type:
+    """Returns uvicorn's HTTP/1.1 with limits to how slow the other side may be.
 
-    A connection that sends its headers byte by byte would be open for ever.
+    A connection that sends its headers byte by byte would be open for ever, and one
+    that does not read its answer too, even when it is closed: what was written must
+    be sent before.
     """
+    seconds = limits.read_seconds
     import h11
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Protocol(H11Protocol):
         timer: asyncio.TimerHandle | None = None
+        held, blocked = 0, 0.0  # bytes not yet sent; seconds since there were none
 
         def connection_made(self, transport) -> None:
             super().connection_made(transport)
             self.await_headers()
+            self.watch = self.loop.call_later(seconds, self.look_at_reader)
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
@@ -299,8 +323,18 @@ def _protocol(seconds: float) -> type:
 
         def connection_lost(self, exc) -> None:
             super().connection_lost(exc)
+            self.watch.cancel()
             if self.timer:
                 self.timer.cancel()
+
+        def look_at_reader(self) -> None:
+            before, self.held = self.held, self.transport.get_write_buffer_size()
+            self.blocked = self.blocked + seconds if self.held else 0.0
+            stuck = self.held == before and self.blocked > seconds
+            if stuck or self.blocked > 2 * limits.seconds:
+                self.transport.abort()
+            else:
+                self.watch = self.loop.call_later(seconds, self.look_at_reader)
 
         def await_headers(self) -> None:
             began = self.conn.their_state is not h11.IDLE

@@ -93,7 +93,7 @@ class Slots:
         for smaller, size in zip((None, *self.sizes), self.sizes, strict=False):
             self._batch = bind(batch.empty(cfg, size))
             self._owners = [None] * size
-            self.join(idle, "")
+            self.join(idle, None)  # nobody: the slot stays free
             self.step()
             if smaller:
                 self._move(smaller)

@@ -1,7 +1,8 @@
 """One text to write: what is asked for, and what is told of it as it grows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 from gpt_jax import sample
@@ -40,6 +41,27 @@ class Token(NamedTuple):
     top: list[tuple[int, float]]  # the likeliest tokens there
 
 
+class Spelling(NamedTuple):
+    """A token by itself."""
+
+    text: str
+    bytes: bytes  # of half a character the text is U+FFFD, these tell which half
+
+
+@lru_cache(maxsize=16)
+def speller(tokenizer) -> Callable[[int], Spelling]:
+    """Returns a function that spells ids, each of which it decodes once."""
+
+    @cache  # at most an entry for each id of the vocabulary
+    def spell(token: int) -> Spelling:
+        try:
+            return Spelling(tokenizer.decode([token]), tokenizer.bytes_of(token))
+        except ValueError:  # published models have more ids than their tokenizers
+            return Spelling("", b"")
+
+    return spell
+
+
 class Text:
     """A row's text as it grows; each token comes out with the text it begins in."""
 
@@ -49,6 +71,7 @@ class Text:
         told = request.top is not None
         self._speller = sample.Transcript(tokenizer, request.ids if told else (), ())
         self._reader = sample.Transcript(tokenizer, (), ())  # spells the prompt
+        self._opening = tokenizer.opening  # of a prompt; the echo does not show it
         self._length = 0  # characters of all tokens
         self._fresh = ""
         self._held: list[tuple[int, Token]] = []  # where it begins, the token
@@ -65,6 +88,10 @@ class Text:
         after = ids[start + 1 : start + 1 + len(told.token_B)]
         for i, token in enumerate(after):
             self._prompt.append(self._token(token, self._reader, told, i))
+        hidden = len(self._opening)
+        if not start and list(ids[:hidden]) == list(self._opening):
+            quiet = [token._replace(text="") for token in self._prompt[:hidden]]
+            self._prompt[:hidden] = quiet
 
     def push(self, chosen, i: int) -> None:
         """Takes entry `i` of what was chosen."""

@@ -16,11 +16,13 @@ from typing import Any
 
 from gpt_jax import sample
 from gpt_jax.serve.batch import TOP
-from gpt_jax.serve.texts import Token
+from gpt_jax.serve.texts import Spelling, Token
 
 STOPS, STOP_CHARS = 16, 256  # stop strings, and the longest: they cost time a token
 
-Spell = Callable[[int], str]
+MESSAGE_BYTES = 16  # what a message counts besides its text: it costs time too
+
+Spell = Callable[[int], Spelling]
 
 
 class Refused(Exception):
@@ -54,6 +56,7 @@ class Limits:
       body_bytes: of a request's body.
       prompt_bytes: of all its texts together, counted before they are tokenized.
       choices: texts in one request: prompts times n.
+      told: probabilities told of its prompts: tokens times alternatives and one.
       seconds: from its arrival to its last token; then 504.
       read_seconds: in which a request must have arrived; then 408.
       connections: open at once; beyond, 503.
@@ -62,6 +65,7 @@ class Limits:
     body_bytes: int
     prompt_bytes: int
     choices: int
+    told: int
     seconds: float
     read_seconds: float
     connections: int
@@ -140,7 +144,8 @@ def chat(fields: Mapping[str, Any], limits: Limits) -> Ask:
     """Returns what the body of /v1/chat/completions asks for, or raises Refused."""
     _known(fields, CHAT)
     messages = _messages(fields.get("messages"))
-    if sum(_bytes(content) for _, content in messages) > limits.prompt_bytes:
+    size = sum(MESSAGE_BYTES + _bytes(content) for _, content in messages)
+    if size > limits.prompt_bytes:
         raise _long(limits)
     if "max_completion_tokens" in fields:
         fields = {**fields, "max_tokens": fields["max_completion_tokens"]}
@@ -252,7 +257,7 @@ def _number(fields, name: str, default: float) -> float:
     value = fields.get(name, default)
     if type(value) not in (int, float) or not abs(value) < math.inf:
         raise _bad(f"{name} must be a number, not {_shown(value)}")
-    return min(float(value), 1e30) if value < 2**100 else 1e30
+    return float(max(-1e30, min(value, 1e30)))
 
 
 def _whole(fields, name: str, default, low: int, high: int):
@@ -316,24 +321,33 @@ def told_completion(tokens: Sequence[Token], start: int, spell: Spell) -> dict:
         "tokens": [token.text for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
         "top_logprobs": [
-            {spell(i): p for i, p in token.top} if token.logprob is not None else None
+            {_key(spell(i)): p for i, p in token.top}
+            if token.logprob is not None
+            else None
             for token in tokens
         ],
         "text_offset": offsets,
     }
 
 
+def _key(spelling: Spelling) -> str:
+    """Returns a token's text, or its bytes where that is half a character."""
+    if "\ufffd" not in spelling.text:
+        return spelling.text
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling.bytes)
+
+
 def told_chat(tokens: Sequence[Token], spell: Spell) -> dict:
     """Returns tokens as the `logprobs` of a chat."""
 
-    def entry(text, logprob):
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    def entry(token, text, logprob):
+        return {"token": text, "logprob": logprob, "bytes": list(spell(token).bytes)}
 
     return {
         "content": [
             {
-                **entry(token.text, token.logprob),
-                "top_logprobs": [entry(spell(i), p) for i, p in token.top],
+                **entry(token.id, token.text, token.logprob),
+                "top_logprobs": [entry(i, spell(i).text, p) for i, p in token.top],
             }
             for token in tokens
         ],
