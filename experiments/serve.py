@@ -11,8 +11,8 @@ Then open http://127.0.0.1:8000 or ask from anywhere on this machine:
       -d '{"model": "quickstart", "prompt": "def main(", "max_tokens": 50}'
 
 A model is called as its run folder is. A run that was tuned on conversations has
-/v1/chat/completions, every run has /v1/completions. LoRA adapters over one base hold
-its weights once.
+/v1/chat/completions, every run has /v1/completions. What is equal in two
+runs is held once; a LoRA run has merged kernels of its own where it adapted.
 
 --batches are the numbers of requests that a decode step may have: it takes the
 smallest that does. The last is the most at once; --queue more may wait, and others are

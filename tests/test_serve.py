@@ -318,6 +318,40 @@ def test_an_engine_that_breaks_says_so_to_everybody(monkeypatch):
         made.submit([(ask("c"), Answer())])
 
 
+def test_a_text_that_breaks_ends_alone(running):
+    def broken(piece):
+        pieces.append(piece)
+        if not piece.reason:
+            raise KeyError("mine")
+
+    pieces, other = [], Answer()
+    running.submit([(ask("a"), broken), (ask("b", max_new=20), other)])
+    assert other.wait().text == alone("b", max_new=20).text
+    assert [piece.reason for piece in pieces] == ["", "error"]
+    assert running.failed is None and running.running == 0
+
+
+def test_who_has_its_first_and_last_token_makes_room():
+    made, refused, ended = engine(sizes=[1], queue=0), [], threading.Event()
+
+    def again(piece):  # asks on the engine's thread, while the first is being told
+        try:
+            made.submit([(ask("b", max_new=1), lambda _: ended.set())])
+        except Full as full:
+            refused.append(full)
+            ended.set()
+
+    made.start()
+    made.submit([(ask("a", max_new=1), again)])
+    assert ended.wait(60) and not refused
+    assert made.close(10)
+
+
+def test_what_never_has_room_is_no_question_of_time():
+    with pytest.raises(ValueError, match="3 texts are more"):
+        engine(sizes=[1], queue=1).submit([(ask("a"), Answer())] * 3)
+
+
 @pytest.mark.parametrize("sizes", [[], [0], [4, 2], [2, 2]])
 def test_sizes_that_make_no_batches_are_refused(sizes):
     with pytest.raises(ValueError, match="batch sizes"):

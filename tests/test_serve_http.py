@@ -83,6 +83,14 @@ def test_several_prompts_are_answered_in_their_order(client):
     assert ids.choices[0].text == alone([100, 101], CONTEXT, max_new=3).text
 
 
+def test_equal_prompts_of_one_request_get_texts_of_their_own(client):
+    asked = {"model": "tiny", "max_tokens": 8, "seed": 7}
+    twice = client.completions.create(**asked, prompt=["Once", "Once"])
+    choices = client.completions.create(**asked, prompt="Once", n=2)
+    texts = [choice.text for choice in twice.choices]
+    assert len({*texts}) == 2 and texts == [choice.text for choice in choices.choices]
+
+
 def test_a_stream_joins_to_the_whole_text(client):
     asked = {"model": "tiny", "prompt": "Once", "max_tokens": 12, "temperature": 0}
     events = list(
@@ -318,6 +326,8 @@ def test_the_door_serves_a_run_and_leaves_in_good_order(run_folder):
         ([], "no run to serve"),
         (["--runs=absent", "--batches=two"], "--batches=two"),
         (["--runs=absent", "--max_choices=0"], "--max_choices=0"),
+        (["--runs=absent", "--port=70000"], "--port=70000"),
+        (["--runs=absent", "--batches=4,2"], "--batches=4,2"),
     ],
 )
 def test_the_door_refuses_with_a_sentence(args, words):

@@ -42,6 +42,11 @@ def requests(count: int, vocab: int, room: int) -> list[dict]:
     return bodies
 
 
+def _spelling(vocab: int):
+    """Returns a tokenizer that spells every id of a vocabulary, each as a character."""
+    return tokenizers.train("char", ["".join(chr(0x20000 + i) for i in range(vocab))])
+
+
 def ours(
     *, recipe: Mapping[str, Any], clients: int, count: int, batches: list[int]
 ) -> tuple[Go, dict]:
@@ -66,7 +71,7 @@ def ours(
     engine = Engine(
         model=GPT(cfg),
         params=params,
-        tokenizer=tokenizers.train("byte", []),
+        tokenizer=_spelling(cfg.vocab_size),
         sizes=batches,
         queue=clients,
     )
@@ -106,7 +111,7 @@ def hugging_face(
     from fastapi import FastAPI, Request
     from fastapi.responses import StreamingResponse
 
-    gpt = _gpt2(shape).eval()
+    gpt, spelling = _gpt2(shape).eval(), _spelling(shape["vocab_size"])
     app, turn = FastAPI(), threading.Lock()
 
     class Streamer:
@@ -134,13 +139,18 @@ def hugging_face(
                 streamer=streamer,
             )
 
+    def event(text):
+        choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": None}
+        head = {"id": "cmpl-0", "object": "text_completion", "created": 0}
+        return {**head, "model": "bench", "choices": [choice]}
+
     def events(body):
         streamer, ids = Streamer(), torch.tensor([body["prompt"]])
         work = threading.Thread(target=write, args=(ids, body["max_tokens"], streamer))
         work.start()
         streamer.pieces.get()  # the prompt
         while (value := streamer.pieces.get()) is not None:
-            yield f"data: {json.dumps({'token': value.tolist()})}\n\n"
+            yield f"data: {json.dumps(event(spelling.decode(value.tolist())))}\n\n"
         work.join()
         yield "data: [DONE]\n\n"
 
@@ -209,12 +219,16 @@ def _ask(port: int, body: dict) -> dict:
     link = HTTPConnection("127.0.0.1", port, timeout=SECONDS)
     headers = {"Content-Type": "application/json"}
     link.request("POST", "/v1/completions", json.dumps(body), headers)
-    answer, first = link.getresponse(), 0.0
+    answer, first, tokens, last = link.getresponse(), 0.0, 0, b""
     if answer.status != 200:
         raise RuntimeError(f"the server answered {answer.status}: {answer.read()}")
     for line in answer:
-        if line.startswith(b"data: ") and not first:
-            first = time.perf_counter() - start
+        if line.startswith(b"data: "):
+            first = first or time.perf_counter() - start
+            tokens, last = tokens + (b'"text"' in line), line
     link.close()
+    if last.strip() != b"data: [DONE]" or tokens != body["max_tokens"]:
+        wanted = f"{body['max_tokens']} tokens and [DONE]"
+        raise RuntimeError(f"{tokens} tokens came, then {last!r:.200}, not {wanted}")
     times = {"start": start, "end": time.perf_counter(), "first": first}
-    return {**times, "tokens": body["max_tokens"]}
+    return {**times, "tokens": tokens}

@@ -72,8 +72,8 @@ def open_runs(
 ) -> dict[str, Served]:
     """Returns the models of run folders, their engines not yet started.
 
-    Weights that are equal in several of them, as those of a base under its adapters,
-    are held once.
+    Weights that are equal in several of them are held once. Adapters are merged when a
+    run is opened, so kernels that one has adapted are its own.
 
     Args:
       paths: run folders by name.

@@ -47,12 +47,12 @@ function headers() {
 }
 
 async function complaint(response) {
-  let message = `the server answered ${response.status}`;
-  try { message = (await response.json()).error.message; } catch { /* no JSON */ }
+  let message = `the server answered ${response.status}`, code = "";
+  try { ({ message, code } = (await response.json()).error); } catch { /* no JSON */ }
   if (response.status === 401) message += ": put it into the settings";
   const after = response.headers.get("Retry-After");
   const error = new Error(after ? `${message} (again in ${after} s)` : message);
-  error.long = response.status === 400 && message.includes("context");
+  error.long = code === "context_length_exceeded";
   return error;
 }
 
@@ -94,6 +94,7 @@ function request(list) {
   const s = state.settings;
   const body = { model: state.model, stream: true };
   for (const name of RANGES) body[name] = Number(s[name]);
+  body.max_tokens = Math.min(body.max_tokens, model().context_length);
   if (s.seed !== "") body.seed = Number(s.seed);
   if (!model().chat) {
     const prompt = list.map((turn) => turn.text).join("");
@@ -121,7 +122,8 @@ function tokensOf(choice) {
 
 // ---------------------------------------------------------------- asking
 
-async function answer() {
+// Writes an answer; when none comes, the one that it was to replace is put back.
+async function answer(old = null) {
   const list = turns();
   const made = { role: "assistant", text: "", tokens: [], note: "" };
   const before = list.slice();
@@ -160,10 +162,13 @@ async function answer() {
     const stopped = error.name === "AbortError";
     made.note = stopped ? "stopped" : "";
     say(stopped ? "Stopped." : `Error: ${error.message}`, !stopped);
-    if (!made.text) { list.splice(list.indexOf(made), 1); shown.remove(); }
+    if (!made.text) {
+      list.splice(list.indexOf(made), 1, ...(old ? [old] : []));
+      show();
+    }
   }
   running = null;
-  note(shown, made);
+  if (made.text) note(shown, made);
   save();
   refresh();
   $("input").focus();
@@ -187,9 +192,9 @@ function submit(event) {
 function again() {
   const list = turns();
   if (running || !list.length) return;
-  if (list.at(-1).role === "assistant") list.pop();
+  const old = list.at(-1).role === "assistant" ? list.pop() : null;
   show();
-  answer();
+  answer(old);
 }
 
 // ---------------------------------------------------------------- what is seen
@@ -291,6 +296,7 @@ function refresh() {
   $("again").disabled = Boolean(running) || empty;
   $("fresh").disabled = Boolean(running);
   $("model").disabled = Boolean(running);
+  $("tokens").disabled = Boolean(running); // it draws all turns anew
   $("send").textContent = chat ? "Send" : "Continue";
   $("input-label").textContent = chat ? "Message" : "Text to continue";
   $("input").placeholder = chat ? "Write a message; Shift+Enter for a new line"
