@@ -310,9 +310,13 @@ def test_too_many_clients_are_told_when_to_come_again(live):
 
 
 def test_choices_that_have_no_room_together_are_refused_together(live):
-    status, _, headers = live.ask(PATH, body(n=6, max_tokens=1))
+    busy = raw(live, post(body(stream=True, **LONG)))
+    wait_until(lambda: live.engine.running == 1, 10)
+    status, _, headers = live.ask(PATH, body(n=5, max_tokens=1))
     assert status == 429 and headers["Retry-After"]
-    assert live.engine.running == live.engine.waiting == 0
+    assert live.engine.running == 1 and live.engine.waiting == 0
+    busy.close()
+    wait_until(lambda: live.engine.running == 0, 10)
 
 
 def test_a_server_that_leaves_finishes_what_runs_and_takes_no_more():
