@@ -243,7 +243,10 @@ def mesh_strategy(mesh: Mesh) -> Strategy:
             placed = jax.lax.with_sharding_constraint(moved, layout(moved, mesh))
             return placed, sums, info
 
-        return Step(jax.jit(within(mesh, run), donate_argnums=0))
+        # The state comes as `place` laid it out; a batch may be told by shapes alone.
+        shardings = (None, None, NamedSharding(mesh, P(None, BATCH)), None, None)
+        jitted = jax.jit(within(mesh, run), in_shardings=shardings, donate_argnums=0)
+        return Step(jitted)
 
     def spread(x: jax.Array) -> jax.Array:
         if x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):

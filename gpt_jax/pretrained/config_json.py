@@ -14,9 +14,10 @@ from gpt_jax.model import GPTConfig, LayerKind
 from gpt_jax.pretrained.families import REQUIRED, TABLE, Family
 from gpt_jax.pretrained.options import period
 
-# Fields of GPTConfig that say how a model is computed or begun, not what it is.
+# Fields of GPTConfig that no config.json decides: how a model is computed or begun, and
+# a head for classes, which stays at home.
 TECHNICAL = (
-    *("vocab_multiple", "init", "zero_init", "scan_layers", "remat"),
+    *("vocab_multiple", "init", "zero_init", "scan_layers", "remat", "n_classes"),
     *("dtype", "param_dtype", "attention"),
 )
 
