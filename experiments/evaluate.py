@@ -23,6 +23,7 @@ A Markdown table is printed; --out=FOLDER keeps it with everything behind it as 
 The judge's API key is read from the environment variable that --judge_key_env names.
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -196,16 +197,29 @@ def _text():
 
 
 def _validation(run):
-    """Returns the text that a run was validated on, as one document."""
+    """Returns the text that a run was validated on, as one document.
+
+    Raises:
+      ValueError: there is none, or it is no longer the same.
+    """
     from gpt_jax import prepare
     from gpt_jax.evaluate import text
 
-    if run.config.task.name != "lm":
+    told = run.folder / "data.json"  # weights that were converted have none
+    if run.config.task.name != "lm" or not told.is_file():
         raise ValueError(f"--text=val: {run.folder} was not trained on running text")
     keys = dict(run.config.data)
     for key in ("seq_len", "stride"):
         keys.pop(key)
-    ids = prepare.prepare(**keys, progress=True).val[:].astype("int32")
+    if run.config.init_from:  # it learnt in the tokens of the run that it started from
+        keys["tokenizer"] = str(run.folder / "tokenizer.json")
+    prepared = prepare.prepare(**keys, progress=True)
+    if prepared.fingerprint != json.loads(told.read_text())["fingerprint"]:
+        raise ValueError(
+            f"--text=val: {keys['source']} is no longer the text that {run.folder} was "
+            "trained on; put it back, or name a file with --text"
+        )
+    ids = prepared.val[:].astype("int32")
     size = int(run.tokenizer.token_bytes()[ids].sum())
     return text.document(ids, size, run.tokenizer)
 
@@ -240,11 +254,12 @@ def _rows():
                 settings=_settings(0.0),
                 show=show,
             )
-        scored[name] = answers.measure(said)
-        found[name] = answers.summary(said, scored[name], seed=SEED.value)
+        measured = answers.measure(said)
+        scored[name] = dict(zip([row["number"] for row in said.rows], measured))
+        found[name] = answers.summary(said, measured, seed=SEED.value)
         if judge:
             found[name]["judge"], numbers = _judged(judge, name, said.rows)
-            for row, number in zip(scored[name], numbers, strict=True):
+            for row, number in zip(measured, numbers, strict=True):
                 row["judge"] = number
     compare.gain(found, scored, seed=SEED.value)
     return *compare.table(found), found

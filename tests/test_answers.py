@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 from gpt_jax import chat, runs, sample
@@ -76,8 +77,8 @@ BAD = [
 def test_a_bad_row_is_named_or_skipped_and_counted(row, reason, words):
     with pytest.raises(ValueError, match=f"row 4: .*{words}.*--skip_bad_rows"):
         asked([*TEST, row])
-    found, skipped = asked([*TEST, row], skip=True)
-    assert len(found) == 3 and skipped == {reason: 1}
+    found, skipped = asked([row, *TEST], skip=True)
+    assert [one.number for one in found] == [2, 3, 4] and skipped == {reason: 1}
     with pytest.raises(ValueError, match="none of the 1 rows"):
         asked([row], skip=True)
 
@@ -98,7 +99,7 @@ def test_answers_are_what_the_sampler_writes(run, tmp_path):
         assert row["answer"] == completion.text and row["reason"] == completion.reason
         assert row["tokens"] == len(completion.ids)
         assert row["reference_tokens"] == len(one.reference)
-    assert said.rows[1]["input"] == "ab"
+    assert said.rows[1]["input"] == "ab" and said.rows[1]["number"] == 2
     assert answers.load(tmp_path / "a.json") == said
 
 
@@ -117,8 +118,14 @@ def test_what_was_begun_is_gone_on_with(run, tmp_path, monkeypatch):
 
 def test_answers_to_something_else_are_never_gone_on_with(run, tmp_path):
     write(run, tmp_path / "a.json", TEST[:1])
-    with pytest.raises(ValueError, match="another prompts_sha256"):
+    with pytest.raises(ValueError, match="another rows_sha256"):
         write(run, tmp_path / "a.json")
+    corrected = [{**TEST[0], "output": "a cat"}]
+    with pytest.raises(ValueError, match="another rows_sha256"):
+        write(run, tmp_path / "a.json", corrected)
+    other = jax.tree.map(lambda x: x + 1, run.params)
+    with pytest.raises(ValueError, match="another weights_sha256"):
+        write(run._replace(params=other), tmp_path / "a.json", TEST[:1])
     with pytest.raises(ValueError, match="another temperature"):
         write(run, tmp_path / "a.json", TEST[:1], temperature=0.5)
     (tmp_path / "b.json").write_text("[1]")
@@ -142,9 +149,9 @@ def test_a_summary_tells_scores_ends_lengths_and_what_is_missing():
 
 def test_runs_stand_side_by_side_with_what_they_gained_row_by_row():
     scored = {
-        "base": [{"exact": 0.0}, {"exact": 100.0}, {"exact": None}],
-        "tuned": [{"exact": 50.0}, {"exact": 100.0}, {"exact": 9.0}],
-        "other": [{"exact": 1.0}],
+        "base": {1: {"exact": 0.0}, 2: {"exact": 100.0}, 4: {"exact": None}},
+        "tuned": {4: {"exact": 9.0}, 1: {"exact": 50.0}, 2: {"exact": 100.0}},
+        "other": {1: {"exact": 1.0}, 2: {"exact": 1.0}, 3: {"exact": 1.0}},
     }
     found = {
         name: answers.summary(said("ab"), [{"exact": 5.0}], seed=1) for name in scored
@@ -160,6 +167,20 @@ def test_runs_stand_side_by_side_with_what_they_gained_row_by_row():
     assert lines[1][-1] == "3 without a number"
     table = rows.table(heads, lines).splitlines()
     assert len(table) == 2 + len(lines) and len({len(line) for line in table}) == 1
+
+
+def test_a_judge_that_scored_no_row_of_both_runs_leaves_its_gain_empty():
+    scored = {
+        "base": {1: {"exact": 0.0, "judge": 50.0}, 2: {"exact": 0.0, "judge": None}},
+        "tuned": {1: {"exact": 9.0, "judge": None}, 2: {"exact": 9.0, "judge": 50.0}},
+    }
+    one = answers.summary(said("ab"), [{"exact": 5.0, "judge": 50.0}], seed=1)
+    found = {name: dict(one) for name in scored}
+    compare.gain(found, scored, seed=1)
+    heads, lines = compare.table(found)
+    assert heads[2:4] == ["exact", "judge"]
+    assert lines[2][2].startswith("+9.0") and lines[2][3] == ""
+    assert len(lines[2]) == len(heads)
 
 
 @pytest.mark.parametrize(

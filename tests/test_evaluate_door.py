@@ -8,6 +8,8 @@ from http.server import ThreadingHTTPServer
 
 import pytest
 
+from configs import common
+from gpt_jax import prepare
 from tests import runs_to_evaluate, test_judge
 
 # One process for all commands: most of a command's time is Python's and XLA's start.
@@ -26,6 +28,7 @@ for words in json.loads(sys.stdin.read()):
             print("error:", error)
     print("=====")
 """
+DATA = {k: v for k, v in common.base().data.items() if k not in ("seq_len", "stride")}
 TEXT = "It is a truth universally acknowledged, that a single man in possession. " * 3
 
 
@@ -36,6 +39,16 @@ def outputs(tmp_path_factory):
     for name, seed in (("base", 1), ("tuned", 2)):
         runs_to_evaluate.make(at / name, seed=seed)
     (at / "book.txt").write_text(TEXT)
+    val = {"source": f"{at}/book.txt", "folder": f"{at}/data", "val_fraction": 0.5}
+    runs_to_evaluate.make(at / "begun", init_from="a", tokenizer="char", **val)
+    ready = prepare.prepare(
+        **{**DATA, **val, "tokenizer": f"{at}/base/tokenizer.json"}, progress=False
+    )
+    told = json.dumps({"fingerprint": ready.fingerprint})
+    (at / "begun/data.json").write_text(told)
+    runs_to_evaluate.make(at / "changed", tokenizer="char", **val)
+    (at / "changed/data.json").write_text(told)
+    (at / "part.txt").write_text(TEXT[len(TEXT) // 2 :])
     rows = [{"instruction": f"Say {word}.", "output": word} for word in ("cat", "dog")]
     (at / "rows.json").write_text(json.dumps([*rows, {"instruction": "no answer"}]))
     question = {"context": "The sky is", "choices": [" blue", " red"], "answer": 0}
@@ -49,6 +62,10 @@ def outputs(tmp_path_factory):
     judged = [f"--judge={address}", "--judge_key_env=KEY_OF_THE_JUDGE"]
     commands = {
         "text": [*both, f"--text={at}/book.txt", "--stride=16", f"--out={at}/text"],
+        "val": [f"--run={at}/begun", "--text=val"],
+        "part": [f"--run={at}/begun", f"--text={at}/part.txt"],
+        "changed": [f"--run={at}/changed", "--text=val"],
+        "converted": [both[0], "--text=val"],
         "rows": [*answered, "--skip_bad_rows", *judged, f"--out={at}/rows"],
         "again": [*answered, "--skip_bad_rows", f"--out={at}/rows"],
         "bad row": [*answered, f"--out={at}/bad"],
@@ -93,6 +110,12 @@ def test_runs_stand_side_by_side_on_a_text(outputs):
     assert (at / "text/scores.md").read_text() in printed["text"]
 
 
+def test_val_is_the_validation_text_in_the_tokens_that_the_run_learnt(outputs):
+    printed, *_ = outputs
+    val, part = (cells(printed[name])[2] for name in ("val", "part"))
+    assert val == part and val[4] == str(len(TEXT) // 2)
+
+
 def test_answers_are_kept_scored_judged_and_compared(outputs):
     printed, at, seen = outputs
     heads, _, *lines = cells(printed["rows"])
@@ -132,6 +155,8 @@ def test_choices_and_copies_have_their_tables(outputs):
         ("bad row", "row 3: it has no answer to compare with"),
         ("none", "give one of --text, --rows, --choices, --copied_from, --lm_eval"),
         ("two", "give one of --text"),
+        ("changed", "is no longer the text that"),
+        ("converted", "was not trained on running text"),
         ("no run", "--run is missing"),
         ("no key", "$NOT_SET_ANYWHERE is not set"),
     ],

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt_jax import chat, sample
+from gpt_jax import chat, checkpoint, sample
 from gpt_jax.evaluate import rows, scores
 from gpt_jax.runs import Run
 
@@ -16,12 +16,14 @@ class Asked(NamedTuple):
     """A row of a test file as a model reads it.
 
     Attributes:
-      row: the row as it stands in the file.
+      number: where the row stands in the file, from 1.
+      row: the row as it stands there.
       question: what its last user asks.
       prompt: its ids, up to where an answer begins.
       reference: the answer that the row holds.
     """
 
+    number: int
     row: dict[str, Any]
     question: str
     prompt: list[int]
@@ -34,8 +36,9 @@ class Answers(NamedTuple):
     Attributes:
       made_with: what the answers depend on; another file is never gone on with.
       skipped: how many rows were left out, by reason.
-      rows: the rows of the test file with "question", "reference", "answer", "reason"
-        (stop or length), "tokens" and "reference_tokens".
+      rows: the rows of the test file with "number" (see `Asked`), "question",
+        "reference", "answer", "reason" (stop or length), "tokens" and
+        "reference_tokens".
     """
 
     made_with: dict[str, Any]
@@ -66,7 +69,7 @@ def ask(
     asked, skipped = [], Counter()
     for number, row in enumerate(found, start=1):
         try:
-            asked.append(_asked(row, tokenizer, template, context))
+            asked.append(_asked(number, row, tokenizer, template, context))
         except _Unusable as error:
             if not skip:
                 raise ValueError(
@@ -106,12 +109,13 @@ def answer(
       ValueError: the file holds something else, or answers to other rows, of other
         weights or with other settings.
     """
-    prompts = json.dumps([a.prompt for a in asked]).encode()
+    whole = json.dumps([(a.number, a.row, a.prompt) for a in asked]).encode()
     made_with = {
         "run": str(run.folder),
         "step": run.step,
+        "weights_sha256": checkpoint.digest(run.params),
         "template": template,
-        "prompts_sha256": hashlib.sha256(prompts).hexdigest(),
+        "rows_sha256": hashlib.sha256(whole).hexdigest(),
         "seed": seed,
         **settings,
     }
@@ -192,7 +196,7 @@ class _Unusable(ValueError):
     """Args: the reason in a few words, the sentence."""
 
 
-def _asked(row, tokenizer, template: str, context: int) -> Asked:
+def _asked(number: int, row, tokenizer, template: str, context: int) -> Asked:
     try:
         messages = chat.messages_of(row, template)
     except ValueError as error:
@@ -206,12 +210,13 @@ def _asked(row, tokenizer, template: str, context: int) -> Asked:
     if len(ids) >= context:
         what = f"its prompt has {len(ids)} tokens, the model's context is {context}"
         raise _Unusable("too long", what)
-    return Asked(row, before[-1].content, ids, last.content)
+    return Asked(number, row, before[-1].content, ids, last.content)
 
 
 def _row(one: Asked, completion: sample.Completion, tokenizer) -> dict[str, Any]:
     return {
         **one.row,
+        "number": one.number,
         "question": one.question,
         "reference": one.reference,
         "answer": completion.text,

@@ -1,11 +1,12 @@
 """Several runs side by side: what each scored, and what it gained on the first."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from gpt_jax.evaluate import scores
 
-Scored = Sequence[Mapping[str, float | None]]  # by row, by name; None = no score
+# By the row's number in the test file, by name; None = no score.
+Scored = Mapping[int, Mapping[str, float | None]]
 
 
 def gain(
@@ -21,10 +22,10 @@ def gain(
     """
     first, *others = found
     for name in others:
-        if len(scored[name]) == len(scored[first]):
+        if scored[name].keys() == scored[first].keys():
             found[name]["gain"] = {
                 score: scores.bootstrap(gains, seed=seed)._asdict()
-                for score in scored[name][0]
+                for score in next(iter(scored[name].values()))
                 if (gains := _gains(scored[first], scored[name], score))
             }
 
@@ -41,8 +42,9 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list]
         ended = (f"{n['ended']:.0f} %", f"{n['length']:.2f}x", n["empty"], _left(n))
         lines.append([run, n["rows"], *means, *ended])
         if "gain" in n:
-            gains = [mean(n["gain"][name], sign="+") for name in names]
-            lines.append([f"{run} - {first}", "", *gains, "", "", "", ""])
+            gains = n["gain"]  # without a judge's where it scored no row of both
+            means = [mean(gains[k], sign="+") if k in gains else "" for k in names]
+            lines.append([f"{run} - {first}", "", *means, "", "", "", ""])
     return heads, lines
 
 
@@ -53,7 +55,7 @@ def mean(interval: Mapping[str, float], sign: str = "") -> str:
 
 
 def _gains(before: Scored, after: Scored, score: str) -> list[float]:
-    pairs = [(a[score], b[score]) for a, b in zip(before, after, strict=True)]
+    pairs = [(before[number][score], after[number][score]) for number in before]
     return [b - a for a, b in pairs if a is not None and b is not None]
 
 
