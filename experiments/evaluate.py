@@ -259,7 +259,7 @@ def _rows():
         found[name] = answers.summary(said, measured, seed=SEED.value)
         if judge:
             found[name]["judge"], numbers = _judged(judge, name, said.rows)
-            for row, number in zip(measured, numbers, strict=True):
+            for row, number in zip(scored[name].values(), numbers, strict=True):
                 row["judge"] = number
     compare.gain(found, scored, seed=SEED.value)
     return *compare.table(found), found
