@@ -285,11 +285,11 @@ def test_runs_are_named_by_their_folders(tmp_path):
 
 def test_equal_weights_of_several_models_are_held_once():
     base = {"kernel": np.arange(6.0), "bias": np.zeros(2)}
-    tuned = {"kernel": np.arange(6.0), "bias": np.zeros(2), "lora": np.ones(2)}
+    tuned = {"kernel": np.arange(6.0), "bias": np.zeros(2), "head": np.ones(2)}
     held = {}
     first, second = server.share(base, held), server.share(tuned, held)
     assert second["kernel"] is first["kernel"] and second["bias"] is first["bias"]
-    assert "lora" in second and len(held) == 3
+    assert "head" in second and len(held) == 3
 
 
 def test_the_door_serves_a_run_and_leaves_in_good_order(run_folder):
