@@ -120,6 +120,7 @@ def test_the_folders_are_those_of_runs_alone(config, tmp_path):
     assert lines(tmp_path / "together" / "0")[-1]["step"] == 10
 
 
+@pytest.mark.slow
 def test_losers_of_a_rung_stop_and_the_others_train_as_before(config, tmp_path):
     """Oracle: the same trials without rungs."""
     configs = rates(config, 0.0, 3e-3, 1e-2, 1e-4, 1e-3)
@@ -173,6 +174,7 @@ def test_a_diverging_member_leaves_the_others_bit_for_bit(config, tmp_path):
     assert [r[:2] for r in again] == [r[:2] for r in results]
 
 
+@pytest.mark.slow
 def test_waves_give_what_one_wave_gives(config, tmp_path):
     configs = variants(
         config, seed=(1, 2, 3, 1, 2), hyper__lr=(1e-3,) * 3 + (2e-3,) * 2

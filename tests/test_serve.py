@@ -216,7 +216,8 @@ def test_nothing_is_compiled_after_the_start(running):
     """Nor in a few sizes only: every program has run in every shape."""
     before = running._slots.programs()
     lengths, sizes = len(slots.lengths(CONTEXT)), len(running._slots.sizes)
-    assert before == 2 * lengths + 2 * sizes + 2 * (sizes - 1)
+    # More where another engine of this process had programs of the same functions.
+    assert before >= 2 * lengths + 2 * sizes + 2 * (sizes - 1)
     requests = [
         ask("y" * n, top=2, score=True, max_new=9) for n in (1, 16, 17, CONTEXT)
     ]

@@ -691,6 +691,7 @@ def step_of(out, name):
         return 0
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)  # a dozen processes, half a minute on two quiet cores
 @pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
 def test_killing_a_worker_and_then_the_sweep_loses_nothing(long_sweep, start):
@@ -719,6 +720,7 @@ def test_killing_a_worker_and_then_the_sweep_loses_nothing(long_sweep, start):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_workers_of_a_scheduler_need_not_know_the_project(long_sweep, start, tmp_path):
     """Started in another folder; the sweep is killed, and its trials leave too."""
@@ -735,12 +737,14 @@ def test_workers_of_a_scheduler_need_not_know_the_project(long_sweep, start, tmp
         words = [*command, address, "--nthreads=1", "--memory-limit=0", "--no-nanny"]
         processes.append(subprocess.Popen(words, cwd=place))
     try:
-        sweep = start(long_sweep, f"--scheduler={address}")
+        longer = ("--set=steps=800", "--set=checkpoint_every=200")
+        sweep = start(long_sweep, f"--scheduler={address}", *longer)
         name, _ = until(lambda: next(iter(sweep.trials().items()), None))
         until(lambda: step_of(sweep.out, name) >= 40)
         sweep.process.kill()
         sweep.process.wait()
         until(lambda: not sweep.trials(), seconds=30)
+        assert name not in sweep.outcomes()  # it was told to, it had not ended
         code, said = sweep.start().end()
         assert code == 0, said
         assert [end for end, _ in sweep.results().values()] == ["done"] * 3
@@ -816,6 +820,7 @@ def batched(chosen, base, out):
     return {row["name"]: row for row in done.results["trials"]}
 
 
+@pytest.mark.slow
 def test_trials_of_one_program_end_as_they_would_alone(base, tmp_path):
     base.mesh.data = 1
     points = space.grid({"hyper.lr": (1e-3, 1e-2), "model.n_layers": (1, 2)})
