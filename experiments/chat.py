@@ -60,9 +60,14 @@ COMMANDS = "/reset, /set NAME VALUE, /save FILE, /help, /quit"
 
 @dataclass
 class Talk:
-    """A conversation and how it goes on."""
+    """A conversation and how it goes on.
+
+    `model` and `params` are the run's, laid out once for decoding one row.
+    """
 
     run: Any
+    model: Any
+    params: Any
     template: str | None
     settings: dict[str, Any]
     messages: list
@@ -93,7 +98,9 @@ def main(_: list[str]) -> None:
         )
     programs.use_cache(run.config.compile_cache)
     template = TEMPLATE.value or chat.template_of(RUN.value)
-    talk = Talk(run, template, {**settings, "seed": SEED.value}, _opening())
+    model, params = sample.laid_out(run.model, run.params, rows=1)
+    settings["seed"] = SEED.value
+    talk = Talk(run, model, params, template, settings, _opening())
     if template:
         chat.check(template)
         chat.stop_ids(run.tokenizer, template)  # refuses what cannot end an answer
@@ -167,8 +174,8 @@ def answer(talk: Talk, text: str) -> None:
         prompt, _ = chat.render(messages, run.tokenizer, talk.template, reply=True)
         stop = chat.stop_ids(run.tokenizer, talk.template)
     pieces = sample.stream(
-        model=run.model,
-        params=run.params,
+        model=talk.model,
+        params=talk.params,
         tokenizer=run.tokenizer,
         prompt=prompt,
         stop=stop,

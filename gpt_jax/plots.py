@@ -30,20 +30,12 @@ def loss(folder: str | Path) -> Path | None:
     train, val = _curve(rows, "train_loss"), _curve(rows, "val_loss")
     if not (np.isfinite(train[1]).any() or np.isfinite(val[1]).any()):
         return None
-    # Imported late: it takes half a second. Without pyplot there is no global state.
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1)  # inches
-    figure = Figure(figsize=(8, 5), dpi=150, layout=layout)
+    figure = _figure(height=5)
     axes = figure.add_subplot()
     _draw_train(axes, *train)
     _draw_val(axes, *val)
     _dress(axes, rows, folder.resolve().name)
-    path, part = folder / "loss.png", folder / "loss.png.part"
-    figure.savefig(part, format="png")
-    os.replace(part, path)
-    return path
+    return _save(figure, folder / "loss.png")
 
 
 def confusion(
@@ -71,7 +63,7 @@ def confusion(
     axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
     axes.set_yticks(range(len(labels)), labels)
     axes.set(xlabel="given class", ylabel="right class")
-    figure.savefig(path, format="png")
+    _save(figure, Path(path))
 
 
 def margins(folder: str | Path) -> Path | None:
@@ -91,11 +83,7 @@ def margins(folder: str | Path) -> Path | None:
     rows = metrics.read(folder)
     if not any("val_margin" in row for row in rows):
         return None
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1)  # inches
-    figure = Figure(figsize=(8, 7), dpi=150, layout=layout)
+    figure = _figure(height=7)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     for name, color in (
         ("chosen_reward", "#55A868"),
@@ -114,14 +102,9 @@ def margins(folder: str | Path) -> Path | None:
     below.set_ylim(-0.02, 1.02)
     below.set_xlabel("step")
     for axes in (above, below):
-        axes.grid(color="0.9", lw=0.8)
-        axes.set_axisbelow(True)
-        axes.legend(frameon=False)
+        _quiet(axes)
         axes.spines[["top", "right"]].set_visible(False)
-    path, part = folder / "margins.png", folder / "margins.png.part"
-    figure.savefig(part, format="png")
-    os.replace(part, path)
-    return path
+    return _save(figure, folder / "margins.png")
 
 
 def rewards(folder: str | Path) -> Path | None:
@@ -140,11 +123,7 @@ def rewards(folder: str | Path) -> Path | None:
     rows = metrics.read(folder)
     if not any("train_reward" in row for row in rows):
         return None
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1)  # inches
-    figure = Figure(figsize=(8, 7), dpi=150, layout=layout)
+    figure = _figure(height=7)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     _draw_train(above, *_curve(rows, "train_reward"), label="mean reward")
     right = _curve(rows, "val_accuracy")
@@ -159,11 +138,31 @@ def rewards(folder: str | Path) -> Path | None:
     below.set_xlabel("step")
     below.set_ylim(bottom=0)
     for axes in (above, below):
-        axes.grid(color="0.9", lw=0.8)
-        axes.set_axisbelow(True)
-        axes.legend(frameon=False)
+        _quiet(axes)
         axes.spines[["top", "right"]].set_visible(False)
-    path, part = folder / "reward.png", folder / "reward.png.part"
+    return _save(figure, folder / "reward.png")
+
+
+def _figure(height: float):
+    """Returns an empty figure of 8 inches by `height`."""
+    # Imported late: it takes half a second. Without pyplot there is no global state.
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1)  # inches
+    return Figure(figsize=(8, height), dpi=150, layout=layout)
+
+
+def _quiet(axes) -> None:
+    """Puts a light grid behind the curves and their names without a frame."""
+    axes.grid(color="0.9", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False)
+
+
+def _save(figure, path: Path) -> Path:
+    """Writes a figure whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
     figure.savefig(part, format="png")
     os.replace(part, path)
     return path
@@ -234,9 +233,7 @@ def _dress(axes, rows: list[dict[str, Any]], title: str) -> None:
         MaxNLocator(nbins=8, steps=round_numbers, integer=True, min_n_ticks=1)
     )
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.grid(color="0.9", lw=0.8)
-    axes.set_axisbelow(True)
-    axes.legend(frameon=False)
+    _quiet(axes)
     axes.spines["right"].set_visible(False)
     # A step always has the same number of tokens, so the axes differ by one factor.
     known = [

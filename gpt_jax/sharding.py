@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the axes that examples are split over
+ROWS = P(None, BATCH)  # how batches [A, B, ...] lie
 
 # How a weight is split, by the end of its path; the first match wins. Optimizer memory
 # follows its weight. What `fsdp` splits is gathered before it is used (ZeRO:
@@ -244,7 +245,7 @@ def mesh_strategy(mesh: Mesh) -> Strategy:
             return placed, sums, info
 
         # The state comes as `place` laid it out; a batch may be told by shapes alone.
-        shardings = (None, None, NamedSharding(mesh, P(None, BATCH)), None, None)
+        shardings = (None, None, NamedSharding(mesh, ROWS), None, None)
         jitted = jax.jit(within(mesh, run), in_shardings=shardings, donate_argnums=0)
         return Step(jitted)
 
@@ -372,7 +373,7 @@ def replicate(tree: Any, *, mesh: Mesh) -> Any:
 
 def split_rows(batch: Any, *, mesh: Mesh) -> Any:
     """Places a host batch [A, B, ...] on the mesh, split over B."""
-    return jax.device_put(batch, NamedSharding(mesh, P(None, BATCH)))
+    return jax.device_put(batch, NamedSharding(mesh, ROWS))
 
 
 def wait_on_cpu(tree: Any) -> None:

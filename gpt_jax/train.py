@@ -568,7 +568,7 @@ def compile_rollout(
     """
     if task.rollout is None:
         return None
-    rollout, rows = task.rollout, PartitionSpec(None, ("data", "fsdp"))
+    rollout, rows = task.rollout, sharding.ROWS
 
     def rolled(params, frozen, batch, key, step):
         key = jax.random.fold_in(jax.random.fold_in(key, ROLLOUT), step)

@@ -77,6 +77,17 @@ def test_chosen_comes_before_output_and_conversations_are_read_too(home, tmp_pat
     assert text[1].startswith("Say it.\nwalk\nYes.")
 
 
+def test_of_a_conversation_only_the_answers_that_differ_count(home, tmp_path):
+    turns = [("user", "Hi!"), ("assistant", "Ho."), ("user", "Go?")]
+    told = [{"role": role, "content": text} for role, text in turns]
+    rows: list[dict] = [{"messages": told, "chosen": "Aye.", "rejected": "No."}]
+    task = task_of(configure(home), tmp_path, rows * 10)
+    pair, end = task.train[0], task.tokenizer.eos_id
+    for side, answer in enumerate(("Aye.", "No.")):
+        learnt = pair["targets"][side][pair["mask"][side] == 1].tolist()
+        assert learnt == [*task.tokenizer.encode(answer), end]
+
+
 def test_pairs_without_preferences_take_the_next_answer_as_rejected():
     rows = [{"instruction": "a", "output": "1"}, {"instruction": "b", "output": "2"}]
     assert [row["rejected"] for row in dpo.mismatched(rows)] == ["2", "1"]

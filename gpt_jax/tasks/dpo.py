@@ -5,7 +5,6 @@ compares what the model gives the two answers with what the weights that it star
 from gave them. Those are held once, in `frozen`; with LoRA they are the base itself.
 """
 
-import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -96,7 +95,9 @@ def make(
             sft.encode(side, tokenizer, template, learn="answers", show=show)
             for side in zip(*rows_of, strict=True)
         )
-        found = [Pair(*pair) for pair in zip(chosen, rejected, strict=True)]
+        found = [
+            Pair(_last(a), _last(b)) for a, b in zip(chosen, rejected, strict=True)
+        ]
         encoded[name] = fitting(found, seq_len, name=name, too_long=too_long, show=show)
     longest = max(pair.size for part in encoded.values() for pair in part)
     width = min(seq_len, -(-longest // 8) * 8)
@@ -117,7 +118,7 @@ def make(
         train=ready["train"],
         evals={"val": ready["val"]},
         tokens=2 * width,
-        fingerprint=_fingerprint(encoded, tokenizer, parts["test"]),
+        fingerprint=sft.fingerprint(encoded, tokenizer, parts["test"]),
         reference=variant not in WITHOUT_REFERENCE,
         test=parts["test"],
         prompt=partial(sft.prompt_ids, tokenizer=tokenizer, template=template),
@@ -312,14 +313,12 @@ def _with_answer(row: instructions.Row, answer: str) -> instructions.Row:
     return {**row, "output": answer}
 
 
-def _fingerprint(
-    encoded: Mapping[str, Sequence[Pair]], tokenizer, test: Sequence[Any]
-) -> str:
-    digest = hashlib.sha256(tokenizer.sha256.encode())
-    digest.update(sft.digest_of(test))
-    for name, pairs in encoded.items():
-        digest.update(f"{name} {len(pairs)}\n".encode())
-        for example in (example for pair in pairs for example in pair):
-            digest.update(example.ids.astype("<i4").tobytes())
-            digest.update(example.learnt.astype("<f4").tobytes())
-    return digest.hexdigest()
+def _last(example: sft.Example) -> sft.Example:
+    """Returns a conversation of which only the last answer counts.
+
+    The answers before it are the same in both of a pair: a part of the prompt.
+    """
+    begins = np.flatnonzero(np.diff(example.learnt) > 0) + 1
+    learnt = example.learnt.copy()
+    learnt[: begins[-1] if len(begins) else 0] = 0
+    return sft.Example(example.ids, learnt)

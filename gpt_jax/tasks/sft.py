@@ -98,6 +98,7 @@ def make(
         f"{len(encoded[name])} in {len(ready[name])} rows ({name})" for name in encoded
     )
     show.say(f"conversations: {counts}, {len(parts['test'])} kept for a test")
+    alone = {name: one_a_row(part, width) for name, part in encoded.items()}
     return Task(
         model=gpt,
         tokenizer=tokenizer,
@@ -107,7 +108,7 @@ def make(
         train=ready["train"],
         evals={"val": ready["val"]},
         tokens=width,
-        fingerprint=_fingerprint(encoded, tokenizer, parts["test"]),
+        fingerprint=fingerprint(alone, tokenizer, parts["test"]),
         test=parts["test"],
         prompt=partial(prompt_ids, tokenizer=tokenizer, template=template),
         stop=tuple(chat.stop_ids(tokenizer, template)),
@@ -280,15 +281,21 @@ def prompt_ids(text: str, *, tokenizer, template: str) -> list[int]:
     return chat.render([chat.Message("user", text)], tokenizer, template, reply=True)[0]
 
 
-def _fingerprint(
-    encoded: Mapping[str, Sequence[Example]], tokenizer, test: Sequence[Any]
+def fingerprint(
+    encoded: Mapping[str, Sequence[Sequence[Example]]], tokenizer, test: Sequence[Any]
 ) -> str:
-    """Returns the sha256 of what is learnt, validated with, and kept for a test."""
+    """Returns the sha256 of what is learnt, validated with, and kept for a test.
+
+    Args:
+      encoded: examples of each part, those that are compared with each other together.
+      tokenizer: the one that encoded them.
+      test: the rows that are kept.
+    """
     digest = hashlib.sha256(tokenizer.sha256.encode())
     digest.update(digest_of(test))
-    for name, examples in encoded.items():
-        digest.update(f"{name} {len(examples)}\n".encode())
-        for example in examples:
+    for name, groups in encoded.items():
+        digest.update(f"{name} {len(groups)}\n".encode())
+        for example in (example for group in groups for example in group):
             digest.update(example.ids.astype("<i4").tobytes())
             digest.update(example.learnt.astype("<f4").tobytes())
     return digest.hexdigest()
