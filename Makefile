@@ -26,6 +26,8 @@ install = echo 'Installing $(1) into $(VENV): once, about $(2) on disk ...' \
 # worker, so that what its fixtures compile or train is made once.
 WORKERS = --numprocesses=auto --maxprocesses=4 --dist=loadfile
 PYTEST_ARGS ?=
+# The slow ones have files whose names keep them out of `make test`.
+FAULTS = -o python_files='test_*.py faults_*.py'
 
 UV = .venv-uv-$(UV_VERSION)
 LOCK = $(UV)/bin/uv pip compile --quiet --universal --python-version 3.11 \
@@ -57,7 +59,7 @@ test-data: dev  ## the facts about real texts, read from DATA=folder; a skip is 
 # Which build of torch arrives, the CPU's or CUDA's, depends on the package index in use.
 .PHONY: test-slow
 test-slow: dev  ## what `make test` leaves out: every mesh, whole sweeps
-	$(RUN) -m pytest -m slow $(WORKERS) $(PYTEST_ARGS)
+	$(RUN) -m pytest -m 'slow and not fault' $(WORKERS) $(PYTEST_ARGS)
 
 .PHONY: test-parity
 test-parity: parity  ## the same numbers as transformers, live; installs torch once
@@ -71,8 +73,8 @@ test-browser: browser  ## the chat page in Chromium; installs playwright once
 	$(RUN) -m pytest tests/test_serve_page.py $(PYTEST_ARGS)
 
 .PHONY: test-faults
-test-faults: dev  ## what must survive what, the slow rows too (minutes)
-	$(RUN) -m pytest tests/test_serve_faults.py tests/faults_serve.py $(PYTEST_ARGS)
+test-faults: dev  ## what must survive what, with a table at the end (half an hour)
+	$(RUN) -m pytest -p tests.fault_table -m fault $(FAULTS) $(WORKERS) $(PYTEST_ARGS)
 
 .PHONY: test-lm-eval
 test-lm-eval: lm-eval  ## runs on EleutherAI's harness, in an environment of their own

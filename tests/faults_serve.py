@@ -100,6 +100,7 @@ def rss():
     return int(line.split()[1]) * 1024
 
 
+@pytest.mark.fault(29, injections=32)
 def test_32_clients_get_what_each_would_get_alone_in_flat_memory():
     with running(serving.make_engine(CONTEXT, [1, 8, 32], 64)) as live:
         jobs = requests(CLIENTS)
@@ -122,6 +123,7 @@ def test_32_clients_get_what_each_would_get_alone_in_flat_memory():
         assert max(sizes[-3:]) - min(sizes[:3]) < 20e6, sizes
 
 
+@pytest.mark.fault(29, injections=200)
 def test_200_clients_against_4_slots_and_16_waiting():
     with running(serving.make_engine(CONTEXT, [4], 16)) as live:
         found, start = [], threading.Barrier(200)
@@ -159,6 +161,7 @@ def run_folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.fault(29)
 def test_sigterm_under_load_drains_within_its_grace_and_exits_0(run_folder):
     command = [sys.executable, "-m", "experiments.serve", f"--runs={run_folder}"]
     process = subprocess.Popen(

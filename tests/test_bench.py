@@ -286,6 +286,11 @@ def setting(tmp_path_factory):
 ROWS = cpu.ROWS | gpu.ROWS
 # Measured below; as a toy, gpu_population is population.
 ELSEWHERE = {"time_to_loss", "gpu_time_to_loss", "gpu_population"}
+LONG = {"population"}  # many compilations, even as a toy
+TOYS = [
+    pytest.param(row, marks=[pytest.mark.slow] if row in LONG else [])
+    for row in sorted(ROWS.keys() - ELSEWHERE)
+]
 
 
 def once(make, options):
@@ -302,7 +307,7 @@ def once(make, options):
     return {**facts, **go()}
 
 
-@pytest.mark.parametrize("row", sorted(ROWS.keys() - ELSEWHERE))
+@pytest.mark.parametrize("row", TOYS)
 @pytest.mark.parametrize("which", ["ours", "peer"])
 def test_every_row_measures_something_at_a_toy_size(row, which, setting):
     matches = ROWS[row](setting)

@@ -136,6 +136,7 @@ def test_a_restored_state_may_be_donated(pair):
     assert digest(advance(tree)) == digest(want)
 
 
+@pytest.mark.fault(9, injections=2)
 def test_saved_on_two_devices_opens_on_one_and_back(folder):
     mesh = jax.make_mesh(
         (2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2]
@@ -155,6 +156,7 @@ def test_saved_on_two_devices_opens_on_one_and_back(folder):
     assert digest(found) == digest(plain) == digest(back) == digest(tree)
 
 
+@pytest.mark.fault(9)
 def test_the_sharding_file_is_not_needed_to_open_elsewhere(folder):
     script = f"""
 import os; os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
@@ -185,8 +187,11 @@ def damage_cut(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
+@pytest.mark.fault(5)
 @pytest.mark.parametrize("damage", [damage_flip, damage_cut, Path.unlink])
-def test_damage_to_any_file_costs_one_checkpoint(pair, tmp_path, caplog, damage):
+def test_damage_to_any_file_costs_one_checkpoint(
+    pair, tmp_path, caplog, damage, record_property
+):
     names = sorted(p.relative_to(pair / "2") for p in (pair / "2").rglob("*"))
     names = [n for n in names if (pair / "2" / n).is_file()]
     assert len(names) > 15
@@ -208,8 +213,10 @@ def test_damage_to_any_file_costs_one_checkpoint(pair, tmp_path, caplog, damage)
         assert str(name) in caplog.text and len(caplog.records) == 1
         assert (folder / "damaged-2").is_dir() and not (folder / "2").exists()
         assert store.steps() == [1]
+    record_property("injections", len(list(tmp_path.iterdir())))
 
 
+@pytest.mark.fault(5)
 def test_a_reader_passes_damage_over_without_touching_it(pair, tmp_path):
     folder = shutil.copytree(pair, tmp_path / "c")
     damage_flip(folder / "2" / "manifest.json")
@@ -220,6 +227,7 @@ def test_a_reader_passes_damage_over_without_touching_it(pair, tmp_path):
     assert sorted(folder.rglob("*")) == before
 
 
+@pytest.mark.fault(5, injections=2)
 def test_when_no_checkpoint_is_sound_restoring_fails(pair, tmp_path):
     folder = shutil.copytree(pair, tmp_path / "c")
     for step in "12":
@@ -231,6 +239,7 @@ def test_when_no_checkpoint_is_sound_restoring_fails(pair, tmp_path):
         store.restore(None, step=None)
 
 
+@pytest.mark.fault(7, injections=2)
 def test_a_step_without_a_manifest_is_unfinished(pair, tmp_path, caplog):
     folder = shutil.copytree(pair, tmp_path / "c")
     (folder / "2" / "manifest.json").unlink()
@@ -271,6 +280,7 @@ def test_nothing_older_goes_before_the_newer_manifest_exists(folder, monkeypatch
         assert store.steps() == [2]
 
 
+@pytest.mark.fault(7)
 def test_a_removal_that_stops_half_way_leaves_no_half_checkpoint(folder, monkeypatch):
     with Checkpoints(folder, keep=1) as store:
         put(store, 1)
@@ -287,6 +297,7 @@ def test_a_removal_that_stops_half_way_leaves_no_half_checkpoint(folder, monkeyp
     assert not (folder / "1").exists()
 
 
+@pytest.mark.fault(7)
 def test_rewind_sets_newer_steps_aside_so_that_saves_really_happen(folder):
     with Checkpoints(folder, keep=9) as store:
         put(store, 2, 4, 6, 8)
@@ -300,6 +311,7 @@ def test_rewind_sets_newer_steps_aside_so_that_saves_really_happen(folder):
     assert sorted(aside) == [["6"], ["6", "8"]]
 
 
+@pytest.mark.fault(8)
 def test_another_model_is_refused_leaf_by_leaf(pair):
     store = Checkpoints(pair, keep=None)
     other = abstract(state(width=5))
@@ -316,6 +328,7 @@ def test_another_model_is_refused_leaf_by_leaf(pair):
     assert (pair / "2").exists()
 
 
+@pytest.mark.fault(8)
 def test_a_difference_shows_ten_leaves_and_counts_the_rest(pair):
     other = {**abstract(state()), "more": [jnp.zeros(1)] * 13}
     with pytest.raises(ValueError, match="and 3 more") as error:
@@ -344,6 +357,7 @@ def test_weights_alone_and_empty_containers_come_back(folder):
     assert jax.tree.structure(found) == jax.tree.structure(tree)
 
 
+@pytest.mark.fault(15)
 def test_a_checkpoint_with_nan_is_refused_by_name(folder):
     tree = state(1.0)
     tree["params"]["head"] = tree["params"]["head"].at[2].set(jnp.nan)
@@ -368,6 +382,7 @@ def test_what_cannot_be_saved_is_named_at_once(folder, leaf, sentence):
         store.save(1, {"params": {}, "rate": leaf}, metric=None, meta={})
 
 
+@pytest.mark.fault(4)
 def test_a_failed_save_names_path_and_free_bytes_and_leaves_nothing(
     folder, monkeypatch
 ):
@@ -389,6 +404,7 @@ def test_a_failed_save_names_path_and_free_bytes_and_leaves_nothing(
         assert store.steps() == [1, 3]
 
 
+@pytest.mark.fault(4)
 def test_a_full_disk_neither_hangs_nor_damages_and_the_next_save_works(folder):
     script = """
 import resource, sys, time, jax.numpy as jnp
@@ -419,6 +435,7 @@ with Checkpoints(sys.argv[1], keep=3) as store:
     assert Checkpoints(folder, keep=None).restore(None, step=3)[2] == 3
 
 
+@pytest.mark.fault(6)
 def test_check_surfaces_an_error_without_another_save(folder, monkeypatch):
     store = Checkpoints(folder, keep=3)
     shutil.rmtree(folder)
@@ -430,6 +447,7 @@ def test_check_surfaces_an_error_without_another_save(folder, monkeypatch):
     store.check()
 
 
+@pytest.mark.fault(6, injections=2)
 def test_an_error_in_the_block_is_not_hidden_by_a_failed_save(folder, monkeypatch):
     monkeypatch.setattr(checkpoint, "_seal", lambda *_: 1 / 0)
     with pytest.raises(KeyError), Checkpoints(folder, keep=1) as store:
@@ -482,6 +500,7 @@ with Checkpoints(sys.argv[1], keep=2) as store:
 """
 
 
+@pytest.mark.fault(1, injections=2)
 def test_a_kill_in_mid_save_leaves_only_sound_checkpoints(folder):
     rng = random.Random(0)
     seen = 0
@@ -513,6 +532,7 @@ def test_a_kill_in_mid_save_leaves_only_sound_checkpoints(folder):
     assert all((p / "manifest.json").is_file() for p in folder.iterdir())
 
 
+@pytest.mark.fault(6)
 def test_the_last_save_is_on_the_disk_when_the_block_ends_by_sys_exit(folder):
     script = """
 import sys, jax.numpy as jnp

@@ -300,6 +300,7 @@ def test_every_example_comes_first_about_equally_often():
     assert max(abs(n - 200) for n in count.values()) < 80  # over 6 sigma
 
 
+@pytest.mark.fault(10, injections=5)
 def test_start_begins_where_an_uninterrupted_run_would_be():
     run = taken(20)
     for start in (1, 2, 3, 7, 15):
@@ -320,6 +321,7 @@ def test_the_order_is_the_one_that_earlier_versions_gave():
     assert taken(5, seed=0, batch_size=2) == [[5, 8], [9, 7], [4, 2], [1, 0], [3, 6]]
 
 
+@pytest.mark.fault(10)
 @pytest.mark.parametrize("prefetch", [1, 16])
 def test_the_prefetch_does_not_change_the_batches(monkeypatch, prefetch):
     run = taken(20)

@@ -158,6 +158,7 @@ def test_losers_of_a_rung_stop_and_the_others_train_as_before(config, tmp_path):
     assert (again.reason, again.step) == ("steps", 8)
 
 
+@pytest.mark.fault(15)
 def test_a_diverging_member_leaves_the_others_bit_for_bit(config, tmp_path):
     config.optimizer.name = "sgd"
     config.hyper.update(clip=0.0, warmup_steps=0.0)
@@ -332,7 +333,14 @@ def spawn(configs, folder):
     )
 
 
-@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kill",
+    [
+        pytest.param(signal.SIGTERM, marks=pytest.mark.fault(3)),
+        pytest.param(signal.SIGKILL, marks=pytest.mark.fault(2)),
+    ],
+)
 def test_a_killed_population_ends_as_an_undisturbed_one(config, tmp_path, kill):
     config.update(steps=60, eval_every=30, log_every=5)
     config.checkpoint_every = 5 if kill == signal.SIGKILL else 60

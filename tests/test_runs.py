@@ -113,6 +113,7 @@ def test_the_default_step_is_the_best_and_else_the_newest(config, tokenizer, tmp
         runs.open(tmp_path / "b", step="newest")
 
 
+@pytest.mark.fault(5)
 def test_a_damaged_best_is_passed_over_unless_asked_for(
     config, tokenizer, tmp_path, caplog
 ):
@@ -284,6 +285,7 @@ def test_every_resumable_pattern_matches_a_key_of_the_config():
         assert any(re.fullmatch(alternatives, key) for key in keys)
 
 
+@pytest.mark.fault(12)
 def test_another_tokenizer_or_other_data_is_refused(config, tokenizer, tmp_path):
     begin(tmp_path, config, tokenizer)
     other = tokenizers.train("char", iter([TEXT + "!"]))
@@ -293,6 +295,7 @@ def test_another_tokenizer_or_other_data_is_refused(config, tokenizer, tmp_path)
         runs.create_or_check(tmp_path, config, tokenizer, "texts")
 
 
+@pytest.mark.fault(12)
 def test_a_model_too_small_for_its_tokenizer_is_refused(config, tokenizer, tmp_path):
     config.model.vocab_size = 5
     runs.create(tmp_path, config, tokenizer)
@@ -307,6 +310,7 @@ def test_checkpoints_without_a_config_are_not_continued(config, tokenizer, tmp_p
         runs.create_or_check(tmp_path, config, tokenizer, "text")
 
 
+@pytest.mark.fault(2)
 def test_a_kill_between_the_first_files_leaves_a_folder_to_start_in(
     config, tokenizer, tmp_path
 ):
@@ -350,6 +354,7 @@ def hold(folder):
     return process
 
 
+@pytest.mark.fault(13, injections=2)
 def test_a_second_process_is_told_the_pid_and_a_killed_one_gives_way(tmp_path, caplog):
     process = hold(tmp_path / "run")
     sentence = f"in use by process {process.pid} on"
@@ -367,6 +372,7 @@ def test_a_second_process_is_told_the_pid_and_a_killed_one_gives_way(tmp_path, c
         assert not caplog.records
 
 
+@pytest.mark.fault(13)
 def test_one_process_cannot_lock_twice_but_can_again(tmp_path):
     with runs.lock(tmp_path):
         sentence = f"in use by process {os.getpid()} on"
@@ -379,6 +385,7 @@ def test_one_process_cannot_lock_twice_but_can_again(tmp_path):
         pass
 
 
+@pytest.mark.fault(13)
 @pytest.mark.parametrize(
     ("changes", "taken"),
     [
@@ -404,6 +411,7 @@ def test_without_file_locks_the_named_process_decides(
             pass
 
 
+@pytest.mark.fault(13)
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}'])
 def test_a_half_written_lock_file_is_taken_over(tmp_path, text):
     (tmp_path / "run.lock").write_text(text)

@@ -84,6 +84,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.fault(26)
 @pytest.mark.parametrize("fault", HOSTILE)
 def test_a_hostile_request_is_refused_at_once(live, fault):
     began = time.monotonic()
@@ -93,6 +94,7 @@ def test_a_hostile_request_is_refused_at_once(live, fault):
     assert len(json.dumps(answer)) < 1000  # it does not send back what it was sent
 
 
+@pytest.mark.fault(26)
 def test_hostile_requests_leave_no_memory_behind_and_the_next_one_is_fine(live):
     for payload in HOSTILE.values():
         live.ask(PATH, payload)
@@ -130,6 +132,7 @@ def answer_of(link) -> bytes:
     return found
 
 
+@pytest.mark.fault(26)
 def test_a_body_of_50_megabytes_is_refused_without_being_held(live):
     before, chunk = rss(), b"x" * 65536
     link = raw(live, post(b"", f"Content-Length: {50 << 20}"))
@@ -140,6 +143,7 @@ def test_a_body_of_50_megabytes_is_refused_without_being_held(live):
     assert rss() - before < 20e6
 
 
+@pytest.mark.fault(26)
 def test_a_body_without_a_length_is_counted_as_it_comes(live):
     link = raw(live, post(b"", "Transfer-Encoding: chunked"))
     chunk = b"10000\r\n" + b"x" * 65536 + b"\r\n"
@@ -150,11 +154,13 @@ def test_a_body_without_a_length_is_counted_as_it_comes(live):
     assert answer_of(link).startswith(b"HTTP/1.1 413")
 
 
+@pytest.mark.fault(26)
 def test_a_post_without_a_body_is_refused(live):
     link = raw(live, post(b"", "Connection: close"))
     assert answer_of(link).startswith(b"HTTP/1.1 400")
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize(
     "beginning",
     [b"POST /v1/comp", post(b'{"pro', "Content-Length: 100")],
@@ -165,6 +171,7 @@ def test_a_request_that_trickles_is_ended(live, beginning):
     assert answer_of(link).startswith(b"HTTP/1.1 408")
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize("text", ["^", "a", " ", "ab ", "\u00e9"])
 def test_text_below_the_cap_is_tokenized_in_time(text):
     words = "".join(f"{text * n} " for n in (1, 2, 3, 4, 8, 16, 64))
@@ -182,6 +189,7 @@ def test_text_below_the_cap_is_tokenized_in_time(text):
 LONG = {"max_tokens": 2000, "temperature": 0, "ignore_eos": True}
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
 def test_a_client_that_leaves_frees_its_slot_and_the_count_stops(live, stream):
     link = raw(live, post(body(stream=stream, **LONG)))
@@ -197,6 +205,7 @@ def test_a_client_that_leaves_frees_its_slot_and_the_count_stops(live, stream):
     assert live.engine.tokens == tokens + 3
 
 
+@pytest.mark.fault(28)
 def test_a_client_that_leaves_the_queue_is_not_written_for(live):
     busy = [raw(live, post(body(stream=True, **LONG))) for _ in range(2)]
     wait_until(lambda: live.engine.running == 2, 10)
@@ -209,6 +218,7 @@ def test_a_client_that_leaves_the_queue_is_not_written_for(live):
     wait_until(lambda: live.engine.running == 0, 10)
 
 
+@pytest.mark.fault(28)
 def test_a_slow_reader_holds_up_nobody(live):
     """Its text waits for it in memory; its slot is free as soon as that is written."""
     slow = raw(live, post(body(stream=True, logprobs=20, **LONG)))
@@ -222,6 +232,7 @@ def test_a_slow_reader_holds_up_nobody(live):
     slow.close()
 
 
+@pytest.mark.fault(28)
 def test_who_never_reads_is_cut_off_and_makes_room():
     limits = replace(LIMITS, read_seconds=0.5, connections=3)
     with running(serving.make_engine(CONTEXT, [2], 3), limits=limits) as live:
@@ -245,6 +256,7 @@ def test_who_never_reads_is_cut_off_and_makes_room():
             link.close()
 
 
+@pytest.mark.fault(28)
 def test_an_engine_that_hangs_makes_nobody_wait_for_ever():
     limits, go_on = replace(LIMITS, seconds=0.2), threading.Event()
     with running(serving.make_engine(CONTEXT, [2], 3), limits=limits) as live:
@@ -255,6 +267,7 @@ def test_an_engine_that_hangs_makes_nobody_wait_for_ever():
         assert status == 504 and answer["error"]["code"] == "timeout"
 
 
+@pytest.mark.fault(26)
 @pytest.mark.parametrize(
     "head, status",
     [
@@ -268,6 +281,7 @@ def test_what_a_page_of_another_site_could_send_is_refused(live, head, status):
     assert answer_of(link).startswith(b"HTTP/1.1 " + status)
 
 
+@pytest.mark.fault(28)
 def test_a_request_that_is_late_is_told_so(live):
     limits = replace(LIMITS, seconds=0.05)
     with running(serving.make_engine(CONTEXT, [2], 3), limits=limits) as hasty:
@@ -301,6 +315,7 @@ def at_once(live, clients, payload):
     return found
 
 
+@pytest.mark.fault(29)
 def test_too_many_clients_are_told_when_to_come_again(live):
     found = at_once(live, 30, body(max_tokens=300, ignore_eos=True))
     statuses = [status for status, _ in found]
@@ -309,6 +324,7 @@ def test_too_many_clients_are_told_when_to_come_again(live):
     assert live.ask("/healthz")[0] == 200
 
 
+@pytest.mark.fault(29)
 def test_choices_that_have_no_room_together_are_refused_together(live):
     busy = raw(live, post(body(stream=True, **LONG)))
     wait_until(lambda: live.engine.running == 1, 10)
@@ -319,6 +335,7 @@ def test_choices_that_have_no_room_together_are_refused_together(live):
     wait_until(lambda: live.engine.running == 0, 10)
 
 
+@pytest.mark.fault(29)
 def test_a_server_that_leaves_finishes_what_runs_and_takes_no_more():
     with running(serving.make_engine(CONTEXT, [2], 3), grace_s=30.0) as live:
         found = []
@@ -340,6 +357,7 @@ def test_a_server_that_leaves_finishes_what_runs_and_takes_no_more():
         assert not live.thread.is_alive()
 
 
+@pytest.mark.fault(29)
 def test_what_does_not_end_in_time_is_ended():
     with running(serving.make_engine(CONTEXT, [2], 3), grace_s=0.0) as live:
         link = raw(live, post(body(stream=True, **LONG)))

@@ -35,11 +35,13 @@ def python(code, *args, **options):
     return subprocess.Popen([sys.executable, "-c", code, *args], text=True, **options)
 
 
+@pytest.mark.fault(3)
 @pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_raises_the_flag_and_its_exit_code(name, code):
     assert python(FLAG, name).wait(timeout=60) == code
 
 
+@pytest.mark.fault(3)
 def test_a_process_that_does_not_read_the_flag_leaves_after_the_grace_time():
     process = python(STUCK, "0.2", stdout=subprocess.PIPE)
     assert process.stdout.readline() == "ready\n"
@@ -47,6 +49,7 @@ def test_a_process_that_does_not_read_the_flag_leaves_after_the_grace_time():
     assert process.wait(timeout=30) == 143
 
 
+@pytest.mark.fault(3)
 def test_a_second_signal_leaves_at_once():
     process = python(STUCK, "1000", stdout=subprocess.PIPE)
     assert process.stdout.readline() == "ready\n"

@@ -112,6 +112,7 @@ def test_a_batch_without_any_target_changes_no_finite_number_to_nan(plain):
     assert float(sums["loss"]) == 0.0
 
 
+@pytest.mark.fault(14)
 @pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
 def test_a_non_finite_update_is_skipped_and_counted(plain, value):
     fn, tx = plain
@@ -131,6 +132,7 @@ def test_a_non_finite_update_is_skipped_and_counted(plain, value):
     )
 
 
+@pytest.mark.fault(14)
 def test_an_update_that_makes_weights_nan_is_skipped_though_the_gradient_is_finite(
     plain,
 ):
@@ -142,6 +144,7 @@ def test_an_update_that_makes_weights_nan_is_skipped_though_the_gradient_is_fini
     assert_equal(after.params, before.params)
 
 
+@pytest.mark.fault(14)
 def test_the_moving_average_follows_the_weights_and_skips_with_them():
     function, tx = make_step()
     fn, hyper = jax.jit(function), make_hyper(ema_decay=0.9, warmup_steps=0)

@@ -90,6 +90,7 @@ def test_no_thread_is_left_behind(config, tmp_path):
     assert not [thread.name for thread in left if "compile" in thread.name]
 
 
+@pytest.mark.fault(10)
 @pytest.mark.parametrize("strategy", ["mesh", "pmap"])
 def test_a_resumed_run_ends_bit_equal_to_an_uninterrupted_one(
     config, tmp_path, strategy
@@ -114,6 +115,7 @@ def test_a_resumed_run_ends_bit_equal_to_an_uninterrupted_one(
     assert whole[2] == parts[2] and whole[4] == parts[4] and whole[8] == parts[8]
 
 
+@pytest.mark.fault(9)
 def test_a_run_from_two_devices_opens_and_resumes_on_one(config, tmp_path):
     config.mesh.data = 2
     config.steps = 4
@@ -128,6 +130,7 @@ def test_a_run_from_two_devices_opens_and_resumes_on_one(config, tmp_path):
     )
 
 
+@pytest.mark.fault(9, injections=3)
 def test_a_run_over_split_weights_goes_on_over_another_mesh(config, tmp_path):
     config.sample_every = 4
     config.mesh.data = 1
@@ -140,6 +143,7 @@ def test_a_run_over_split_weights_goes_on_over_another_mesh(config, tmp_path):
     assert moved.numbers["val_loss"] == pytest.approx(whole.numbers["val_loss"], 1e-5)
 
 
+@pytest.mark.fault(3)
 def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(config, tmp_path):
     """Oracle: a run that nobody interrupted."""
     config.patience = 9
@@ -193,6 +197,7 @@ def test_a_changed_config_is_refused_and_nothing_is_overwritten(config, tmp_path
     assert (tmp_path / "run" / "config.json").read_text() == before
 
 
+@pytest.mark.fault(11)
 def test_changed_data_under_a_run_is_refused(config, tmp_path):
     train.train(config, tmp_path / "run")
     (tmp_path / "text.txt").write_text(TEXT[::-1])
@@ -252,6 +257,7 @@ def test_weights_of_another_task_lose_and_gain_only_what_the_task_names():
     assert train.adopt(weights, plain, key).keys() == weights.keys()
 
 
+@pytest.mark.fault(15)
 def test_a_run_of_nothing_but_nan_stops_and_saves_none_of_it(config, tmp_path):
     config.hyper.update(lr=1e30, clip=0.0, warmup_steps=0.0)
     config.update(max_skipped=2, steps=40, log_every=1)
@@ -331,14 +337,18 @@ def read_until(process, word):
     threading.Thread(target=process.stdout.read, daemon=True).start()
 
 
-@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "kill",
+    [
+        pytest.param(signal.SIGTERM, marks=[pytest.mark.fault(3), pytest.mark.slow]),
+        pytest.param(signal.SIGKILL, marks=pytest.mark.fault(2)),
+    ],
+)
 def test_a_killed_run_goes_on_to_the_parameters_of_an_undisturbed_one(
     config, tmp_path, kill
 ):
     config.update(steps=60, eval_every=10, checkpoint_every=5, log_every=5)
-    whole = spawn(config, tmp_path, "whole")
-    whole.communicate(timeout=100)
-    assert whole.returncode == 0
+    train.train(config, tmp_path / "whole")
     process = spawn(config, tmp_path, "killed")
     read_until(process, "step 10:")
     process.send_signal(kill)
