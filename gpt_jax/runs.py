@@ -73,8 +73,7 @@ class Run(NamedTuple):
       config: every key, as the run last used it.
       tokenizer: a `tokenizers.Tokenizer`.
       model: the GPT, with its layers one by one (scan_layers off), as decoding needs.
-      params: the weights to apply it with, on this process's first device; an adapter
-        is merged into them.
+      params: the weights to apply it with, on this process's first device.
       step: the step that they are from.
       classes: of a classifier; None for a language model.
     """
@@ -89,7 +88,11 @@ class Run(NamedTuple):
 
 
 def open(
-    folder: str | Path, *, step: int | str | None = None, weights: str = ""
+    folder: str | Path,
+    *,
+    step: int | str | None = None,
+    weights: str = "",
+    merge: bool = True,
 ) -> Run:
     """Returns a run ready for use, whatever devices it was trained on.
 
@@ -101,6 +104,8 @@ def open(
         run keeps one (optimizer.ema), as its evaluations did; "base", those that the
         run started from, as it holds them (adapter.base_dtype), where it does (LoRA,
         or a reference).
+      merge: whether what an adapter has learnt is added into the kernels, or stays
+        beside them, which are then those of the base.
 
     Raises:
       ValueError: this is not a run, or the checkpoint is damaged or lacks `weights`.
@@ -113,13 +118,14 @@ def open(
     cfg = model_config(config, tokenizer, classes)
     weights = weights or ("ema" if config.optimizer.ema else "params")
     store = Checkpoints(folder / "checkpoints", keep=None)
-    unmerged = weights == "base"
-    weights = "params" if unmerged else weights
+    started = weights == "base"
+    weights = "params" if started else weights
     tree, meta, found = _load(store, step, weights)
     frozen = store.load_frozen(meta["frozen"]) if meta.get("frozen") else {}
-    joined = adapters.make(**config.adapter).join(tree[weights], frozen)
-    params = adapters.merge(joined, cfg.param_dtype)
-    if unmerged:
+    params = adapters.make(**config.adapter).join(tree[weights], frozen)
+    if merge or started:
+        params = adapters.merge(params, cfg.param_dtype)
+    if started:
         params = _base(frozen, params, folder)
     model = GPT(_unscanned(cfg))
     return Run(folder, config, tokenizer, model, unstack(params, cfg), found, classes)

@@ -74,6 +74,13 @@ def running(engine, *, limits=LIMITS, key="", grace_s=5.0, templates=(None, "pla
         name: Served(engine, template, facts)
         for name, template in zip(("tiny", "chatty"), templates, strict=True)
     }
+    with open_server(served, limits=limits, key=key, grace_s=grace_s) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def open_server(served, *, limits=LIMITS, key="", grace_s=5.0):
+    """Serves models by name in a thread."""
     lines, stop = [], server.Stop()
     place = server.Place("127.0.0.1", 0, key, grace_s)
 
@@ -83,6 +90,7 @@ def running(engine, *, limits=LIMITS, key="", grace_s=5.0, templates=(None, "pla
     thread = threading.Thread(target=work)
     thread.start()
     try:
+        engine = next(iter(served.values())).engine
         yield Running(lines, stop, thread, engine)
     finally:
         stop.signals += 2

@@ -12,14 +12,15 @@ import jax
 import numpy as np
 import openai
 import pytest
+from flax.traverse_util import flatten_dict
 
 from configs import common
+from gpt_jax import adapters, runs, sample
 from gpt_jax import model as models
-from gpt_jax import runs
 from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.serve import server
 from tests import serving
-from tests.serving import TOKENIZER, alone, running, wait_until
+from tests.serving import TOKENIZER, alone, open_server, running, wait_until
 
 CONTEXT = 32
 
@@ -290,6 +291,59 @@ def test_equal_weights_of_several_models_are_held_once():
     first, second = server.share(base, held), server.share(tuned, held)
     assert second["kernel"] is first["kernel"] and second["bias"] is first["bias"]
     assert "head" in second and len(held) == 3
+
+
+@pytest.fixture(scope="module")
+def lora_folders(run_folder):
+    """Two LoRA runs over the weights of that run, with thin matrices of their own."""
+    base = runs.open(run_folder)
+    folders = []
+    for number in (1, 2):
+        folder = run_folder.parent / f"lora_{number}"
+        config = base.config.copy_and_resolve_references()
+        config.adapter = common.adapter_lora()
+        runs.create(folder, config, TOKENIZER)
+        split = adapters.make(**config.adapter).split
+        params, frozen = split(base.params, jax.random.key(number))
+        params = jax.tree.map(lambda x, n=number: x + 0.05 * n, params)
+        with Checkpoints(folder / "checkpoints", keep=2) as store:
+            meta = {"frozen": store.save_frozen(frozen)}
+            store.save(4, {"params": params}, metric=None, meta=meta)
+        folders.append(str(folder))
+    return folders
+
+
+def test_lora_runs_over_one_base_share_it_and_write_as_when_merged(lora_folders):
+    models = server.open_runs(
+        server.named(lora_folders), step=None, weights="", sizes=[1, 4], queue=4
+    )
+    slots = [served.engine._slots for served in models.values()]
+    for name in ("_params", "_params_of_one"):
+        first, second = (
+            flatten_dict(getattr(one, name), sep="/")  # type: ignore[misc]
+            for one in slots
+        )
+        assert {path for path in first if first[path] is not second[path]} == {
+            path for path in first if path.endswith(("/lora_a", "/lora_b"))
+        }
+        assert any(path.endswith("/lora_a") for path in first)
+    with open_server(models) as found:
+        for folder, name in zip(lora_folders, models):
+            body = {"model": name, "prompt": "Once", "max_tokens": 9, "temperature": 0}
+            _, answer, _ = found.ask("/v1/completions", body)
+            run = runs.open(folder)  # merged
+            wanted = sample.texts(
+                model=run.model,
+                params=run.params,
+                tokenizer=run.tokenizer,
+                prompts=["Once"],
+                count=1,
+                seed=0,
+                stop=(),
+                **{"max_new": 9, "temperature": 0.0, "top_k": 0, "top_p": 1.0},
+                **{"min_p": 0.0, "repetition_penalty": 1.0},
+            )
+            assert answer["choices"][0]["text"] == wanted[0].text
 
 
 def test_the_door_serves_a_run_and_leaves_in_good_order(run_folder):

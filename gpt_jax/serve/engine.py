@@ -81,7 +81,14 @@ class Engine:
     """
 
     def __init__(
-        self, *, model: GPT, params, tokenizer, sizes: Sequence[int], queue: int
+        self,
+        *,
+        model: GPT,
+        params,
+        tokenizer,
+        sizes: Sequence[int],
+        queue: int,
+        share: slots.Share = lambda tree: tree,
     ):
         """Makes an engine; `start` starts it.
 
@@ -92,10 +99,11 @@ class Engine:
           sizes: how many rows a decode step may have; the last is `most`. One size
             alone makes a row's numbers the same to the last bit, whoever is there.
           queue: how many more requests may wait.
+          share: gives arrays that equal these and are held already; else these.
         """
         if queue < 0:
             raise ValueError(f"queue {queue} is below 0")
-        self._slots = slots.Slots(model, params, sizes)
+        self._slots = slots.Slots(model, params, sizes, share)
         self.model, self.tokenizer = self._slots.model, tokenizer
         self.most, self._queue = self._slots.sizes[-1], queue
         self.ready, self.failed = threading.Event(), None

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,9 @@ def open_runs(
 ) -> dict[str, Served]:
     """Returns the models of run folders, their engines not yet started.
 
-    Weights that are equal in several of them are held once. Adapters are merged when a
-    run is opened, so kernels that one has adapted are its own.
+    Weights that are equal in several of them are held once: of LoRA runs over one base
+    all but the adapters, which then stay beside the kernels (a run that is served alone
+    has its adapter merged).
 
     Args:
       paths: run folders by name.
@@ -84,22 +86,22 @@ def open_runs(
       ValueError: a folder is not a run, or not one of a model that writes.
     """
     held: dict[tuple, Any] = {}
-    served = {}
+    served, alone = {}, len(paths) == 1
     for name, path in paths.items():
-        run = runs.open(path, step=step, weights=weights)
+        run = runs.open(path, step=step, weights=weights, merge=alone)
         if run.model.cfg.n_classes:
             raise ValueError(
                 f"{path} sorts texts into classes and cannot write; use "
                 "python -m experiments.classify"
             )
         template = _template(path, run.tokenizer)
-        params = share(run.params, held) if len(paths) > 1 else run.params
         engine = Engine(
             model=run.model,
-            params=params,
+            params=run.params,
             tokenizer=run.tokenizer,
             sizes=sizes,
             queue=queue,
+            **({} if alone else {"share": partial(share, held=held)}),
         )
         facts = {
             "created": int((path / "config.json").stat().st_mtime),

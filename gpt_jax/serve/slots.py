@@ -11,7 +11,7 @@ that holds them, and move to another when their number calls for it.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,9 @@ from gpt_jax.serve.batch import Chosen, Entry
 PIECE = 256  # prompt tokens run at once: what other rows wait for at most
 SHORTEST = 16  # pieces are padded to powers of two from here on
 PATIENCE = 32  # steps for which a smaller size must have done before it is taken
+
+
+Share = Callable[[Any], Any]
 
 
 def lengths(context: int) -> list[int]:
@@ -59,15 +62,25 @@ def entry(
 class Slots:
     """A batch of rows, each with an owner; grows and shrinks between fixed sizes."""
 
-    def __init__(self, model: GPT, params, sizes: Sequence[int]):
-        """Args: the model; its weights; how many rows a step may have, rising."""
+    def __init__(
+        self, model: GPT, params, sizes: Sequence[int], share: Share = lambda tree: tree
+    ):
+        """Lays the weights out; `compile` does the rest.
+
+        Args:
+          model: the model.
+          params: its weights.
+          sizes: how many rows a step may have, rising.
+          share: gives arrays that equal these and are held already; else these.
+        """
         if not sizes or min(sizes) < 1 or list(sizes) != sorted(set(sizes)):
             raise ValueError(
                 f"batch sizes {list(sizes)} must be whole numbers above 0 that rise"
             )
-        self.model, self._params = sample.laid_out(model, params, rows=sizes[-1])
+        self.model, many = sample.laid_out(model, params, rows=sizes[-1])
         # One row reads its weights in an order of its own where that is faster.
-        _, self._params_of_one = sample.laid_out(model, params, rows=sizes[0])
+        _, one = sample.laid_out(model, params, rows=sizes[0])
+        self._params, self._params_of_one = share(many), share(one)
         self.room, self.sizes = model.cfg.context_length, tuple(sizes)
         self._lengths = lengths(self.room)
         self._owners: list[Any] = [None] * self.sizes[0]
