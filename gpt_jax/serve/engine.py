@@ -78,6 +78,7 @@ class Engine:
       tokens: tokens chosen so far; prompted: prompt tokens run; steps: decode steps.
       ready: set when everything is compiled.
       failed: what broke the thread, or None.
+      flush: called by the thread when it has delivered what a step brought.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Engine:
         self.model, self.tokenizer = self._slots.model, tokenizer
         self.most, self._queue = self._slots.sizes[-1], queue
         self.ready, self.failed = threading.Event(), None
+        self.flush: Callable[[], None] = lambda: None
         self.tokens = self.prompted = self.steps = 0
         self._wake = threading.Condition()
         self._waiting: deque[Row] = deque()
@@ -174,7 +176,9 @@ class Engine:
             while self._await_work():
                 self._drop()
                 self._fill()
+                self.flush()  # first tokens do not wait for the step
                 self._step()
+                self.flush()
         except BaseException as error:  # the thread's edge: nobody else would hear
             log.exception("the engine broke")
             self.failed = error
@@ -186,6 +190,7 @@ class Engine:
         for row in dict.fromkeys(rows):  # one that joins is in two places
             with self._only(row):
                 self._tell(row, reason="error" if self.failed else "cancelled")
+        self.flush()
 
     @contextlib.contextmanager
     def _only(self, row: Row) -> Iterator[None]:

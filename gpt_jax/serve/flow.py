@@ -4,8 +4,8 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,23 +107,46 @@ def prompt_ids(ask: Ask, served: Served) -> list[list[int]]:
         raise Refused(400, str(error), code) from None
 
 
+class Mail:
+    """Carries pieces from engines' threads to the event loop, those of a step at once.
+
+    To wake the loop costs a system call, after which the two threads contend for the
+    interpreter: once a step is enough.
+    """
+
+    def __init__(self):
+        """Belongs to the event loop that runs."""
+        self._loop = asyncio.get_running_loop()
+        self._letters: deque[tuple[asyncio.Queue, Any]] = deque()
+
+    def post(self, queue: asyncio.Queue, letter) -> None:
+        """Takes a letter for a queue, from any thread; `flush` sends it."""
+        self._letters.append((queue, letter))
+
+    def flush(self) -> None:
+        """Lets the loop hand out what was posted; from any thread."""
+        if self._letters:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._hand_out)
+
+    def _hand_out(self) -> None:
+        while self._letters:
+            queue, letter = self._letters.popleft()
+            queue.put_nowait(letter)
+
+
 class Flow:
     """The pieces of a request's texts, as they come to the event loop."""
 
-    def __init__(self, engine: Engine, requests: Sequence[Request]):
+    def __init__(self, engine: Engine, requests: Sequence[Request], mail: Mail):
         """Submits the requests; raises Refused when there is no room."""
-        loop, self._queue = asyncio.get_running_loop(), asyncio.Queue()
+        self._queue = asyncio.Queue()
         self._open = len(requests)
         self._end = max(request.deadline for request in requests) + LATER
-
-        def outlet(i: int) -> Callable[[Piece], None]:
-            def deliver(piece):
-                with contextlib.suppress(RuntimeError):  # the loop has ended
-                    loop.call_soon_threadsafe(self._queue.put_nowait, (i, piece))
-
-            return deliver
-
-        jobs = [(request, outlet(i)) for i, request in enumerate(requests)]
+        jobs = [
+            (request, lambda piece, i=i: mail.post(self._queue, (i, piece)))
+            for i, request in enumerate(requests)
+        ]
         try:
             self._rows = engine.submit(jobs)
         except ValueError as error:
@@ -138,15 +161,23 @@ class Flow:
         """Returns (which text, its piece), or None when all have ended."""
         if not self._open:
             return None
-        try:  # the engine itself ends what is late, but a step of it may hang
-            async with asyncio.timeout(self._end - time.monotonic()):
-                i, piece = await self._queue.get()
-        except TimeoutError:
-            raise Refused(*ENDS["late"]) from None
+        i, piece = self._queue.get_nowait() if self.more else await self._arrival()
         self._open -= bool(piece.reason)
         if piece.reason in ENDS:
             raise Refused(*ENDS[piece.reason])
         return i, piece
+
+    @property
+    def more(self) -> bool:
+        """Whether `next` has something at once."""
+        return not self._queue.empty()
+
+    async def _arrival(self) -> tuple[int, Piece]:
+        try:  # the engine itself ends what is late, but a step of it may hang
+            async with asyncio.timeout(self._end - time.monotonic()):
+                return await self._queue.get()
+        except TimeoutError:
+            raise Refused(*ENDS["late"]) from None
 
     @property
     def written(self) -> int:

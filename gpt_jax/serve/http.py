@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpt_jax.serve import replies, wire
-from gpt_jax.serve.flow import ENDS, Flow, Served, prompt_ids, requests_of
+from gpt_jax.serve.flow import ENDS, Flow, Mail, Served, prompt_ids, requests_of
 from gpt_jax.serve.guard import GONE, guarded
 from gpt_jax.serve.numbers import Numbers
 from gpt_jax.serve.replies import Reply, Text
@@ -39,13 +39,17 @@ OPEN = {*FILES, "/healthz", "/readyz"}  # need no key
 
 @dataclass
 class Service:
-    """All that the paths share; `leaving` is set when no more requests are taken."""
+    """All that the paths share; `leaving` is set when no more requests are taken.
+
+    Made where the event loop runs, to which `mail` belongs.
+    """
 
     models: Mapping[str, Served]
     limits: Limits
     key: str  # "" = none is asked for
     numbers: Numbers
     local: bool  # listens on loopback
+    mail: Mail
     leaving: bool = False
 
     @property
@@ -171,7 +175,7 @@ async def _generate(service: Service, http, form: Callable):
             requests, reply = await _unless_gone(http, work)
     except TimeoutError:
         raise Refused(*ENDS["late"]) from None
-    flow = Flow(served.engine, requests)
+    flow = Flow(served.engine, requests, service.mail)
     try:
         first = await _unless_gone(http, flow.next())
         service.numbers.first(name, time.monotonic() - began)
@@ -202,8 +206,7 @@ async def _events(service: Service, reply: Reply, flow: Flow, first) -> AsyncIte
     """Yields the server-sent events of a stream."""
     texts = [Text("") for _ in reply.echoes for _ in range(reply.ask.n)]
     echoes = [echo for echo in reply.echoes for _ in range(reply.ask.n)]
-    for event in reply.opening():
-        yield _event(event)
+    events = [_event(event) for event in reply.opening()]
     try:
         while first is not None:
             i, piece = first
@@ -212,16 +215,19 @@ async def _events(service: Service, reply: Reply, flow: Flow, first) -> AsyncIte
             tokens = text.add(piece)
             told = (i, echo + piece.text, tokens, start, piece.reason)
             if len(tokens) > FEW:
-                yield await asyncio.to_thread(lambda a: _event(reply.piece(*a)), told)
+                work = asyncio.to_thread(lambda a: _event(reply.piece(*a)), told)
+                events.append(await work)
             else:
-                yield _event(reply.piece(*told))
+                events.append(_event(reply.piece(*told)))
+            if not flow.more:  # else they share a system call, the dearest part
+                yield b"".join(events)
+                events.clear()
             first = await flow.next()
     except Refused as error:
-        yield _event(error.body())
+        yield b"".join([*events, _event(error.body())])
         return
-    for event in reply.closing(flow.written):
-        yield _event(event)
-    yield b"data: [DONE]\n\n"
+    events += map(_event, reply.closing(flow.written))
+    yield b"".join([*events, b"data: [DONE]\n\n"])
 
 
 def _event(body: dict) -> bytes:

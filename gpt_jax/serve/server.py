@@ -20,7 +20,7 @@ import numpy as np
 
 from gpt_jax import chat, model, runs
 from gpt_jax.serve.engine import Engine
-from gpt_jax.serve.flow import Served
+from gpt_jax.serve.flow import Mail, Served
 from gpt_jax.serve.http import Service, application
 from gpt_jax.serve.numbers import Numbers
 from gpt_jax.serve.wire import Limits
@@ -153,6 +153,11 @@ class Place:
     key: str
     grace_s: float
 
+    @property
+    def local(self) -> bool:
+        """Whether only this machine can ask."""
+        return self.host == "localhost" or self.host.startswith(("127.", "::1"))
+
 
 class Stop:
     """How often the server was told to leave; SIGTERM and Ctrl-C do that here."""
@@ -204,21 +209,23 @@ def serve(
     Raises:
       ValueError: nothing can listen there.
     """
-    engines = {name: served.engine for name, served in models.items()}
-    local = place.host == "localhost" or place.host.startswith(("127.", "::1"))
-    service = Service(models, limits, place.key, Numbers(engines), local)
-    if not (local or place.key):
+    if not (place.local or place.key):
         tell("warning: whoever reaches this port can use the models: set a key")
     sys.setswitchinterval(SWITCH)
     with stop.watch():
-        asyncio.run(_serve(service, place, stop, tell))
-    ended = [engine.close(1.0) for engine in engines.values()]
+        asyncio.run(_serve(models, place, limits, stop, tell))
+    ended = [served.engine.close(1.0) for served in models.values()]
     return all(ended)
 
 
-async def _serve(service: Service, place: Place, stop: Stop, tell) -> None:
+async def _serve(models, place: Place, limits: Limits, stop: Stop, tell) -> None:
     import uvicorn
 
+    engines = {name: served.engine for name, served in models.items()}
+    numbers, mail = Numbers(engines), Mail()
+    service = Service(models, limits, place.key, numbers, place.local, mail)
+    for engine in engines.values():
+        engine.flush = mail.flush
     listener = _listen(place.host, place.port)
     config = uvicorn.Config(
         application(service),
