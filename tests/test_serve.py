@@ -154,9 +154,9 @@ def test_a_row_is_the_same_to_the_last_bit_whoever_else_is_there():
         heard = []
         for i in range(others):
             rows.prompt([40 + i] * (5 + i), 0)
-            rows.join(entry(ask([40 + i], temperature=1.0)), "other")
+            rows.join(entry(ask([40 + i], temperature=1.0)), "other", 5 + i)
         rows.prompt(mine.ids, 0)
-        rows.join(entry(mine), "mine")
+        rows.join(entry(mine), "mine", len(mine.ids))
         for _ in range(10):
             (slot,) = [slot for slot, owner in rows.taken() if owner == "mine"]
             chosen = rows.step()
@@ -174,7 +174,7 @@ def test_a_row_goes_on_where_it_was_when_the_batch_shrinks_under_it():
     for owner in ("first", "second", "mine"):
         request = ask(owner, max_new=20)
         rows.prompt(request.ids, 0)
-        slot, chosen = rows.join(entry(request), owner)
+        slot, chosen = rows.join(entry(request), owner, len(request.ids))
     written = [int(chosen.token_B[0])]
     for _ in range(9):
         if len(written) == 4:
@@ -186,6 +186,36 @@ def test_a_row_goes_on_where_it_was_when_the_batch_shrinks_under_it():
         written.append(int(rows.step().token_B[slot]))
     assert rows.taken() == [(0, "mine")]
     assert bytes(written).decode(errors="replace") == alone("mine", max_new=10).text
+
+
+def test_caches_reach_as_far_as_the_longest_row_needs(monkeypatch):
+    monkeypatch.setattr(slots, "REACH", 8)
+    monkeypatch.setattr(slots, "PATIENCE", 3)
+    model, params = build()
+    rows = slots.Slots(model, params, [1, 2])
+    assert rows.reaches == [8, 16, 32]
+    rows.compile()
+    before, written, seen = rows.programs(), [], []
+    mine, other = ask("ab", max_new=20), ask("x" * 13, max_new=9)
+
+    def join(request, owner):
+        rows.prompt(request.ids, 0)
+        _, chosen = rows.join(entry(request), owner, len(request.ids))
+        seen.append(rows._batch.reach)
+        return int(chosen.token_B[0])
+
+    written.append(join(mine, 0))
+    for count in range(1, 20):
+        if count == 3:
+            join(other, 1)
+        if count == 9:
+            rows.leave(1)
+        written.append(int(rows.step().token_B[0]))
+        seen.append(rows._batch.reach)
+    # 13 tokens need 16, then, after four steps, 32; two and eleven again need 16.
+    assert seen == [8, 8, 8, *[16] * 4, *[32] * 6, *[16] * 3, *[32] * 5]
+    assert bytes(written).decode(errors="replace") == alone("ab", max_new=20).text
+    assert rows.programs() == before
 
 
 def entry(request):
@@ -363,3 +393,10 @@ def test_pieces_of_prompts_have_few_lengths():
     assert slots.lengths(1024) == [16, 32, 64, 128, 256]
     assert slots.lengths(100) == [16, 32, 64, 100]
     assert slots.lengths(8) == [8]
+
+
+def test_caches_have_few_reaches_of_which_the_last_is_all():
+    assert slots.reaches(100) == [100]
+    assert slots.reaches(256) == [128, 256]
+    assert slots.reaches(1024) == [128, 256, 512, 1024]
+    assert slots.reaches(8192) == [1024, 2048, 4096, 8192]

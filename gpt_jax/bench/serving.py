@@ -29,14 +29,16 @@ SECONDS = 600.0  # after which a request has failed
 
 
 def requests(count: int, vocab: int, room: int) -> list[dict]:
-    """Returns bodies of /v1/completions: prompts of ids, short and long, greedy."""
+    """Returns bodies of /v1/completions as of a chat, greedy, their prompts ids.
+
+    Questions have 8 to 40 tokens and answers 40 to 159, as far as there is room.
+    """
     rng = np.random.default_rng(0)
-    longest = max(1, room // 4)
     bodies = []
     for i in range(count):
-        length = 1 + (i * 37) % longest
+        length = min(8 + (i * 13) % 33, room // 4)
         prompt = rng.integers(1, vocab, length).tolist()
-        new = min(8 + (i * 13) % 56, room - length)
+        new = min(40 + (i * 29) % 120, room - length)
         body = {"prompt": prompt, "max_tokens": new, "temperature": 0}
         bodies.append({**body, "stream": True, "ignore_eos": True})
     return bodies

@@ -44,6 +44,11 @@ class Batch(NamedTuple):
     key_B: jax.Array
     wants_B: jax.Array  # bool: log-probabilities too
 
+    @property
+    def reach(self) -> int:
+        """How many tokens the caches hold."""
+        return self.cache.keys[0].shape[2]
+
 
 class Entry(NamedTuple):
     """What a row brings along when it joins, but for its cache."""
@@ -63,12 +68,11 @@ class Chosen(NamedTuple):
     top_logprob_BK: jax.Array
 
 
-def empty(cfg: GPTConfig, rows: int) -> Batch:
-    """Returns rows in which nothing runs, with room for the model's context."""
-    room = cfg.context_length
+def empty(cfg: GPTConfig, rows: int, reach: int) -> Batch:
+    """Returns rows in which nothing runs; their caches hold `reach` tokens."""
     return Batch(
-        cache=init_cache(cfg, rows, room, jnp.dtype(cfg.dtype)),
-        tokens_BS=jnp.zeros((rows, room), jnp.int32),
+        cache=init_cache(cfg, rows, reach, jnp.dtype(cfg.dtype)),
+        tokens_BS=jnp.zeros((rows, cfg.context_length), jnp.int32),
         sampling=rows_of([GREEDY] * rows),
         key_B=jax.random.split(jax.random.key(0), rows),
         wants_B=jnp.zeros(rows, bool),
@@ -78,6 +82,20 @@ def empty(cfg: GPTConfig, rows: int) -> Batch:
 def resize(batch: Batch, row_B) -> Batch:
     """Returns the rows `row_B` of a batch, in that order, as a batch."""
     return jax.tree.map(lambda x: x[row_B], batch)
+
+
+def stretch(batch: Batch, reach: int) -> Batch:
+    """Returns the rows with caches that hold `reach` tokens: more, or fewer."""
+    return batch._replace(cache=_reaching(batch.cache, reach))
+
+
+def _reaching(cache: KVCache, reach: int) -> KVCache:
+    def cut(x_BGSK):
+        more = max(0, reach - x_BGSK.shape[2])
+        return jnp.pad(x_BGSK[:, :, :reach], ((0, 0), (0, 0), (0, more), (0, 0)))
+
+    keys, values, length_B = cache
+    return KVCache(tuple(map(cut, keys)), tuple(map(cut, values)), length_B)
 
 
 def prefill(params, row: KVCache, tokens_1T, start, count, *, model: GPT):
@@ -128,7 +146,8 @@ def admit(batch: Batch, row: KVCache, logits_1V, entry: Entry, slot):
 
     Args:
       batch: the rows; that in `slot` is gone afterwards.
-      row: the prompt's cache, which `prefill` returned with `logits_1V`.
+      row: the prompt's cache, which `prefill` returned with `logits_1V`; the prompt
+        fits into the caches of the batch.
       logits_1V: after the prompt's last token.
       entry: what else the row brings.
       slot: traced.
@@ -144,7 +163,7 @@ def admit(batch: Batch, row: KVCache, logits_1V, entry: Entry, slot):
         return old_B.at[slot].set(new_1[0])
 
     batch = Batch(
-        cache=insert(batch.cache, row, slot),
+        cache=insert(batch.cache, _reaching(row, batch.reach), slot),
         tokens_BS=batch.tokens_BS.at[slot].set(tokens_S),
         sampling=jax.tree.map(put, batch.sampling, sampling),
         key_B=put(batch.key_B, key_1),

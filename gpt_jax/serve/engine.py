@@ -282,7 +282,7 @@ class Engine:
             wants=request.top is not None,
             room=room,
         )
-        slot, chosen = self._slots.join(entry, row)
+        slot, chosen = self._slots.join(entry, row, len(request.ids))
         self._filling = None  # before its first token is told: it may be the last
         with self._only(row):
             self._push(slot, row, chosen, 0)

@@ -6,8 +6,9 @@
     for slot, owner in slots.taken(): ...
     chosen = slots.step()                 # the next token of every row
 
-A decode step costs what its shape costs, so rows live in the smallest of a few sizes
-that holds them, and move to another when their number calls for it.
+A decode step costs what its shape costs: every row is computed, and all that a cache
+holds is read. So rows live in the smallest of a few sizes, and their caches reach as
+far as the longest of them needs; both change when that does.
 """
 
 import zlib
@@ -26,7 +27,16 @@ from gpt_jax.serve.batch import Chosen, Entry
 
 PIECE = 256  # prompt tokens run at once: what other rows wait for at most
 SHORTEST = 16  # pieces are padded to powers of two from here on
-PATIENCE = 32  # steps for which a smaller size must have done before it is taken
+PATIENCE = 32  # steps for which a smaller shape must have done before it is taken
+REACH, REACHES = 128, 4  # the shortest reach of caches, and how many there are at most
+
+
+def reaches(context: int) -> list[int]:
+    """Returns how many tokens the caches of a batch may hold, rising; the last all."""
+    halves = [context]
+    while len(halves) < REACHES and halves[-1] >= 2 * REACH:
+        halves.append(-(-halves[-1] // 2))
+    return halves[::-1]
 
 
 Share = Callable[[Any], Any]
@@ -60,7 +70,7 @@ def entry(
 
 
 class Slots:
-    """A batch of rows, each with an owner; grows and shrinks between fixed sizes."""
+    """A batch of rows, each with an owner; grows and shrinks between fixed shapes."""
 
     def __init__(
         self, model: GPT, params, sizes: Sequence[int], share: Share = lambda tree: tree
@@ -70,7 +80,9 @@ class Slots:
         Args:
           model: the model.
           params: its weights.
-          sizes: how many rows a step may have, rising.
+          sizes: how many rows a step may have, rising. With one alone caches always
+            reach over the whole context: a row's numbers are then the same to the last
+            bit, whoever is there.
           share: gives arrays that equal these and are held already; else these.
         """
         if not sizes or min(sizes) < 1 or list(sizes) != sorted(set(sizes)):
@@ -83,14 +95,18 @@ class Slots:
         self._params, self._params_of_one = share(many), share(one)
         self.room, self.sizes = model.cfg.context_length, tuple(sizes)
         self._lengths = lengths(self.room)
+        self.reaches = reaches(self.room) if len(sizes) > 1 else [self.room]
         self._owners: list[Any] = [None] * self.sizes[0]
-        self._spare = 0  # steps for which a smaller size would have done
+        self._held: list[int] = [0] * self.sizes[0]  # tokens in each row's cache
+        # Steps for which a smaller size, a shorter reach would have done.
+        self._spare = self._slack = 0
         fixed = {"model": self.model}
         self._prefill = jax.jit(partial(batch.prefill, **fixed), donate_argnums=1)
         self._score = jax.jit(partial(batch.score, **fixed))
         self._admit = jax.jit(batch.admit, donate_argnums=0)
         self._step = jax.jit(partial(batch.step, **fixed), donate_argnums=1)
         self._resize = jax.jit(batch.resize)
+        self._stretch = jax.jit(batch.stretch, static_argnames="reach")
 
     def compile(self) -> None:
         """Runs every program once in every shape; nothing is compiled later."""
@@ -104,20 +120,24 @@ class Slots:
             self.prompt([0] * length, 0, score=True)
         idle = entry([0], batch.GREEDY, seed=0, number=0, wants=True, room=self.room)
         for smaller, size in zip((None, *self.sizes), self.sizes, strict=False):
-            self._batch = bind(batch.empty(cfg, size))
-            self._owners = [None] * size
-            self.join(idle, None)  # nobody: the slot stays free
-            self.step()
-            if smaller:
-                self._move(smaller)
-                self._move(size)
-        self._batch = bind(batch.empty(cfg, self.sizes[0]))
-        self._owners = [None] * self.sizes[0]
+            for reach in self.reaches:
+                self._batch = bind(batch.empty(cfg, size, reach))
+                self._owners, self._held = [None] * size, [0] * size
+                self.join(idle, None, 1)  # nobody: the slot stays free
+                self.step()
+                if smaller:
+                    self._move(smaller)
+                    self._move(size)
+            for reach in (*self.reaches[::-1], *self.reaches):
+                self._reach(reach)
+        first = self.sizes[0]
+        self._batch = bind(batch.empty(cfg, first, self.reaches[0]))
+        self._owners, self._held = [None] * first, [0] * first
 
     def programs(self) -> int:
         """Returns how many programs there are."""
         jitted: list[Any] = [self._prefill, self._score, self._admit]
-        jitted += [self._step, self._resize]
+        jitted += [self._step, self._resize, self._stretch]
         return sum(one._cache_size() for one in jitted)
 
     def prompt(
@@ -145,8 +165,8 @@ class Slots:
         told = jax.device_get(self._score(self._params, x_TD, next_T))
         return end, jax.tree.map(lambda x: x[:count], told)
 
-    def join(self, entry: Entry, owner) -> tuple[int, Chosen]:
-        """Gives the prompt that has just run a free slot.
+    def join(self, entry: Entry, owner, length: int) -> tuple[int, Chosen]:
+        """Gives the prompt of `length` tokens that has just run a free slot.
 
         Returns:
           the slot; the first token, Chosen of one row.
@@ -154,7 +174,8 @@ class Slots:
         if None not in self._owners:
             self._move(self.sizes[self.sizes.index(len(self._owners)) + 1])
         slot = self._owners.index(None)
-        self._owners[slot] = owner
+        self._owners[slot], self._held[slot] = owner, length
+        self._reach(max(length, self._batch.reach))
         self._batch, chosen = self._admit(
             self._batch, self._row, self._logits, entry, np.int32(slot)
         )
@@ -170,6 +191,10 @@ class Slots:
 
     def step(self, *, told: bool = True) -> Chosen:
         """Gives every taken slot a token; `told` says whether probabilities matter."""
+        taken = [slot for slot, _ in self.taken()]
+        self._fit_reach(max((self._held[slot] for slot in taken), default=0) + 1)
+        for slot in taken:
+            self._held[slot] += 1
         running_B = np.array([owner is not None for owner in self._owners])
         params = self._params if len(running_B) > 1 else self._params_of_one
         self._batch, chosen = self._step(params, self._batch, running_B)
@@ -194,10 +219,27 @@ class Slots:
             taken = self.taken()
             old_B = np.zeros(self.sizes[here], np.int32)
             old_B[: len(taken)] = [slot for slot, _ in taken]
-            owners = [owner for _, owner in taken]
-            self._owners = owners + [None] * (len(old_B) - len(owners))
+            free = len(old_B) - len(taken)
+            self._held = [self._held[slot] for slot, _ in taken] + [0] * free
+            self._owners = [owner for _, owner in taken] + [None] * free
             self._batch = self._resize(self._batch, old_B)
         self._spare = 0
+
+    def _fit_reach(self, tokens: int) -> None:
+        """Lets caches hold so many tokens; see `fit`."""
+        shorter = self._batch.reach > next(r for r in self.reaches if r >= tokens)
+        self._slack = self._slack + 1 if shorter else 0
+        if tokens > self._batch.reach or self._slack > PATIENCE:
+            self._reach(tokens)
+
+    def _reach(self, tokens: int) -> None:
+        """Changes how far caches reach, one length at a time: so few programs do."""
+        wanted = next(r for r in self.reaches if r >= tokens)
+        while (now := self._batch.reach) != wanted:
+            step = 1 if wanted > now else -1
+            reach = self.reaches[self.reaches.index(now) + step]
+            self._batch = self._stretch(self._batch, reach=reach)
+        self._slack = 0
 
 
 def _read(chosen: Chosen, *, told: bool) -> Chosen:
