@@ -19,6 +19,9 @@ config = "configs/classify.py:run=runs/austen,pool=end,epochs=2"
 metric = "val_accuracy"
 direction = "maximize"
 fixed = {"checkpoint_every": 10_000, "tensorboard": False}
+# As in the book: no dropout where two epochs are all, no averages of weights.
+fixed |= {"hyper.dropout_embed": 0.0, "hyper.dropout_residual": 0.0}
+fixed |= {"optimizer.ema": False}
 
 _WIDTHS = (16, 32, 48, 64, 80, 96, 112)
 _ONE_BY_ONE = {"batch_size": 1, "steps": 2090, "eval_every": 1045, "hyper.lr": 2e-4}

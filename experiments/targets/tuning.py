@@ -7,26 +7,40 @@ from pathlib import Path
 
 from experiments.targets import Absent, Found, Place, Row, run, train
 
-SEEDS = (1, 2, 3)
+SPAM_SEEDS, REWARD_SEEDS = (1337, 1338, 1339), (1, 2, 3)
 BASE = "configs/austen_15m.py:size=small"
 TRAINED_ON, TESTED_ON = 935, 110  # rows of the instruction file, in its order
 
 
 def spam(place: Place) -> Found:
-    """Returns the test accuracy of spam classifiers from random weights."""
+    """Returns the test accuracy of spam classifiers made of the pretrained model."""
     place.file("sms_spam.tsv")
-    shares = []
-    for seed in SEEDS:
-        name = f"spam_{seed}"
-        train(place, name, _config("classify"), f"seed={seed}")
-        folder = place.out / name
-        command = [sys.executable, "-m", "experiments.classify", f"--run={folder}"]
-        run([*command, "--test"], place.out / f"{name}_test.log")
-        report = json.loads((folder / "test_report.json").read_text())
-        shares.append(100 * report["accuracy"])
-    mean = statistics.mean(shares)
+    shares = [_spam(place, f"spam_{seed}", seed) for seed in SPAM_SEEDS]
+    return Found(_percents(shares), statistics.mean(shares) >= 95)
+
+
+def spam_lora(place: Place) -> Found:
+    """Returns the same with LoRA, and how far that is from training all weights."""
+    place.file("sms_spam.tsv")
+    full = [_spam(place, f"spam_{seed}", seed) for seed in SPAM_SEEDS]
+    lora = [_spam(place, f"spam_lora_{s}", s, ",adapter=lora") for s in SPAM_SEEDS]
+    less = statistics.mean(full) - statistics.mean(lora)
+    return Found(f"{_percents(lora)}, {less:.2f} points less", less <= 1.5)
+
+
+def _spam(place: Place, name: str, seed: int, options: str = "") -> float:
+    """Returns the test accuracy of a classifier, in percent."""
+    config = _config("classify", _base(place)) + options
+    train(place, name, config, f"seed={seed}")
+    folder = place.out / name
+    command = [sys.executable, "-m", "experiments.classify", f"--run={folder}"]
+    run([*command, "--test"], place.out / f"{name}_test.log")
+    return 100 * json.loads((folder / "test_report.json").read_text())["accuracy"]
+
+
+def _percents(shares: list[float]) -> str:
     each = " / ".join(f"{share:.1f}" for share in shares)
-    return Found(f"{mean:.2f} % ({each})", mean >= 95)
+    return f"{statistics.mean(shares):.2f} % ({each})"
 
 
 def instructions(place: Place) -> Found:
@@ -70,11 +84,18 @@ def preferences(place: Place) -> Found:
 
 def rewards(place: Place) -> Found:
     """Returns how often letters are reversed rightly, before and after GRPO."""
-    begun = train(place, "grpo_start", _config("grpo"))
-    before = _values(begun, "val_accuracy")[-1]
-    start = place.out / "grpo_start"
-    after = max(_values(train(place, "grpo", _config("grpo", start)), "val_accuracy"))
-    return Found(f"{before:.2f} to {after:.2f}", before < 0.2 and after > 0.8)
+    befores, afters = [], []
+    for seed in REWARD_SEEDS:
+        begun, key = f"grpo_start_{seed}", f"seed={seed}"
+        lines = train(place, begun, _config("grpo"), key)
+        befores.append(_values(lines, "val_accuracy")[-1])
+        config = _config("grpo", place.out / begun)
+        lines = train(place, f"grpo_{seed}", config, key)
+        afters.append(_values(lines, "val_accuracy")[-1])
+    before, after = (
+        " / ".join(f"{x:.2f}" for x in found) for found in (befores, afters)
+    )
+    return Found(f"{before} to {after}", max(befores) < 0.2 and min(afters) > 0.8)
 
 
 def _config(name: str, base: Path | None = None) -> str:
@@ -100,14 +121,15 @@ def _values(lines: list[dict], name: str) -> list[float]:
 
 
 ROWS = (
-    Row("SMS spam from random weights: test accuracy, mean of 3 seeds",
-        "95 % or more", "none", spam),
+    Row("SMS spam, from a model of Jane Austen's novels: test accuracy, mean of 3 "
+        "seeds", "95 % or more", "none", spam),
+    Row("the same with LoRA", "at most 1.5 points less", "none", spam_lora),
     Row("instruction tuning: validation loss of answers", "falls by a third or more",
         "none", instructions),
     Row("the tuned model's test answers", "90 % end by themselves, 0.5x to 2x as long; "
         "scores rise", "95 % intervals above 0", answers),
     Row("DPO on the tuned model: validation loss", "0.6931, then below 0.66",
         "+- 0.001", preferences),
-    Row("GRPO on reversing 3 to 5 letters: held-out exact matches", "from below 0.2 to "
-        "above 0.8", "none", rewards),
+    Row("GRPO on reversing 3 to 5 letters, 3 seeds: held-out exact matches", "from "
+        "below 0.2 to above 0.8", "none", rewards),
 )  # fmt: skip
