@@ -4,8 +4,10 @@ Needs playwright and a Chromium (make test-browser). Screenshots go to the folde
 GPT_JAX_SCREENSHOTS names, to be looked at.
 """
 
+import itertools
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -112,13 +114,22 @@ def test_a_conversation_streams_and_outlives_a_reload(page, live):
     assert answers(page).count() == 0
 
 
-def test_a_text_can_be_stopped_and_asked_for_again(page, live):
+def test_a_text_can_be_stopped_and_asked_for_again(page, live, monkeypatch):
+    go_on, steps, step = threading.Event(), itertools.count(), live.engine._slots.step
+
+    def held(**told):  # else the text may have ended before the click
+        if next(steps) >= 20:
+            go_on.wait(60)
+        return step(**told)
+
+    monkeypatch.setattr(live.engine._slots, "step", held)
     settings(page, max_tokens=2000, temperature=1)
     send(page, "Once")
     playwright.expect(page.locator("#stop")).to_be_enabled()
     page.wait_for_function("document.querySelector('.assistant > div').textContent")
     page.click("#stop")
     playwright.expect(page.locator("#status")).to_have_text("Stopped.")
+    go_on.set()
     wait_until(lambda: live.engine.running == 0, 10)
     before = answers(page).inner_text()
     assert page.locator(".turn small").last.inner_text() == "stopped"
