@@ -226,11 +226,11 @@ def _validation(run):
 
 def _rows():
     """Answers the rows with every run, and scores the answers."""
-    from gpt_jax import chat
+    from gpt_jax import chat, instructions
     from gpt_jax.evaluate import answers, compare, rows
 
     judge = _judge() if JUDGE.value else None
-    test = rows.read(ROWS.value)
+    test = instructions.read_file(ROWS.value)
     test = test[: LIMIT.value or len(test)]
     found, scored = {}, {}
     for name, run in _opened():
@@ -325,10 +325,11 @@ def _judged(who, name: str, said: list[dict]):
 
 def _choices():
     """Picks a choice for every question, with every run."""
+    from gpt_jax import instructions
     from gpt_jax.evaluate import choices, compare, likelihood, rows
 
     questions = []
-    for number, row in enumerate(rows.read(CHOICES.value), start=1):
+    for number, row in enumerate(instructions.read_file(CHOICES.value), start=1):
         try:
             questions.append(choices.question(row))
         except ValueError as error:

@@ -40,18 +40,50 @@ def read(source: str, *, cache: str | Path, progress: bool) -> list[Row]:
     elif source.partition(":")[0] == "builtin":
         rows = _docstrings(corpora.open(source, field="", cache=cache))
     elif source in NAMES:
-        rows = _file(corpora.fetch(source, cache, progress))
+        rows = read_file(corpora.fetch(source, cache, progress))
     else:
-        rows = _file(Path(source).expanduser())
+        path = Path(source).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"there is no file {path} of instructions, and none of these is called "
+                f"so: {', '.join(NAMES)}"
+            )
+        rows = read_file(path)
     if not rows:
         raise ValueError(f"{source} has no rows; give a file of instructions")
     for number, row in enumerate(rows, start=1):
         try:
-            if not isinstance(row, dict):
-                raise ValueError("it is not an object with columns")
             chat.messages_of(row, "plain")
         except ValueError as error:
             raise ValueError(f"{source}, row {number}: {error}") from None
+    return rows
+
+
+def read_file(path: str | Path) -> list[Row]:
+    """Returns the objects of a JSON list, or of a file with one object a line.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it holds something else, or nothing; names the line, or the row.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text: the byte at offset {error.start} is invalid"
+        ) from None
+    if text.lstrip().startswith("["):
+        rows = _parsed(text, str(path))
+    else:
+        # Not splitlines: JSON text may hold U+2028 and the like as they are.
+        lines = enumerate(text.split("\n"), start=1)
+        rows = [_parsed(t, f"{path}, line {n}") for n, t in lines if t.strip()]
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, row {number}: {row!r:.40} is not an object")
+    if not rows:
+        raise ValueError(f"{path} holds no rows")
     return rows
 
 
@@ -110,24 +142,11 @@ def _docstrings(corpus: corpora.Corpus) -> list[Any]:
     return rows
 
 
-def _file(path: Path) -> list[Any]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no file {path} of instructions, and none of these is called so: "
-            f"{', '.join(NAMES)}"
-        )
+def _parsed(text: str, where: str) -> Any:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text: the byte at offset {error.start} is invalid"
-        ) from None
-    try:
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        # Not splitlines: JSON text may hold U+2028 and the like as they are.
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} is neither a JSON list of rows nor a JSON object a line: {error}"
+            f"{where} is not JSON, of which a file holds a list of rows, or a row a "
+            f"line: {error}"
         ) from None

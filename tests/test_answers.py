@@ -181,24 +181,3 @@ def test_a_judge_that_scored_no_row_of_both_runs_leaves_its_gain_empty():
     assert heads[2:4] == ["exact", "judge"]
     assert lines[2][2].startswith("+9.0") and lines[2][3] == ""
     assert len(lines[2]) == len(heads)
-
-
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        ("", "holds no rows"),
-        ("[1]", "row 1: '1' is no object"),
-        ('{"a": 1}\nnot json', "line 2 is not JSON"),
-        ("[{]", "is not JSON"),
-    ],
-)
-def test_files_without_rows_are_refused(tmp_path, text, words):
-    (tmp_path / "rows.json").write_text(text)
-    with pytest.raises(ValueError, match=words):
-        rows.read(tmp_path / "rows.json")
-
-
-def test_an_array_and_lines_are_the_same_rows(tmp_path):
-    (tmp_path / "a.json").write_text('\ufeff[{"a": 1}, {"a": "é\u2028"}]')
-    (tmp_path / "b.jsonl").write_text('{"a": 1}\n\n{"a": "é\u2028"}\n')
-    assert rows.read(tmp_path / "a.json") == rows.read(tmp_path / "b.jsonl")

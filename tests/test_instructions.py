@@ -66,9 +66,9 @@ def test_the_library_of_python_is_a_source_without_a_download(tmp_path):
     [
         ('[{"instruction": "a"}, {"text": "b"}]', "row 2: it has the columns 'text'"),
         ('{"messages": [{"role": "bot", "content": ""}]}', "row 1: role 'bot'"),
-        ('["a"]', "row 1: it is not an object"),
-        ("[]", "has no rows"),
-        ("instruction,output", "neither a JSON list"),
+        ('["a"]', "row 1: 'a' is not an object"),
+        ("[]", "holds no rows"),
+        ("instruction,output", "a list of rows, or a row a line"),
     ],
 )
 def test_a_file_that_is_no_list_of_conversations_is_refused(tmp_path, text, words):
@@ -90,3 +90,26 @@ def test_a_split_without_rows_to_train_or_validate_is_refused(count, val, test):
         instructions.split(
             [ROW] * count, how="fraction", val_fraction=val, test_fraction=test
         )
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "holds no rows"),
+        ("[1]", "row 1: 1 is not an object"),
+        ('{"a": 1}\nnot json', "line 2 is not JSON"),
+        ("[{]", "is not JSON"),
+    ],
+)
+def test_files_without_rows_are_refused(tmp_path, text, words):
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        instructions.read_file(tmp_path / "rows.json")
+
+
+def test_an_array_and_lines_are_the_same_rows(tmp_path):
+    (tmp_path / "a.json").write_text('\ufeff[{"a": 1}, {"a": "é\u2028"}]')
+    (tmp_path / "b.jsonl").write_text('{"a": 1}\n\n{"a": "é\u2028"}\n')
+    assert instructions.read_file(tmp_path / "a.json") == instructions.read_file(
+        tmp_path / "b.jsonl"
+    )

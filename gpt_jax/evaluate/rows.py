@@ -1,4 +1,4 @@
-"""Rows of JSON in, tables and JSON out; and how far a long evaluation is."""
+"""Tables and JSON out; and how far a long evaluation is."""
 
 import contextlib
 import json
@@ -12,31 +12,6 @@ from rich import progress as bars
 from rich.console import Console
 
 LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
-
-
-def read(path: str | Path) -> list[dict[str, Any]]:
-    """Returns the objects of a JSON array, or of a file with one object a line.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it holds something else, or nothing; names the line.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    if text.lstrip().startswith("["):
-        rows = _parsed(text, str(path))
-    else:
-        lines = enumerate(text.split("\n"), start=1)
-        rows = [_parsed(t, f"{path}, line {n}") for n, t in lines if t.strip()]
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, row {number}: {str(row)[:40]!r} is no object")
-    if not rows:
-        raise ValueError(f"{path} holds no rows")
-    return rows
 
 
 def write(path: str | Path, value: Any) -> None:
@@ -103,10 +78,3 @@ def _line(what: str, done: int, total: int | None, seconds: float) -> str:
         return f"{what}: {done:,}"
     left = seconds / max(done, 1) * (total - done)
     return f"{what}: {done:,} of {total:,}, {left:.0f} s left"
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
