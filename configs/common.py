@@ -173,6 +173,8 @@ def base() -> ConfigDict:
     config.tensorboard = True
     config.wandb = ""  # a Weights & Biases project; "" = off
     config.compile_cache = "~/.cache/gpt_jax/compile"  # "" = compile every time
+    # Of several processes: one that shows no sign of life for so long ends the run
+    config.heartbeat_timeout_seconds = 30
     config.grace_s = 120.0  # after SIGTERM or Ctrl-C, the longest wait before leaving
     return config
 

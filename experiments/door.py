@@ -99,6 +99,10 @@ def _tell(error: BaseException, code: int) -> NoReturn:
     if "--debug" in sys.argv:
         raise error
     print(f"error: {_sentence(error)}", file=sys.stderr)
+    if (
+        "gpt_jax.processes" in sys.modules
+    ):  # one of several does not wait for the others
+        sys.modules["gpt_jax.processes"].leave(code)
     sys.exit(code)
 
 

@@ -10,6 +10,9 @@ overridden with --config.KEY=VALUE. The same command resumes an interrupted run:
 and SIGTERM save first; a crash costs the steps since the last checkpoint.
 --config.steps=N extends a finished run.
 
+Several processes, on one machine or many, train one model with --distributed:
+experiments.launch starts them here; docs/guide/14-scale.md says how on clusters.
+
 The run folder (--workdir, default runs/<config name>) holds config.json,
 tokenizer.json, metrics.jsonl, loss.png, samples.md and checkpoints/.
 """
@@ -25,6 +28,15 @@ WORKDIR = flags.DEFINE_string(
     "workdir", "", "Run folder (default: runs/<config name>)."
 )
 PROFILE = flags.DEFINE_integer("profile", 0, "Trace so many steps for TensorBoard.")
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "This is one of several processes. Slurm, Open MPI, Kubernetes and Cloud TPU say "
+    "which; elsewhere the next three flags do.",
+)
+COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of the first process.")
+PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.")
+PROCESS = flags.DEFINE_integer("process", None, "Which one this is, from 0.")
 
 
 def main(_: list[str]) -> int:
@@ -39,9 +51,29 @@ def main(_: list[str]) -> int:
             f"--profile={PROFILE.value}: give the number of steps to trace"
         )
 
-    from gpt_jax import train
+    place = {
+        "coordinator": COORDINATOR.value,
+        "count": PROCESSES.value,
+        "index": PROCESS.value,
+    }
+    if any(value not in (None, "") for value in place.values()) > DISTRIBUTED.value:
+        raise ValueError("--coordinator, --processes and --process need --distributed")
 
-    result = train.train(config, workdir, profile=PROFILE.value)
+    from gpt_jax import processes, train
+
+    if DISTRIBUTED.value:
+        train.check(config)
+        beat = config.heartbeat_timeout_seconds
+        processes.join(**place, heartbeat_timeout_seconds=beat)
+    try:
+        result = train.train(config, workdir, profile=PROFILE.value)
+    except RuntimeError as error:
+        if told := processes.lost(error):
+            raise ConnectionError(told) from error
+        raise
+    processes.leave(0)
+    if processes.index():
+        return result.exit_code
     if result.reason == "signal":
         print(f"stopped after step {result.step}; the same command resumes")
         return result.exit_code
@@ -52,8 +84,9 @@ def main(_: list[str]) -> int:
     answers = "template" in config.task
     if answers:
         use = f"talk with it     python -m experiments.chat --run={workdir}"
-    longer = door.command(("--config.steps", "--workdir")) + f" --workdir={workdir}"
-    mine = door.command(("--config.data.source", "--workdir")) + " --workdir=runs/mine"
+    here = ("--workdir", "--distributed", "--coordinator", "--process")
+    longer = door.command(("--config.steps", *here)) + f" --workdir={workdir}"
+    mine = door.command(("--config.data.source", *here)) + " --workdir=runs/mine"
     print(f"done: {result.reason} reached after step {result.step}")
     curve = "reward.png" if config.task.name == "grpo" else "loss.png"
     print(f"  the curve        {workdir}/{curve}")

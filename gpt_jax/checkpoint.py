@@ -21,12 +21,16 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+
+from gpt_jax import processes
 
 log = logging.getLogger(__name__)
 
@@ -117,14 +121,8 @@ class Checkpoints:
         assert self.keep is not None, "opened for reading only"
         self.wait()
         tree = _mapping(tree)
-        finished = self.steps()
-        if step in finished:
+        if not processes.first(lambda: self._is_new(step)):
             return False
-        if finished and step < finished[-1]:
-            raise ValueError(
-                f"step {step} is older than checkpoint {finished[-1]} in "
-                f"{self.folder}; call rewind({step}) before saving"
-            )
         target = self.folder / str(int(step))
         note = {"step": int(step), "metric": _finite_or_none(metric), "meta": meta}
         json.dumps(note)  # a meta that cannot be written is refused here, not later
@@ -214,18 +212,16 @@ class Checkpoints:
         tree = _mapping(tree)
         name = digest(tree)
         target = self.folder.parent / "frozen" / name
-        try:
-            _verify(target, _manifest(target), None)
+        if processes.first(lambda: _is_sound(target)):
             return name
-        except (FileNotFoundError, Damaged):
-            pass
         try:
             if jax.process_index() == 0:
                 shutil.rmtree(target, ignore_errors=True)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _clean(target.parent)
             _writer(target, _snapshot(_grouped(tree)))()
-            _seal(target, {"meta": {"digest": name}, "leaves": leaves(tree)})
+            note = {"meta": {"digest": name}, "leaves": leaves(tree)}
+            processes.first(lambda: _seal(target, note))
         except Exception as error:
             raise self._failed(target, error) from error
         return name
@@ -238,7 +234,7 @@ class Checkpoints:
         """
         target = self.folder.parent / "frozen" / name
         try:
-            manifest = _manifest(target)
+            manifest = processes.first(lambda: _manifest(target), Damaged)
             if manifest["meta"].get("digest", name) != name:
                 raise Damaged(f"{target} holds {manifest['meta']['digest']}")
             return _load(target, manifest, abstract)
@@ -251,18 +247,15 @@ class Checkpoints:
     def _read(self, step: int | None, load: Callable) -> tuple:
         self.wait()
         if step is not None:
+            processes.first(lambda: self._check_finished(step))
             found = self.folder / str(step)
-            if step not in self.steps():
-                state = "is unfinished" if found.is_dir() else "does not exist"
-                have = ", ".join(map(str, self.steps())) or "none"
-                raise FileNotFoundError(f"{found} {state}; finished steps: {have}")
-            manifest = _manifest(found)
+            manifest = processes.first(lambda: _manifest(found), Damaged)
             return load(found, manifest), manifest["meta"], step
         damaged: list[int] = []
-        while left := [s for s in self.steps() if s not in damaged]:
+        while left := [s for s in processes.first(self.steps) if s not in damaged]:
             found = self.folder / str(left[-1])
             try:
-                manifest = _manifest(found)
+                manifest = processes.first(partial(_manifest, found), Damaged)
                 return load(found, manifest), manifest["meta"], left[-1]
             except (FileNotFoundError, Damaged) as error:
                 if not (found / MANIFEST).exists():
@@ -277,6 +270,24 @@ class Checkpoints:
             f"there is no finished checkpoint in {self.folder}; train this run first, "
             "or let it reach its first --config.checkpoint_every"
         )
+
+    def _is_new(self, step: int) -> bool:
+        """Returns whether `step` is not finished; refuses one older than the newest."""
+        finished = self.steps()
+        if finished and step not in finished and step < finished[-1]:
+            raise ValueError(
+                f"step {step} is older than checkpoint {finished[-1]} in "
+                f"{self.folder}; call rewind({step}) before saving"
+            )
+        return step not in finished
+
+    def _check_finished(self, step: int) -> None:
+        if step in self.steps():
+            return
+        found = self.folder / str(step)
+        state = "is unfinished" if found.is_dir() else "does not exist"
+        have = ", ".join(map(str, self.steps())) or "none"
+        raise FileNotFoundError(f"{found} {state}; finished steps: {have}")
 
     def _quarantine(self, found: Path, error: Exception) -> None:
         moved = ""
@@ -333,7 +344,7 @@ def digest(tree: Any) -> str:
     """Returns the sha256 over path, dtype, shape and bytes of every leaf, sorted."""
     total = hashlib.sha256()
     for name, leaf in sorted(_named(tree), key=lambda pair: pair[0]):
-        value = np.ascontiguousarray(leaf)
+        value = np.ascontiguousarray(_whole(leaf))
         total.update(f"{name} {value.dtype} {np.shape(leaf)}\n".encode())
         total.update(value.reshape(-1).view(np.uint8).data)
     return total.hexdigest()
@@ -395,6 +406,12 @@ def _grouped(tree: Mapping) -> dict[str, Any]:
     return {key: value for key, value in items.items() if jax.tree.leaves(value)}
 
 
+def _whole(leaf: Any) -> Any:
+    """Returns an array, gathered on the host where other processes hold some of it."""
+    spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+    return process_allgather(leaf, tiled=True) if spread else leaf
+
+
 def _snapshot(tree: Any) -> Any:
     """Returns a copy that later donation cannot touch.
 
@@ -419,6 +436,7 @@ def _snapshot(tree: Any) -> Any:
 def _writer(target: Path, items: dict) -> Callable[[], None]:
     """Returns the function that finishes writing `items`, for a background thread."""
     if jax.process_count() > 1:  # Orbax's barriers belong on the calling thread
+        _refuse_non_finite(items)
         ocp, context = _saving()
         with context:
             return ocp.save_checkpointables_async(str(target), items).result
@@ -446,12 +464,26 @@ def _saving() -> tuple:
 
 def _refuse_non_finite(items: Mapping) -> None:
     rows = {**items, **items.get(REST, {})}
-    for name, leaf in _named({key: rows[key] for key in FINITE if key in rows}):
-        floating = jnp.issubdtype(leaf.dtype, np.floating)
-        if floating and not np.isfinite(leaf).all():
+    found = _named({key: rows[key] for key in FINITE if key in rows})
+    found = [(name, x) for name, x in found if jnp.issubdtype(x.dtype, np.floating)]
+    for name, finite in zip([name for name, _ in found], _finite(found), strict=True):
+        if not finite:
             raise FloatingPointError(
                 f"{name} holds NaN or Inf: this checkpoint was not saved"
             )
+
+
+def _finite(found: list[tuple[str, Any]]) -> Any:
+    """Returns which of the named arrays are finite; several processes ask together."""
+    arrays = [x for _, x in found]
+    if jax.process_count() == 1:
+        return [np.isfinite(x).all() for x in arrays]
+    return np.asarray(_each_finite(arrays))
+
+
+@jax.jit
+def _each_finite(arrays: list[jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in arrays])
 
 
 def _seal(target: Path, note: dict) -> None:
@@ -520,6 +552,14 @@ def _verify(found: Path, manifest: dict, items: set[str] | None) -> None:
             raise Damaged(f"{found / name} does not match its sha256")
 
 
+def _is_sound(found: Path) -> bool:
+    try:
+        _verify(found, _manifest(found), None)
+    except (FileNotFoundError, Damaged):
+        return False
+    return True
+
+
 def _load(
     found: Path,
     manifest: dict,
@@ -534,7 +574,7 @@ def _load(
     items = {name.split("/")[0] for name in manifest["files"] if "/" in name}
     if only is not None:
         items &= {key if key in ALONE else REST for key in only}
-    _verify(found, manifest, items)
+    processes.first(lambda: _verify(found, manifest, items), Damaged)
     context = ocp.Context()
     if abstract is None:
         # The sharding on the disk names the devices of the process that saved it.

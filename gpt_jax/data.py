@@ -459,14 +459,14 @@ def batches(
     accumulate: int,
     seed: int,
     start: int,
-    process_index: int,
-    process_count: int,
+    rows: Sequence[int],
 ) -> "Batches":
     """Returns an endless iterator over shuffled batches, made ahead in a thread.
 
     Every epoch is a new permutation of the examples and epochs follow each other
     without a gap. Batch n depends on (seed, n) alone: `start=n` begins with it at once,
-    and the k processes of a run together see what a single one would.
+    and the processes of a run, each with its own rows, together see what a single one
+    would.
 
     Args:
       examples: see Examples.
@@ -474,35 +474,34 @@ def batches(
       accumulate: A, the micro-batches of a batch; B is batch_size / A.
       seed: of the order.
       start: the number of the first batch.
-      process_index: i of k: this process takes every k-th example from its i-th on.
-      process_count: k.
+      rows: which examples of each micro-batch this process takes, from 0 to B.
 
     Returns:
-      An iterator over dicts of arrays [A, B / k, ...], with `close()`.
+      An iterator over dicts of arrays [A, len(rows), ...], with `close()`.
 
     Raises:
       ValueError: the numbers do not divide, or there are no examples.
     """
-    if batch_size < 1 or batch_size % (accumulate * process_count):
+    if batch_size < 1 or batch_size % accumulate:
         raise ValueError(
-            f"batch_size {batch_size} is not a multiple of accumulate {accumulate} x "
-            f"processes {process_count}"
+            f"batch_size {batch_size} is not a multiple of accumulate {accumulate}"
         )
     if not 1 <= len(examples) <= 1 << 32:
         raise ValueError(
             f"there are {len(examples):,} examples and from 1 to 2^32 can be shuffled; "
             "give more text, or with too many windows a larger data.stride"
         )
-    if start < 0 or not 0 <= process_index < process_count:
+    micro_batch = batch_size // accumulate
+    if start < 0 or not all(0 <= row < micro_batch for row in rows):
         raise ValueError(
-            f"start {start} must not be negative and process_index {process_index} "
-            f"must be below process_count {process_count}"
+            f"start {start} must not be negative and the rows {list(rows)} must be "
+            f"below {micro_batch}"
         )
     order = _order(len(examples), seed)
+    taken = [a * micro_batch + row for a in range(accumulate) for row in rows]
 
     def indices(n: int) -> list[int]:
-        first = n * batch_size
-        return order(range(first + process_index, first + batch_size, process_count))
+        return order(n * batch_size + row for row in taken)
 
     def load(n: int) -> Batch:
         stacked = _take(examples, indices(n))

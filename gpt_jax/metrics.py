@@ -192,7 +192,13 @@ class Progress:
 
 
 class Silence:
-    """A Progress that shows nothing: a run among many, whose progress is shown."""
+    """A Progress that shows nothing, a Writer that writes nothing.
+
+    Of a run among many, whose progress is shown, and of all processes but the first.
+    """
+
+    def write(self, step: int, **numbers: Any) -> None:
+        """Does nothing."""
 
     def update(self, step: int, **numbers: Any) -> None:
         """Does nothing."""

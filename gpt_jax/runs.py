@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 # Where a run trains and what it writes: keys that decide nothing that is computed.
 WHERE = (
     r"mesh\..*|data\.(cache|folder|workers)|compile_cache|grace_s",
+    r"heartbeat_timeout_seconds",
     r"(log|checkpoint|sample)_every|keep|sample\..*",
     r"tensorboard|wandb",
 )

@@ -7,6 +7,7 @@ copied to each, gradients are summed by an explicit `psum`. Both take the same
 `train_step` and give the same losses.
 """
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -56,7 +58,8 @@ class Strategy(NamedTuple):
       compile: plain `train_step` (with its keyword `reduce` open) -> `Step`.
       layout: a tree of arrays or shapes -> where each is made or restored.
       place: a state laid out so, or on the host -> the same state on all devices.
-      put: a host batch [A, B, ...] -> the batch on the devices, split over B.
+      put: a host batch [A, B, ...] -> the batch on the devices, split over B; of
+        several processes each gives its own `rows`.
       view: a placed tree -> the same arrays on the mesh, each once: what checkpoints
         and evaluation read.
       spread: an array inside the step -> the same array, split over its first axis
@@ -106,7 +109,13 @@ def _apart(step: Callable) -> Callable:
 
 
 def set_cpu_devices(
-    micro_batch: int, *, data: int, fsdp: int, tensor: int, cpu_devices: int
+    micro_batch: int,
+    *,
+    data: int,
+    fsdp: int,
+    tensor: int,
+    cpu_devices: int,
+    processes: int = 1,
 ) -> None:
     """Asks XLA for one CPU device per core, before JAX starts its backend.
 
@@ -118,12 +127,16 @@ def set_cpu_devices(
     Args:
       micro_batch: examples in one micro-batch; 0 = none that devices would share.
       data, fsdp, tensor: the axes of the mesh; data -1 = choose.
-      cpu_devices: the number to use; 0 = choose.
+      cpu_devices: the number to use in this process; 0 = choose.
+      processes: how many processes share the mesh.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     limit = min(cores or os.cpu_count() or 1, MAX_CPU_DEVICES)
-    chosen = _largest_divisor(micro_batch, limit) if fsdp * tensor == 1 else 1
-    count = cpu_devices or max(data, chosen) * fsdp * tensor
+    chosen = 1
+    if fsdp * tensor == 1:
+        chosen = processes * _largest_divisor(micro_batch // processes, limit)
+    all_of_them = max(data, chosen) * fsdp * tensor
+    count = cpu_devices or math.ceil(all_of_them / processes)
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:  # the backend runs: its devices are used as they are
@@ -133,7 +146,7 @@ def set_cpu_devices(
 def make_mesh(
     micro_batch: int, *, data: int, fsdp: int, tensor: int, cpu_devices: int
 ) -> Mesh:
-    """Returns the mesh of devices for this process.
+    """Returns the mesh of devices, over all processes of the run.
 
     Args:
       micro_batch: examples in one micro-batch, which must divide over data x fsdp;
@@ -142,11 +155,11 @@ def make_mesh(
         divide `micro_batch`).
       fsdp: devices over which parameters are split, and examples too.
       tensor: devices over which matrices are split.
-      cpu_devices: at most so many devices on a CPU; 0 = all.
+      cpu_devices: at most so many devices of a process on a CPU; 0 = all.
 
     Raises:
-      ValueError: the axes ask for more devices than there are, or the batch does not
-        divide.
+      ValueError: the axes ask for more devices than there are, or (with several
+        processes) for fewer, or the batch does not divide.
     """
     for name, axis in {"fsdp": fsdp, "tensor": tensor}.items():
         if axis < 1:
@@ -158,7 +171,7 @@ def make_mesh(
     devices = jax.devices()
     on_cpu = devices[0].platform == "cpu"
     if on_cpu and cpu_devices:
-        devices = devices[:cpu_devices]
+        devices = [d for d in devices if _number_in_process(d, devices) < cpu_devices]
     if data == -1:
         left = len(devices) // (fsdp * tensor)
         data = _largest_divisor(micro_batch // fsdp, left) if on_cpu else max(1, left)
@@ -166,6 +179,13 @@ def make_mesh(
         raise ValueError(
             f"mesh.data {data} x fsdp {fsdp} x tensor {tensor} asks for "
             f"{data * fsdp * tensor} devices but there are {len(devices)}"
+        )
+    if jax.process_count() > 1 and data * fsdp * tensor < len(devices):
+        raise ValueError(
+            f"mesh.data {data} x fsdp {fsdp} x tensor {tensor} takes "
+            f"{data * fsdp * tensor} of {len(devices)} devices, but the processes of a "
+            "run use all that they have: make batch_size / accumulate a multiple of "
+            f"{len(devices) // tensor}, or begin with fewer devices"
         )
     if micro_batch % (data * fsdp):
         raise ValueError(
@@ -261,7 +281,7 @@ def mesh_strategy(mesh: Mesh) -> Strategy:
             # A real copy, also where the source lies on one of the devices:
             # `device_put` may hand back its buffer, and a step that donates it would
             # delete it.
-            return jax.device_put(np.array(x), where)
+            return _put(np.array(x), where)
 
         return jax.tree.map(leaf, tree, layout(tree, mesh))
 
@@ -270,7 +290,7 @@ def mesh_strategy(mesh: Mesh) -> Strategy:
         compile=compile,
         layout=partial(layout, mesh=mesh),
         place=place,
-        put=partial(split_rows, mesh=mesh),
+        put=partial(join_rows, mesh=mesh),
         view=lambda placed: placed,
         spread=spread,
     )
@@ -361,6 +381,12 @@ def make(micro_batch: int, *, strategy: str, **axes: int) -> Strategy:
     return TABLE[strategy](make_mesh(micro_batch, **axes))
 
 
+def rows(mesh: Mesh, count: int) -> list[int]:
+    """Returns which of `count` examples this process's devices hold, in order."""
+    parts = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((count,))
+    return sorted({row for part in parts.values() for row in range(count)[part[0]]})
+
+
 def replicate(tree: Any, *, mesh: Mesh) -> Any:
     """Copies every array of a tree to all devices of the mesh.
 
@@ -368,12 +394,28 @@ def replicate(tree: Any, *, mesh: Mesh) -> Any:
     back the same buffer, and a step that donates it would delete the original.
     """
     sharding = NamedSharding(mesh, P())
-    return jax.tree.map(lambda x: jax.device_put(np.array(x), sharding), tree)
+    return jax.tree.map(lambda x: _put(np.array(x), sharding), tree)
 
 
 def split_rows(batch: Any, *, mesh: Mesh) -> Any:
-    """Places a host batch [A, B, ...] on the mesh, split over B."""
-    return jax.device_put(batch, NamedSharding(mesh, ROWS))
+    """Places a host batch [A, B, ...], the same in all processes, split over B."""
+    where = NamedSharding(mesh, P(None, BATCH))
+    return jax.tree.map(lambda x: _put(x, where), batch)
+
+
+def join_rows(batch: Any, *, mesh: Mesh) -> Any:
+    """Places a host batch of which each process has its `rows` of B, split over B."""
+    where = NamedSharding(mesh, P(None, BATCH))
+    if where.is_fully_addressable:
+        return jax.device_put(batch, where)
+    return jax.make_array_from_process_local_data(where, batch)
+
+
+def _put(x: np.ndarray, where: NamedSharding) -> jax.Array:
+    """Places an array that every process has; each fills its own devices."""
+    if where.is_fully_addressable:
+        return jax.device_put(x, where)
+    return jax.make_array_from_callback(x.shape, where, lambda part: x[part])
 
 
 def wait_on_cpu(tree: Any) -> None:
@@ -393,9 +435,17 @@ def local(tree: Any) -> Any:
     def leaf(x):
         if x.is_fully_replicated:
             return x.addressable_data(0)
+        if not x.is_fully_addressable:  # every process gathers it
+            return jax.device_put(process_allgather(x, tiled=True), first)
         return jax.device_put(np.asarray(x), first)
 
     return jax.tree.map(leaf, tree)
+
+
+def _number_in_process(device: Any, devices: list) -> int:
+    """Returns how many devices of its process come before a device."""
+    mine = [d for d in devices if d.process_index == device.process_index]
+    return mine.index(device)
 
 
 def _largest_divisor(n: int, limit: int) -> int:

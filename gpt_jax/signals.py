@@ -21,7 +21,7 @@ class Stop:
     """Whether somebody asked the process to stop; true once a signal came."""
 
     def __init__(self):
-        self.signal = 0
+        self.signal, self.late = 0, False
 
     def __bool__(self) -> bool:
         return self.signal != 0
@@ -30,6 +30,14 @@ class Stop:
     def exit_code(self) -> int:
         """128 + the signal's number: 143 for SIGTERM, 130 for Ctrl-C."""
         return 128 + self.signal
+
+    def look(self, late: bool = False) -> bool:
+        """Notes whether the time is up; returns whether there was a signal.
+
+        Several processes agree here: see processes.Together.
+        """
+        self.late = late
+        return bool(self)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ loop. What happens to the weights at a step is in step.py.
 
 import contextlib
 import gc
+import json
 import math
 import re
 import time
@@ -32,6 +33,7 @@ from gpt_jax import (
     optimizer,
     plots,
     pretrained,
+    processes,
     programs,
     runs,
     sample,
@@ -47,7 +49,10 @@ EVAL_TOKENS = 16_384  # tokens in an evaluation batch, when the config does not 
 ROLLOUT = 2**32 - 1  # folded into a run's key: no step has that number
 
 # The ranges of the numbers that no other module checks.
-AT_LEAST_1 = ("batch_size", "accumulate", "log_every", "keep", "max_skipped")
+AT_LEAST_1 = (
+    *("batch_size", "accumulate", "log_every", "keep", "max_skipped"),
+    "heartbeat_timeout_seconds",
+)
 NOT_NEGATIVE = (
     *("steps", "max_tokens", "max_seconds", "patience", "sample_every", "grace_s"),
     *("eval_every", "eval_windows", "eval_batch_size", "checkpoint_every", "seed"),
@@ -92,7 +97,7 @@ class Job(NamedTuple):
     join: Callable
     saves: checkpoint.Checkpoints
     frozen: str  # the digest of what the run stores once, "" for nothing
-    writer: metrics.Writer
+    writer: metrics.Writer | metrics.Silence
     bar: metrics.Progress | metrics.Silence
     rate: metrics.Throughput
     stop: signals.Stop
@@ -167,7 +172,7 @@ def loop(
     if step < end:
         batch = job.strategy.put(next(batches))
         job.step_fn.begin(state, like_rollout(job, state, batch), job.key, job.hyper)
-    trace = profiler(job, step, end, profile)
+    trace = profiler(job, step, end, 0 if processes.index() else profile)
     trace(step)
     evaluates = step in (0, end) or due(step, config.eval_every)
     if evaluates and totals.evaluated < step:  # new, or interrupted just there
@@ -224,12 +229,16 @@ def build(
     programs.use_cache(config.compile_cache)
     mesh = config.mesh
     axes = {key: value for key, value in mesh.items() if key != "strategy"}
-    sharding.set_cpu_devices(micro_batch, **axes)
-    task = make_task(config, workdir)
+    sharding.set_cpu_devices(micro_batch, **axes, processes=processes.count())
+    check_alike(config)
+    task = processes.in_turn(lambda: make_task(config, workdir))
+    processes.check_same("the fingerprint of the training data", task.fingerprint)
     strategy = sharding.make(micro_batch, **mesh)
     parts = make_parts(config, task, strategy)
-    stack.enter_context(runs.lock(workdir))
-    job, state, totals = open_run(config, workdir, parts, stop, stack, quiet=False)
+    processes.in_turn(lambda: stack.enter_context(runs.lock(workdir)))
+    stop = processes.together(stop)
+    others = processes.index() > 0  # the first process speaks for all
+    job, state, totals = open_run(config, workdir, parts, stop, stack, quiet=others)
     job.bar.print(describe(job, state))
     return job, strategy.place(state), totals
 
@@ -292,26 +301,34 @@ def open_run(
             workdir, config, task.tokenizer, task.fingerprint, task.classes
         )
 
-    if saves.steps():
-        create_or_check()
+    if processes.first(saves.steps):
+        processes.in_turn(create_or_check)
         state, totals, frozen = restore(saves, parts, init_key)
     else:  # weights that do not fit are refused before there is a run
         state, totals = begin(config, parts, init_key), Totals()
-        create_or_check()
+        if processes.count() > 1:  # what other processes read and save with this one
+            state = parts.strategy.place(state)
+        processes.in_turn(create_or_check)
         frozen = saves.save_frozen(state.frozen) if state.frozen else ""
     runs.keep_test(workdir, task.test)
-    writer = metrics.Writer(
-        workdir,
-        tensorboard=config.tensorboard,
-        wandb=config.wandb,
-        config=config.to_dict(),
-        resume_step=int(state.step),
-    )
-    stack.callback(writer.close)
-    bar = metrics.Silence()
+    writer = bar = metrics.Silence()
+    if processes.index() == 0:
+        writer = metrics.Writer(
+            workdir,
+            tensorboard=config.tensorboard,
+            wandb=config.wandb,
+            config=config.to_dict(),
+            resume_step=int(state.step),
+        )
+        stack.callback(writer.close)
     if not quiet:
         bar = metrics.Progress(total=last_step(config, task), start=int(state.step))
         stack.callback(bar.close)
+
+    def compiled(text: str) -> None:
+        bar.print(text)
+        processes.wait()  # for those that had to compile: the first step needs all
+
     job = Job(
         config=config,
         workdir=workdir,
@@ -319,7 +336,7 @@ def open_run(
         strategy=parts.strategy,
         hyper=make_hyper(config, task),
         key=key,
-        step_fn=programs.Program(parts.step_fn, name="the train step", tell=bar.print),
+        step_fn=programs.Program(parts.step_fn, name="the train step", tell=compiled),
         eval_fn=parts.eval_fn,
         rollout_fn=parts.rollout_fn,
         join=parts.join,
@@ -365,6 +382,25 @@ def check(config: ConfigDict) -> None:
         )
 
 
+def check_alike(config: ConfigDict) -> None:
+    """Refuses processes of one run whose configs differ.
+
+    Raises:
+      ValueError: in all processes; names the keys.
+    """
+    theirs = runs.as_config(json.loads(processes.first(config.to_json)))
+
+    def compare() -> None:
+        if lines := runs.difference(theirs, config):
+            raise ValueError(
+                "this process has another config than the first:\n  "
+                + "\n  ".join(lines)
+                + "\nstart all processes of a run with the same flags"
+            )
+
+    processes.in_turn(compare)
+
+
 def make_task(config: ConfigDict, workdir: Path) -> tasks.Task:
     """Returns the config's task; its examples are prepared or found prepared."""
     text = config.data.to_dict()
@@ -376,7 +412,7 @@ def make_task(config: ConfigDict, workdir: Path) -> tasks.Task:
         model=config.model.to_dict(),
         text=text,
         dropout=[key for key in hyper if key.startswith("dropout_") and hyper[key] > 0],
-        progress=True,
+        progress=processes.index() == 0,
     )
     check_rollouts(config, task)
     if config.sample_every and task.classes:
@@ -548,14 +584,14 @@ def describe(job: Job, state: TrainState) -> str:
 
 def train_batches(job: Job, start: int) -> data.Batches:
     """Returns the endless batches of this process from step `start` on."""
+    batch_size, accumulate = job.config.batch_size, job.config.accumulate
     return data.batches(
         job.task.train,
-        batch_size=job.config.batch_size,
-        accumulate=job.config.accumulate,
+        batch_size=batch_size,
+        accumulate=accumulate,
         seed=job.config.seed,
         start=start,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=sharding.rows(job.strategy.mesh, batch_size // accumulate),
     )
 
 
@@ -625,9 +661,9 @@ def ended(job: Job, totals: Totals, step: int) -> str:
     config = job.config
     if step % job.task.updates:  # a resumed run begins with a new rollout
         return ""
-    if job.stop:
+    if job.stop.look(0 < config.max_seconds <= totals.seconds):
         return "signal"
-    if config.max_seconds and totals.seconds >= config.max_seconds:
+    if job.stop.late:
         return "max_seconds"
     if config.patience and totals.stale >= config.patience:
         return "patience"
@@ -688,7 +724,7 @@ def evaluate_now(
             job.hyper,
             compiled=job.eval_fn,
             mesh=job.strategy.mesh,
-            interrupted=lambda: job.stop,
+            interrupted=job.stop.look,
         )
         if means is None:
             return {}, totals
@@ -760,7 +796,8 @@ def sample_now(job: Job, state: TrainState, step: int, wanted: bool) -> None:
         **sample_settings(job.config),
     )
     prompt += "\n" if ids else ""
-    runs.add_samples(job.workdir, step, [prompt + text.text for text in texts])
+    if processes.index() == 0:
+        runs.add_samples(job.workdir, step, [prompt + text.text for text in texts])
     for text in texts:
         job.bar.print(f"--- sample after step {step}\n{prompt}{text.text}\n---")
     job.rate.pause()
@@ -791,9 +828,10 @@ def save(
 def finish(job: Job, step: int, reason: str, numbers: dict[str, float]) -> Result:
     """Waits for the last checkpoint, draws the curve, and says how the run ended."""
     job.saves.wait()
-    if not plots.rewards(job.workdir):
-        plots.loss(job.workdir)
-    plots.margins(job.workdir)
+    if processes.index() == 0:
+        if not plots.rewards(job.workdir):
+            plots.loss(job.workdir)
+        plots.margins(job.workdir)
     code = job.stop.exit_code if job.stop else 0
     return Result(reason=reason, step=step, numbers=numbers, exit_code=code)
 

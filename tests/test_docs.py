@@ -138,6 +138,9 @@ def wrong(door: str, words: list[str]) -> list[str]:
     file = (ROOT / Path(*door.split("."))).with_suffix(".py")
     if not file.exists():
         return [f"there is no {door}"]
+    if "--" in words:  # of experiments.launch: what follows are those of train
+        at = words.index("--")
+        return [*wrong(door, words[:at]), *wrong("experiments.train", words[at + 1 :])]
     own, default = flags_of(file)
     shared, _ = flags_of(ROOT / "experiments" / "door.py")
     known = own | shared | {"help"}
@@ -185,6 +188,7 @@ def test_every_command_names_doors_flags_configs_and_keys_that_exist(page):
         ("experiments.train --config=configs/gpt2.py --config.steps=1e3", "type int"),
         ("experiments.prepare --config.data.sauce=x", "data.sauce"),
         ("experiments.sample runs/a", "takes no runs/a"),
+        ("experiments.launch -- --conf=configs/gpt2.py", "train has no flag --conf"),
     ],
 )
 def test_a_wrong_command_is_found(command, problem):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # Imports go down at least one floor. Doors (experiments) stand on top of all.
 FLOORS = (
     "model attention tokenizers chat corpora data losses adapters optimizer sharding "
-    "programs checkpoint metrics signals",
+    "programs processes checkpoint metrics signals",
     "prepare instructions sample runs plots tables classify pretrained",
     "tasks evaluate",
     "step train",
@@ -21,7 +21,11 @@ FLOORS = (
     "sweep report bench estimate doctor",
 )
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names.split()}
-SIDEWAYS = {("model", "attention"), ("train", "step")}
+SIDEWAYS = {
+    ("model", "attention"),
+    ("checkpoint", "processes"),
+    ("train", "step"),
+}
 # A worker's process gives its environment to the processes that it starts.
 HANDS_ON_ITS_ENVIRONMENT = {"gpt_jax/sweep/worker.py"}
 PROGRAMS = ("gpt_jax/pretrained/runner.py",)  # copied into exports, run from there

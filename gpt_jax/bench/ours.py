@@ -377,8 +377,7 @@ def _batches(folder: Path, *, seq_len: int, batch: int) -> data.Batches:
         accumulate=1,
         seed=0,
         start=0,
-        process_index=0,
-        process_count=1,
+        rows=range(batch),
     )
 
 
