@@ -49,7 +49,6 @@ class Child:
     def __init__(self, index: int, command: list[str], env: dict[str, str]):
         self.index, self.ended_here = index, False
         self.lines: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
-        kept = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         self.process = subprocess.Popen(
             command,
             env=env,
@@ -57,7 +56,8 @@ class Child:
             errors="replace",
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C comes from here alone, and once
-            **(kept if index else {}),
+            stdout=subprocess.PIPE if index else None,
+            stderr=subprocess.STDOUT if index else None,
         )
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()

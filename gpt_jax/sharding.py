@@ -384,7 +384,8 @@ def make(micro_batch: int, *, strategy: str, **axes: int) -> Strategy:
 def rows(mesh: Mesh, count: int) -> list[int]:
     """Returns which of `count` examples this process's devices hold, in order."""
     parts = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((count,))
-    return sorted({row for part in parts.values() for row in range(count)[part[0]]})
+    mine = [range(count)[part[0]] for part in parts.values() if part]
+    return sorted({row for part in mine for row in part})
 
 
 def replicate(tree: Any, *, mesh: Mesh) -> Any:
