@@ -31,23 +31,23 @@ def use_cache(folder: str) -> None:
     path = Path(folder).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        fault = _writable_by_others(path)
+        reason = fault(path)
     except OSError as error:
-        fault = f"cannot be made ({error.strerror})"
-    if fault:
+        reason = f"cannot be made ({error.strerror})"
+    if reason:
         log.warning(
             "compile_cache %s %s: programs are compiled anew; empty it and chmod 700 "
             "it, or set compile_cache to another folder",
             path,
-            fault,
+            reason,
         )
         return
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def _writable_by_others(path: Path) -> str:
-    """Returns why others can write to a folder, or "" where they cannot."""
+def fault(path: Path) -> str:
+    """Returns why others can write to a folder, so that it is not used; "" = not."""
     if not hasattr(os, "getuid"):  # Windows: a user's folders are the user's own
         return ""
     found = path.stat()

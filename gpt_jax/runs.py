@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 # Where a run trains and what it writes: keys that decide nothing that is computed.
 WHERE = (
-    r"mesh\..*|data\.(cache|folder|workers)|compile_cache|grace_s",
+    r"mesh\..*|data\.(cache|folder|workers)|compile_cache|grace_s|data_timeout_s",
     r"heartbeat_timeout_seconds",
     r"(log|checkpoint|sample)_every|keep|sample\..*",
     r"tensorboard|wandb",
@@ -49,7 +49,11 @@ RESUMABLE = (
 ABSENT = "(absent)"
 # Keys that older runs lack, by their part of the config, with the value that means what
 # such a run did.
-ADDED = (("hyper", "dropout_adapter", 0.0), ("model", "n_classes", 0))
+ADDED = (
+    ("hyper", "dropout_adapter", 0.0),
+    ("model", "n_classes", 0),
+    ("data", "skip_bad_docs", False),
+)
 # What a run says of its data, where it has such data.
 OF_DATA = ("classes.json", "test.json", "test_report.json", "test_report.png")
 
@@ -344,6 +348,16 @@ def lock(workdir: str | Path, flag: str = "--workdir") -> Iterator[None]:
             _replace(handle, "")  # removing the file would let two hold two files
     finally:
         os.close(handle)
+
+
+def holder(path: Path) -> dict:
+    """Returns host, pid and whether it is `alive` of who holds, or held, a lock file.
+
+    {} when nobody does. Of a process on another host nothing is known but the file.
+    """
+    with path.open("rb") as file:
+        found = _holder(file.fileno())
+    return {**found, "alive": _alive(found)} if found else {}
 
 
 def _load(store: Checkpoints, step: int | str | None, weights: str) -> tuple:
