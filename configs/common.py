@@ -38,6 +38,8 @@ def base() -> ConfigDict:
             "seq_len": 0,  # tokens in a training window; 0 = model.context_length
             "stride": 0,  # tokens between window starts; 0 = seq_len (no overlap)
             "workers": 0,  # threads that tokenize; 0 = one per core, at most 8
+            # Leave out files and rows that cannot be read, and say how many
+            "skip_bad_docs": False,
         }
     )
 
@@ -175,6 +177,7 @@ def base() -> ConfigDict:
     config.compile_cache = "~/.cache/gpt_jax/compile"  # "" = compile every time
     # Of several processes: one that shows no sign of life for so long ends the run
     config.heartbeat_timeout_seconds = 30
+    config.data_timeout_s = 300.0  # the longest wait for a batch before the run stops
     config.grace_s = 120.0  # after SIGTERM or Ctrl-C, the longest wait before leaving
     return config
 

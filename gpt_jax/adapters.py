@@ -213,7 +213,12 @@ def make(*, name: str, **options: Any) -> Adapter:
       ValueError: there is no adapter of that name, or its options cannot be.
     """
     if name not in TABLE:
-        raise ValueError(f"adapter {name!r} is not one of: {', '.join(TABLE)}")
+        raise ValueError(f"adapter.name {name!r} is not one of: {', '.join(TABLE)}")
+    for key in {"targets", "train"} & options.keys():
+        for pattern in options[key]:
+            if not isinstance(pattern, str):
+                raise ValueError(f"adapter.{key} has {pattern!r}, not a pattern")
+            _matches([pattern], "")
     return TABLE[name](**options)
 
 

@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -232,6 +233,8 @@ class Checkpoints:
         Raises:
           ValueError: it is missing, damaged, another one, or of another model.
         """
+        if not re.fullmatch("[0-9a-f]{64}", name):  # it would lead elsewhere
+            raise ValueError(f"{name!r} is not the digest of frozen weights")
         target = self.folder.parent / "frozen" / name
         try:
             manifest = processes.first(lambda: _manifest(target), Damaged)
@@ -543,6 +546,8 @@ def _manifest(found: Path) -> dict:
 def _verify(found: Path, manifest: dict, items: set[str] | None) -> None:
     """Raises Damaged, naming the file, when one is not as the manifest says."""
     for name, stated in manifest["files"].items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise Damaged(f"{found / MANIFEST} names {name}, which is not beside it")
         top, inside, _ = name.partition("/")
         if inside and items is not None and top not in items:
             continue

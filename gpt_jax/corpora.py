@@ -38,6 +38,7 @@ from rich.console import Console
 # A longer document is handed over in pieces, so that memory stays bounded.
 PIECE_CHARS = 1 << 20
 READ_BYTES = 1 << 20
+UNPACKED_BYTES = 1 << 26  # the most that a file in an archive may have
 
 TRIES = 5  # of a download, each going on where the last one stopped
 RETRY_SECONDS = 0.5  # before the second try; doubled for each further one
@@ -130,7 +131,12 @@ class Download(NamedTuple):
 
 
 def open(
-    source: str, *, field: str, cache: str | Path, progress: bool = True
+    source: str,
+    *,
+    field: str,
+    cache: str | Path,
+    progress: bool = True,
+    bad: Callable[[str], object] | None = None,
 ) -> Corpus:
     """Returns the corpus that a source names.
 
@@ -142,6 +148,8 @@ def open(
       field: the field of a .jsonl or dataset row that holds its text.
       cache: the folder where downloads are kept.
       progress: show how far a download is.
+      bad: is told why a document of a file cannot be read, each time it is met; that
+        document is then left out. None: it is an error.
 
     Raises:
       FileNotFoundError: there is no such file or corpus.
@@ -153,7 +161,7 @@ def open(
     if " + " in source and not is_file:
         parts = [_weighted(part) for part in source.split(" + ")]
         opened = [
-            (open(name, field=field, cache=cache, progress=progress), weight)
+            (open(name, field=field, cache=cache, progress=progress, bad=bad), weight)
             for name, weight in parts
         ]
         return mixture(opened)
@@ -170,7 +178,7 @@ def open(
         return Corpus(
             source, identity, path.stat().st_size, lambda: read(path, source, field)
         )
-    return _local(source, field)
+    return _local(source, field, bad)
 
 
 def mixture(parts: list[tuple[Corpus, float]]) -> Corpus:
@@ -236,7 +244,7 @@ def _builtin(source: str) -> Corpus:
     return Corpus(_short(source), _identity(files), size, lambda: _files(files, ""))
 
 
-def _local(source: str, field: str) -> Corpus:
+def _local(source: str, field: str, bad: Callable | None) -> Corpus:
     path = Path(source).expanduser()
     if path.is_dir():
         raise ValueError(f"{source} is a folder; give a glob, e.g. {source}/**/*.txt")
@@ -254,20 +262,37 @@ def _local(source: str, field: str) -> Corpus:
     packed = any(p.suffix == ".gz" for _, p in files)
     size = None if packed else sum(p.stat().st_size for _, p in files)
     name = _short(source if is_glob else path.name.removesuffix(".gz"))
-    return Corpus(name, _identity(files, field), size, lambda: _files(files, field))
+    return Corpus(
+        name, _identity(files, field), size, lambda: _files(files, field, bad)
+    )
 
 
-def _files(files: list[tuple[str, Path]], field: str) -> Iterator[Piece]:
+def _files(
+    files: list[tuple[str, Path]], field: str, bad: Callable | None = None
+) -> Iterator[Piece]:
     for name, path in files:
-        yield from _file(path, name, field)
+        yield from _file(path, name, field, bad)
 
 
-def _file(path: Path, name: str, field: str) -> Iterator[Piece]:
+def _file(
+    path: Path, name: str, field: str, bad: Callable | None = None
+) -> Iterator[Piece]:
     if path.name.removesuffix(".gz").endswith(".jsonl"):
-        for text in _rows(path, field):
+        for text in _rows(path, field, bad):
             yield from _cut([text], name)
-    else:
+    elif bad is None or _can_be_read(path, bad):
         yield from _cut(_text(path), name)
+
+
+def _can_be_read(path: Path, bad: Callable) -> bool:
+    """Whether a file is text to its end; tells `bad` where it is not."""
+    try:
+        for _ in _text(path):
+            pass
+    except ValueError as error:
+        bad(str(error))
+        return False
+    return True
 
 
 def _stories(path: Path, name: str, field: str) -> Iterator[Piece]:
@@ -338,32 +363,62 @@ def _text(path: Path) -> Iterator[str]:
         offset += len(data)
 
 
-def _rows(path: Path, field: str) -> Iterator[str]:
-    """Yields the text of every row of a .jsonl file."""
+def _rows(path: Path, field: str, bad: Callable | None = None) -> Iterator[str]:
+    """Yields the text of every row of a .jsonl file; see `open` for `bad`."""
+
+    def refuse(error: ValueError) -> None:
+        if bad is None:
+            raise error from None
+        bad(str(error))
+
     offset = 0
-    for number, line in enumerate(_byte_lines(path), start=1):
+    for number, line in enumerate(_while_sound(_byte_lines(path), refuse), start=1):
+        text = None
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            row = json.loads(text) if text.strip() else None
+            text = _row(line, f"{path}, line {number}", field, number == 1)
         except UnicodeDecodeError as error:
-            raise _not_text(path, offset + error.start) from None
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+            refuse(_not_text(path, offset + error.start))
+        except ValueError as error:
+            refuse(error)
         offset += len(line)
-        if row is None:
-            continue
-        if not isinstance(row, dict) or not isinstance(row.get(field), str):
-            there = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise ValueError(
-                f"{path}, line {number} has no text in the field {field!r}; it has: "
-                f"{there}; name the right one with data.field"
-            )
-        if SURROGATE.search(row[field]):
-            raise ValueError(
-                f"{path}, line {number} holds half of a surrogate pair (\\ud800 to "
-                "\\udfff), which is not text; remove it"
-            )
-        yield row[field]
+        if text is not None:
+            yield text
+
+
+def _while_sound(lines: Iterator[bytes], refuse: Callable) -> Iterator[bytes]:
+    """Yields lines up to the place where their file turns out to be damaged."""
+    while True:
+        try:
+            line = next(lines, None)
+        except ValueError as error:
+            refuse(error)
+            return
+        if line is None:
+            return
+        yield line
+
+
+def _row(line: bytes, where: str, field: str, first: bool) -> str | None:
+    """Returns the text of a row, None for an empty line; ValueError says what it is."""
+    try:
+        text = line.decode("utf-8-sig" if first else "utf-8")
+        row = json.loads(text) if text.strip() else None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    if row is None:
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+        there = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise ValueError(
+            f"{where} has no text in the field {field!r}; it has: {there}; name the "
+            "right one with data.field"
+        )
+    if SURROGATE.search(row[field]):
+        raise ValueError(
+            f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is "
+            "not text; remove it"
+        )
+    return row[field]
 
 
 def _bytes(path: Path) -> Iterator[bytes]:
@@ -661,6 +716,11 @@ def _member(name: str) -> Callable[[list[bytes]], bytes]:
 
     def finish(parts: list[bytes]) -> bytes:
         with zipfile.ZipFile(io.BytesIO(parts[0])) as archive:
+            if name not in archive.namelist():
+                raise ValueError(f"{name} is not in the archive")
+            size = archive.getinfo(name).file_size
+            if size > UNPACKED_BYTES:  # an archive from a stranger may be a bomb
+                raise ValueError(f"{name} would unpack to {size:,} bytes")
             return archive.read(name)
 
     return finish

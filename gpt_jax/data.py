@@ -30,7 +30,6 @@ FLUSH_TOKENS = 1 << 20  # written at once
 PREFETCH = 8  # batches made ahead of the one in use
 SHUFFLE_ROUNDS = 4  # of grain's index shuffle: its own choice
 JOIN_SECONDS = 1.0  # the longest wait for the thread that makes batches to end
-STALL_SECONDS = 300.0  # the longest wait for a batch before the run stops
 
 
 class Piece(NamedTuple):
@@ -253,22 +252,28 @@ class Tokens:
         self.folder, self.index = folder, index
         dtype = np.dtype(index.dtype).newbyteorder("<")
         self.starts = [0]
-        self.maps = []
+        self.maps, self.paths = [], []
         for shard in index.shards:
             self.starts.append(self.starts[-1] + shard.tokens)
+            self.paths.append(str(folder / shard.name))
             # A plain view: slices of np.memmap itself are several times slower.
-            self.maps.append(
-                np.asarray(np.memmap(folder / shard.name, dtype, mode="r"))
-            )
+            self.maps.append(np.asarray(np.memmap(self.paths[-1], dtype, mode="r")))
 
     def __len__(self) -> int:
         return self.index.tokens
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        """Returns the ids of a slice with step 1, as they are stored."""
+        """Returns the ids of a slice with step 1, as they are stored.
+
+        Raises:
+          ValueError: a shard became shorter since it was opened; reading its map where
+            it no longer reaches would end the process without a word (SIGBUS).
+        """
         start, stop, step = part.indices(len(self))
         assert step == 1, "tokens are read forwards, one after the other"
         first = self._shard_of(start)
+        for i in range(first, self._shard_of(max(stop - 1, start)) + 1):
+            self._refuse_cut(i)
         begin = self.starts[first]
         pieces = [self.maps[first][start - begin : max(stop - begin, 0)]]
         for i in range(first + 1, len(self.maps)):
@@ -316,6 +321,17 @@ class Tokens:
         found = bisect.bisect_right(self.starts, position) - 1
         return min(max(found, 0), len(self.maps) - 1)
 
+    def _refuse_cut(self, i: int) -> None:
+        try:
+            size = os.stat(self.paths[i]).st_size
+        except FileNotFoundError:
+            return  # its map stays whole, so the run can go on
+        if size < self.maps[i].nbytes:
+            raise ValueError(
+                f"{self.paths[i]} was cut to {size:,} of {self.maps[i].nbytes:,} bytes "
+                f"while it was read; delete {self.folder} and prepare it again"
+            )
+
     def _bad_id(self, i: int) -> ValueError:
         ids = self.maps[i]
         at = int((ids >= self.index.vocab_size).argmax())
@@ -356,6 +372,9 @@ def open(folder: str | Path) -> Tokens:
             f"{path}: the counts of its shards do not add up to its tokens"
         )
     for shard in shards:
+        # A name from a stranger must not lead out of the folder.
+        if Path(str(shard.name)).name != shard.name:
+            raise ValueError(f"{path} names {shard.name!r}, which is not beside it")
         file, size = folder / shard.name, shard.tokens * np.dtype(index.dtype).itemsize
         if not file.is_file():
             raise FileNotFoundError(
@@ -460,6 +479,7 @@ def batches(
     seed: int,
     start: int,
     rows: Sequence[int],
+    timeout_s: float,
 ) -> "Batches":
     """Returns an endless iterator over shuffled batches, made ahead in a thread.
 
@@ -475,6 +495,7 @@ def batches(
       seed: of the order.
       start: the number of the first batch.
       rows: which examples of each micro-batch this process takes, from 0 to B.
+      timeout_s: seconds after which a batch that has not come is an error.
 
     Returns:
       An iterator over dicts of arrays [A, len(rows), ...], with `close()`.
@@ -511,7 +532,9 @@ def batches(
         find = getattr(examples, "where", None)
         return ", ".join(sorted({find(i) for i in indices(n)})) if find else "memory"
 
-    return Batches(load, start=start, where=where, prefetch=PREFETCH)
+    return Batches(
+        load, start=start, where=where, prefetch=PREFETCH, timeout_s=timeout_s
+    )
 
 
 def once(examples: Examples, *, batch_size: int, at_most: int = 0) -> Iterator[Batch]:
@@ -551,8 +574,9 @@ class Batches:
         start: int,
         where: Callable[[int], str],
         prefetch: int,
+        timeout_s: float,
     ):
-        self.next, self.where = start, where
+        self.next, self.where, self.timeout_s = start, where, timeout_s
         self.ready: queue.Queue = queue.Queue(maxsize=prefetch)
         self.stop = threading.Event()
         thread = threading.Thread(
@@ -571,12 +595,12 @@ class Batches:
         if self.stop.is_set():
             raise StopIteration
         try:
-            batch = self.ready.get(timeout=STALL_SECONDS)
+            batch = self.ready.get(timeout=self.timeout_s)
         except queue.Empty:
             self.close()
             raise TimeoutError(
-                f"batch {self.next} did not arrive within {STALL_SECONDS:g} s: reading "
-                f"{self.where(self.next)} hangs"
+                f"batch {self.next} did not arrive within data_timeout_s = "
+                f"{self.timeout_s:g} s: reading {self.where(self.next)} hangs"
             ) from None
         if isinstance(batch, Exception):
             self.close()

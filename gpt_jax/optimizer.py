@@ -109,6 +109,10 @@ def make(
     """
     rules = _choose(OPTIMIZERS, name, "optimizer.name")(spread)
     factor_at = _choose(SCHEDULES, schedule, "optimizer.schedule")
+    for key, table in {"decay": decay, "rates": rates}.items():
+        _check_pairs(f"optimizer.{key}", table)
+    for key, patterns in {"freeze": freeze, "muon": muon}.items():
+        _check_pairs(f"optimizer.{key}", [(pattern, 1) for pattern in patterns])
 
     def places(weights: dict[str, Any]) -> dict[str, Place]:
         return _places(weights, tuple(rules), decay, rates, freeze, muon)
@@ -446,6 +450,17 @@ def _matches(patterns: Sequence[str], path: str) -> bool:
 
 def _first(table: Sequence[tuple[str, float]], path: str) -> float | None:
     return next((value for pattern, value in table if _found(pattern, path)), None)
+
+
+def _check_pairs(key: str, table: Sequence) -> None:
+    """Raises ValueError unless a table has rows (regular expression, number)."""
+    for row in table:
+        pair = isinstance(row, tuple | list) and len(row) == 2
+        if not pair or not isinstance(row[0], str):
+            raise ValueError(f"{key} has {row!r}, where a regular expression is wanted")
+        if not isinstance(row[1], int | float):
+            raise ValueError(f"{key} has {row!r}, whose factor is no number")
+        _found(row[0], "")
 
 
 def _found(pattern: str, path: str) -> bool:

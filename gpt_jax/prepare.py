@@ -29,6 +29,7 @@ from gpt_jax.tokenizers import Tokenizer
 
 FORMAT = 1  # of the prepared folder; part of its name
 PARTS = ("train", "val")
+LEFT_OUT = "left_out.txt"  # why documents were left out, one a line
 SAMPLE_CHARS = 1 << 24  # the most text that a BPE tokenizer is trained on
 GROUP_CHARS = 1 << 19  # encoded at once by one worker
 SHARD_TOKENS = 1 << 27  # 256 MB of uint16
@@ -72,6 +73,7 @@ def prepare(
     val_fraction: float,
     split: str,
     workers: int,
+    skip_bad_docs: bool,
     progress: bool,
 ) -> Prepared:
     """Prepares a text, or finds it prepared.
@@ -89,23 +91,26 @@ def prepare(
       split: "fraction" cuts the text at that share of its characters; "documents"
         keeps every n-th document for validation, in one pass.
       workers: groups of text that are encoded at the same time; 0 = choose.
+      skip_bad_docs: leave out documents that cannot be read (a file that is not UTF-8
+        or cut short, a row that is not JSON or has no text) and say how many; without
+        it the first one is an error.
       progress: show how far it is.
 
     Raises:
       ValueError: a setting or the text cannot be used.
       FileNotFoundError: there is no such text or tokenizer.
     """
-    if split not in SPLITS:
-        raise ValueError(f"data.split {split!r} is not one of: {', '.join(SPLITS)}")
-    if not 0 < val_fraction < 1:
-        raise ValueError(
-            f"data.val_fraction is {val_fraction}; it must be above 0 and below 1"
-        )
+    check(split=split, val_fraction=val_fraction, workers=workers)
     workers = workers or min(MAX_WORKERS, os.cpu_count() or 1)
-    if workers < 0:
-        raise ValueError(f"data.workers is {workers}; it must not be negative")
     show = Show(progress)
-    corpus = corpora.open(source, field=field, cache=cache, progress=progress)
+    bad: dict[str, None] = {}  # once each, though the text is read several times
+    corpus = corpora.open(
+        source,
+        field=field,
+        cache=cache,
+        progress=progress,
+        bad=bad.setdefault if skip_bad_docs else None,
+    )
     ready = ready_tokenizer(tokenizer, cache, progress)
     identity = {
         "format": FORMAT,
@@ -114,6 +119,8 @@ def prepare(
         "val_fraction": val_fraction,
         "split": split,
     }
+    if skip_bad_docs:
+        identity["skip_bad_docs"] = True
     target = Path(folder).expanduser() / f"{corpus.name}-{_key(identity)}"
     if target.exists():
         prepared = load(target)
@@ -129,12 +136,28 @@ def prepare(
         meta = {**identity, "source": source, "spec": tokenizer}
         total = size.bytes if size else corpus.size_hint
         _encode(parts(), made, partial, meta, workers, show, total)
+        if bad:
+            why = f"the first because {next(iter(bad))}"
+            show.say(f"left out {len(bad)} that cannot be read, {why}")
+            (partial / LEFT_OUT).write_text("\n".join(bad) + "\n", "utf-8")
         with contextlib.suppress(OSError):  # another process was quicker: use its own
             os.replace(partial, target)
     prepared = load(target)
     seconds = time.monotonic() - started
     show.say(f"prepared {target} in {seconds:.1f} s: {_counts(prepared)}")
     return prepared
+
+
+def check(*, split: str, val_fraction: float, workers: int) -> None:
+    """Raises ValueError for settings that no text can be prepared with."""
+    if split not in SPLITS:
+        raise ValueError(f"data.split {split!r} is not one of: {', '.join(SPLITS)}")
+    if not 0 < val_fraction < 1:
+        raise ValueError(
+            f"data.val_fraction is {val_fraction}; it must be above 0 and below 1"
+        )
+    if workers < 0:
+        raise ValueError(f"data.workers is {workers}; it must not be negative")
 
 
 def load(folder: str | Path) -> Prepared:

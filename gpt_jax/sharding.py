@@ -161,13 +161,7 @@ def make_mesh(
       ValueError: the axes ask for more devices than there are, or (with several
         processes) for fewer, or the batch does not divide.
     """
-    for name, axis in {"fsdp": fsdp, "tensor": tensor}.items():
-        if axis < 1:
-            raise ValueError(f"mesh.{name} is {axis}: it must be at least 1")
-    if data == 0 or data < -1:
-        raise ValueError(
-            f"mesh.data is {data}: give a number of devices, or -1 for all"
-        )
+    check("mesh", data=data, fsdp=fsdp, tensor=tensor, cpu_devices=cpu_devices)
     devices = jax.devices()
     on_cpu = devices[0].platform == "cpu"
     if on_cpu and cpu_devices:
@@ -374,11 +368,27 @@ def make(micro_batch: int, *, strategy: str, **axes: int) -> Strategy:
     Raises:
       ValueError: unknown strategy, or axes that do not fit (see `make_mesh`).
     """
+    check(strategy, **axes)
+    return TABLE[strategy](make_mesh(micro_batch, **axes))
+
+
+def check(
+    strategy: str, *, data: int, fsdp: int, tensor: int, cpu_devices: int
+) -> None:
+    """Raises ValueError for a mesh that no machine has; looks at no device."""
     if strategy not in TABLE:
         raise ValueError(
             f"mesh.strategy {strategy!r} is not one of: {', '.join(TABLE)}"
         )
-    return TABLE[strategy](make_mesh(micro_batch, **axes))
+    for name, axis in {"fsdp": fsdp, "tensor": tensor}.items():
+        if axis < 1:
+            raise ValueError(f"mesh.{name} is {axis}: it must be at least 1")
+    if data == 0 or data < -1:
+        raise ValueError(
+            f"mesh.data is {data}: give a number of devices, or -1 for all"
+        )
+    if cpu_devices < 0:
+        raise ValueError(f"mesh.cpu_devices is {cpu_devices}: 0 is all of them")
 
 
 def rows(mesh: Mesh, count: int) -> list[int]:

@@ -32,6 +32,7 @@ from gpt_jax import (
     model,
     optimizer,
     plots,
+    prepare,
     pretrained,
     processes,
     programs,
@@ -351,22 +352,40 @@ def open_run(
 
 
 def check(config: ConfigDict) -> None:
-    """Refuses numbers that no run can have, before any device work.
+    """Refuses what no run can have, before any text is read and any device is used.
 
     Raises:
-      ValueError: names the key, the range and the value found.
+      ValueError: names the key, what it may be and the value found.
     """
     for key in AT_LEAST_1:
         if config[key] < 1:
             raise ValueError(f"{key} is {config[key]}: it must be at least 1")
     for key in NOT_NEGATIVE:
-        if config[key] < 0:
+        if not config[key] >= 0:  # also NaN
             raise ValueError(f"{key} is {config[key]}: it must not be negative")
+    for key in ("seq_len", "stride"):
+        if config.data[key] < 0:
+            raise ValueError(
+                f"data.{key} is {config.data[key]}: give a number of tokens, or 0 to "
+                "have it chosen"
+            )
+    if not config.data_timeout_s > 0:
+        raise ValueError(
+            f"data_timeout_s is {config.data_timeout_s}: it must be above 0 seconds"
+        )
+    if config.seed >= 2**63:
+        raise ValueError(f"seed is {config.seed}: it must be below 2^63")
     if config.batch_size % config.accumulate:
         raise ValueError(
             f"batch_size {config.batch_size} is not a multiple of accumulate "
             f"{config.accumulate}"
         )
+    check_hyper(config)
+    check_choices(config)
+
+
+def check_hyper(config: ConfigDict) -> None:
+    """Refuses traced numbers outside their ranges; raises ValueError."""
     for key, value in config.hyper.items():
         if not 0 <= value <= float(np.finfo(np.float32).max):
             raise ValueError(
@@ -401,6 +420,27 @@ def check_alike(config: ConfigDict) -> None:
     processes.in_turn(compare)
 
 
+def check_choices(config: ConfigDict) -> None:
+    """Refuses what the parts of a run would refuse, some only after reading the text.
+
+    Raises:
+      ValueError: as the part that was asked says it.
+    """
+    fields = config.model.to_dict()
+    try:  # 1 stands for the size that the tokenizer will give
+        model.GPTConfig(**{**fields, "vocab_size": fields["vocab_size"] or 1})
+    except (TypeError, ArithmeticError) as error:
+        raise ValueError(f"config.model: {error}") from error
+    text = ("split", "val_fraction", "workers")
+    prepare.check(**{key: config.data[key] for key in text})
+    tasks.check(config.task.name)
+    adapters.make(**config.adapter)
+    optimizer.make(**{k: v for k, v in config.optimizer.items() if k != "ema"})
+    sharding.check(**config.mesh)
+    if config.sample_every:
+        sample.check(**sample_settings(config))
+
+
 def make_task(config: ConfigDict, workdir: Path) -> tasks.Task:
     """Returns the config's task; its examples are prepared or found prepared."""
     text = config.data.to_dict()
@@ -420,8 +460,7 @@ def make_task(config: ConfigDict, workdir: Path) -> tasks.Task:
             f"sample_every is {config.sample_every}: a classifier writes no text; set "
             "it to 0"
         )
-    if config.sample_every:  # prompts and settings that cannot be sampled are refused
-        sample.check(**sample_settings(config))
+    if config.sample_every:  # a prompt that cannot be sampled is refused
         prompt = first_prompt(task, config.sample.prompt)
         ids = task.prompt(prompt) if task.prompt else prompt
         sample.prompt_ids(ids, task.tokenizer, task.model.cfg)
@@ -592,6 +631,7 @@ def train_batches(job: Job, start: int) -> data.Batches:
         seed=job.config.seed,
         start=start,
         rows=sharding.rows(job.strategy.mesh, batch_size // accumulate),
+        timeout_s=job.config.data_timeout_s,
     )
 
 

@@ -51,6 +51,7 @@ def inputs(length=T):
 SEGMENTS = jnp.asarray(np.sort(np.random.default_rng(3).integers(0, 3, (B, T)), axis=1))
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize("name", ["plain", "blocked", "xla"])
 @pytest.mark.parametrize(
     ("causal", "window", "packed"),

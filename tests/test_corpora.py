@@ -204,6 +204,7 @@ def test_a_missing_datasets_package_is_named(read, monkeypatch):
 # --- mistakes -------------------------------------------------------------------------
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [

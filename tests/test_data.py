@@ -4,6 +4,7 @@ import functools
 import gc
 import itertools
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -158,6 +159,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_is_named_when_tokens_are_opened(write, kind):
     folder = write([[1, 2, 3, 4]], shard_tokens=2)
@@ -167,6 +169,7 @@ def test_damage_is_named_when_tokens_are_opened(write, kind):
         data.open(folder)
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize(
     ("name", "at", "message"),
     [
@@ -187,6 +190,41 @@ def test_verify_finds_a_changed_byte_of_the_same_size(write, name, at, message):
     (folder / name).write_bytes(changed)
     with pytest.raises(ValueError, match=message):
         data.open(folder).verify()
+
+
+@pytest.mark.fault(30)
+@pytest.mark.parametrize("name", ["../other/shard-00000.bin", "/dev/zero", "..", ""])
+def test_a_shard_outside_its_folder_is_refused(write, name):
+    folder = write([[1, 2, 3, 4]], shard_tokens=4)
+    shard = json.loads((folder / "index.json").read_text())["shards"][0]
+    damage_index(folder, shards=[{**shard, "name": name}])
+    with pytest.raises(
+        (ValueError, FileNotFoundError), match=r"which is not beside it|is missing"
+    ):
+        data.open(folder)
+
+
+@pytest.mark.fault(23)
+def test_a_shard_that_is_cut_while_it_is_read_is_named(write):
+    """Its memory map would end the process with SIGBUS."""
+    folder = write([list(range(100))] * 500, shard_tokens=25_000)
+    windows = data.Windows(data.open(folder), seq_len=8, stride=8, tail=False)
+    os.truncate(folder / "shard-00001.bin", 8192)
+    assert windows[0]["tokens"].tolist() == list(range(8))
+    with pytest.raises(ValueError, match=r"shard-00001.bin was cut to 8,192 of 50,"):
+        windows[len(windows) - 1]
+
+
+@pytest.mark.fault(23)
+def test_a_shard_that_is_removed_while_it_is_read_is_missed_at_the_next_start(write):
+    folder = write([list(range(100))] * 9, shard_tokens=300)
+    windows = data.Windows(data.open(folder), seq_len=8, stride=8, tail=False)
+    before = windows.take(range(len(windows)))
+    (folder / "shard-00001.bin").unlink()
+    after = windows.take(range(len(windows)))
+    np.testing.assert_array_equal(before["tokens"], after["tokens"])
+    with pytest.raises(FileNotFoundError, match=r"shard-00001.bin is missing"):
+        data.open(folder)
 
 
 # --- windows --------------------------------------------------------------------------
@@ -272,7 +310,7 @@ def make(examples=None, count=10, **changes):
     examples = Numbers(count) if examples is None else examples
     options = {"batch_size": 4, "accumulate": 1, "seed": 7, "start": 0} | changes
     rows = range(options["batch_size"] // options["accumulate"])
-    return data.batches(examples, **{"rows": rows} | options)
+    return data.batches(examples, **{"rows": rows, "timeout_s": 60.0} | options)
 
 
 def taken(count, **changes):
@@ -393,6 +431,7 @@ def test_impossible_batches_are_refused_at_once(changes, message):
 # --- the thread -----------------------------------------------------------------------
 
 
+@pytest.mark.fault(24)
 def test_an_error_while_loading_reaches_the_consumer_with_the_shard(write):
     folder = write([np.arange(100)], shard_tokens=50)
     windows = data.Windows(data.open(folder), seq_len=8, stride=8, tail=False)
@@ -407,6 +446,7 @@ def test_an_error_while_loading_reaches_the_consumer_with_the_shard(write):
     assert list(batches) == []
 
 
+@pytest.mark.fault(24)
 def test_batches_before_a_failing_one_still_arrive():
     class Failing(Numbers):
         def __getitem__(self, index):
@@ -423,7 +463,8 @@ def test_batches_before_a_failing_one_still_arrive():
     assert caught.value.__notes__ == [f"while batch {whole.index(3)} was made"]
 
 
-def test_a_source_that_hangs_is_named_after_a_while(monkeypatch):
+@pytest.mark.fault(24)
+def test_a_source_that_hangs_is_named_after_a_while():
     release = threading.Event()
 
     class Hanging(Numbers):
@@ -434,11 +475,10 @@ def test_a_source_that_hangs_is_named_after_a_while(monkeypatch):
         def where(self, index):
             return "shard-of-the-hanging-disk"
 
-    monkeypatch.setattr(data, "STALL_SECONDS", 0.05)
     with pytest.raises(
         TimeoutError, match=r"batch 5 .* shard-of-the-hanging-disk hangs"
     ):
-        next(make(Hanging(10), start=5))
+        next(make(Hanging(10), start=5, timeout_s=0.05))
     release.set()
 
 
@@ -466,6 +506,7 @@ def test_the_thread_ends_with_its_iterator(end, used):
     assert not thread.is_alive()
 
 
+@pytest.mark.fault(24)
 def test_a_process_ends_while_batches_are_being_made():
     code = (
         "import numpy as np, threading\n"
@@ -476,7 +517,7 @@ def test_a_process_ends_while_batches_are_being_made():
         "        return super().take(indices)\n"
         "slow = False\n"
         "windows = Slow(np.arange(99), seq_len=4, stride=1, tail=False)\n"
-        "options = dict(accumulate=1, seed=0, rows=range(4))\n"
+        "options = dict(accumulate=1, seed=0, rows=range(4), timeout_s=60.0)\n"
         "a = data.batches(windows, batch_size=4, start=0, **options)\n"
         "next(a)\n"
         "slow = True\n"

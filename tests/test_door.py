@@ -50,6 +50,7 @@ def test_main_decides_the_exit_code_and_the_config_gives_a_run_name():
     ]
 
 
+@pytest.mark.fault(21)
 @pytest.mark.parametrize(
     "args, words",
     [

@@ -301,6 +301,7 @@ def test_window_forgets_tokens_beyond_its_reach():
     np.testing.assert_allclose(a[:, reach + 1 :], b[:, reach + 1 :], atol=1e-5)
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize("attention", ["plain", "blocked", "xla"])
 def test_packed_documents_do_not_see_each_other(attention):
     c, params, _ = family("llama")
@@ -334,6 +335,7 @@ def stepper(name, length):
     return jit(step)
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_token_at_a_time_equals_all_at_once(name):
     c, params, run = family(name)
@@ -348,6 +350,7 @@ def test_one_token_at_a_time_equals_all_at_once(name):
     assert cache_.length_B.tolist() == [T, T]
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize("name", ["gpt2", "gemma"])
 def test_rows_of_different_length_do_not_disturb_each_other(name):
     c, params, run = family(name)
@@ -374,6 +377,7 @@ def test_kernels_transposed_for_one_row_give_the_same_logits(name):
     assert jax.tree.all(jax.tree.map(lambda a, b: a is b, turned, again))
 
 
+@pytest.mark.fault(20)
 def test_a_row_put_into_a_used_slot_continues_as_if_alone():
     c, params, run = family("gpt2")
     full = model.init_cache(c, B, T, jnp.float32)
@@ -452,6 +456,7 @@ def test_stack_and_unstack_lose_nothing():
     jax.tree.map(np.testing.assert_array_equal, scanned, stacked)
 
 
+@pytest.mark.fault(18)
 @pytest.mark.parametrize("scan_layers", [True, False])
 @pytest.mark.parametrize("remat", ["none", *model.REMAT])
 def test_scan_and_remat_change_neither_logits_nor_gradients(scan_layers, remat):
@@ -523,6 +528,7 @@ def test_each_dropout_rate_reaches_its_place(which):
     assert np.abs(got - run(params, TOKENS)).max() > 1e-2
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_dropout_masks_differ_between_layers(scan_layers):
     # Each layer adds its MLP's bias of ones, through its own mask.

@@ -1,5 +1,6 @@
 """Preparing text: exact splits, nothing lost, found again, and bounded memory."""
 
+import gzip
 import json
 import os
 import re
@@ -24,6 +25,7 @@ def run(tmp_path):
         options = {"field": "text", "tokenizer": "char", "folder": tmp_path / "data"}
         options |= {"cache": tmp_path / "cache", "val_fraction": 0.1}
         options |= {"split": "fraction", "workers": 2, "progress": False}
+        options |= {"skip_bad_docs": False}
         return prepare.prepare(**{"source": str(source), **options, **changes})
 
     return with_options
@@ -157,6 +159,7 @@ def test_reading_in_pieces_does_not_change_one_id(
     assert pieces.fingerprint == whole.fingerprint
 
 
+@pytest.mark.fault(17)
 @pytest.mark.parametrize("workers", [1, 3, 8])
 def test_the_number_of_workers_does_not_change_one_id(
     run, text_file, tmp_path, monkeypatch, workers
@@ -192,6 +195,7 @@ def test_a_corpus_of_any_size_needs_the_memory_of_a_few_groups(tmp_path, monkeyp
     monkeypatch.setattr(prepare, "GROUP_CHARS", 1000)
     options = {"field": "", "tokenizer": "byte", "folder": tmp_path, "cache": tmp_path}
     options |= {"val_fraction": 0.1, "split": "documents", "workers": 2}
+    options |= {"skip_bad_docs": False}
     prepare.prepare(source="memory", **options, progress=False)
     assert read == 500  # one pass
     assert peak <= 10 * (2 + 3)  # texts in a group x (workers + those on their way)
@@ -307,6 +311,7 @@ def test_an_unseen_character_is_named_with_its_file(run, text_file, tmp_path):
         run(tmp_path / "new.txt", tokenizer=str(made.folder / "tokenizer.json"))
 
 
+@pytest.mark.fault(23)
 def test_bad_text_is_refused_with_its_file_and_offset(run, tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"abc\xff")
     with pytest.raises(ValueError, match=r"bad.txt is not UTF-8 .* offset 3"):
@@ -318,6 +323,31 @@ def test_bad_text_is_refused_with_its_file_and_offset(run, tmp_path):
         run(tmp_path / "absent.txt")
 
 
+@pytest.mark.fault(23, injections=6)
+def test_documents_that_cannot_be_read_are_left_out_and_counted_if_wanted(
+    run, tmp_path, capfd
+):
+    good = b'{"text": "kept"}\n'
+    damaged = [b'{"text"\n', b'{"body": 1}\n', b'{"text": "\xff"}\n']
+    damaged += [b'{"text": "\\ud800"}\n']
+    (tmp_path / "a.jsonl").write_bytes(good + good.join(damaged) + good)
+    (tmp_path / "b.txt").write_bytes(b"good up to here \xc3(")
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"cut" * 999)[:-9])
+    (tmp_path / "d.txt").write_text("\ufeffwhole")
+    (tmp_path / "e.txt").write_bytes(b"")
+    source, options = tmp_path / "[a-e].*", {"split": "documents", "tokenizer": "byte"}
+    with pytest.raises(ValueError, match=r"a.jsonl, line 2 is not JSON"):
+        run(source, val_fraction=0.2, **options)
+    options |= {"skip_bad_docs": True, "progress": True}
+    done = run(source, val_fraction=0.2, **options)
+    texts = "<|endoftext|>".join(texts_of(done)).split("<|endoftext|>")
+    assert sorted(texts) == [*["kept"] * 5, "whole"]
+    said = capfd.readouterr().err
+    assert "left out 6 that cannot be read" in said and "line 2 is not JSON" in said
+    reasons = (done.folder / "left_out.txt").read_text().splitlines()
+    assert len(reasons) == 6 and "b.txt is not UTF-8" in reasons[4]
+
+
 def test_a_text_shorter_than_a_window_is_the_windows_error(run, tmp_path):
     (tmp_path / "short.txt").write_text("0123456789")
     prepared = run(tmp_path / "short.txt")
@@ -325,6 +355,7 @@ def test_a_text_shorter_than_a_window_is_the_windows_error(run, tmp_path):
         data.Windows(prepared.train, seq_len=16, stride=16, tail=False)
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -446,6 +446,7 @@ def rewrite(path: Path, change) -> None:
 Q = "model.layers.0.self_attn.q_proj.weight"
 
 
+@pytest.mark.fault(30)
 def test_a_truncated_file_is_refused(folder):
     path = folder / "model.safetensors"
     whole = path.read_bytes()
@@ -474,6 +475,7 @@ def test_a_missing_or_unknown_tensor_is_refused(folder):
     refused(folder, "model.layers.0.extra.weight")
 
 
+@pytest.mark.fault(30)
 def test_overlaps_gaps_and_twins_in_a_header_are_refused(folder):
     path = folder / "model.safetensors"
     whole = path.read_bytes()
@@ -493,6 +495,7 @@ def test_overlaps_gaps_and_twins_in_a_header_are_refused(folder):
     refused(folder, str(path))
 
 
+@pytest.mark.fault(30)
 def test_a_header_that_is_no_header_is_refused(folder):
     path = folder / "model.safetensors"
     for text in (b"[]", b"{", b'{"a": 1}', b'{"a": {"dtype": "F32", "shape": [-1]}}'):
@@ -509,6 +512,7 @@ class Trap:
         return (Path.touch, (Path("trapped"),))
 
 
+@pytest.mark.fault(30)
 def test_a_pickle_by_that_name_is_refused_and_not_run(folder, monkeypatch):
     import pickle
 
@@ -521,6 +525,7 @@ def test_a_pickle_by_that_name_is_refused_and_not_run(folder, monkeypatch):
     assert not (folder / "trapped").exists()
 
 
+@pytest.mark.fault(30)
 def test_shards_must_be_there_and_stay_in_the_folder(tmp_path):
     folder = Path(shutil.copytree(GOLDEN / "gemma3", tmp_path / "gemma3"))
     index = folder / files.INDEX

@@ -122,6 +122,7 @@ def test_no_folder_leaves_the_cache_as_it_is(cache_dir):
     assert cache_dir() == before
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o720, 0o702])
 def test_a_folder_that_others_can_write_to_is_not_used(
     tmp_path, cache_dir, caplog, mode
@@ -141,6 +142,7 @@ def test_a_folder_that_others_can_only_read_is_used(tmp_path, cache_dir, caplog)
     assert cache_dir() == str(tmp_path) and not caplog.records
 
 
+@pytest.mark.fault(30)
 def test_a_folder_of_another_user_is_not_used(tmp_path, cache_dir, caplog, monkeypatch):
     before = cache_dir()
     owner = tmp_path.stat().st_uid

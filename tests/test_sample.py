@@ -106,6 +106,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_greedy_with_cache_equals_recomputation_for_ragged_rows_up_to_the_limit(option):
     model, params = build(**OPTIONS[option])
@@ -150,6 +151,7 @@ def test_a_single_row_chooses_the_same_tokens_with_weights_laid_out_for_it(optio
     assert tokens_BS[0].tolist() == wanted
 
 
+@pytest.mark.fault(20)
 def test_a_row_ends_at_its_stop_token_its_max_new_or_the_limit_and_stays_ended():
     model, params = build()
     prompt = [7, 8, 9]
@@ -410,6 +412,7 @@ def test_changing_settings_compiles_nothing_new(byte_model):
     assert (sample._start._cache_size(), sample._advance._cache_size()) == before
 
 
+@pytest.mark.fault(20)
 def test_generation_ends_at_the_context_and_says_so(byte_model):
     prompts = ["x" * 32, "x" * 31, "x" * 30, "x"]
     full, last, short, _ = texts(byte_model, prompts, max_new=1)
@@ -437,6 +440,7 @@ def test_stop_strings_and_stop_tokens_end_a_text_and_are_cut_off(byte_model):
     assert (ended.reason, ended.detail) == ("stop", f"stop token {token}")
 
 
+@pytest.mark.fault(20)
 def test_end_of_text_ends_a_text_and_is_not_part_of_it(byte_model):
     (free,) = texts(byte_model, ["end"], temperature=0)
     run = {**byte_model, "tokenizer": Other(eos_id=free.ids[0])}
@@ -447,6 +451,7 @@ def test_end_of_text_ends_a_text_and_is_not_part_of_it(byte_model):
     assert begun.ids == texts(run, [free.ids[:1]], temperature=0)[0].ids
 
 
+@pytest.mark.fault(20)
 def test_an_empty_prompt_without_end_of_text_is_a_newline_or_an_error(byte_model):
     run = {**byte_model, "tokenizer": Other(eos_id=None)}
     (empty,), (line,) = texts(run, [""]), texts(run, ["\n"])

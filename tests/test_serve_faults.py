@@ -281,6 +281,24 @@ def test_what_a_page_of_another_site_could_send_is_refused(live, head, status):
     assert answer_of(link).startswith(b"HTTP/1.1 " + status)
 
 
+@pytest.mark.fault(30)
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/models/../../../../etc/passwd",
+        "/v1/models/%2e%2e/%2e%2e/%2e%2e/etc/passwd",
+        "/v1/models/tiny%00",
+        "/page.js/../../http.py",
+        "/%2e%2e/http.py",
+        "//etc/passwd",
+    ],
+)
+def test_a_path_leads_to_no_file(live, path):
+    link = raw(live, f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    assert link.recv(65536).startswith(b"HTTP/1.1 404")
+    link.close()
+
+
 @pytest.mark.fault(28)
 def test_a_request_that_is_late_is_told_so(live):
     limits = replace(LIMITS, seconds=0.05)

@@ -236,6 +236,7 @@ def test_settings_of_the_command_line_take_the_types_of_the_config(base, tmp_pat
     assert base.steps == 8
 
 
+@pytest.mark.fault(21)
 @pytest.mark.parametrize(
     ("point", "sentence"),
     [
@@ -485,6 +486,7 @@ def test_a_trial_says_how_it_ended_and_leaves_an_ordinary_run(base, tmp_path):
     assert runs.open(folder, step="latest").step == 8
 
 
+@pytest.mark.fault(25)
 @pytest.mark.parametrize(
     ("change", "status", "reason"),
     [
@@ -616,9 +618,11 @@ class Sweep:
                 found[path.parent.name] = json.loads(text)["pid"]
         return found
 
+    def rows(self):
+        return json.loads((self.out / "results.json").read_text())["trials"]
+
     def results(self):
-        rows = json.loads((self.out / "results.json").read_text())["trials"]
-        return {row["name"]: (row["status"], row["last"]) for row in rows}
+        return {row["name"]: (row["status"], row["last"]) for row in self.rows()}
 
 
 def _alive(pid):
@@ -691,6 +695,7 @@ def step_of(out, name):
         return 0
 
 
+@pytest.mark.fault(25)
 @pytest.mark.slow
 @pytest.mark.timeout(400)  # a dozen processes, half a minute on two quiet cores
 @pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
@@ -720,6 +725,7 @@ def test_killing_a_worker_and_then_the_sweep_loses_nothing(long_sweep, start):
     }
 
 
+@pytest.mark.fault(25)
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_workers_of_a_scheduler_need_not_know_the_project(long_sweep, start, tmp_path):

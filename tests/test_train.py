@@ -270,6 +270,7 @@ def test_a_run_of_nothing_but_nan_stops_and_saves_none_of_it(config, tmp_path):
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(tree))
 
 
+@pytest.mark.fault(21)
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -297,6 +297,7 @@ def _prepare(text: Path, tokenizer: Path, folder: Path, workers: int) -> None:
         val_fraction=0.1,
         split="fraction",
         workers=workers,
+        skip_bad_docs=False,
         progress=False,
     )
 
@@ -378,6 +379,7 @@ def _batches(folder: Path, *, seq_len: int, batch: int) -> data.Batches:
         seed=0,
         start=0,
         rows=range(batch),
+        timeout_s=300.0,
     )
 
 

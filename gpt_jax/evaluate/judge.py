@@ -63,6 +63,11 @@ def check(judge: Judge) -> None:
             f"the judge's address is {judge.url!r}: it begins with http:// or https:// "
             "and usually ends with /v1, e.g. http://localhost:11434/v1"
         )
+    if "@" in judge.url.split("//", 1)[1].split("/")[0]:
+        raise ValueError(
+            "the judge's address holds a name or password, which would stand in "
+            "messages and in the cache; see --judge_key_env"
+        )
     if "{answer}" not in judge.prompt:
         raise ValueError("the judge's prompt has no {answer} in it")
     if judge.tries < 1 or judge.wait_s < 0 or judge.timeout_s <= 0:
@@ -134,6 +139,8 @@ def _post(judge: Judge, url: str, body: dict) -> bytes:
             return _send(judge, url, body)
         except urllib.error.HTTPError as error:
             said = error.read(300).decode(errors="replace")
+            if judge.key:  # some repeat what they were sent
+                said = said.replace(judge.key, "(the key)")
             failure = f"answered {error.code} ({' '.join(said.split())})"
             if error.code != 429 and error.code < 500:
                 raise ValueError(f"the judge at {url} {failure}") from None

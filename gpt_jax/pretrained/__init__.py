@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 PATTERNS = ("*.safetensors", "*.json", "merges.txt", "vocab.bpe", "*.jinja")
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
 def find(spec: str) -> Path:

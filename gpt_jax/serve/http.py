@@ -4,6 +4,7 @@
     POST /v1/completions                texts continued, scored, streamed
     POST /v1/chat/completions           conversations, where a run has a template
     GET  /healthz  /readyz  /metrics    alive; compiled and not leaving; Prometheus
+    GET  /openapi.json                  all of this, for tools
     GET  /                              the page
 
 Every answer has one of these statuses: 200; 400 a request that cannot be; 401 without
@@ -21,7 +22,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt_jax.serve import replies, wire
+from gpt_jax.serve import openapi, replies, wire
 from gpt_jax.serve.flow import ENDS, Flow, Mail, Served, prompt_ids, requests_of
 from gpt_jax.serve.guard import GONE, guarded
 from gpt_jax.serve.numbers import Numbers
@@ -34,7 +35,7 @@ POLICY = {  # of a browser that shows the page: nothing from elsewhere
     "Content-Security-Policy": "default-src 'self'; img-src data:; base-uri 'none'"
 }
 FEW = 16  # tokens of an event that are told without a thread of their own
-OPEN = {*FILES, "/healthz", "/readyz"}  # need no key
+OPEN = {*FILES, "/healthz", "/readyz", "/openapi.json"}  # need no key
 
 
 @dataclass
@@ -112,6 +113,10 @@ def application(service: Service) -> Callable:
     async def metrics() -> Response:
         text, kind = service.numbers.text()
         return Response(text, media_type=kind)
+
+    @app.get("/openapi.json")
+    async def described() -> Response:
+        return JSONResponse(openapi.description(service.limits))
 
     @app.get("/v1/models")
     async def models() -> Response:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from gpt_jax import optimizer, runs, sample, train
+from gpt_jax import runs, train
 from gpt_jax.sweep.plan import Plan
 
 NOWHERE = Path("no-such-run")  # a trial has no folder yet
@@ -46,10 +46,6 @@ def _check(config: ConfigDict, plan: Plan, known: dict) -> None:
             f"the pruner {plan.pruner['name']} first judges at step "
             f"{plan.pruner['first']}, but the run has {config.steps} steps"
         )
-    if config.sample_every:
-        sample.check(**train.sample_settings(config))
-    options = {key: value for key, value in config.optimizer.items() if key != "ema"}
-    _once(known, ("optimizer", options), lambda: optimizer.make(**options))
     text = (config.task, config.data, config.init_from, config.model.context_length)
     task = _once(known, ("task", *text), lambda: train.make_task(config, NOWHERE))
     model = ("model", config.model, *text)

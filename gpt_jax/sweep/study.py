@@ -331,7 +331,9 @@ def open_storage(where: str):
         return optuna.storages.get_storage(where)
     except Exception as error:  # SQLAlchemy and its drivers raise whatever they like
         text = str(error).splitlines()[0]
-        raise ValueError(f"the storage {where} cannot be opened: {text}") from error
+        secret, _, place = where.rpartition("@")  # a user and a password
+        text = text.replace(secret, "...") if secret else text
+        raise ValueError(f"the storage {place} cannot be opened: {text}") from None
 
 
 def make_pruner(chosen: Pruner | None, steps: int):

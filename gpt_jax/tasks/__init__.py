@@ -6,7 +6,7 @@ from typing import Any
 from gpt_jax.tasks import answers, classify, dpo, grpo, lm, sft
 from gpt_jax.tasks.task import Batch, Sums, Task
 
-__all__ = ["TABLE", "Batch", "Sums", "Task", "make"]
+__all__ = ["TABLE", "Batch", "Sums", "Task", "check", "make"]
 
 TABLE: dict[str, Callable[..., Task]] = {
     "lm": lm.make,
@@ -24,6 +24,11 @@ def make(*, name: str, **options: Any) -> Task:
     Raises:
       ValueError: there is no task of that name.
     """
+    check(name)
+    return TABLE[name](**options)
+
+
+def check(name: str) -> None:
+    """Raises ValueError unless there is a task of that name."""
     if name not in TABLE:
         raise ValueError(f"task.name {name!r} is not one of: {', '.join(TABLE)}")
-    return TABLE[name](**options)
