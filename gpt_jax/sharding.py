@@ -166,20 +166,35 @@ def make_mesh(
     on_cpu = devices[0].platform == "cpu"
     if on_cpu and cpu_devices:
         devices = [d for d in devices if _number_in_process(d, devices) < cpu_devices]
+    axes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    found = lengths(micro_batch, len(devices), on_cpu=on_cpu, **axes)
+    return jax.make_mesh(
+        found,
+        AXES,
+        axis_types=(AxisType.Auto,) * len(AXES),
+        devices=devices[: math.prod(found)],
+    )
+
+
+def lengths(
+    micro_batch: int, devices: int, *, on_cpu: bool, data: int, fsdp: int, tensor: int
+) -> tuple[int, int, int]:
+    """Returns how long the axes of a mesh are: what `data` -1 means, and whether all
+    fit; arguments and errors as in `make_mesh`."""
     if data == -1:
-        left = len(devices) // (fsdp * tensor)
+        left = devices // (fsdp * tensor)
         data = _largest_divisor(micro_batch // fsdp, left) if on_cpu else max(1, left)
-    if data * fsdp * tensor > len(devices):
+    if data * fsdp * tensor > devices:
         raise ValueError(
             f"mesh.data {data} x fsdp {fsdp} x tensor {tensor} asks for "
-            f"{data * fsdp * tensor} devices but there are {len(devices)}"
+            f"{data * fsdp * tensor} devices but there are {devices}"
         )
-    if jax.process_count() > 1 and data * fsdp * tensor < len(devices):
+    if jax.process_count() > 1 and data * fsdp * tensor < devices:
         raise ValueError(
             f"mesh.data {data} x fsdp {fsdp} x tensor {tensor} takes "
-            f"{data * fsdp * tensor} of {len(devices)} devices, but the processes of a "
+            f"{data * fsdp * tensor} of {devices} devices, but the processes of a "
             "run use all that they have: make batch_size / accumulate a multiple of "
-            f"{len(devices) // tensor}, or begin with fewer devices"
+            f"{devices // tensor}, or begin with fewer devices"
         )
     if micro_batch % (data * fsdp):
         raise ValueError(
@@ -187,12 +202,7 @@ def make_mesh(
             f"{data * fsdp} devices (mesh.data {data} x fsdp {fsdp}): make batch_size "
             "/ accumulate a multiple of it, or set mesh.data"
         )
-    return jax.make_mesh(
-        (data, fsdp, tensor),
-        AXES,
-        axis_types=(AxisType.Auto,) * len(AXES),
-        devices=devices[: data * fsdp * tensor],
-    )
+    return data, fsdp, tensor
 
 
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:

@@ -29,7 +29,7 @@ SIDEWAYS = {
 # A worker's process gives its environment to the processes that it starts.
 HANDS_ON_ITS_ENVIRONMENT = {"gpt_jax/sweep/worker.py"}
 PROGRAMS = ("gpt_jax/pretrained/runner.py",)  # copied into exports, run from there
-KNOW_CONFIG_DICT = {"train", "runs", "population", "sweep"}
+KNOW_CONFIG_DICT = {"train", "runs", "population", "sweep", "estimate"}
 
 
 def modules(folder: str) -> list[Path]:
