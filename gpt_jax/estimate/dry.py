@@ -58,7 +58,8 @@ def run(
     rows = config.batch_size // config.accumulate
     plan = plans.make(config, sharding.make_mesh(rows, **axes, cpu_devices=0))
     tell(f"tracing the step for {count:,} devices ...")
-    lowered = plan.parts.step_fn.lower(*arguments(plan))
+    step: Any = plan.parts.step_fn
+    lowered = step.lower(*arguments(plan))
     traced = time.monotonic() - started
     tell(f"traced in {traced:.0f} s; compiling ...")
     compiled = beside(lambda: lowered.run.compile(compiler_options=OPTIONS), tell)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from gpt_jax import adapters, model, sharding, tasks, tokenizers, train
@@ -70,8 +69,8 @@ class Plan(NamedTuple):
         return batch | {"mask": jax.ShapeDtypeStruct(shape, jnp.float32)}
 
 
-def make(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Plan:
-    """Returns the plan of a config on a mesh.
+def make(config: ConfigDict, mesh: Any) -> Plan:
+    """Returns the plan of a config on a mesh, which may be abstract.
 
     Raises:
       ValueError: the config makes no run, needs more than its own words to be known
