@@ -179,8 +179,11 @@ def make_mesh(
 def lengths(
     micro_batch: int, devices: int, *, on_cpu: bool, data: int, fsdp: int, tensor: int
 ) -> tuple[int, int, int]:
-    """Returns how long the axes of a mesh are: what `data` -1 means, and whether all
-    fit; arguments and errors as in `make_mesh`."""
+    """Returns how long the axes of a mesh of so many devices are.
+
+    Says what `data` -1 means, and whether all fit; arguments and errors are those of
+    `make_mesh`.
+    """
     if data == -1:
         left = devices // (fsdp * tensor)
         data = _largest_divisor(micro_batch // fsdp, left) if on_cpu else max(1, left)
