@@ -76,6 +76,10 @@ test-browser: browser  ## the chat page in Chromium; installs playwright once
 test-faults: dev  ## what must survive what, with a table at the end (half an hour)
 	$(RUN) -m pytest -p tests.fault_table -m fault $(FAULTS) $(WORKERS) $(PYTEST_ARGS)
 
+.PHONY: soak
+soak: dev  ## kill one run 200 times and compare its end (SOAK_ARGS=--kills=20)
+	$(RUN) -m tests.soak $(SOAK_ARGS)
+
 .PHONY: test-lm-eval
 test-lm-eval: lm-eval  ## runs on EleutherAI's harness, in an environment of their own
 	$(LM_EVAL)/bin/python -m pytest tests/test_harness.py $(PYTEST_ARGS)

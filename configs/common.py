@@ -21,6 +21,8 @@ def base() -> ConfigDict:
     # Whose weights this run starts from: a run folder, or hf:<folder or id> from
     # Hugging Face
     config.init_from = ""
+    # Go on with a run though its data is not what it was; --allow-data-change sets it
+    config.allow_data_change = False
 
     config.data = ConfigDict(
         {
@@ -133,6 +135,7 @@ def base() -> ConfigDict:
             "label_smoothing": 0.0,
             "z_loss": 0.0,  # weight of log(sum(exp(logits)))^2
             "ema_decay": 0.999,
+            "spike_sigma": 6.0,  # standard deviations above the mean that are a spike
         }
     )
 
@@ -142,7 +145,9 @@ def base() -> ConfigDict:
     config.max_tokens = 0  # stop after so many training tokens; 0 = no limit
     config.max_seconds = 0.0  # stop after so much wall time; 0 = no limit
     config.patience = 0  # stop after so many evaluations without a new best; 0 = never
-    config.max_skipped = 10  # stop after so many non-finite updates in a row
+    # An update is skipped when its loss is a spike against so many before it; 0 = never
+    config.spike_window = 0
+    config.max_skipped = 10  # stop after so many skipped updates in a row
 
     config.log_every = 10
     config.eval_every = 250
@@ -150,6 +155,9 @@ def base() -> ConfigDict:
     config.eval_windows = 0  # at most so many windows, evenly spaced; 0 = all
     config.checkpoint_every = 250
     config.keep = 2  # newest checkpoints kept, besides the best
+    # When one cannot be saved (a full disk): stop, or continue and try the next one.
+    # The last one of a run must be saved all the same.
+    config.on_save_error = "stop"
     config.sample_every = 0  # write samples at this interval; 0 = never
     config.sample = ConfigDict(
         {

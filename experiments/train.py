@@ -27,6 +27,10 @@ CONFIG = door.define_config()
 WORKDIR = flags.DEFINE_string(
     "workdir", "", "Run folder (default: runs/<config name>)."
 )
+ALLOW = flags.DEFINE_bool(
+    "allow_data_change", False, "Go on with a run though its data is another now."
+)
+flags.DEFINE_alias("allow-data-change", "allow_data_change")
 PROFILE = flags.DEFINE_integer("profile", 0, "Trace so many steps for TensorBoard.")
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
@@ -58,6 +62,7 @@ def main(_: list[str]) -> int:
     }
     if any(value not in (None, "") for value in place.values()) > DISTRIBUTED.value:
         raise ValueError("--coordinator, --processes and --process need --distributed")
+    config.allow_data_change |= ALLOW.value
 
     from gpt_jax import processes, train
 

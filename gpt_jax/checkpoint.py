@@ -90,6 +90,10 @@ class Checkpoints:
         found = [path for path in self.folder.iterdir() if path.name.isdecimal()]
         return sorted(int(p.name) for p in found if (p / MANIFEST).is_file())
 
+    def damaged(self) -> list[Path]:
+        """Returns the folders of checkpoints that `restore` has set aside."""
+        return sorted(self.folder.glob("damaged-*"))
+
     def latest(self) -> int | None:
         """Returns the newest finished step, None when there is none."""
         return max(self.steps(), default=None)

@@ -537,6 +537,11 @@ def batches(
     )
 
 
+def members(count: int, batch_size: int, seed: int, n: int) -> list[int]:
+    """Returns which of `count` examples batch n holds, over all processes, in order."""
+    return _order(count, seed)(range(n * batch_size, (n + 1) * batch_size))
+
+
 def once(examples: Examples, *, batch_size: int, at_most: int = 0) -> Iterator[Batch]:
     """Yields every example exactly once and in order, as arrays [1, B, ...].
 

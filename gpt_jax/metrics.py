@@ -6,6 +6,7 @@
 import hashlib
 import importlib
 import json
+import logging
 import math
 import os
 import re
@@ -16,6 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+
+log = logging.getLogger(__name__)
 
 FILE = "metrics.jsonl"
 PLAIN_EVERY_S = 5.0  # the least time between two progress lines in a log file
@@ -37,7 +40,7 @@ class Writer:
       grad_norm: global norm of the gradient before clipping.
       tokens_per_second: training only, over all devices.
       mfu: model FLOP/s as a share of the devices' peak (PaLM, appendix B).
-      skipped: updates left out because they were not finite.
+      skipped: updates left out because they were not finite, or a spike.
     A number that is not finite is written as null.
     """
 
@@ -84,6 +87,9 @@ class Writer:
         self._file.write(line + "\n")
         self._file.flush()
         finite = {name: value for name, value in row.items() if value is not None}
+        if self._events and not _alive(self._events):
+            log.warning("TensorBoard's file cannot be written any more (a full disk?)")
+            self._events = None
         if self._events:
             for name, value in finite.items():
                 self._events.add_scalar(name, value, global_step=int(step))
@@ -309,6 +315,16 @@ def _number(value: Any) -> int | float | None:
         return int(value)
     value = float(value)
     return value if math.isfinite(value) else None
+
+
+def _alive(events: Any) -> bool:
+    """Whether the thread that writes TensorBoard's file is: else its queue fills up.
+
+    It dies of its first OSError, and whoever adds to the full queue waits for ever.
+    """
+    writer = getattr(events.file_writer, "event_writer", None)
+    worker = getattr(writer, "_worker", None)
+    return worker is None or worker.is_alive()
 
 
 def _describe(numbers: dict[str, Any]) -> str:

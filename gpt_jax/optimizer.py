@@ -40,6 +40,7 @@ class Hyper(NamedTuple):
     label_smoothing: Any
     z_loss: Any
     ema_decay: Any
+    spike_sigma: Any
 
 
 class Optimizer(NamedTuple):

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 # Where a run trains and what it writes: keys that decide nothing that is computed.
 WHERE = (
     r"mesh\..*|data\.(cache|folder|workers)|compile_cache|grace_s|data_timeout_s",
-    r"heartbeat_timeout_seconds",
+    r"heartbeat_timeout_seconds|on_save_error|allow_data_change",
     r"(log|checkpoint|sample)_every|keep|sample\..*",
     r"tensorboard|wandb",
 )
@@ -46,14 +46,17 @@ RESUMABLE = (
     r"steps|max_tokens|max_seconds|max_skipped|patience",
     r"eval_.*|task\.loss_chunk|model\.(remat|attention)",
 )
+# What may change with the data, where allow_data_change says that it may.
+OF_TEXT = r"data\.(source|field|val_fraction|split)"
 ABSENT = "(absent)"
-# Keys that older runs lack, by their part of the config, with the value that means what
-# such a run did.
-ADDED = (
-    ("hyper", "dropout_adapter", 0.0),
-    ("model", "n_classes", 0),
-    ("data", "skip_bad_docs", False),
-)
+# Keys that older runs lack, with the value that means what such a run did.
+ADDED = {
+    "hyper.dropout_adapter": 0.0,
+    "data.skip_bad_docs": False,
+    "hyper.spike_sigma": 6.0,
+    "model.n_classes": 0,
+    "spike_window": 0,
+}
 # What a run says of its data, where it has such data.
 OF_DATA = ("classes.json", "test.json", "test_report.json", "test_report.png")
 
@@ -126,6 +129,7 @@ def open(
     started = weights == "base"
     weights = "params" if started else weights
     tree, meta, found = _load(store, step, weights)
+    check_tokenizer(folder, tokenizer, meta)
     frozen = store.load_frozen(meta["frozen"]) if meta.get("frozen") else {}
     params = adapters.make(**config.adapter).join(tree[weights], frozen)
     if merge or started:
@@ -233,8 +237,9 @@ def read_config(folder: str | Path) -> ConfigDict:
         )
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        for part, key, value in ADDED:
-            tree.get(part, {}).setdefault(key, value)
+        for path, value in ADDED.items():
+            part, _, key = path.rpartition(".")
+            (tree.get(part, {}) if part else tree).setdefault(key, value)
         return as_config(tree)
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is not a config: {error}") from error
@@ -397,11 +402,27 @@ def _unscanned(cfg: GPTConfig) -> GPTConfig:
     return GPTConfig(**{**fields, "scan_layers": False})
 
 
+def check_tokenizer(folder: str | Path, tokenizer, meta: Mapping[str, Any]) -> None:
+    """Refuses a tokenizer that is not the one of a checkpoint, as its `meta` has it.
+
+    Raises:
+      ValueError: the ids of one mean something else in the other.
+    """
+    stated = meta.get("tokenizer", tokenizer.sha256)  # older checkpoints do not say
+    if stated != tokenizer.sha256:
+        raise ValueError(
+            f"{Path(folder) / 'tokenizer.json'} is not the tokenizer that the weights "
+            f"of this run learnt: its sha256 is {tokenizer.sha256[:12]}..., theirs "
+            f"{stated[:12]}...; put that file back"
+        )
+
+
 def _refuse_changes(workdir, config: ConfigDict, tokenizer, fingerprint: str) -> None:
+    may = (*RESUMABLE, OF_TEXT) if config.allow_data_change else RESUMABLE
     lines = [
         line
         for line in difference(read_config(workdir), config)
-        if not any(re.fullmatch(keys, line.split(":")[0]) for keys in RESUMABLE)
+        if not any(re.fullmatch(keys, line.split(":")[0]) for keys in may)
     ]
     if lines:
         raise ValueError(
@@ -418,12 +439,16 @@ def _refuse_changes(workdir, config: ConfigDict, tokenizer, fingerprint: str) ->
         )
     path = workdir / "data.json"
     stated = json.loads(path.read_text())["fingerprint"] if path.is_file() else None
-    if stated != fingerprint:
+    if stated == fingerprint:
+        return
+    found = f"its fingerprint was {stated} and is {fingerprint} now"
+    if not config.allow_data_change:
         raise ValueError(
-            f"{workdir} was started on other training data: its fingerprint was "
-            f"{stated} and is {fingerprint} now; put the data back or use another "
-            f"--workdir"
+            f"{workdir} was started on other training data: {found}; put the data "
+            "back, use another --workdir, or go on with --allow-data-change"
         )
+    log.warning("%s goes on with other training data: %s", workdir, found)
+    _write(path, json.dumps({"fingerprint": fingerprint}))
 
 
 def _plain(config: ConfigDict) -> dict:

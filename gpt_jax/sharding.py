@@ -45,7 +45,7 @@ RULES = (
     (r"/lora_b$", P(None, "fsdp")),
     # Small: vectors as long as the residual stream, numbers, counters.
     (r"/(bias|scale|kernel_scale|lora_scale)$", P()),
-    (r"(^|/)(step|count|in_a_row|total)$", P()),
+    (r"(^|/)(step|count|in_a_row|total|losses)$", P()),
 )
 MAX_CPU_DEVICES = 8  # more host devices than this only add overhead
 

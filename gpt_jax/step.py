@@ -17,10 +17,18 @@ from gpt_jax.tasks.task import Batch, Sums
 
 
 class Guard(NamedTuple):
-    """Counts of skipped updates (int32): in a row until now, and in all."""
+    """What decides whether an update is applied, and how many were not.
+
+    Attributes:
+      in_a_row: skipped updates until now, int32.
+      total: skipped updates in all, int32.
+      losses: mean losses of the last W applied updates, float32 [W], NaN before there
+        were so many; None where spikes are not looked for.
+    """
 
     in_a_row: Any
     total: Any
+    losses: Any
 
 
 class TrainState(NamedTuple):
@@ -54,7 +62,7 @@ def train_step(
     tx: optimizer.Optimizer,
     reduce: Callable[[Any], Any],
 ) -> tuple[TrainState, Sums, dict[str, Any]]:
-    """One update from A micro-batches, or none when it is not finite.
+    """One update from A micro-batches, or none when it is not finite, or a spike.
 
     The gradient is that of the summed loss, added up over micro-batches and devices
     and divided once by the summed weight, so uneven masks weigh every target alike.
@@ -71,7 +79,8 @@ def train_step(
 
     Returns:
       The state after, the sums of this step, and what else to log: "lr", "grad_norm",
-      "skipped_in_a_row", "skipped".
+      "skipped_in_a_row", "skipped" and, where spikes are looked for, "spike": whether
+      this loss was one.
     """
     key = jax.random.fold_in(key, state.step)
 
@@ -107,12 +116,20 @@ def train_step(
     # A finite norm leaves finite moments; the weights are looked at themselves.
     sound = [jnp.isfinite(x).all() for x in jax.tree.leaves(params)]
     sound += [jnp.isfinite(sums["loss"]), jnp.isfinite(info["grad_norm"])]
-    finite = jnp.stack(sound).all()
+    good, losses = jnp.stack(sound).all(), state.guard.losses
+    if losses is not None:
+        mean = sums["loss"] / weight
+        spike = is_spike(mean, losses, hyper.spike_sigma)
+        info = {**info, "spike": spike}
+        good &= ~spike
+        seen = good & (sums["weight"] > 0)
+        losses = jnp.where(seen, jnp.append(losses[1:], mean), losses)
     new, old = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
-    params, opt_state, ema = jax.tree.map(partial(jnp.where, finite), new, old)
+    params, opt_state, ema = jax.tree.map(partial(jnp.where, good), new, old)
     guard = Guard(
-        in_a_row=jnp.where(finite, 0, state.guard.in_a_row + 1),
-        total=state.guard.total + jnp.where(finite, 0, 1),
+        in_a_row=jnp.where(good, 0, state.guard.in_a_row + 1),
+        total=state.guard.total + jnp.where(good, 0, 1),
+        losses=losses,
     )
     info = {**info, "skipped_in_a_row": guard.in_a_row, "skipped": guard.total}
     return (
@@ -122,16 +139,36 @@ def train_step(
     )
 
 
+def is_spike(loss: Any, losses_W: jax.Array, sigma: Any) -> jax.Array:
+    """Whether a loss is over `sigma` standard deviations above the mean of others.
+
+    False as long as one of these is NaN: there have not been enough yet.
+    """
+    return loss > losses_W.mean() + sigma * losses_W.std()
+
+
 def start(
-    params: Any, frozen: Any, tx: optimizer.Optimizer, *, ema: bool
+    params: Any,
+    frozen: Any,
+    tx: optimizer.Optimizer,
+    *,
+    ema: bool,
+    spike_window: int = 0,
 ) -> TrainState:
-    """Returns the state before the first step, from the weights that it starts with."""
+    """Returns the state before the first step, from the weights that it starts with.
+
+    An update is a spike against `spike_window` losses before it; 0 = never.
+    """
     return TrainState(
         step=jnp.int32(0),
         params=params,
         frozen=frozen,
         opt_state=tx.init(params),
-        guard=Guard(in_a_row=jnp.int32(0), total=jnp.int32(0)),
+        guard=Guard(
+            in_a_row=jnp.int32(0),
+            total=jnp.int32(0),
+            losses=jnp.full(spike_window, jnp.nan) if spike_window else None,
+        ),
         ema=jax.tree.map(jnp.copy, params) if ema else None,
     )
 

@@ -56,8 +56,10 @@ AT_LEAST_1 = (
 )
 NOT_NEGATIVE = (
     *("steps", "max_tokens", "max_seconds", "patience", "sample_every", "grace_s"),
+    "spike_window",
     *("eval_every", "eval_windows", "eval_batch_size", "checkpoint_every", "seed"),
 )
+ON_SAVE_ERROR = ("stop", "continue")
 BELOW_1 = (
     *("dropout_embed", "dropout_attn", "dropout_residual", "dropout_adapter"),
     "label_smoothing",
@@ -142,7 +144,8 @@ def train(
     Raises:
       ValueError: the config, the data, or the run folder do not fit; nothing was
         overwritten.
-      FloatingPointError: `max_skipped` updates in a row were not finite.
+      FloatingPointError: `max_skipped` updates in a row were not finite, or spikes.
+      OSError: a checkpoint could not be saved, and `on_save_error` is "stop".
     """
     workdir = Path(workdir)
     with contextlib.ExitStack() as stack:
@@ -188,6 +191,8 @@ def loop(
         if not last:  # while the device computes
             batch = job.strategy.put(next(batches))
         sharding.wait_on_cpu(info)
+        with save_errors(job):
+            job.saves.check()
         pending.append((sums, info))
         totals = totals._replace(
             tokens=totals.tokens + tokens_per_step(config, job.task),
@@ -259,7 +264,7 @@ def make_parts(
         params, frozen = adapter.split(weights, jax.random.fold_in(key, ADAPTER))
         if task.reference:
             frozen = adapters.with_reference(weights, frozen)
-        return start(params, frozen, tx, ema=ema)
+        return start(params, frozen, tx, ema=ema, spike_window=config.spike_window)
 
     def first(key):
         return fresh(model.init(cfg, key), key)
@@ -305,6 +310,12 @@ def open_run(
     if processes.first(saves.steps):
         processes.in_turn(create_or_check)
         state, totals, frozen = restore(saves, parts, init_key)
+    elif lost := saves.damaged():  # starting over would hide that a run was lost
+        raise ValueError(
+            f"no checkpoint of {workdir} is sound; damaged: "
+            f"{', '.join(path.name for path in lost)} in {saves.folder}. Copy one back "
+            "from elsewhere, or remove these folders to start over"
+        )
     else:  # weights that do not fit are refused before there is a run
         state, totals = begin(config, parts, init_key), Totals()
         if processes.count() > 1:  # what other processes read and save with this one
@@ -375,6 +386,11 @@ def check(config: ConfigDict) -> None:
         )
     if config.seed >= 2**63:
         raise ValueError(f"seed is {config.seed}: it must be below 2^63")
+    if config.on_save_error not in ON_SAVE_ERROR:
+        raise ValueError(
+            f"on_save_error {config.on_save_error!r} is not one of: "
+            f"{', '.join(ON_SAVE_ERROR)}"
+        )
     if config.batch_size % config.accumulate:
         raise ValueError(
             f"batch_size {config.batch_size} is not a multiple of accumulate "
@@ -530,6 +546,7 @@ def restore(
         parts.strategy.layout(shapes),
     )
     state, meta, step = saves.restore(wanted._replace(frozen={}), step=None)
+    runs.check_tokenizer(saves.folder.parent, parts.task.tokenizer, meta)
     if wanted.frozen:
         state = state._replace(frozen=saves.load_frozen(meta["frozen"], wanted.frozen))
     saves.rewind(step)
@@ -713,25 +730,22 @@ def ended(job: Job, totals: Totals, step: int) -> str:
 def log(job: Job, totals: Totals, step: int, pending: list) -> dict[str, float]:
     """Writes the means of the steps since the last line; the loop's only wait.
 
-    A checkpoint that could not be saved surfaces here.
-
     Raises:
-      FloatingPointError: too many updates in a row were not finite.
+      FloatingPointError: too many updates in a row were skipped.
     """
-    job.saves.check()
     sums, infos = zip(*jax.device_get(pending), strict=True)
+    first = step - len(infos) + 1
+    for at, (part, said) in enumerate(zip(sums, infos, strict=True), start=first):
+        if said.get("spike"):
+            loss = part["loss"] / part["weight"]
+            job.bar.print(f"step {at}: loss {loss:.4f} is a spike; update skipped")
     info: dict = {name: float(value) for name, value in infos[-1].items()}
     in_a_row = [int(info["skipped_in_a_row"]) for info in infos]
+    info.pop("spike", None)
     del info["skipped_in_a_row"]
     info["skipped"] = int(info["skipped"])
     if (worst := max(in_a_row)) >= job.config.max_skipped:
-        at = step - len(infos) + 1 + in_a_row.index(worst)
-        raise FloatingPointError(
-            f"{worst} updates in a row were not finite, the last at step {at} "
-            f"(batch {at - 1} of seed {job.config.seed}); none was applied: start "
-            f"again with a lower hyper.lr or a longer hyper.warmup_steps in another "
-            f"--workdir; --config.init_from={job.workdir} takes the last good weights"
-        )
+        raise give_up(job, worst, first + in_a_row.index(worst))
     finite = [part for part in sums if math.isfinite(part["loss"])]
     numbers = dict(info)
     if finite:
@@ -739,9 +753,42 @@ def log(job: Job, totals: Totals, step: int, pending: list) -> dict[str, float]:
         means.pop("perplexity", None)  # train_loss says the same
         numbers |= {f"train_{name}": value for name, value in means.items()}
     numbers |= job.rate.measure(totals.tokens)
-    job.writer.write(step, tokens=totals.tokens, seconds=totals.seconds, **numbers)
+    write(job, totals, step, numbers)
     job.bar.update(step, **numbers)
     return numbers
+
+
+def write(job: Job, totals: Totals, step: int, numbers: dict[str, float]) -> None:
+    """Records numbers; a line that a full disk refuses is written with a later one."""
+    with save_errors(job):
+        job.writer.write(step, tokens=totals.tokens, seconds=totals.seconds, **numbers)
+
+
+def give_up(job: Job, worst: int, step: int) -> FloatingPointError:
+    """Returns why a run cannot go on after `worst` skipped updates; keeps their data.
+
+    `skipped-<step>.npz` in the run folder holds the last batch, the steps and, for each
+    of them, the numbers of its examples [steps, batch_size].
+    """
+    steps = np.arange(step - worst + 1, step + 1)
+    size, seed, examples = job.config.batch_size, job.config.seed, job.task.train
+    ids = [data.members(len(examples), size, seed, int(s) - 1) for s in steps]
+    path = job.workdir / f"skipped-{step}.npz"
+    batches = train_batches(job, start=step - 1)
+    kept: dict[str, Any] = {**next(batches), "steps": steps, "examples": np.array(ids)}
+    batches.close()
+    if processes.index() == 0:  # its share of the batch
+        with save_errors(job):
+            np.savez(path, **kept)
+    shown = ", ".join(map(str, ids[-1][:8])) + ", ..." * (size > 8)
+    spikes = " or spikes" if job.config.spike_window else ""
+    return FloatingPointError(
+        f"{worst} updates in a row were not finite{spikes}, the last at step {step} "
+        f"(batch {step - 1} of seed {seed}, examples {shown}: see {path}); none was "
+        "applied: start again with a lower hyper.lr or a longer hyper.warmup_steps in "
+        f"another --workdir; --config.init_from={job.workdir} takes the last good "
+        "weights"
+    )
 
 
 def weights_of(job: Job, state: TrainState) -> tuple[Any, Any]:
@@ -781,7 +828,7 @@ def record(job: Job, totals: Totals, step: int, numbers: dict[str, float]) -> To
         stale=0 if better else totals.stale + 1,
         evaluated=step,
     )
-    job.writer.write(step, tokens=totals.tokens, seconds=totals.seconds, **numbers)
+    write(job, totals, step, numbers)
     job.bar.print(
         f"step {step}: "
         + ", ".join(f"{key} {value:.4f}" for key, value in numbers.items())
@@ -837,7 +884,8 @@ def sample_now(job: Job, state: TrainState, step: int, wanted: bool) -> None:
     )
     prompt += "\n" if ids else ""
     if processes.index() == 0:
-        runs.add_samples(job.workdir, step, [prompt + text.text for text in texts])
+        with save_errors(job):
+            runs.add_samples(job.workdir, step, [prompt + text.text for text in texts])
     for text in texts:
         job.bar.print(f"--- sample after step {step}\n{prompt}{text.text}\n---")
     job.rate.pause()
@@ -859,10 +907,28 @@ def save(
 ) -> None:
     """Starts an asynchronous checkpoint of everything that a resume needs."""
     view = job.strategy.view(state._replace(frozen={}))
-    meta = {"totals": totals._asdict(), "fingerprint": job.task.fingerprint}
+    meta = {
+        "totals": totals._asdict(),
+        "fingerprint": job.task.fingerprint,
+        "tokenizer": job.task.tokenizer.sha256,
+    }
     if job.frozen:
         meta["frozen"] = job.frozen
-    job.saves.save(step, view, metric=metric, meta=meta)
+    with save_errors(job):
+        job.saves.wait()
+    with save_errors(job):
+        job.saves.save(step, view, metric=metric, meta=meta)
+
+
+@contextlib.contextmanager
+def save_errors(job: Job) -> Iterator[None]:
+    """Lets a failure to write pass, told, where on_save_error is "continue"."""
+    try:
+        yield
+    except OSError as error:
+        if job.config.on_save_error == "stop":
+            raise
+        job.bar.print(f"training goes on, though: {error}")
 
 
 def finish(job: Job, step: int, reason: str, numbers: dict[str, float]) -> Result:

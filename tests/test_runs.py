@@ -269,7 +269,7 @@ def test_a_run_older_than_a_key_goes_on_where_the_key_changes_nothing(
 ):
     begin(tmp_path, config, tokenizer)
     old = config.to_dict()
-    del old["model"]["n_classes"], old["hyper"]["dropout_adapter"]
+    del old["model"]["n_classes"], old["hyper"]["dropout_adapter"], old["spike_window"]
     (tmp_path / "config.json").write_text(json.dumps(old))
     config.hyper.dropout_adapter = 0.1
     with pytest.raises(ValueError, match=r"hyper\.dropout_adapter: 0\.0 -> 0\.1"):
@@ -293,6 +293,32 @@ def test_another_tokenizer_or_other_data_is_refused(config, tokenizer, tmp_path)
         runs.create_or_check(tmp_path, config, other, "text")
     with pytest.raises(ValueError, match="fingerprint was text and is texts now"):
         runs.create_or_check(tmp_path, config, tokenizer, "texts")
+
+
+@pytest.mark.fault(11)
+def test_other_data_is_taken_when_it_may_change_and_said(
+    config, tokenizer, tmp_path, caplog
+):
+    begin(tmp_path, config, tokenizer)
+    config.data.source = "other.txt"
+    config.allow_data_change = True
+    assert runs.create_or_check(tmp_path, config, tokenizer, "texts")
+    assert "fingerprint was text and is texts now" in caplog.text
+    config.allow_data_change = False  # from now on that is its data
+    assert runs.create_or_check(tmp_path, config, tokenizer, "texts")
+    config.allow_data_change, config.data.seq_len = True, 8
+    with pytest.raises(ValueError, match=r"data\.seq_len: 0 -> 8"):
+        runs.create_or_check(tmp_path, config, tokenizer, "texts")
+
+
+@pytest.mark.fault(12)
+def test_weights_are_not_read_with_a_tokenizer_that_they_did_not_learn(
+    tokenizer, tmp_path
+):
+    runs.check_tokenizer(tmp_path, tokenizer, {"tokenizer": tokenizer.sha256})
+    runs.check_tokenizer(tmp_path, tokenizer, {})
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not the tokenizer that"):
+        runs.check_tokenizer(tmp_path, tokenizer, {"tokenizer": "0" * 64})
 
 
 @pytest.mark.fault(12)

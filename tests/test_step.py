@@ -52,8 +52,9 @@ def make_batch(a, b, seed=0, masked=True):
     }
 
 
-def begin(tx, ema=False):
-    return step.start(model.init(CFG, KEY), {}, tx, ema=ema)
+def begin(tx, ema=False, window=0):
+    weights = model.init(CFG, KEY)
+    return step.start(weights, {}, tx, ema=ema, spike_window=window)
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +164,44 @@ def test_the_moving_average_follows_the_weights_and_skips_with_them():
     poisoned["mask"] = poisoned["mask"].at[0, 0, 0].set(np.nan)
     skipped, _, _ = fn(after, poisoned, KEY, hyper)
     assert_equal(skipped.ema, after.ema)
+
+
+@pytest.mark.fault(16, injections=2)
+def test_a_spike_is_skipped_once_there_are_losses_to_compare_it_with():
+    """Oracle: mean and standard deviation by numpy."""
+    plain_loss = lm.make_loss(GPT, np.ones(CFG.vocab_size), loss_chunk=0, dropout=())
+
+    def loss(weights, frozen, batch, key, hyper):
+        sums = plain_loss(weights, frozen, batch, key, hyper)
+        return {**sums, "loss": sums["loss"] * batch["scale"][0]}
+
+    function, tx = make_step(loss=loss)
+    fn, hyper = jax.jit(function), make_hyper(warmup_steps=0, spike_sigma=6.0)
+
+    def go(state, seed, scale):
+        batch = make_batch(1, 4, seed) | {"scale": jnp.full((1, 4), scale)}
+        state, sums, info = fn(state, batch, KEY, hyper)
+        return state, float(sums["loss"] / sums["weight"]), bool(info["spike"])
+
+    state, seen = begin(tx, window=4), []
+    for seed in range(4):  # the first ones may be as high as they like
+        state, mean, spike = go(state, seed, 1e3 if seed == 0 else 1.0)
+        seen.append(mean)
+        assert not spike
+    state, mean, spike = go(state, 4, 1.0)
+    seen = [*seen[1:], mean]
+    assert not spike
+    np.testing.assert_allclose(state.guard.losses, seen, rtol=1e-6)
+    for scale in (1e3, 2.0):
+        after, mean, spike = go(state, 5, scale)
+        assert spike and mean > np.mean(seen) + 6 * np.std(seen)
+        assert_equal(after.params, state.params)
+        assert_equal(after.opt_state, state.opt_state)
+        assert_equal(after.guard.losses, state.guard.losses)
+        assert (int(after.step), int(after.guard.total)) == (6, 1)
+    after, mean, spike = go(after, 5, 1.0)
+    assert not spike and int(after.guard.in_a_row) == 0
+    assert float(after.guard.losses[-1]) == pytest.approx(mean)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -349,6 +349,7 @@ def test_a_killed_run_goes_on_to_the_parameters_of_an_undisturbed_one(
     config, tmp_path, kill
 ):
     config.update(steps=60, eval_every=10, checkpoint_every=5, log_every=5)
+    config.mesh.data = 1  # this process has eight devices, the others choose
     train.train(config, tmp_path / "whole")
     process = spawn(config, tmp_path, "killed")
     read_until(process, "step 10:")

@@ -259,6 +259,8 @@ def log(shared: Shared, wave: Wave) -> Wave:
             for sums, info, n in calls
             for k in range(n)
         ]
+        with train.save_errors(member.job):
+            member.job.saves.check()
         try:
             numbers = train.log(member.job, member.totals, wave.step, steps)
         except FloatingPointError as error:

@@ -1,0 +1,166 @@
+"""Prove on your own machine that an interrupted run ends as an undisturbed one.
+
+  python -m experiments.verify_resume --config=configs/quickstart.py
+  python -m experiments.verify_resume --config=configs/gpt2.py:size=tiny --kills=5
+  python -m experiments.verify_resume --config=configs/quickstart.py \\
+      --config.model.dtype=bfloat16 --steps=60
+
+Trains --steps steps of your config twice, on whatever device JAX finds: once in one go,
+and once killed (SIGKILL, --kills times, at random moments) and started again with the
+same command. Then it compares the sha256 of weights, optimizer memory and counters, and
+every recorded loss. Nothing but the two run folders (--workdir, by default a temporary
+one that is removed) is written.
+
+On CPUs the bits are the same. On a GPU they are if the compiler keeps to deterministic
+kernels: XLA_FLAGS=--xla_gpu_deterministic_ops=true; try with and without it.
+
+Exit codes: 0 bit-equal; 1 not equal, with what differs, or a run that failed; 2 a
+mistake in the flags; 130 Ctrl-C.
+"""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from absl import flags
+
+from experiments import door
+
+CONFIG = door.define_config()
+STEPS = flags.DEFINE_integer("steps", 40, "Steps to train, twice.")
+KILLS = flags.DEFINE_integer("kills", 3, "How often the second run is killed.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the moments of the kills.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", "", "Keep the two runs here (default: nowhere)."
+)
+
+
+def main(_: list[str]) -> int:
+    """Trains twice and compares; returns the exit code."""
+    if CONFIG.value is None:
+        raise ValueError("--config is missing, e.g. --config=configs/quickstart.py")
+    if STEPS.value < 2 or KILLS.value < 1:
+        raise ValueError(
+            f"--steps={STEPS.value} --kills={KILLS.value}: at least 2 steps and 1 kill "
+            "are needed"
+        )
+    with contextlib.ExitStack() as stack:
+        folder = WORKDIR.value or stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="verify-resume-")
+        )
+        whole, killed = Path(folder) / "whole", Path(folder) / "killed"
+        for run in (whole, killed):
+            if run.exists():
+                raise ValueError(f"{run} exists already: give another --workdir")
+        print(f"1 of 2: {STEPS.value} steps in one go", flush=True)
+        if code := train(whole):
+            return failed(whole, code)
+        print(f"2 of 2: the same, killed {KILLS.value} times", flush=True)
+        if code := train_and_kill(killed, random.Random(SEED.value)):
+            return failed(killed, code)
+        return compare(whole, killed)
+
+
+def command(run: Path) -> list[str]:
+    """Returns the command of a run: the config as given, and often saved."""
+    config = CONFIG.value
+    ours = ("--steps", "--kills", "--seed", "--workdir")
+    given = [word for word in sys.argv[1:] if not word.startswith(ours)]
+    unit = config.task.get("updates", 1)  # steps that a checkpoint cannot part
+    every = max(1, STEPS.value // (2 * KILLS.value + 2) // unit) * unit
+    end = config.hyper.decay_steps or float(config.steps)
+    changes = {
+        "steps": STEPS.value,
+        "hyper.decay_steps": end,  # the schedule of the whole run
+        "checkpoint_every": every,
+        "log_every": 1,
+        "tensorboard": False,
+        "wandb": "",
+    }
+    words = [f"--config.{key}={value}" for key, value in changes.items()]
+    return [
+        *(sys.executable, "-m", "experiments.train", *given, *words),
+        f"--workdir={run}",
+    ]
+
+
+def train(run: Path) -> int:
+    """Trains to the end; returns the exit code."""
+    with log_of(run).open("ab") as log:
+        return subprocess.run(command(run), stdout=log, stderr=log).returncode
+
+
+def train_and_kill(run: Path, rng: random.Random) -> int:
+    """Trains to the end in spite of the kills; returns the last exit code."""
+    marks = sorted(rng.sample(range(1, STEPS.value), min(KILLS.value, STEPS.value - 1)))
+    for mark in marks:
+        with log_of(run).open("ab") as log:
+            process = subprocess.Popen(command(run), stdout=log, stderr=log)
+        try:
+            while process.poll() is None and reached(run) < mark:
+                time.sleep(0.01)
+            time.sleep(rng.random() * 0.2)  # also in the middle of a save
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+        if process.returncode != -signal.SIGKILL and process.returncode:
+            return process.returncode
+        print(f"  killed at step {reached(run)}", flush=True)
+    return train(run)
+
+
+def reached(run: Path) -> int:
+    """Returns the last step that a run has recorded; 0 for none."""
+    from gpt_jax import metrics
+
+    with contextlib.suppress(FileNotFoundError):
+        return max((row["step"] for row in metrics.read(run)), default=0)
+    return 0
+
+
+def compare(whole: Path, killed: Path) -> int:
+    """Says whether two runs ended in the same bits; returns the exit code."""
+    from gpt_jax import checkpoint, metrics
+
+    digests, losses = [], []
+    for run in (whole, killed):
+        store = checkpoint.Checkpoints(run / "checkpoints", keep=None)
+        tree, _, step = store.restore(None, step=store.latest())
+        digests.append({name: checkpoint.digest({name: tree[name]}) for name in tree})
+        rows = [row for row in metrics.read(run) if "train_loss" in row]
+        losses.append([(row["step"], row["train_loss"]) for row in rows])
+        print(f"  {run.name}: step {step}, params {digests[-1]['params'][:16]}...")
+    other = [name for name in digests[0] if digests[0][name] != digests[1].get(name)]
+    first = next((a for a, b in zip(*losses, strict=False) if a != b), None)
+    if not other and losses[0] == losses[1]:
+        print("bit-equal: an interrupted run ends here as an undisturbed one")
+        return 0
+    print(f"NOT equal: {', '.join(other) or 'the record'} differ")
+    if first:
+        print(f"  the losses differ from step {first[0]} on")
+    print("  on a GPU try XLA_FLAGS=--xla_gpu_deterministic_ops=true")
+    return 1
+
+
+def failed(run: Path, code: int) -> int:
+    """Says why a run did not come to its end; returns the exit code."""
+    print(f"{run.name} ended with exit code {code}:")
+    print("\n".join(log_of(run).read_text(errors="replace").splitlines()[-5:]))
+    return 2 if code == 2 else 1
+
+
+def log_of(run: Path) -> Path:
+    """Returns the file that takes what a run prints."""
+    run.parent.mkdir(parents=True, exist_ok=True)
+    return run.with_name(f"{run.name}.log")
+
+
+if __name__ == "__main__":
+    door.run(main, __doc__)
