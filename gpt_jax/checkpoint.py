@@ -483,7 +483,7 @@ def _refuse_non_finite(items: Mapping) -> None:
 def _finite(found: list[tuple[str, Any]]) -> Any:
     """Returns which of the named arrays are finite; several processes ask together."""
     arrays = [x for _, x in found]
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 or not arrays:
         return [np.isfinite(x).all() for x in arrays]
     return np.asarray(_each_finite(arrays))
 

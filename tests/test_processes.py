@@ -3,13 +3,13 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from experiments.launch import free_port
 from gpt_jax import processes, signals
 
 ROOT = Path(__file__).parents[1]
@@ -19,6 +19,7 @@ TWO = """
 import json, sys
 import jax
 import numpy as np
+from experiments.launch import free_port
 from gpt_jax import processes, sharding, signals
 
 jax.config.update("jax_num_cpu_devices", 1)
@@ -85,9 +86,7 @@ processes.leave(0)
 @pytest.fixture(scope="module")
 def said():
     """What each of two processes printed: (name -> value, the whole text)."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
+    port = str(free_port())
     env = {**os.environ, "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}"}
     pair = [
         subprocess.Popen(
