@@ -318,6 +318,8 @@ class Checkpoints:
     def _failed(self, target: Path, error: Exception) -> Exception:
         if isinstance(error, FloatingPointError):
             return error
+        if told := processes.lost(error):
+            return ConnectionError(told)
         for path in (target, *self.folder.glob(f"{target.name}.orbax-checkpoint-tmp*")):
             if not (path / MANIFEST).exists():
                 shutil.rmtree(path, ignore_errors=True)

@@ -171,7 +171,8 @@ def leave(code: int) -> None:
 def lost(error: Exception) -> str:
     """Returns what to tell of an error that another process's end caused, or ""."""
     told = " ".join(str(error).split())
-    if count() == 1 or not any(word in told.lower() for word in LOST):
+    runtime = isinstance(error, jax.errors.JaxRuntimeError)
+    if count() == 1 or not runtime or not any(word in told.lower() for word in LOST):
         return ""
     return (
         f"process {index()} of {count()} lost another process of this run ({told}); "

@@ -39,8 +39,9 @@ class Group:
         for index in range(processes):
             mine = [f"--process={index}"] if processes > 1 else []
             with (said / str(index)).open("wb") as file:
-                out = {"stdout": file, "stderr": file}
-                one = subprocess.Popen([*command, *mine], cwd=ROOT, env=env, **out)
+                one = subprocess.Popen(
+                    [*command, *mine], cwd=ROOT, env=env, stdout=file, stderr=file
+                )
             self.processes.append(one)
 
     def codes(self) -> list[int]:

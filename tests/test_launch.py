@@ -26,7 +26,10 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(flags, words):
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "4,6", "JAX_PLATFORMS": ""}
     done = subprocess.run(
         [sys.executable, "-m", "experiments.launch", *flags],
-        **{"env": env, "capture_output": True, "text": True, "timeout": 60},
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 2, done.stderr
     (said,) = done.stderr.strip().splitlines()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from experiments.launch import free_port
@@ -91,7 +92,9 @@ def said():
     pair = [
         subprocess.Popen(
             [sys.executable, "-c", TWO, port, str(me)],
-            **{"cwd": ROOT, "env": env, "text": True},
+            cwd=ROOT,
+            env=env,
+            text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
@@ -193,7 +196,9 @@ def test_a_place_that_cannot_be_is_refused(changes, words):
 
 
 def test_an_error_of_our_own_is_not_told_as_a_lost_process(monkeypatch):
-    assert not processes.lost(RuntimeError("Gloo all-reduce failed"))
+    lost = jax.errors.JaxRuntimeError("Gloo all-reduce failed: Connection closed")
+    assert not processes.lost(lost)  # there is no other
     monkeypatch.setattr(processes, "count", lambda: 2)
-    assert not processes.lost(RuntimeError("out of memory"))
-    assert "lost another process" in processes.lost(RuntimeError("Gloo failed"))
+    assert "lost another process of this run (Gloo" in processes.lost(lost)
+    assert not processes.lost(jax.errors.JaxRuntimeError("out of memory"))
+    assert not processes.lost(OSError("the connection to the disk is gone"))
