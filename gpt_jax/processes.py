@@ -68,6 +68,8 @@ def join(
     try:
         jax.distributed.initialize(
             *given,
+            # Within a job of Slurm, say, the flags decide, and each sees all its GPUs.
+            cluster_detection_method="deactivate" if coordinator else None,
             heartbeat_timeout_seconds=heartbeat_timeout_seconds,
             shutdown_timeout_seconds=heartbeat_timeout_seconds,
         )

@@ -165,7 +165,10 @@ def wrong(door: str, words: list[str]) -> list[str]:
     return found
 
 
-@pages
+LAUNCH = sorted((ROOT / "docs" / "launch").iterdir())
+
+
+@pytest.mark.parametrize("page", [*PAGES, *LAUNCH], ids=lambda page: page.name)
 def test_every_command_names_doors_flags_configs_and_keys_that_exist(page):
     problems = [
         f"{problem}: python -m {door} {shlex.join(words)}"
