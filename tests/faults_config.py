@@ -66,7 +66,10 @@ CASES = {
     "kv heads": ("--config.model.n_kv_heads=3", "n_kv_heads"),
     "window": ("--config.data.seq_len=64", "model.context_length"),
     "accumulate": ("--config.accumulate=3", "multiple of accumulate 3"),
-    "head bias": ("--config.model.head_bias=True", "tie_embeddings"),
+    "head bias": (
+        "--config.model.head_bias=True --config.model.tie_embeddings=True",
+        "tie_embeddings",
+    ),
     "dropout for nobody": (
         "--config.hyper.dropout_adapter=0.1",
         "dropout_adapter",
@@ -104,6 +107,7 @@ def test_a_bad_setting_ends_with_a_sentence_before_any_device(case, tmp_path):
     given, words = CASES[case]
     config = () if "--config=" in given else TRAIN
     where = () if "--workdir" in given else (f"--workdir={tmp_path / 'run'}",)
+    where += (f"--config.data.folder={tmp_path / 'data'}",)
     more = given.split(" ") if " --" in given else [given]
     refused(say("train", *config, *where, *more), words)
     assert not (tmp_path / "run" / "config.json").exists()

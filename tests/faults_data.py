@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt_jax import checkpoint
+from gpt_jax import checkpoint, metrics
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "--config=configs/quickstart.py:size=tiny"
@@ -46,7 +46,7 @@ def bits(folder):
     flat = [np.asarray(x) for x in _leaves(tree)]
     for leaf in flat:
         found.update(leaf.tobytes())
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    rows = metrics.read(folder)
     losses = [
         (row["step"], name, value)
         for row in rows

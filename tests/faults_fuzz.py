@@ -20,7 +20,7 @@ from tests import serving
 from tests.serving import running
 
 pytestmark = [pytest.mark.timeout(900)]
-EXAMPLES = 150
+EXAMPLES = 300
 HEADERS = {"Content-Type": "application/json"}
 PATHS = ("/v1/completions", "/v1/chat/completions")
 CHECKS = [
