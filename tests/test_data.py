@@ -5,11 +5,13 @@ import gc
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import weakref
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -193,14 +195,13 @@ def test_verify_finds_a_changed_byte_of_the_same_size(write, name, at, message):
 
 
 @pytest.mark.fault(30)
-@pytest.mark.parametrize("name", ["../other/shard-00000.bin", "/dev/zero", "..", ""])
+@pytest.mark.parametrize("name", ["../other/shard-00000.bin", "{}/shard-00000.bin"])
 def test_a_shard_outside_its_folder_is_refused(write, name):
     folder = write([[1, 2, 3, 4]], shard_tokens=4)
+    other = Path(shutil.copytree(folder, folder.parent / "other"))
     shard = json.loads((folder / "index.json").read_text())["shards"][0]
-    damage_index(folder, shards=[{**shard, "name": name}])
-    with pytest.raises(
-        (ValueError, FileNotFoundError), match=r"which is not beside it|is missing"
-    ):
+    damage_index(folder, shards=[{**shard, "name": name.format(other)}])
+    with pytest.raises(ValueError, match="which is not beside it"):
         data.open(folder)
 
 

@@ -32,7 +32,8 @@ def sound(tmp_path_factory):
     params = tiny.jit(partial(models.init, cfg))(jax.random.key(3))
     with checkpoint.Checkpoints(folder / "checkpoints", keep=2) as store:
         for step in (2, 4):
-            store.save(step, {"params": params}, metric=float(step), meta={})
+            told = {"tokenizer": TOKENIZER.sha256}
+            store.save(step, {"params": params}, metric=float(step), meta=told)
     return folder
 
 
@@ -91,6 +92,10 @@ def test_a_config_and_a_tokenizer_of_other_weights_are_named(folder):
     path.write_text(text.replace('"vocab_size": 0', '"vocab_size": 257'))
     tokenizers.train("bpe:300", ["a text " * 9]).save(folder / "tokenizer.json")
     assert "do not belong together" in told(folder, "problem")[0]
+    path.write_text(text)
+    tokenizers.train("bpe:257", ["as many tokens"]).save(folder / "tokenizer.json")
+    assert all("sha256" in found for found in told(folder, "problem"))
+    assert len(told(folder, "problem")) == 2
     (folder / "tokenizer.json").unlink()
     assert "tokenizer.json" in told(folder, "problem")[0]
 
