@@ -119,7 +119,7 @@ def test_a_kill_in_any_phase_costs_no_more_than_two_intervals(
         newest = max(forks.sound(run), default=0)
         code, said = go(live, home, run, steps=40, before=before)
         assert code == -9, f"{phase}: {said}"
-        assert max(forks.sound(run)) > newest, phase
+        assert max(forks.sound(run)) >= newest, phase
         assert forks.reached(run) - max(forks.sound(run)) <= 2 * EVERY, phase
     assert go(live, home, run, steps=40)[0] == 0
     steps = [step for step, _ in forks.losses(run)]
@@ -189,24 +189,38 @@ def test_a_run_that_cannot_save_leaves_at_once_or_after_its_grace(
 
 # --- 4: no room, no right to write ----------------------------------------------------
 
-# From step 4 to `until` no file may grow over 2,000 bytes.
-LIMIT = """
+# The first save is finished before anything happens to the second.
+FIRST = """
+def save(self, step, *args, save=checkpoint.Checkpoints.save, **named):
+    done = save(self, step, *args, **named)
+    if step == 3: self._thread.join()
+    return done
+checkpoint.Checkpoints.save = save
+"""
+
+# From step 4 on no file may grow to the size of the weights.
+LIMIT = (
+    FIRST
+    + """
 import resource
 def limited(self, step, write=metrics.Writer.write, **numbers):
-    low = 4 <= step < {until}
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000 if low else -1, -1))
+    if step == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1))
     write(self, step, **numbers)
 metrics.Writer.write = limited
 """
+)
 
 
 @pytest.mark.fault(4)
-def test_without_room_a_run_stops_with_a_sentence_and_goes_on_later(
+def test_over_its_quota_a_run_stops_with_a_sentence_and_goes_on_later(
     live, home, tmp_path, control
 ):
     run = tmp_path / "run"
-    code, said = go(live, home, run, steps=12, before=LIMIT.format(until=99))
-    assert code == 1 and "Traceback" not in said, said
+    code, said = go(live, home, run, steps=12, before=LIMIT)
+    last = said.strip().splitlines()[-1]
+    assert code == 1 and last.startswith("error: checkpoint"), said
+    assert f"{run}/checkpoints/6 was not saved" in last
+    assert "bytes are free there" in last
     assert forks.sound(run) == [3]
     code, said = go(live, home, run, steps=12)
     assert code == 0 and "resuming after step 3" in said
@@ -214,26 +228,12 @@ def test_without_room_a_run_stops_with_a_sentence_and_goes_on_later(
 
 
 @pytest.mark.fault(4)
-def test_a_run_may_go_on_without_a_checkpoint_and_save_the_next(
-    live, home, tmp_path, control
-):
-    run = tmp_path / "run"
-    before = LIMIT.format(until=8)
-    go_on = {"on_save_error": "continue"}
-    code, said = go(live, home, run, steps=12, before=before, **go_on)
-    assert code == 0 and "training goes on, though" in said, said
-    assert f"checkpoint {run}/checkpoints/6 was not saved" in said
-    assert "bytes are free there" in said
-    assert forks.sound(run) == [3, 9, 12]
-    assert same(run, control(12))  # no line of the record is lost either
-
-
-@pytest.mark.fault(4)
 def test_what_cannot_save_its_last_checkpoint_does_not_end_well(live, home, tmp_path):
-    before = LIMIT.format(until=99)
     go_on = {"on_save_error": "continue"}
-    code, said = go(live, home, tmp_path / "run", steps=12, before=before, **go_on)
-    assert code == 1 and "was not saved" in said, said
+    code, said = go(live, home, tmp_path / "run", steps=12, before=LIMIT, **go_on)
+    assert code == 1 and "training goes on, though" in said, said
+    assert forks.reached(tmp_path / "run") == 12
+    assert said.strip().splitlines()[-1].startswith("error: checkpoint")
 
 
 @pytest.fixture
@@ -252,27 +252,52 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.fault(4, injections=2)
-@pytest.mark.parametrize("tensorboard", [False, True])
-def test_a_disk_that_is_full(live, home, small_disk, control, tensorboard):
-    run = small_disk / "run"
-    fill = f"""
+# Another file takes all the room from step 4 to `until`.
+FILL = (
+    FIRST
+    + """
 def fill(self, step, write=metrics.Writer.write, **numbers):
     if step == 4:
-        with open("{small_disk}/filler", "wb", 0) as file:
+        with open("{filler}", "wb", 0) as file:
             try:
                 while True: file.write(bytes(4096))
             except OSError: pass
+    if step == {until}: os.unlink("{filler}")
     write(self, step, **numbers)
 metrics.Writer.write = fill
 """
-    board = {"tensorboard": tensorboard}
-    code, said = go(live, home, run, steps=12, before=fill, **board)
+)
+
+
+@pytest.mark.fault(4)
+@pytest.mark.parametrize("tensorboard", [False, True])
+def test_on_a_full_disk_a_run_stops_and_goes_on_later(
+    live, home, small_disk, control, tensorboard
+):
+    run, filler = small_disk / "run", small_disk / "filler"
+    before, board = FILL.format(filler=filler, until=99), {"tensorboard": tensorboard}
+    code, said = go(live, home, run, steps=12, before=before, **board)
     assert code == 1 and "No space left on device" in said, said
     assert forks.sound(run) == [3]
-    (small_disk / "filler").unlink()
+    filler.unlink()
     assert go(live, home, run, steps=12, **board)[0] == 0
     assert same(run, control(12))
+
+
+@pytest.mark.fault(4)
+@pytest.mark.parametrize("tensorboard", [False, True])
+def test_on_a_full_disk_a_run_may_go_on_and_save_when_there_is_room(
+    live, home, small_disk, control, tensorboard
+):
+    run = small_disk / "run"
+    before = FILL.format(filler=small_disk / "filler", until=32)
+    config = {"on_save_error": "continue", "tensorboard": tensorboard}
+    code, said = go(live, home, run, steps=36, before=before, **config)
+    assert code == 0 and "training goes on, though" in said, said
+    assert f"checkpoint {run}/checkpoints/6 was not saved" in said
+    assert "bytes are free there" in said
+    assert forks.sound(run)[-1] == 36
+    assert same(run, control(36))  # no line of the record is lost either
 
 
 # Root may write anywhere: give that right up.
@@ -292,7 +317,7 @@ def test_a_folder_that_may_not_be_written_to(live, home, tmp_path, control):
     before = NO_RIGHTS if os.geteuid() == 0 else ""
     code, said = go(live, home, run, steps=12, before=before)
     assert code == 1 and f"{saved}/6 was not saved" in said, said
-    assert "bytes are free there" in said and "Traceback" not in said
+    assert "bytes are free there" in said
     assert forks.sound(run) == [3]
     saved.chmod(0o755)
     assert go(live, home, run, steps=12)[0] == 0
@@ -315,7 +340,8 @@ def test_damage_costs_one_checkpoint_and_only_all_of_them_the_run(
     run = tmp_path / "run"
     assert go(live, home, run, steps=9)[0] == 0
     saved = run / "checkpoints"
-    array = max((saved / "9").rglob("*"), key=lambda p: p.is_file() * p.stat().st_size)
+    files = [path for path in (saved / "9/params").rglob("*") if path.is_file()]
+    array = max(files, key=lambda path: path.stat().st_size)
     flip(array)
     code, said = live.run("sample", f"--run={run}", "--prompt=a", "--step=9")
     assert code == 2 and f"{array} does not match its sha256" in said
@@ -338,14 +364,8 @@ def broken(target, note, seal=checkpoint._seal):
     if int(target.name) == 6: raise RuntimeError("the disk caught fire")
     seal(target, note)
 checkpoint._seal = broken
-finish = checkpoint.Checkpoints._finish
-def soon(self, *args):
-    finish(self, *args)
-    done.set()
-done = threading.Event()
-checkpoint.Checkpoints._finish = soon
 def waits(self, check=checkpoint.Checkpoints.check):  # so that steps are comparable
-    if self._thread: done.wait(60)
+    if self._thread: self._thread.join()
     check(self)
 checkpoint.Checkpoints.check = waits
 """
@@ -356,7 +376,7 @@ def test_a_failed_save_ends_the_run_at_the_next_step(live, home, tmp_path):
     run = tmp_path / "run"
     code, said = go(live, home, run, steps=40, before=RAISES)
     assert code == 1 and "the disk caught fire" in said, said
-    assert forks.reached(run) <= 7 and forks.sound(run) == [3]
+    assert forks.reached(run) in (6, 7) and forks.sound(run) == [3]
 
 
 @pytest.mark.fault(7, injections=2)
@@ -450,7 +470,7 @@ def test_no_door_takes_weights_with_another_tokenizer(
     (run / "tokenizer.json").write_text(json.dumps(other))
     flags = {
         "sample": [f"--run={run}", "--prompt=a"],
-        "evaluate": [f"--run={run}", "--data=val"],
+        "evaluate": [f"--run={run}", "--text=val"],
         "serve": [f"--runs={run}", "--port=0"],
         "train": words(home, run, 6, **MERGES),
     }
@@ -491,3 +511,32 @@ def test_a_second_process_is_sent_away_and_a_dead_one_gives_way(
     assert code == 0 and f"from process {holder} on" in said
     assert same(run, control(12))
     assert runs.open(run).step == 12 and metrics.read(run)[-1]["step"] == 12
+
+
+# --- what a user can try --------------------------------------------------------------
+
+OTHER_RATE = """
+import sys
+from configs import quickstart
+def get_config(arg=None):
+    config = quickstart.get_config("size=tiny")
+    if sys.argv[-1].endswith("killed"): config.hyper.lr = 0.1
+    return config
+"""
+
+
+@pytest.mark.fault(2, injections=3)
+def test_verify_resume_tells_equal_runs_from_others(live, home, tmp_path):
+    settings = forks.flags(home, steps=50)
+    kills = ["--steps=12", "--kills=2", f"--workdir={tmp_path / 'a'}"]
+    code, said = live.run("verify_resume", *settings, *kills)
+    assert code == 0 and "bit-equal" in said, said
+    assert said.count("killed at step") == 2
+    assert forks.reached(tmp_path / "a" / "killed") == 12
+    code, said = live.run("verify_resume", *settings, *kills)
+    assert code == 2 and "exists already" in said
+    config = tmp_path / "other_rate.py"
+    config.write_text(OTHER_RATE)
+    kills = ["--steps=6", "--kills=1", f"--workdir={tmp_path / 'b'}"]
+    code, said = live.run("verify_resume", f"--config={config}", *settings[1:], *kills)
+    assert code == 1 and "NOT equal: " in said and "params" in said, said

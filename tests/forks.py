@@ -10,12 +10,14 @@ A child may first run some Python of the test (`before`), which puts the fault i
 """
 
 import contextlib
+import importlib
 import json
 import os
 import runpy
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -77,30 +79,39 @@ class Forks:
             cwd=ROOT,
             env=environment,
         )
-        self.said = tempfile.NamedTemporaryFile("r", suffix=".log")  # noqa: SIM115
+        # A pipe with a name: limits on files and full disks are no limits to it.
+        self.folder = tempfile.TemporaryDirectory(prefix="forks-")
+        self.pipe = Path(self.folder.name) / "said"
+        os.mkfifo(self.pipe)
+        self.said, self.reader = "", threading.Thread()
 
     def start(self, door: str, *argv: object, before: str = "") -> int:
         """Starts a door; returns its pid."""
-        os.truncate(self.said.name, 0)
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
         words = [str(word) for word in argv]
-        job = {"door": door, "argv": words, "before": before, "said": self.said.name}
+        job = {"door": door, "argv": words, "before": before, "pipe": str(self.pipe)}
         self._in.write(json.dumps(job) + "\n")
         self._in.flush()
         return int(self._out.readline())
 
     def wait(self) -> int:
         """Returns the exit code of the child, negative for a signal."""
-        return int(self._out.readline())
+        code = int(self._out.readline())
+        self.reader.join(timeout=60)
+        return code
 
     def run(self, door: str, *argv: object, before: str = "") -> tuple[int, str]:
         """Runs a door; returns its exit code and all that it printed."""
         self.start(door, *argv, before=before)
-        code = self.wait()
-        return code, Path(self.said.name).read_text(errors="replace")
+        return self.wait(), self.said
 
     def close(self) -> None:
         self.process.communicate()
-        self.said.close()
+        self.folder.cleanup()
+
+    def _read(self) -> None:
+        self.said = self.pipe.read_text(errors="replace")
 
     @property
     def _in(self) -> IO[str]:
@@ -154,31 +165,32 @@ def reached(run: Path) -> int:
 
 def serve() -> None:
     """Forks for every line of stdin until it ends; a child returns at once."""
-    import importlib
-
-    for name in ("gpt_jax.train", "orbax.checkpoint.v1", "matplotlib.pyplot"):
+    for name in ("gpt_jax.train", "orbax.checkpoint", "matplotlib.pyplot"):
         importlib.import_module(name)
-    importlib.import_module("grain.experimental")
-    importlib.import_module("experiments.door")
+    for name in ("grain.experimental", "experiments.door"):
+        importlib.import_module(name)
+    _ = importlib.import_module("orbax.checkpoint").v1  # imported when it is looked at
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"{len(threads)} threads: a fork would lose them"
     for line in sys.stdin:
         job = json.loads(line)
+        said = os.open(job["pipe"], os.O_WRONLY)
         pid = os.fork()
         if not pid:
-            child(job)
+            child(job, said)
             return
+        os.close(said)
         print(pid, flush=True)
         _, status = os.waitpid(pid, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
 
 
-def child(job: dict) -> None:
-    """Goes on as the door that the job names."""
-    said = os.open(job["said"], os.O_WRONLY | os.O_APPEND)
+def child(job: dict, said: int) -> None:
+    """Goes on as the door that the job names, which prints into `said`."""
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (said, 1), (said, 2)):
         os.dup2(source, target)
+    os.close(said)
     if job["before"]:
         exec(HEAD + job["before"], {})
     sys.argv = [f"experiments/{job['door']}.py", *job["argv"]]

@@ -63,7 +63,7 @@ def soak(live, home: Path, kills: int, rng: random.Random) -> int:
         code = live.wait()
         if code != -signal.SIGKILL:
             print(f"kill {n}: the run had ended by itself, with {code}")
-            print(Path(live.said.name).read_text())
+            print(live.said)
             return 1
         steps = forks.sound(run) if (run / "checkpoints").is_dir() else []
         now, reached = max(steps, default=0), forks.reached(run)
