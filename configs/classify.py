@@ -74,4 +74,7 @@ def get_config(arg: str | None = None):
     config.model.scan_layers = False  # blocks by name, for train=last1
     config.optimizer.freeze = still(options["train"], config.model.n_layers)
     config.adapter = common.choose(common.ADAPTERS, options["adapter"], "adapter")()
+    if options["adapter"] == "lora":  # thin matrices learn slower than what they adapt
+        config.adapter.update(rank=16, alpha=32.0)
+        config.hyper.lr = 3e-3
     return config

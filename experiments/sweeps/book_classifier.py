@@ -25,6 +25,7 @@ fixed |= {"optimizer.ema": False}
 
 _WIDTHS = (16, 32, 48, 64, 80, 96, 112)
 _ONE_BY_ONE = {"batch_size": 1, "steps": 2090, "eval_every": 1045, "hyper.lr": 2e-4}
+_LORA = {"adapter.rank": 8, "adapter.alpha": 16.0, "hyper.lr": 1e-3}
 _ROWS = [
     ("train=last1", {}),
     ("train=last1,pool=first", {}),
@@ -36,8 +37,8 @@ _ROWS = [
     ("train=last1,run=,size=large", {}),
     ("train=all,run=,size=large", {}),
     ("train=all,run=,size=small", {}),
-    ("adapter=lora", {}),
-    ("adapter=lora,run=,size=large", {}),
+    ("adapter=lora", _LORA),
+    ("adapter=lora,run=,size=large", _LORA),
     ("train=last1", {"data.seq_len": 256}),
     ("train=last1,pool=last", {"task.buckets": _WIDTHS, **_ONE_BY_ONE}),
     ("train=last1,pool=last", {"task.buckets": _WIDTHS, "accumulate": 16}),
