@@ -108,6 +108,8 @@ def base() -> ConfigDict:
             "freeze": (),  # regexes of parameters that do not move
             # Which parameters Muon takes (the rest goes to AdamW).
             "muon": (r"blocks?[_/].*kernel$",),
+            # Averages of gradients (not of their squares): float32, bfloat16
+            "moment_dtype": "float32",
             "ema": False,  # keep a moving average of the weights (hyper.ema_decay)
         }
     )

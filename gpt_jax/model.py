@@ -255,12 +255,24 @@ def _constrained(x, *axes):
     """Returns x split so over the mesh in sight, if one is (`sharding.within`).
 
     Left to itself, XLA may split the residual stream over its width, as the weights
-    are, and move activations instead of weights.
+    are, and move activations instead of weights. What does not divide is not split: a
+    few rows of text that is written, few key and value heads.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if AxisType.Auto not in mesh.axis_types:  # none, or each device for itself
         return x
+
+    def fitting(length, axis):
+        names = (axis,) if isinstance(axis, str) else axis or ()
+        return None if length % math.prod(mesh.shape[n] for n in names) else axis
+
+    axes = [fitting(length, axis) for length, axis in zip(x.shape, axes, strict=False)]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
+def _by_head(x_BGSK):
+    """Returns keys or values of a cache, their heads split over the mesh in sight."""
+    return _constrained(x_BGSK, None, "tensor")
 
 
 def _product(module, x_ND, shape: tuple[int, ...], dtype=None):
@@ -365,7 +377,7 @@ class Attention(nn.Module):
         if past is not None:
             keys_BGSK = attention.extend(past[0], k_BTGK, sight.query_BT)
             values_BGSK = attention.extend(past[1], v_BTGK, sight.query_BT)
-            past = (keys_BGSK, values_BGSK)
+            past = (_by_head(keys_BGSK), _by_head(values_BGSK))
             k_BTGK, v_BTGK = (jnp.swapaxes(x, 1, 2) for x in past)
         own = None
         if dropout is not None and dropout.attn is not None:
@@ -699,8 +711,8 @@ def init_cache(cfg: GPTConfig, batch: int, max_length: int, dtype) -> KVCache:
         )
     shape = (batch, cfg.n_kv_heads, max_length, cfg.head_dim)
     return KVCache(
-        keys=tuple(jnp.zeros(shape, dtype) for _ in range(cfg.n_layers)),
-        values=tuple(jnp.zeros(shape, dtype) for _ in range(cfg.n_layers)),
+        keys=tuple(_by_head(jnp.zeros(shape, dtype)) for _ in range(cfg.n_layers)),
+        values=tuple(_by_head(jnp.zeros(shape, dtype)) for _ in range(cfg.n_layers)),
         length_B=jnp.zeros((batch,), jnp.int32),
     )
 

@@ -47,7 +47,7 @@ class Optimizer(NamedTuple):
     """A pair of pure functions.
 
     Attributes:
-      init: params -> opt_state, float32.
+      init: params -> opt_state: float32, but see `moment_dtype`.
       update: (grads, opt_state, params, step, hyper) -> (params, opt_state, info).
         `step` counts from 0; `info` holds "lr" (of this step, before group factors)
         and "grad_norm" (of the weights that move, before clipping).
@@ -85,6 +85,7 @@ def make(
     rates: Sequence[tuple[str, float]],
     freeze: Sequence[str],
     muon: Sequence[str],
+    moment_dtype: str,
     spread: Callable[[jax.Array], jax.Array] = lambda matrices_NRC: matrices_NRC,
 ) -> Optimizer:
     """Returns the optimizer `name`.
@@ -101,6 +102,10 @@ def make(
       freeze: regexes of weights that do not move; they take no memory.
       muon: regexes of the matrices that Muon takes (`hyper.matrix_lr`) when `name` is
         muon; AdamW takes the rest (`hyper.lr`).
+      moment_dtype: how averages of gradients are kept (AdamW's and Lion's first moment,
+        the momentum of Muon and SGD): float32, or bfloat16 for half the memory. Mean
+        squares stay float32: bfloat16 steps by 1/256, and would not see the 1/1000
+        that a beta2 of 0.999 moves them by.
       spread: applied to the stacks [N, R, C] that Muon orthogonalises: a sharding
         constraint over N here divides the work that devices would otherwise repeat.
 
@@ -108,7 +113,8 @@ def make(
       ValueError: an unknown name here; in `init`, a weight without a decay rule, a
         pattern without a weight, or a Muon weight that is not a matrix.
     """
-    rules = _choose(OPTIMIZERS, name, "optimizer.name")(spread)
+    dtype = _choose(MOMENT_DTYPES, moment_dtype, "optimizer.moment_dtype")
+    rules = _choose(OPTIMIZERS, name, "optimizer.name")(spread, dtype)
     factor_at = _choose(SCHEDULES, schedule, "optimizer.schedule")
     for key, table in {"decay": decay, "rates": rates}.items():
         _check_pairs(f"optimizer.{key}", table)
@@ -241,12 +247,25 @@ def _per_layer(rule: Rule) -> Rule:
     )
 
 
-# Loshchilov & Hutter 2019, algorithm 2 (the decay is added in `make`).
-ADAMW = _optax_rule(lambda h: optax.scale_by_adam(b1=h.beta1, b2=h.beta2, eps=h.eps))
-# Chen et al. 2023, algorithm 2.
-LION = _optax_rule(lambda h: optax.scale_by_lion(b1=h.beta1, b2=h.beta2))
-# Heavy-ball momentum: v = momentum * v + g, and the weights move along v.
-SGD = _optax_rule(lambda h: optax.trace(decay=h.momentum))
+def _adamw(dtype) -> Rule:
+    """Loshchilov & Hutter 2019, algorithm 2 (the decay is added in `make`)."""
+    return _optax_rule(
+        lambda h: optax.scale_by_adam(b1=h.beta1, b2=h.beta2, eps=h.eps, mu_dtype=dtype)
+    )
+
+
+def _lion(dtype) -> Rule:
+    """Chen et al. 2023, algorithm 2."""
+    return _optax_rule(
+        lambda h: optax.scale_by_lion(b1=h.beta1, b2=h.beta2, mu_dtype=dtype)
+    )
+
+
+def _sgd(dtype) -> Rule:
+    """Heavy-ball momentum: v = momentum * v + g, and the weights move along v."""
+    return _optax_rule(lambda h: optax.trace(decay=h.momentum, accumulator_dtype=dtype))
+
+
 # Shazeer & Stern 2018, algorithm 4, without the scaling by the weights' size: the
 # learning rate is absolute. Matrices of at least 128 x 128 keep row and column means.
 ADAFACTOR = _optax_rule(
@@ -255,12 +274,17 @@ ADAFACTOR = _optax_rule(
 
 # What each optimizer does to its groups of weights.
 OPTIMIZERS = {
-    "adamw": lambda spread: {WEIGHTS: ADAMW},
-    "lion": lambda spread: {WEIGHTS: LION},
-    "sgd": lambda spread: {WEIGHTS: SGD},
-    "adafactor": lambda spread: {WEIGHTS: ADAFACTOR, LAYERS: _per_layer(ADAFACTOR)},
-    "muon": lambda spread: {WEIGHTS: ADAMW, MATRICES: _muon(spread)},
+    "adamw": lambda spread, dtype: {WEIGHTS: _adamw(dtype)},
+    "lion": lambda spread, dtype: {WEIGHTS: _lion(dtype)},
+    "sgd": lambda spread, dtype: {WEIGHTS: _sgd(dtype)},
+    "adafactor": lambda spread, dtype: {  # keeps no average of gradients
+        **{WEIGHTS: ADAFACTOR, LAYERS: _per_layer(ADAFACTOR)}
+    },
+    "muon": lambda spread, dtype: {
+        **{WEIGHTS: _adamw(dtype), MATRICES: _muon(spread, dtype)}
+    },
 }
+MOMENT_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 # ---- Muon ----
@@ -273,7 +297,7 @@ STACK_LIMIT = (
 )  # larger matrices fill a device alone; stacking would only copy them
 
 
-def _muon(spread: Callable[[jax.Array], jax.Array]) -> Rule:
+def _muon(spread: Callable[[jax.Array], jax.Array], dtype) -> Rule:
     """Nesterov momentum, orthogonalised, times sqrt(max(1, outputs / inputs))."""
 
     def update(grads, memory, hyper):
@@ -285,15 +309,17 @@ def _muon(spread: Callable[[jax.Array], jax.Array]) -> Rule:
         ahead = {
             path: _mix(hyper.momentum, m, slopes[path]) for path, m in average.items()
         }
-        return _nest(_orthogonal_tree(ahead, spread)), _nest(average)
+        kept = {path: m.astype(dtype) for path, m in average.items()}
+        return _nest(_orthogonal_tree(ahead, spread)), _nest(kept)
 
-    return Rule(
-        init=lambda weights: jax.tree.map(jnp.zeros_like, weights), update=update
-    )
+    def init(weights):
+        return jax.tree.map(lambda x: jnp.zeros_like(x, dtype), weights)
+
+    return Rule(init, update)
 
 
 def _mix(keep, old, new):
-    return keep * old + (1.0 - keep) * new
+    return keep * old.astype(jnp.float32) + (1.0 - keep) * new
 
 
 def _orthogonal_tree(

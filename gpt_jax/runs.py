@@ -56,6 +56,7 @@ ADDED = {
     "hyper.spike_sigma": 6.0,
     "model.n_classes": 0,
     "spike_window": 0,
+    "optimizer.moment_dtype": "float32",
 }
 # What a run says of its data, where it has such data.
 OF_DATA = ("classes.json", "test.json", "test_report.json", "test_report.png")

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt_jax import sharding
 from gpt_jax.model import GPT, KVCache, for_one_row, init_cache, unstack
 
 RUNNING, STOP, LENGTH = 0, 1, 2  # the reason of a row; the last two end it
@@ -354,7 +355,7 @@ def texts(
 
     Args:
       model: the model; scanned layers are unrolled first.
-      params: its weights.
+      params: its weights, on one device or split over a mesh.
       tokenizer: makes ids of texts and texts of ids; its `eos_id` ends a completion.
       prompts: texts, or token ids (which may hold special tokens). An empty one
         becomes the end-of-text token or, without one, a newline.
@@ -562,9 +563,10 @@ def _decode(model, params, tokenizer, rows, seed, stop, settings, steps, padding
     stop = list(stop) if eos_id is None else [*stop, eos_id]
     scribes = [Transcript(tokenizer, row.ids, stop) for row in rows]
     fixed = {"model": model, "stop_id": -1 if eos_id is None else eos_id}
-    state = _start(
-        params, tokens_BT, lengths, sampling, key_B, max_length=max_length, **fixed
-    )
+    with sharding.in_sight(params):
+        state = _start(
+            params, tokens_BT, lengths, sampling, key_B, max_length=max_length, **fixed
+        )
     read = lengths.copy()
     while True:
         tokens, length, reason = jax.device_get(
@@ -587,7 +589,8 @@ def _decode(model, params, tokenizer, rows, seed, stop, settings, steps, padding
         if (reason != RUNNING).all():
             break
         state = state._replace(reason_B=jnp.asarray(reason))
-        state = _advance(params, state, sampling, key_B, steps, **fixed)
+        with sharding.in_sight(params):
+            state = _advance(params, state, sampling, key_B, steps, **fixed)
     return [
         _completion(row, scribe, settings["max_new"], context, eos_id)
         for row, scribe in zip(rows, scribes, strict=True)

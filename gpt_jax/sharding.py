@@ -7,6 +7,7 @@ copied to each, gradients are summed by an explicit `psum`. Both take the same
 `train_step` and give the same losses.
 """
 
+import contextlib
 import math
 import os
 import re
@@ -464,6 +465,33 @@ def local(tree: Any) -> Any:
         return jax.device_put(np.asarray(x), first)
 
     return jax.tree.map(leaf, tree)
+
+
+def for_decoding(tree: Any, mesh: Mesh) -> Any:
+    """Returns weights as text is written with them.
+
+    That is on one device; or, where the mesh has a `tensor` axis, split over it alone,
+    on as many devices: nothing is gathered for each token. Several processes write
+    the same text, each on a device of its own.
+    """
+    few = mesh.devices[:1, :1]
+    if few.size == 1 or jax.process_count() > 1:
+        return local(tree)
+    smaller = Mesh(few, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.device_put(tree, layout(tree, smaller))
+
+
+def in_sight(tree: Any) -> contextlib.AbstractContextManager:
+    """Returns a context in which programs see the mesh that weights lie on, if any."""
+    where = jax.tree.leaves(tree)[0].sharding
+    if isinstance(where, NamedSharding) and where.mesh.size > 1:
+        return jax.sharding.use_abstract_mesh(where.mesh.abstract_mesh)
+    return contextlib.nullcontext()
+
+
+def lay_out(tree: Any, places: Any) -> Any:
+    """Returns copies of arrays, each device's part of them on that device alone."""
+    return jax.tree.map(lambda x, where: _put(np.array(x), where), tree, places)
 
 
 def _number_in_process(device: Any, devices: list) -> int:

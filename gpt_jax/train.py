@@ -566,7 +566,10 @@ def begin(config: ConfigDict, parts: Parts, key: jax.Array) -> TrainState:
     weights = model.stack(weights, cfg) if cfg.scan_layers else weights
     weights = adopt(weights, parts.task, key)
     checkpoint.check_same(jax.eval_shape(partial(model.init, cfg), key), weights)
-    return parts.fresh(weights, key)
+    layout = parts.strategy.layout
+    weights = sharding.lay_out(weights, layout(weights))
+    places = layout(jax.eval_shape(parts.fresh, weights, key))
+    return jax.jit(parts.fresh, out_shardings=places)(weights, key)
 
 
 def adopt(weights: Any, task: tasks.Task, key: jax.Array) -> Any:
@@ -585,8 +588,12 @@ def adopt(weights: Any, task: tasks.Task, key: jax.Array) -> Any:
         if any(re.search(rule, path) for rule in task.draws)
     ]
     if absent:
-        drawn = flatten_dict(jax.jit(partial(model.init, cfg))(key), sep="/")
-        kept |= {path: drawn[path] for path in absent}
+
+        def draw(key):  # these alone: the whole model may not fit on one device
+            drawn = flatten_dict(model.init(cfg, key), sep="/")
+            return {path: drawn[path] for path in absent}
+
+        kept |= jax.jit(draw)(key)
     return unflatten_dict(kept, sep="/")
 
 
@@ -874,7 +881,7 @@ def sample_now(job: Job, state: TrainState, step: int, wanted: bool) -> None:
     weights, _ = weights_of(job, state)
     texts = sample.texts(
         model=job.task.model,
-        params=sharding.local(weights),
+        params=sharding.for_decoding(weights, job.strategy.mesh),
         tokenizer=job.task.tokenizer,
         prompts=[ids or prompt],
         count=job.config.sample.count,

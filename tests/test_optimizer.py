@@ -18,6 +18,7 @@ TABLES = {
     "rates": (),
     "freeze": (),
     "muon": common.base().optimizer.muon,
+    "moment_dtype": "float32",
 }
 PLAIN = {**common.base().hyper.to_dict(), "warmup_steps": 0.0, "clip": 0.0}
 
@@ -607,3 +608,26 @@ def test_the_average_follows_its_formula():
     late = optimizer.ema_update(ema, params, 0.99, 10_000)
     np.testing.assert_allclose(early["w"], 0.1 * 1 + 0.9 * 3, rtol=1e-6)
     np.testing.assert_allclose(late["w"], 0.99 * 1 + 0.01 * 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, bytes_each", [("adamw", 6), ("lion", 2), ("sgd", 2), ("muon", 2)]
+)
+def test_moments_in_bfloat16_take_half_the_memory_and_move_weights_alike(
+    name, bytes_each
+):
+    params = tree(0)
+    whole, half = (make(name, moment_dtype=d) for d in ("float32", "bfloat16"))
+    matrices = [x for x in jax.tree.leaves(half.init(params)) if x.ndim == 3]
+    kept = sum(x.nbytes for x in matrices)
+    numbers = sum(x.size for x in jax.tree.leaves(params) if x.ndim == 3)
+    assert kept == bytes_each * numbers
+    moved = [run(tx, params, 5)[0] for tx in (whole, half)]
+    steps = [jax.tree.map(jnp.subtract, end, params) for end in moved]
+    gap = optax.tree.norm(jax.tree.map(jnp.subtract, *steps))
+    assert 0 < gap < 0.05 * optax.tree.norm(steps[0])
+
+
+def test_a_moment_dtype_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="moment_dtype 'int8' is not one of: float32"):
+        make(moment_dtype="int8")

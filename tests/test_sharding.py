@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 
 from configs import common
-from gpt_jax import adapters, model, optimizer, sharding, step
+from gpt_jax import (
+    adapters,
+    model,
+    optimizer,
+    runs,
+    sample,
+    sharding,
+    step,
+    tokenizers,
+    train,
+)
 from gpt_jax.tasks import lm
 from tests import test_step as one
 from tests import tiny
@@ -103,7 +113,18 @@ ONE, EIGHT = (1, 1, 1), ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
 
 
 @cache
-def trained(block, axes, *, name="adamw", accumulate=1, steps=20, **fields):
+def trained(
+    block,
+    axes,
+    *,
+    strategy="mesh",
+    name="adamw",
+    accumulate=1,
+    steps=20,
+    loss_chunk=0,
+    moment_dtype="float32",
+    **fields,
+):
     """Trains on a mesh of `axes`; returns (losses, each device's share of the state).
 
     The share is of the bytes of parameters and optimizer memory on the fullest device.
@@ -112,12 +133,12 @@ def trained(block, axes, *, name="adamw", accumulate=1, steps=20, **fields):
     cfg = tiny.cfg(**fields)
     data, fsdp, tensor = axes
     axes = {"data": data, "fsdp": fsdp, "tensor": tensor, "cpu_devices": 0}
-    made = sharding.make(8 // accumulate, strategy="mesh", **axes)
-    options = common.base().optimizer.to_dict()
+    made = sharding.make(8 // accumulate, strategy=strategy, **axes)
+    options = common.base().optimizer.to_dict() | {"moment_dtype": moment_dtype}
     del options["ema"]
     tx = optimizer.make(**{**options, "name": name}, spread=made.spread)
     loss = lm.make_loss(
-        model.GPT(cfg), np.ones(cfg.vocab_size), loss_chunk=0, dropout=()
+        model.GPT(cfg), np.ones(cfg.vocab_size), loss_chunk=loss_chunk, dropout=()
     )
     join = adapters.full().join
     run = made.compile(partial(step.train_step, loss=loss, join=join, tx=tx))
@@ -166,14 +187,41 @@ PAIRS = {
 }
 
 
+def same_as_alone(block, axes, how):
+    """Compares losses with those of the plain step on one device."""
+    losses, _ = trained(block, axes, **how)
+    alone = {k: v for k, v in how.items() if k in ("name", "dtype")}
+    np.testing.assert_allclose(losses, trained(block, ONE, **alone)[0], rtol=1e-5)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", [(2, 2, 2), (1, 4, 2)])
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("axes", EIGHT)
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if "muon" not in pair])
 @pytest.mark.parametrize("block", BLOCKS)
 def test_scan_remat_and_accumulation_change_no_loss_on_a_mesh(block, pair, axes):
-    losses, _ = trained(block, axes, **PAIRS[pair])
-    alone = {k: v for k, v in PAIRS[pair].items() if k == "name"}
-    np.testing.assert_allclose(losses, trained(block, ONE, **alone)[0], rtol=1e-5)
+    if axes == (8, 1, 1) and "accumulate" in PAIRS[pair]:
+        axes = (4, 1, 2)  # 4 examples a micro-batch
+    if axes == (1, 8, 1) and "accumulate" in PAIRS[pair]:
+        axes = (1, 4, 2)
+    same_as_alone(block, axes, PAIRS[pair])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["muon", "muon, scan"])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_muon_changes_no_loss_on_a_mesh(block, how):
+    same_as_alone(block, (2, 2, 2), PAIRS[how])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", BLOCKS)
+def test_pmap_on_eight_devices_has_the_losses_of_one(block):
+    same_as_alone(block, (8, 1, 1), {"strategy": "pmap"})
+
+
+@pytest.mark.slow
+def test_the_logits_of_a_few_positions_at_a_time_change_no_loss_on_a_mesh():
+    same_as_alone("modern", (2, 2, 2), {"loss_chunk": 5, "remat": "save_attn_out"})
 
 
 def mesh_of(**axes):
@@ -201,3 +249,94 @@ def test_what_does_not_divide_is_refused_and_few_kv_heads_are_copied():
         sharding.spec(kernel, (64, 6, 8), mesh)
     with pytest.raises(ValueError, match=r"mesh.tensor=4: 61 .*vocab_multiple"):
         sharding.spec("embed/embedding", (61, 64), mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", EIGHT)
+def test_bfloat16_in_flight_and_in_moments_trains_on_every_mesh(axes):
+    how = {"dtype": "bfloat16", "moment_dtype": "bfloat16", "scan_layers": True}
+    losses, share = trained("modern", axes, steps=10, **how)
+    alone, whole = trained("modern", ONE, steps=10, **how)
+    np.testing.assert_allclose(losses, alone, rtol=5e-3)
+    assert share < whole or axes == (8, 1, 1)
+
+
+# ---------------------------------------------------------------- writing text
+
+
+def written(model_of, params):
+    """Returns what sampling and the likeliest tokens make of a prompt."""
+    prompts = [[5, 3, 9, 1], [7, 7]]
+    how = {"top_k": 0, "top_p": 0.9, "min_p": 0.0, "repetition_penalty": 1.2}
+    return [
+        [
+            text.ids
+            for text in sample.texts(
+                model=model_of,
+                params=params,
+                tokenizer=tokenizers.train_byte([]),
+                prompts=prompts,
+                count=2,
+                seed=3,
+                stop=(),
+                max_new=8,
+                temperature=temperature,
+                **how,
+            )
+        ]
+        for temperature in (0.0, 1.0)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_a_tensor_mesh_writes_the_text_of_one_device(kv_heads):
+    cfg = tiny.cfg(
+        **{**BLOCKS["modern"], "n_kv_heads": kv_heads, "n_heads": 8},
+        **{"d_model": 64, "vocab_size": 257, "vocab_multiple": 4, "context_length": 32},
+    )
+    params = jax.tree.map(lambda x: 5 * x, model.init(cfg, jax.random.key(3)))
+    mesh = mesh_of(fsdp=2, tensor=4)
+    placed = sharding.for_decoding(sharding.mesh_strategy(mesh).place(params), mesh)
+    assert placed["block_0"]["attn"]["query"]["kernel"].sharding.num_devices == 4
+    assert written(model.GPT(cfg), placed) == written(model.GPT(cfg), params)
+
+
+def test_the_heads_of_a_cache_lie_on_their_own_devices():
+    cfg = tiny.cfg(n_heads=8, n_kv_heads=4, d_model=64, vocab_multiple=4)
+    params, mesh = model.init(cfg, jax.random.key(3)), mesh_of(tensor=4)
+    placed = sharding.for_decoding(sharding.mesh_strategy(mesh).place(params), mesh)
+    prefill = jax.jit(partial(sample.prefill, model=model.GPT(cfg), max_length=16))
+    with sharding.in_sight(placed):
+        _, cache = prefill(placed, np.ones((3, 4), np.int32), np.full(3, 4))
+    assert cache.keys[0].shape == (3, 4, 16, 8)
+    for kept in (*cache.keys, *cache.values):
+        assert kept.addressable_shards[0].data.shape == (3, 1, 16, 8)
+
+
+@pytest.mark.slow
+def test_a_run_from_another_begins_with_its_weights_split(tmp_path):
+    config = common.tiny(common.base())
+    config.data.update(folder=str(tmp_path / "data"), cache=str(tmp_path / "cache"))
+    config.update(steps=1, compile_cache="", tensorboard=False)
+    config.model.vocab_multiple = 2
+    train.train(config, tmp_path / "first")
+    first = runs.open(tmp_path / "first").params
+    config.init_from = str(tmp_path / "first")
+    for adapter in (common.adapter_full(), common.adapter_lora()):
+        config.adapter = adapter
+        mesh = mesh_of(fsdp=2, tensor=2)
+        task = train.make_task(config, tmp_path / "second")
+        parts = train.make_parts(config, task, sharding.mesh_strategy(mesh))
+        state = train.begin(config, parts, jax.random.key(0))
+        weights = parts.join(state.params, state.frozen)
+        for tree in (state.params, state.frozen, state.opt_state):
+            for x, where in zip(
+                *map(jax.tree.leaves, (tree, parts.strategy.layout(tree)))
+            ):
+                assert x.sharding == where
+        for path, x in jax.tree_util.tree_leaves_with_path(first):
+            found = weights
+            for key in path:
+                found = found[key.key]
+            np.testing.assert_array_equal(found, x)
