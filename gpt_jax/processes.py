@@ -2,7 +2,7 @@
 
 JAX's own runtime connects them (`jax.distributed`). Its heartbeats end all of them when
 one is lost. What waits here waits in the runtime's key-value store for as long as it
-takes; a collective of the devices may give up after 30 seconds (on a CPU it does).
+takes; on a CPU, devices that connect for a first sum give up after 30 seconds.
 
 Every process of a run calls these functions in the same order, from its main thread.
 In a run of one process each of them does its work at once.
@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src import distributed  # the store has no public name; Orbax imports it too
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 PATIENCE_MS = 7 * 24 * 3600 * 1000  # a long text is prepared in less
@@ -194,11 +194,8 @@ class Together:
         """Args: own: the `signals.Stop` of this process."""
         self.own, self.signal, self.late = own, 0, False
         self._last: Any = None
-        devices = {device.process_index: device for device in reversed(jax.devices())}
-        one_each = [devices[number] for number in sorted(devices)]
-        mesh = jax.make_mesh(
-            (count(),), ("process",), axis_types=(AxisType.Auto,), devices=one_each
-        )
+        devices = np.array(jax.devices()).reshape(count(), -1)  # in order of processes
+        mesh = Mesh(devices, ("process", "local"))
         self._split = NamedSharding(mesh, P("process"))
         self._most = jax.jit(
             lambda x: x.max(axis=0), out_shardings=NamedSharding(mesh, P())
