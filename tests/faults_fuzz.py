@@ -12,6 +12,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jsonschema_rs import is_valid
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi import checks
@@ -77,12 +78,43 @@ def test_requests_that_fit_the_description_are_answered_as_it_says(described, pa
         for name in ("max_tokens", "max_completion_tokens"):
             if isinstance(body.get(name), int):  # more than the context is refused
                 body[name] %= 33
-        body["model"] = "chatty" if "chat" in path else "tiny"
+        body["model"] = "chatty" if "chat" in path else "tiny"  # one that can
         case.body = body
         seen.add(case.call_and_validate(checks=CHECKS).status_code)
 
     answered()
     assert 200 in seen
+
+
+VALUES = [
+    *(None, True, False, 0, 1, -1, 1.5, 2**70, "", "x", "x" * 300),
+    *([], ["x"], [1], [""], [[1]], [[]], [-1], [{}], {}, {"a": 1}),
+]
+VALID = {
+    "Completion": {"model": "tiny", "prompt": "x", "max_tokens": 1},
+    "Chat": {
+        "model": "chatty",
+        "messages": [{"role": "user", "content": "x"}],
+        "max_tokens": 1,
+    },
+}
+
+
+@pytest.mark.fault(26, injections=15 * len(VALUES))
+@pytest.mark.parametrize("form", VALID)
+def test_a_field_is_refused_just_when_the_description_refuses_it(live, described, form):
+    path = PATHS[0] if form == "Completion" else PATHS[1]
+    fields = described.raw_schema["components"]["schemas"][form]["properties"]
+    for name, rule in fields.items():
+        for value in VALUES:
+            if (name, value) in (("model", None), ("prompt", "x" * 300)):
+                continue  # two are served here, and with short contexts
+            body = json.dumps({**VALID[form], name: value}).encode()
+            status, answer = post(live, path, body)
+            # null is the same as leaving a field out: of those that must be there too
+            fits = value is not None and is_valid(rule, value)
+            fits |= value is None and name != "messages"
+            assert (status == 200) == fits, (name, value, status, answer)
 
 
 @pytest.mark.fault(26)

@@ -35,7 +35,7 @@ POLICY = {  # of a browser that shows the page: nothing from elsewhere
     "Content-Security-Policy": "default-src 'self'; img-src data:; base-uri 'none'"
 }
 FEW = 16  # tokens of an event that are told without a thread of their own
-OPEN = {*FILES, "/healthz", "/readyz", "/openapi.json"}  # need no key
+OPEN = {*FILES, "/healthz", "/readyz"}  # need no key
 
 
 @dataclass
@@ -116,7 +116,7 @@ def application(service: Service) -> Callable:
 
     @app.get("/openapi.json")
     async def described() -> Response:
-        return JSONResponse(openapi.description(service.limits))
+        return JSONResponse(openapi.description(service.limits, service.models))
 
     @app.get("/v1/models")
     async def models() -> Response:

@@ -4,6 +4,7 @@
 and wrong ones, and holds the server to it. What wire.py checks is described here.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from gpt_jax import __version__
@@ -29,8 +30,9 @@ EVERYWHERE = (401, 403, 408, 413, 500)
 OF_TEXTS = (400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)
 
 
-def description(limits: Limits) -> Schema:
-    """Returns the description of a server with these limits."""
+def description(limits: Limits, models: Iterable[str]) -> Schema:
+    """Returns the description of a server with these limits, of these models."""
+    names = sorted(models)
     named = [{"name": "name", "in": "path", "required": True, "schema": _a("string")}]
     paths = {
         "/v1/models": {"get": _get("What is served.", _list_of("Model"))},
@@ -62,8 +64,10 @@ def description(limits: Limits) -> Schema:
         "paths": paths,
         "components": {
             "schemas": {
-                "Completion": _closed(_shared(limits) | _completion(limits)),
-                "Chat": _closed(_shared(limits) | _chat(), required=["messages"]),
+                "Completion": _closed(_shared(limits, names) | _completion(limits)),
+                "Chat": _closed(
+                    _shared(limits, names) | _chat(), required=["messages"]
+                ),
                 "Model": _object(id=_a("string"), object=_a("string")),
                 "Texts": _texts(text=_a("string")),
                 "Answers": _texts(message=_a("object")),
@@ -85,10 +89,10 @@ def description(limits: Limits) -> Schema:
 # ---------------------------------------------------------------- requests
 
 
-def _shared(limits: Limits) -> Schema:
+def _shared(limits: Limits, names: list[str]) -> Schema:
     most = 2**30
     fields = {
-        "model": _or_null("string"),
+        "model": {"enum": [*names, None]},
         "temperature": _or_null("number", minimum=0),
         "top_k": _or_null("integer", minimum=0, maximum=most),
         "top_p": _or_null("number", exclusiveMinimum=0, maximum=1),

@@ -190,7 +190,8 @@ def _known(fields, names: set[str]) -> None:
             hint = f"; did you mean {close[0]}?" if close else ""
             raise _bad(f"{name[:40]!r} is not a key that this server knows{hint}")
     for name, nothing in NOTHING.items():
-        if name in fields and fields[name] not in (nothing, [], {}):
+        truth = isinstance(fields.get(name), bool)  # to Python False is 0
+        if name in fields and (truth or fields[name] not in (nothing, [], {})):
             raise _bad(f"{name} is not supported by this server: leave it out")
 
 
@@ -261,9 +262,9 @@ def _number(fields, name: str, default: float) -> float:
 
 
 def _whole(fields, name: str, default, low: int, high: int):
-    value = fields.get(name, default)
-    if value is default:
+    if name not in fields:
         return default
+    value = fields[name]
     if type(value) is not int or not low <= value <= high:
         raise _bad(
             f"{name} must be a whole number from {low} to {high}, not {_shown(value)}"
@@ -272,7 +273,8 @@ def _whole(fields, name: str, default, low: int, high: int):
 
 
 def _flag(fields, name: str) -> bool:
-    value = fields.get(name) or False
+    value = fields.get(name)
+    value = False if value is None else value
     if type(value) is not bool:
         raise _bad(f"{name} must be true or false, not {_shown(value)}")
     return value
