@@ -143,6 +143,7 @@ TEXT = "the quick brown fox jumps over the lazy dog. " * 20
 
 @pytest.fixture
 def config(tmp_path):
+    assert len(jax.devices()) == 8  # counted now, before a run chooses fewer
     (tmp_path / "text.txt").write_text(TEXT)
     config = common.tiny(common.base())
     config.data.update(source=str(tmp_path / "text.txt"), tokenizer="char")
