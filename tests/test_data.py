@@ -309,9 +309,10 @@ class Numbers:
 
 def make(examples=None, count=10, **changes):
     examples = Numbers(count) if examples is None else examples
-    options = {"batch_size": 4, "accumulate": 1, "seed": 7, "start": 0} | changes
+    options: dict = {"batch_size": 4, "accumulate": 1, "seed": 7, "start": 0}
+    options |= {"timeout_s": 60.0, **changes}
     rows = range(options["batch_size"] // options["accumulate"])
-    return data.batches(examples, **{"rows": rows, "timeout_s": 60.0} | options)
+    return data.batches(examples, **{"rows": rows} | options)
 
 
 def taken(count, **changes):
