@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -309,10 +310,10 @@ class Numbers:
 
 def make(examples=None, count=10, **changes):
     examples = Numbers(count) if examples is None else examples
-    options: dict = {"batch_size": 4, "accumulate": 1, "seed": 7, "start": 0}
+    options: dict[str, Any] = {"batch_size": 4, "accumulate": 1, "seed": 7, "start": 0}
     options |= {"timeout_s": 60.0, **changes}
-    rows = range(options["batch_size"] // options["accumulate"])
-    return data.batches(examples, **{"rows": rows} | options)
+    options.setdefault("rows", range(options["batch_size"] // options["accumulate"]))
+    return data.batches(examples, **options)
 
 
 def taken(count, **changes):
