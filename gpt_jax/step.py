@@ -17,13 +17,18 @@ from gpt_jax.tasks.task import Batch, Sums
 
 
 class Guard(NamedTuple):
-    """What decides whether an update is applied, and how many were not.
+    """Counts of skipped updates (int32): in a row until now, and in all."""
+
+    in_a_row: Any
+    total: Any
+
+
+class SpikeGuard(NamedTuple):
+    """A Guard that looks for spikes; another type, so that others are saved as ever.
 
     Attributes:
-      in_a_row: skipped updates until now, int32.
-      total: skipped updates in all, int32.
       losses: mean losses of the last W applied updates, float32 [W], NaN before there
-        were so many; None where spikes are not looked for.
+        were so many.
     """
 
     in_a_row: Any
@@ -47,7 +52,7 @@ class TrainState(NamedTuple):
     params: Any
     frozen: Any
     opt_state: Any
-    guard: Guard
+    guard: Guard | SpikeGuard
     ema: Any
 
 
@@ -116,20 +121,20 @@ def train_step(
     # A finite norm leaves finite moments; the weights are looked at themselves.
     sound = [jnp.isfinite(x).all() for x in jax.tree.leaves(params)]
     sound += [jnp.isfinite(sums["loss"]), jnp.isfinite(info["grad_norm"])]
-    good, losses = jnp.stack(sound).all(), state.guard.losses
-    if losses is not None:
-        mean = sums["loss"] / weight
+    good, guard = jnp.stack(sound).all(), state.guard
+    if isinstance(guard, SpikeGuard):
+        mean, losses = sums["loss"] / weight, guard.losses
         spike = is_spike(mean, losses, hyper.spike_sigma)
         info = {**info, "spike": spike}
         good &= ~spike
         seen = good & (sums["weight"] > 0)
         losses = jnp.where(seen, jnp.append(losses[1:], mean), losses)
+        guard = guard._replace(losses=losses)
     new, old = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
     params, opt_state, ema = jax.tree.map(partial(jnp.where, good), new, old)
-    guard = Guard(
-        in_a_row=jnp.where(good, 0, state.guard.in_a_row + 1),
-        total=state.guard.total + jnp.where(good, 0, 1),
-        losses=losses,
+    guard = guard._replace(
+        in_a_row=jnp.where(good, 0, guard.in_a_row + 1),
+        total=guard.total + jnp.where(good, 0, 1),
     )
     info = {**info, "skipped_in_a_row": guard.in_a_row, "skipped": guard.total}
     return (
@@ -159,16 +164,15 @@ def start(
 
     An update is a spike against `spike_window` losses before it; 0 = never.
     """
+    guard = Guard(in_a_row=jnp.int32(0), total=jnp.int32(0))
+    if spike_window:
+        guard = SpikeGuard(*guard, losses=jnp.full(spike_window, jnp.nan))
     return TrainState(
         step=jnp.int32(0),
         params=params,
         frozen=frozen,
         opt_state=tx.init(params),
-        guard=Guard(
-            in_a_row=jnp.int32(0),
-            total=jnp.int32(0),
-            losses=jnp.full(spike_window, jnp.nan) if spike_window else None,
-        ),
+        guard=guard,
         ema=jax.tree.map(jnp.copy, params) if ema else None,
     )
 
