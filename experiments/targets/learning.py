@@ -10,16 +10,15 @@ SHARE = 0.25  # of its wall time
 def nanogpt(place: Place) -> Found:
     """Returns the validation loss of nanoGPT's CPU recipe after 2,000 steps."""
     place.file("tinyshakespeare.txt")
-    loss = _evaluated(train(place, "shakespeare_nanogpt", f"{SHAPE}nanogpt"))[-1][1]
+    loss = _evaluated(_shakespeare(place, "nanogpt"))[-1][1]
     return Found(f"{loss:.3f}", loss <= 1.90 + 0.02)
 
 
 def modern(place: Place) -> Found:
     """Returns when our recipe reaches that loss, against nanoGPT's in the same code."""
     place.file("tinyshakespeare.txt")
-    keys = ("eval_every=25",)
-    ours = _evaluated(train(place, "shakespeare_modern", f"{SHAPE}modern", *keys))
-    theirs = _evaluated(train(place, "shakespeare_nanogpt", f"{SHAPE}nanogpt"))
+    ours = _evaluated(_shakespeare(place, "modern"))
+    theirs = _evaluated(_shakespeare(place, "nanogpt"))
     reached = next(((s, t) for s, loss, t in ours if loss <= GOAL), None)
     if reached is None:
         return Found(f"{min(loss for _, loss, _ in ours):.3f} at best", False)
@@ -27,6 +26,11 @@ def modern(place: Place) -> Found:
     share = seconds / theirs[-1][2]
     words = f"step {step}, {seconds:.0f} s: {share:.2f} of nanoGPT's recipe here"
     return Found(words, share <= SHARE)
+
+
+def _shakespeare(place: Place, recipe: str) -> list[dict]:
+    """Returns the record of a recipe; all of them are evaluated equally often."""
+    return train(place, f"shakespeare_{recipe}", SHAPE + recipe, "eval_every=50")
 
 
 def verdict(place: Place) -> Found:
