@@ -5,7 +5,7 @@
   python -m experiments.reproduce --data=data/texts --page=docs/results.md
 
 --fast are the facts that depend on no random number: counts, sizes, schedules, token
-ids; about ten seconds. Without it models are trained too: about half an hour on 2
+ids; about ten seconds. Without it models are trained too: about an hour on 2
 cores. Each has a run folder in OUT, so the same command goes on where it was stopped.
 
 --data is the folder of the texts (the names are those that the rows ask for, and those

@@ -12,7 +12,7 @@ Then open http://127.0.0.1:8000 or ask from anywhere on this machine:
 
 A model is called as its run folder is. A run that was tuned on conversations has
 /v1/chat/completions, every run has /v1/completions. What is equal in two
-runs is held once; a LoRA run has merged kernels of its own where it adapted.
+runs is held once: of LoRA runs over one base all but their thin matrices.
 
 --batches are the numbers of requests that a decode step may have: it takes the
 smallest that does. The last is the most at once; --queue more may wait, and others are

@@ -238,8 +238,8 @@ def read_config(folder: str | Path) -> ConfigDict:
         )
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        for path, value in ADDED.items():
-            part, _, key = path.rpartition(".")
+        for name, value in ADDED.items():
+            part, _, key = name.rpartition(".")
             (tree.get(part, {}) if part else tree).setdefault(key, value)
         return as_config(tree)
     except (ValueError, AttributeError, TypeError) as error:

@@ -1,5 +1,6 @@
 """Rewards that a program checks: problems, the policy loss, rollouts, whole runs."""
 
+import signal
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from gpt_jax import (
     runs,
     sample,
     sharding,
+    signals,
     tasks,
     train,
 )
@@ -501,8 +503,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(whole, tmp_path):
 
 def test_a_signal_waits_for_the_last_step_of_a_rollout(whole):
     config, _, _ = whole
+    stop = signals.Stop()
+    stop.signal = signal.SIGTERM
     job: Any = SimpleNamespace(
-        config=config, stop=True, task=SimpleNamespace(updates=2)
+        config=config, stop=stop, task=SimpleNamespace(updates=2)
     )
     assert [train.ended(job, train.Totals(), step) for step in (4, 5, 6)] == [
         "signal",

@@ -31,7 +31,8 @@ from gpt_jax.pretrained import (
 )
 
 GOLDEN = Path(__file__).parent / "golden"
-MODELS = sorted(path.parent.name for path in GOLDEN.glob("*/answers.npz"))
+FOLDERS = [path.parent for path in GOLDEN.glob("*/answers.npz")]
+MODELS = sorted(path.name for path in FOLDERS if not path.name.startswith("run-"))
 NEW = 32
 PRINTABLE = "".join(map(chr, range(32, 127))) + "\n"
 

@@ -215,6 +215,16 @@ def test_caches_reach_as_far_as_the_longest_row_needs(monkeypatch):
     # 13 tokens need 16, then, after four steps, 32; two and eleven again need 16.
     assert seen == [8, 8, 8, *[16] * 4, *[32] * 6, *[16] * 3, *[32] * 5]
     assert bytes(written).decode(errors="replace") == alone("ab", max_new=20).text
+    rows.leave(0)
+    for _ in range(5):  # who comes and goes meanwhile does not keep caches long
+        join(ask("ab"), 0)
+        rows.step()
+        rows.leave(0)
+    assert rows._batch.reach == 8
+    join(ask("x" * 20), 0)
+    rows.leave(0)
+    rows.fit(0)
+    assert rows._batch.reach == 8
     assert rows.programs() == before
 
 

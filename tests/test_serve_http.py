@@ -293,15 +293,16 @@ def test_equal_weights_of_several_models_are_held_once():
     assert "head" in second and len(held) == 3
 
 
-@pytest.fixture(scope="module")
-def lora_folders(run_folder):
+@pytest.fixture(scope="module", params=["", "int8"])
+def lora_folders(run_folder, request):
     """Two LoRA runs over the weights of that run, with thin matrices of their own."""
     base = runs.open(run_folder)
     folders = []
     for number in (1, 2):
-        folder = run_folder.parent / f"lora_{number}"
+        folder = run_folder.parent / f"lora_{number}{request.param}"
         config = base.config.copy_and_resolve_references()
         config.adapter = common.adapter_lora()
+        config.adapter.base_dtype = request.param
         runs.create(folder, config, TOKENIZER)
         split = adapters.make(**config.adapter).split
         params, frozen = split(base.params, jax.random.key(number))

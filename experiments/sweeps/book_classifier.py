@@ -10,7 +10,7 @@ Expected: the table in docs/guide/8-classify.md: it matters most that the token 
   read has seen the text, and that more than the head trains.
 Time: about 20 minutes on 2 CPU cores, after the model to start from:
   python -m experiments.train --config=configs/austen_15m.py:size=small \\
-      --config.model.context_length=256 --workdir=runs/austen
+      --config.model.context_length=256 --config.steps=1500 --workdir=runs/austen
 Command: python -m experiments.sweep --sweep=experiments/sweeps/book_classifier.py
 """
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,10 @@ class Place:
     @property
     def local(self) -> bool:
         """Whether only this machine can ask."""
-        return self.host == "localhost" or self.host.startswith(("127.", "::1"))
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
 
 
 class Stop:

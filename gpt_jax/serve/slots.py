@@ -92,7 +92,8 @@ class Slots:
         self.model, many = sample.laid_out(model, params, rows=sizes[-1])
         # One row reads its weights in an order of its own where that is faster.
         _, one = sample.laid_out(model, params, rows=sizes[0])
-        self._params, self._params_of_one = share(many), share(one)
+        self._params = share(many)
+        self._params_of_one = self._params if one is many else share(one)
         self.room, self.sizes = model.cfg.context_length, tuple(sizes)
         self._lengths = lengths(self.room)
         self.reaches = reaches(self.room) if len(sizes) > 1 else [self.room]
@@ -175,7 +176,8 @@ class Slots:
             self._move(self.sizes[self.sizes.index(len(self._owners)) + 1])
         slot = self._owners.index(None)
         self._owners[slot], self._held[slot] = owner, length
-        self._reach(max(length, self._batch.reach))
+        if length > self._batch.reach:
+            self._reach(length)
         self._batch, chosen = self._admit(
             self._batch, self._row, self._logits, entry, np.int32(slot)
         )
@@ -210,6 +212,8 @@ class Slots:
         self._spare = self._spare + 1 if size < len(self._owners) else 0
         if size > len(self._owners) or self._spare > PATIENCE or not rows:
             self._move(size)
+        if not rows:
+            self._reach(self.reaches[0])
 
     def _move(self, size: int) -> None:
         """Moves the rows, one size at a time: so few programs do."""
