@@ -91,8 +91,13 @@ class Checkpoints:
         return sorted(int(p.name) for p in found if (p / MANIFEST).is_file())
 
     def damaged(self) -> list[Path]:
-        """Returns the folders of checkpoints that `restore` has set aside."""
-        return sorted(self.folder.glob("damaged-*"))
+        """Returns the folders of checkpoints that are lost.
+
+        Those that `restore` has set aside, and several without a manifest where none
+        has one: a killed process leaves one at most, so these were finished once.
+        """
+        lost = _unfinished(self.folder) if not self.steps() else []
+        return sorted([*self.folder.glob("damaged-*"), *(lost if lost[1:] else [])])
 
     def latest(self) -> int | None:
         """Returns the newest finished step, None when there is none."""
@@ -219,6 +224,7 @@ class Checkpoints:
         target = self.folder.parent / "frozen" / name
         if processes.first(lambda: _is_sound(target)):
             return name
+        _check_finite(_named(tree))
         try:
             if jax.process_index() == 0:
                 shutil.rmtree(target, ignore_errors=True)
@@ -473,8 +479,11 @@ def _saving() -> tuple:
 
 def _refuse_non_finite(items: Mapping) -> None:
     rows = {**items, **items.get(REST, {})}
-    found = _named({key: rows[key] for key in FINITE if key in rows})
-    found = [(name, x) for name, x in found if jnp.issubdtype(x.dtype, np.floating)]
+    _check_finite(_named({key: rows[key] for key in FINITE if key in rows}))
+
+
+def _check_finite(named: list[tuple[str, Any]]) -> None:
+    found = [(name, x) for name, x in named if jnp.issubdtype(x.dtype, np.floating)]
     for name, finite in zip([name for name, _ in found], _finite(found), strict=True):
         if not finite:
             raise FloatingPointError(
@@ -507,11 +516,18 @@ def _seal(target: Path, note: dict) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+    for folder in filter(Path.is_dir, target.rglob("*")):
+        _sync(folder)  # a name in it may not be on the disk yet
     os.rename(draft, target / MANIFEST)
     for folder in (target, target.parent):
-        handle = os.open(folder, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        _sync(folder)
+
+
+def _sync(folder: Path) -> None:
+    """Puts the names in a folder on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def _hash(path: Path, *, sync: bool) -> str:
@@ -630,14 +646,20 @@ def _place(tree: Any, *, moved: bool) -> Any:
 
 def _clean(folder: Path) -> None:
     """Removes what a killed process left: it was never a checkpoint."""
-    for path in sorted(folder.iterdir()):
-        leftover = ".orbax-checkpoint-tmp" in path.name
-        unfinished = path.name.isdecimal() or len(path.name) == 64
-        if path.is_dir() and (
-            leftover or (unfinished and not (path / MANIFEST).exists())
-        ):
-            log.warning("removed the unfinished checkpoint %s", path)
-            shutil.rmtree(path)
+    leftovers = [p for p in folder.iterdir() if ".orbax-checkpoint-tmp" in p.name]
+    unfinished = _unfinished(folder)
+    finished = any(folder.glob(f"[0-9]*/{MANIFEST}"))
+    if finished or not unfinished[1:]:  # else they are lost: see Checkpoints.damaged
+        leftovers += unfinished
+    for path in sorted(filter(Path.is_dir, leftovers)):
+        log.warning("removed the unfinished checkpoint %s", path)
+        shutil.rmtree(path)
+
+
+def _unfinished(folder: Path) -> list[Path]:
+    """Returns the folders of checkpoints, or of frozen weights, without a manifest."""
+    named = [p for p in folder.iterdir() if p.name.isdecimal() or len(p.name) == 64]
+    return [p for p in named if p.is_dir() and not (p / MANIFEST).exists()]
 
 
 def _unused(path: Path) -> Path:

@@ -564,7 +564,15 @@ def fetch(name: str, cache: str | Path, progress: bool = True) -> Path:
         _download(url, part, name=name, path=path, progress=progress)
     whole = path.with_name(f"{path.name}.whole") if item.finish else parts[0]
     if item.finish:
-        whole.write_bytes(item.finish([part.read_bytes() for part in parts]))
+        try:
+            whole.write_bytes(item.finish([part.read_bytes() for part in parts]))
+        except (ValueError, zipfile.BadZipFile) as error:
+            _remove(parts)  # else the next try would go on with what is wrong
+            raise ValueError(
+                f"what was downloaded as {name} from {', '.join(item.urls)} is not "
+                f"what was expected: {error}; try again, or put the right file at "
+                f"{path}"
+            ) from error
     digest = sha256(whole)
     if item.changes and not pinned:
         _pin(cache, name, digest, progress)

@@ -154,7 +154,8 @@ def judge(found: list[tuple[str, str, float]], accelerator: str) -> Finding:
     """
     kinds = sorted({f"{platform} ({kind})" for platform, kind, _ in found})
     what = f"{len(found)} x {', '.join(kinds)}"
-    worst = max(error for *_, error in found) / 256**0.5
+    # Not Python's max, which a NaN that is not the first would not stop.
+    worst = float(np.max([error for *_, error in found])) / 256**0.5
     if not worst < WRONG:
         what += f"; a matrix product is wrong by {worst:.1g} of its size"
         return Finding(
@@ -308,6 +309,8 @@ def checkpoints(folder: Path, cfg: model.GPTConfig | None) -> Iterator[Finding]:
             if cfg is not None:
                 _check_model(folder, step, cfg)
         except (ValueError, OSError) as error:
+            if step not in store.steps():  # a process that trains here has removed it
+                continue
             cure = "the next command sets it aside and takes the one before"
             if not newest:
                 cure = f"delete {store.folder / str(step)}"

@@ -62,6 +62,9 @@ ADDED = {
 OF_DATA = ("classes.json", "test.json", "test_report.json", "test_report.png")
 
 
+PARTS = ("data", "model", "task", "adapter", "optimizer")  # of every config
+
+
 class Classes(NamedTuple):
     """What a classifier tells apart.
 
@@ -241,6 +244,8 @@ def read_config(folder: str | Path) -> ConfigDict:
         for name, value in ADDED.items():
             part, _, key = name.rpartition(".")
             (tree.get(part, {}) if part else tree).setdefault(key, value)
+        if absent := [part for part in PARTS if not isinstance(tree.get(part), dict)]:
+            raise ValueError(f"it has no {', '.join(absent)}")
         return as_config(tree)
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is not a config: {error}") from error
@@ -310,9 +315,20 @@ def ended(workdir: str | Path) -> tuple[str, int] | None:
     path = Path(workdir) / "ended.json"
     if not path.is_file():
         return None
-    note = json.loads(path.read_text(encoding="utf-8"))
+    reason, step = _noted(path, "reason", "step")
     newest = Checkpoints(Path(workdir) / "checkpoints", keep=None).latest() or 0
-    return (note["reason"], note["step"]) if newest <= note["step"] else None
+    return (reason, step) if newest <= step else None
+
+
+def _noted(path: Path, *keys: str) -> list[Any]:
+    """Returns values of the JSON object in a file of the run folder."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return [found[key] for key in keys]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): put it back from a copy of the run"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -439,7 +455,7 @@ def _refuse_changes(workdir, config: ConfigDict, tokenizer, fingerprint: str) ->
             f"{tokenizer.vocab_size} tokens); use another --workdir"
         )
     path = workdir / "data.json"
-    stated = json.loads(path.read_text())["fingerprint"] if path.is_file() else None
+    stated = _noted(path, "fingerprint")[0] if path.is_file() else None
     if stated == fingerprint:
         return
     found = f"its fingerprint was {stated} and is {fingerprint} now"

@@ -59,6 +59,7 @@ NOT_NEGATIVE = (
     "spike_window",
     *("eval_every", "eval_windows", "eval_batch_size", "checkpoint_every", "seed"),
 )
+LONGEST_S = 30 * 24 * 3600  # a wait that Python can count; no run means a longer one
 ON_SAVE_ERROR = ("stop", "continue")
 BELOW_1 = (
     *("dropout_embed", "dropout_attn", "dropout_residual", "dropout_adapter"),
@@ -380,10 +381,17 @@ def check(config: ConfigDict) -> None:
                 f"data.{key} is {config.data[key]}: give a number of tokens, or 0 to "
                 "have it chosen"
             )
-    if not config.data_timeout_s > 0:
+    if not 0 < config.data_timeout_s <= LONGEST_S:
         raise ValueError(
-            f"data_timeout_s is {config.data_timeout_s}: it must be above 0 seconds"
+            f"data_timeout_s is {config.data_timeout_s}: it must be above 0 seconds "
+            f"and at most {LONGEST_S:,}"
         )
+    if config.grace_s > LONGEST_S:
+        raise ValueError(
+            f"grace_s is {config.grace_s}: it must be at most {LONGEST_S:,} seconds"
+        )
+    if config.spike_window == 1:
+        raise ValueError("spike_window is 1: give 2 losses or more, or 0 for no guard")
     if config.seed >= 2**63:
         raise ValueError(f"seed is {config.seed}: it must be below 2^63")
     if config.on_save_error not in ON_SAVE_ERROR:
@@ -941,6 +949,13 @@ def save_errors(job: Job) -> Iterator[None]:
 def finish(job: Job, step: int, reason: str, numbers: dict[str, float]) -> Result:
     """Waits for the last checkpoint, draws the curve, and says how the run ended."""
     job.saves.wait()
+    last = processes.first(job.saves.latest) or 0
+    if last < step:  # what was to be passed over may not be the last one
+        raise OSError(
+            f"the checkpoint of step {step}, the last one, is not in "
+            f"{job.saves.folder} (the newest there is {last}); the same command goes "
+            "on from that"
+        )
     if processes.index() == 0:
         if not plots.rewards(job.workdir):
             plots.loss(job.workdir)

@@ -53,6 +53,9 @@ CASES = {
     "all is validation": ("--config.data.val_fraction=1.0", "val_fraction is 1.0"),
     "negative stride": ("--config.data.stride=-2", "stride is -2"),
     "no patience with data": ("--config.data_timeout_s=0", "data_timeout_s is 0"),
+    "patience without end": ("--config.data_timeout_s=inf", "data_timeout_s is inf"),
+    "grace without end": ("--config.grace_s=inf", "grace_s is inf"),
+    "a spike of one loss": ("--config.spike_window=1", "spike_window is 1"),
     "top_p": ("--config.sample_every=1 --config.sample.top_p=2", "top_p is 2.0"),
     # choices that there are not
     "optimizer": ("--config.optimizer.name=adam", "adamw"),

@@ -256,6 +256,16 @@ def test_a_step_without_a_manifest_is_unfinished(pair, tmp_path, caplog):
     assert store.steps() == [1, 2]
 
 
+def test_several_steps_without_any_manifest_are_lost_not_unfinished(pair, tmp_path):
+    """As in a folder that was copied without its last files."""
+    copy = Path(shutil.copytree(pair, tmp_path / "checkpoints"))
+    for path in copy.glob("*/manifest.json"):
+        path.unlink()
+    with Checkpoints(copy, keep=2) as store:
+        assert store.steps() == []
+        assert [path.name for path in store.damaged()] == ["1", "2"]
+
+
 def test_the_newest_and_the_best_are_kept(folder):
     metrics = {1: 3.0, 2: 1.0, 3: 1.0, 4: float("nan"), 5: 9.0, 6: None}
     with Checkpoints(folder, keep=2) as store:
@@ -473,6 +483,14 @@ def test_frozen_weights_are_stored_once_by_their_digest(folder):
             store.load_frozen(name, None)
         assert store.save_frozen(tree) == name
         assert digest(store.load_frozen(name, None)) == name
+
+
+def test_frozen_weights_with_nan_are_refused_by_name(folder):
+    bad = {"base": {"w": np.array([1, np.nan], np.float32)}}
+    store = Checkpoints(folder, keep=2)
+    with pytest.raises(FloatingPointError, match="base/w holds NaN"):
+        store.save_frozen(bad)
+    assert not list((folder.parent / "frozen").glob("*/manifest.json"))
 
 
 def test_the_digest_sees_paths_dtypes_shapes_and_bytes():

@@ -419,6 +419,13 @@ def test_a_download_of_several_parts_is_put_together(server, fetch):
     assert [p.name for p in path.parent.iterdir()] == ["page.txt"]
 
 
+def test_what_is_no_archive_is_told_and_does_not_stand_in_the_way(server, fetch):
+    fetch.use(finish=corpora._member("a.txt"))
+    for _ in range(2):  # a second try begins anew
+        with pytest.raises(ValueError, match=r"downloaded as page .*not a zip file"):
+            fetch.run()
+
+
 def test_an_unreachable_server_is_told_with_what_to_do(server, fetch, tmp_path):
     fetch.use(urls=("http://127.0.0.1:9/page.txt",))
     with pytest.raises(FileNotFoundError, match=r"put the file at .*page.txt"):

@@ -157,6 +157,7 @@ def test_a_download_that_was_changed_is_named(tmp_path):
         ([("gpu", "H100", 1e-5)], "cuda13", "ok", "H100"),
         ([("gpu", "H100", 1e-5), ("gpu", "H100", 3.0)], "", "problem", "wrong by"),
         ([("gpu", "H100", float("nan"))], "", "problem", "wrong by"),
+        ([("gpu", "H100", 1e-5), ("gpu", "H100", np.nan)], "", "problem", "wrong by"),
     ],
 )
 def test_devices_are_judged_by_what_they_compute(found, accelerator, level, words):

@@ -175,7 +175,7 @@ def test_what_is_not_a_run_is_said_with_the_command_that_makes_one(tmp_path, mak
     sentence = r"is not a run folder.*(config.json|exist).*experiments.train --config="
     with pytest.raises(ValueError, match=sentence):
         runs.open(folder)
-    for text in ("[1, 2", "[]", '{"model": 3}'):
+    for text in ("[1, 2", "[]", "{}", '{"model": 3}'):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=r"config\.json is not a config"):
             runs.open(tmp_path)
