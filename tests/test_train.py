@@ -271,6 +271,21 @@ def test_a_run_of_nothing_but_nan_stops_and_saves_none_of_it(config, tmp_path):
 
 
 @pytest.mark.fault(21)
+@pytest.mark.fault(6)
+def test_the_last_checkpoint_is_not_passed_over(config, tmp_path, monkeypatch):
+    """Nor where the folder itself refuses it, before anything is written."""
+    config.on_save_error, made = "continue", checkpoint._writer
+
+    def refuse(target, items):
+        if target.name == str(config.steps):
+            raise OSError(13, "Permission denied")
+        return made(target, items)
+
+    monkeypatch.setattr(checkpoint, "_writer", refuse)
+    with pytest.raises(OSError, match=f"step {config.steps}, the last one, is not in"):
+        train.train(config, tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
