@@ -6,16 +6,19 @@
       --config.model.dtype=bfloat16 --steps=60
 
 Trains --steps steps of your config twice, on whatever device JAX finds: once in one go,
-and once killed (SIGKILL, --kills times, at random moments) and started again with the
-same command. Then it compares the sha256 of weights, optimizer memory and counters, and
-every recorded loss. Nothing but the two run folders (--workdir, by default a temporary
-one that is removed) is written.
+and once killed (SIGKILL, --kills times, at random moments of training) and started
+again with the same command. Then it compares the sha256 of weights, optimizer memory
+and counters, and every recorded loss.
+
+The two run folders and their logs are written into --workdir, by default a temporary
+folder that is removed. Like any other training of this config, these also leave the
+prepared text (--config.data.folder) and compiled programs (--config.compile_cache).
 
 On CPUs the bits are the same. On a GPU they are if the compiler keeps to deterministic
 kernels: XLA_FLAGS=--xla_gpu_deterministic_ops=true; try with and without it.
 
-Exit codes: 0 bit-equal; 1 not equal, with what differs, or a run that failed; 2 a
-mistake in the flags; 130 Ctrl-C.
+Exit codes: 0 bit-equal; 1 not equal, with what differs, or a run that failed, or that
+ended before it was killed so often; 2 a mistake in the flags; 130 Ctrl-C.
 """
 
 import contextlib
@@ -62,32 +65,55 @@ def main(_: list[str]) -> int:
         if code := train(whole):
             return failed(whole, code)
         print(f"2 of 2: the same, killed {KILLS.value} times", flush=True)
-        if code := train_and_kill(killed, random.Random(SEED.value)):
+        kills, code = kill(killed, random.Random(SEED.value), pace(whole))
+        if kills == KILLS.value:
+            code = train(killed)
+        if code:
             return failed(killed, code)
+        if kills < KILLS.value:
+            print(
+                f"not interrupted {KILLS.value} times while it trained, but {kills}: "
+                "give more --steps"
+            )
+            return 1
         return compare(whole, killed)
 
 
 def command(run: Path) -> list[str]:
     """Returns the command of a run: the config as given, and often saved."""
     config = CONFIG.value
-    ours = ("--steps", "--kills", "--seed", "--workdir")
-    given = [word for word in sys.argv[1:] if not word.startswith(ours)]
-    unit = config.task.get("updates", 1)  # steps that a checkpoint cannot part
-    every = max(1, STEPS.value // (2 * KILLS.value + 2) // unit) * unit
     end = config.hyper.decay_steps or float(config.steps)
     changes = {
         "steps": STEPS.value,
         "hyper.decay_steps": end,  # the schedule of the whole run
-        "checkpoint_every": every,
+        "checkpoint_every": interval(),
         "log_every": 1,
         "tensorboard": False,
         "wandb": "",
     }
     words = [f"--config.{key}={value}" for key, value in changes.items()]
     return [
-        *(sys.executable, "-m", "experiments.train", *given, *words),
-        f"--workdir={run}",
+        *(sys.executable, "-m", "experiments.train"),
+        *(*config_words(sys.argv[1:]), *words, f"--workdir={run}"),
     ]
+
+
+def config_words(words: list[str]) -> list[str]:
+    """Returns the words that make the config: the flags, and a value behind one."""
+    kept, open_ended = [], False
+    for word in words:
+        is_flag = word.startswith("-")
+        is_config = is_flag and word.lstrip("-").startswith(("config", "noconfig"))
+        if is_config or (open_ended and not word.startswith("--")):
+            kept.append(word)
+        open_ended = is_config and "=" not in word
+    return kept
+
+
+def interval() -> int:
+    """Returns the steps between two checkpoints: two of them or more for each kill."""
+    unit = CONFIG.value.task.get("updates", 1)  # steps that a checkpoint cannot part
+    return max(1, STEPS.value // (2 * KILLS.value + 2) // unit) * unit
 
 
 def train(run: Path) -> int:
@@ -96,24 +122,56 @@ def train(run: Path) -> int:
         return subprocess.run(command(run), stdout=log, stderr=log).returncode
 
 
-def train_and_kill(run: Path, rng: random.Random) -> int:
-    """Trains to the end in spite of the kills; returns the last exit code."""
-    marks = sorted(rng.sample(range(1, STEPS.value), min(KILLS.value, STEPS.value - 1)))
-    for mark in marks:
+def kill(run: Path, rng: random.Random, longest_s: float) -> tuple[int, int]:
+    """Trains and kills, until it was often enough or the run has ended.
+
+    Args:
+      run: the run folder.
+      rng: chooses the moments.
+      longest_s: from the step after which a life is to end to its end, at most.
+
+    Returns:
+      How often it was killed before its last step was recorded, and the exit code of a
+      life that ended by itself, else 0.
+    """
+    last = max(1, STEPS.value - 2 * interval())  # time enough for the kill
+    marks = sorted(rng.sample(range(1, last + 1), min(KILLS.value, last)))
+    for kills, mark in enumerate(marks):
+        before = changed(run)
         with log_of(run).open("ab") as log:
             process = subprocess.Popen(command(run), stdout=log, stderr=log)
         try:
-            while process.poll() is None and reached(run) < mark:
+            while process.poll() is None and (
+                changed(run) == before or reached(run) < mark
+            ):
                 time.sleep(0.01)
-            time.sleep(rng.random() * 0.2)  # also in the middle of a save
+            time.sleep(rng.random() * longest_s)  # also in the middle of a save
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
             process.wait()
-        if process.returncode != -signal.SIGKILL and process.returncode:
-            return process.returncode
+        if process.returncode != -signal.SIGKILL:
+            return kills, process.returncode
+        if reached(run) >= STEPS.value:
+            return kills, 0
         print(f"  killed at step {reached(run)}", flush=True)
-    return train(run)
+    return len(marks), 0
+
+
+def changed(run: Path) -> int:
+    """Returns when a run's record was last written to, in nanoseconds; 0 for never."""
+    from gpt_jax import metrics
+
+    path = run / metrics.FILE
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def pace(run: Path) -> float:
+    """Returns the seconds that a finished run took from a checkpoint to the next."""
+    from gpt_jax import metrics
+
+    times = [row["seconds"] for row in metrics.read(run) if "train_loss" in row]
+    return interval() * (times[-1] - times[0]) / max(1, len(times) - 1)
 
 
 def reached(run: Path) -> int:

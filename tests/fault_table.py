@@ -3,7 +3,8 @@
 A test that injects a fault says which: `@pytest.mark.fault(row)`, or with a number,
 `@pytest.mark.fault(row, injections=20)`, when it injects several. A test that finds out
 as it runs says so itself: `record_property("injections", 20)`. A parametrized test
-counts each of its cases.
+counts each of its cases. `injections=0` runs a test with the others of its row that
+injects nothing, such as the same load without the fault.
 
 `pytest -p tests.fault_table -m fault` ends with the table, and fails when a row has no
 test that ran, unless -k, -x or the like made it leave some out. `--table=FILE` puts the

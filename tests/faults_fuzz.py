@@ -53,7 +53,7 @@ def described(live):
     return schemathesis.openapi.from_url(f"{live.url}/openapi.json")
 
 
-@pytest.mark.fault(26, injections=2 * EXAMPLES)
+@pytest.mark.fault(26, injections=EXAMPLES)
 @pytest.mark.parametrize("path", PATHS)
 def test_requests_that_break_the_description_are_refused_as_it_says(described, path):
     strategy = described[path]["POST"].as_strategy(GenerationMode.NEGATIVE)
@@ -66,7 +66,7 @@ def test_requests_that_break_the_description_are_refused_as_it_says(described, p
     refused()
 
 
-@pytest.mark.fault(26, injections=2 * EXAMPLES)
+@pytest.mark.fault(26, injections=0)  # right requests
 @pytest.mark.parametrize("path", PATHS)
 def test_requests_that_fit_the_description_are_answered_as_it_says(described, path):
     seen = set()
@@ -100,24 +100,30 @@ VALID = {
 }
 
 
-@pytest.mark.fault(26, injections=15 * len(VALUES))
+@pytest.mark.fault(26)
 @pytest.mark.parametrize("form", VALID)
-def test_a_field_is_refused_just_when_the_description_refuses_it(live, described, form):
+def test_a_field_is_refused_just_when_the_description_refuses_it(
+    live, described, form, record_property
+):
     path = PATHS[0] if form == "Completion" else PATHS[1]
     fields = described.raw_schema["components"]["schemas"][form]["properties"]
+    cases = []
     for name, rule in fields.items():
         for value in VALUES:
             if (name, value) in (("model", None), ("prompt", "x" * 300)):
                 continue  # two are served here, and with short contexts
-            body = json.dumps({**VALID[form], name: value}).encode()
-            status, answer = post(live, path, body)
             # null is the same as leaving a field out: of those that must be there too
             fits = value is not None and is_valid(rule, value)
             fits |= value is None and name != "messages"
-            assert (status == 200) == fits, (name, value, status, answer)
+            cases.append((name, value, fits))
+    record_property("injections", sum(not fits for _, _, fits in cases))
+    for name, value, fits in cases:
+        body = json.dumps({**VALID[form], name: value}).encode()
+        status, answer = post(live, path, body)
+        assert (status == 200) == fits, (name, value, status, answer)
 
 
-@pytest.mark.fault(26)
+@pytest.mark.fault(26, injections=0)  # right requests
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/{name}", "/metrics"])
 def test_other_paths_answer_as_the_description_says(described, path):
     @fuzz
@@ -145,7 +151,7 @@ JSON = st.recursive(
 NAMES = st.sampled_from(["prompt", "messages", "stop", "n", "stream", "logprobs", "x"])
 
 
-@pytest.mark.fault(26, injections=2 * EXAMPLES)
+@pytest.mark.fault(26, injections=EXAMPLES)
 @pytest.mark.parametrize("path", PATHS)
 def test_any_bytes_get_an_answer_that_is_documented(live, described, path):
     known = {int(s) for s in described.raw_schema["paths"][path]["post"]["responses"]}

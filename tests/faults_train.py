@@ -19,6 +19,7 @@ from tests import forks
 
 pytestmark = pytest.mark.timeout(900)
 EVERY = 3  # steps between two checkpoints
+LEAST_UNFINISHED = 3  # of 20 kills, those that have to leave half a save behind
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +66,13 @@ def same(run, other):
 
 # --- 1, 2: SIGKILL --------------------------------------------------------------------
 
-# Kills at a share of the time that the save before took; the first one is measured.
+# Kills at a share of the time that the save before took; the first takes longer.
 IN_SAVE = """
 import time
 finish, took = checkpoint.Checkpoints._finish, []
 def killed(self, target, write, note):
-    if took:
-        threading.Timer({share} * took[0], die).start()
+    if len(took) > 1:
+        threading.Timer({share} * took[-1], die).start()
     began = time.monotonic()
     finish(self, target, write, note)
     took.append(time.monotonic() - began)
@@ -80,8 +81,10 @@ checkpoint.Checkpoints._finish = killed
 
 
 @pytest.mark.fault(1, injections=20)
-def test_20_kills_while_a_checkpoint_is_written(live, home, tmp_path, control):
-    run, rng, newest = tmp_path / "run", random.Random(1), 0
+def test_20_kills_while_a_checkpoint_is_written(
+    live, home, tmp_path, control, record_property
+):
+    run, rng, newest, left = tmp_path / "run", random.Random(1), 0, 0
     for share in range(20):
         before = IN_SAVE.format(share=(share + rng.random()) / 20)
         code, said = go(live, home, run, steps=10**6, before=before)
@@ -89,11 +92,21 @@ def test_20_kills_while_a_checkpoint_is_written(live, home, tmp_path, control):
         steps = forks.sound(run)
         assert steps[-1] > newest  # the save before was finished
         newest = steps[-1]
+        left += unfinished(run, newest)
         assert forks.reached(run) - newest <= 2 * EVERY
+    record_property("unfinished", left)
+    print(f"{left} of 20 kills left an unfinished save")
+    assert left >= LEAST_UNFINISHED
     end = newest + 4
     code, said = go(live, home, run, steps=end)
     assert code == 0 and f"resuming after step {newest}" in said
     assert same(run, control(end))
+
+
+def unfinished(run, newest):
+    """Whether there is part of a save that is newer than the newest finished one."""
+    names = [path.name.partition(".") for path in (run / "checkpoints").iterdir()]
+    return any(step.isdecimal() and int(step) > newest for step, _, _ in names)
 
 
 PHASES = {
@@ -127,26 +140,28 @@ def test_a_kill_in_any_phase_costs_no_more_than_two_intervals(
     assert same(run, control(40))
 
 
-# --- 3: SIGTERM -----------------------------------------------------------------------
+# --- 3: SIGTERM, Ctrl-C ---------------------------------------------------------------
 
-# In what the signal comes, and in which call of it.
+# In what the signal comes, in which call of it, and which signal.
 SIGNALS = {
-    "compile": ("train.programs.Program.begin", 1),
-    "train": ("train.sharding.wait_on_cpu", 5),
-    "evaluate": ("train.evaluate.evaluate", 2),
-    "sample": ("train.sample.texts", 2),
+    "compile": ("train.programs.Program.begin", 1, "term"),
+    "train": ("train.sharding.wait_on_cpu", 5, "term"),
+    "train, Ctrl-C": ("train.sharding.wait_on_cpu", 5, "interrupt"),
+    "evaluate": ("train.evaluate.evaluate", 2, "term"),
+    "sample": ("train.sample.texts", 2, "term"),
 }
 
 
 @pytest.mark.fault(3)
 @pytest.mark.parametrize("phase", SIGNALS)
-def test_sigterm_saves_the_step_that_it_came_in(live, home, tmp_path, control, phase):
+def test_a_signal_saves_the_step_that_it_came_in(live, home, tmp_path, control, phase):
     run = tmp_path / "run"
     settings: dict[str, Any] = {"sample_every": 6, "sample.max_new_tokens": 4}
-    function, count = SIGNALS[phase]
-    before = f"{function} = at({count}, term, {function})"
+    function, count, send = SIGNALS[phase]
+    before = f"{function} = at({count}, {send}, {function})"
     code, said = go(live, home, run, steps=12, before=before, **settings)
-    assert code == 143 and "the same command resumes" in said, said
+    assert code == (130 if send == "interrupt" else 143), said
+    assert "the same command resumes" in said
     saved = forks.sound(run) if (run / "checkpoints").exists() else []
     if phase == "compile":
         assert saved == []
@@ -529,15 +544,19 @@ def get_config(arg=None):
 @pytest.mark.fault(2, injections=3)
 def test_verify_resume_tells_equal_runs_from_others(live, home, tmp_path):
     settings = forks.flags(home, steps=50)
-    kills = ["--steps=12", "--kills=2", f"--workdir={tmp_path / 'a'}"]
+    kills = ["--steps", "40", "--kills=2", f"--workdir={tmp_path / 'a'}"]
     code, said = live.run("verify_resume", *settings, *kills)
     assert code == 0 and "bit-equal" in said, said
     assert said.count("killed at step") == 2
-    assert forks.reached(tmp_path / "a" / "killed") == 12
+    assert forks.reached(tmp_path / "a" / "killed") == 40
     code, said = live.run("verify_resume", *settings, *kills)
     assert code == 2 and "exists already" in said
     config = tmp_path / "other_rate.py"
     config.write_text(OTHER_RATE)
-    kills = ["--steps=6", "--kills=1", f"--workdir={tmp_path / 'b'}"]
+    kills = ["--steps=20", "--kills=1", f"--workdir={tmp_path / 'b'}"]
     code, said = live.run("verify_resume", f"--config={config}", *settings[1:], *kills)
     assert code == 1 and "NOT equal: " in said and "params" in said, said
+    kills = ["--steps=2", "--kills=3", f"--workdir={tmp_path / 'c'}"]
+    code, said = live.run("verify_resume", *settings, *kills)
+    assert code == 1 and "give more --steps" in said, said
+    assert "not interrupted 3 times" in said and "bit-equal" not in said

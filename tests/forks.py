@@ -33,6 +33,7 @@ import os, signal, threading
 from gpt_jax import checkpoint, data, metrics, sharding, train
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 def term(): os.kill(os.getpid(), signal.SIGTERM)
+def interrupt(): os.kill(os.getpid(), signal.SIGINT)
 def at(count, act, function):
     "Calls act just before the call of `function` number `count`."
     calls = []

@@ -2,14 +2,16 @@
 
 `make soak` (or python -m tests.soak --kills=200 --seed=0): the same run is started and
 killed 200 times, anywhere between its first line of Python and its last checkpoint.
-After each kill every checkpoint that it lists is read and checked, none may be gone
-that was there, and no more than two intervals may be lost. Then the run is let to its
-end, and so is another that nobody disturbs: state and losses must be the same bits.
+After each kill every checkpoint that it lists is read and checked, none of the newest
+may be gone that was there, and no more than two intervals may be lost. Then the run is
+let to its end, and so is another that nobody disturbs: state and losses must be the
+same bits.
 
 Exit code 0: nothing was lost; 1: something was, and what.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -20,6 +22,8 @@ from pathlib import Path
 
 EVERY = 5  # steps between two checkpoints
 LONGEST_S = 2.0  # from the first finished step of a life to its kill, at most
+DEADLINE_S = 300.0  # for a life to open its record
+KEEP = 3  # checkpoints, besides the best
 NEVER = 10**6
 
 
@@ -50,25 +54,30 @@ def soak(live, home: Path, kills: int, rng: random.Random) -> int:
     from tests import forks
 
     def words(name: str, steps: int) -> list[str]:
-        config = {"checkpoint_every": EVERY, "eval_every": 4 * EVERY}
+        config = {"checkpoint_every": EVERY, "eval_every": 4 * EVERY, "keep": KEEP}
         return [*forks.flags(home, steps=steps, **config), f"--workdir={home / name}"]
 
     code, said = live.run("train", *words("first", EVERY))  # prepares, compiles
     assert code == 0, said
     run, newest, lost, began = home / "killed", 0, 0, time.monotonic()
+    before: list[int] = []
     for n in range(1, kills + 1):
         pid = live.start("train", *words("killed", NEVER))
-        alive = wait(rng, run)
-        os.kill(pid, signal.SIGKILL)
+        try:
+            alive = wait(rng, run, pid)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         code = live.wait()
         if code != -signal.SIGKILL:
             print(f"kill {n}: the run had ended by itself, with {code}")
             print(live.said)
             return 1
         steps = forks.sound(run) if (run / "checkpoints").is_dir() else []
-        now, reached = max(steps, default=0), forks.reached(run)
-        lost += now < newest or reached - now > 2 * EVERY
-        newest = now
+        newest, reached = max(steps, default=0), forks.reached(run)
+        gone = {*sorted({*before, *steps})[-KEEP:]} - {*steps}
+        lost += bool(gone) or reached - newest > 2 * EVERY
+        before = steps
         left = (time.monotonic() - began) / n * (kills - n)
         print(
             f"kill {n} of {kills} after {alive:.2f} s: at step {reached}, checkpoint "
@@ -88,11 +97,15 @@ def soak(live, home: Path, kills: int, rng: random.Random) -> int:
     return int(lost > 0 or not same)
 
 
-def wait(rng: random.Random, run: Path) -> float:
+def wait(rng: random.Random, run: Path, pid: int) -> float:
     """Lets a life go on for a random time; returns how long it was, in seconds.
 
     A third of them ends while the process is starting; the others have that long, and
-    a random time more, counted from when the record is opened.
+    a random time more, counted from when the record is opened. It returns at once when
+    the process has ended by itself.
+
+    Raises:
+      TimeoutError: it lives, but does not open its record.
     """
     from gpt_jax import metrics
 
@@ -103,6 +116,12 @@ def wait(rng: random.Random, run: Path) -> float:
         return time.monotonic() - began
     before = record.stat().st_mtime_ns if record.exists() else 0
     while not record.exists() or record.stat().st_mtime_ns == before:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return time.monotonic() - began
+        if time.monotonic() - began > DEADLINE_S:
+            raise TimeoutError(f"process {pid} has not opened {record} yet")
         time.sleep(0.01)
     time.sleep(rng.random() * LONGEST_S)
     return time.monotonic() - began

@@ -15,15 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from configs import common
 from gpt_jax import corpora, data, instructions, pretrained, runs, tokenizers
 from gpt_jax.checkpoint import Checkpoints, Damaged
+from gpt_jax.model import GPTConfig
 from gpt_jax.sweep import space
 from gpt_jax.tables import files
 from tests.golden import make_run
 
 CANARY = "canary"
 GOLDEN = sorted(make_run.HERE.glob("run-*"))[-1]
-pytestmark = pytest.mark.fault(30)
 
 
 class Trap:
@@ -45,6 +46,7 @@ def test_the_trap_works():
     Path(CANARY).unlink()
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize("name", ["t.pt", "t.pkl", "tokenizer.json"])
 def test_a_pickled_tokenizer_is_no_tokenizer(name):
     Path(name).write_bytes(pickle.dumps(Trap()))
@@ -60,21 +62,59 @@ READERS = {
     "a table": lambda path: files.read(
         path, files.Columns("text", "label", "", ()), "."
     ),
-    "a run": lambda path: runs.open(path),
-    "tokens": lambda path: data.open(path),
-    "published weights": lambda path: pretrained.find(path),
 }
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize("suffix", [".pt", ".pkl", ".json", ".jsonl", ".csv"])
 @pytest.mark.parametrize("what", READERS)
-def test_a_pickle_is_nothing_that_can_be_read(what, suffix):
+def test_a_pickle_is_no_file_of_rows(what, suffix):
     path = f"rows{suffix}"
     Path(path).write_bytes(pickle.dumps(Trap()))
-    with pytest.raises((ValueError, FileNotFoundError)):
+    with pytest.raises(ValueError):
         READERS[what](path)
 
 
+def read_weights(folder):
+    fields = {**common.base().model.to_dict(), **pretrained.fields(folder)}
+    return pretrained.load(folder, GPTConfig(**fields))
+
+
+def write_tokens(folder):
+    about = {"vocab_size": 9, "eos_id": None, "meta": {}, "shard_tokens": 9}
+    data.write([np.arange(9)], folder, **about)
+
+
+FOLDERS = {
+    "a run": (lambda to: shutil.copytree(GOLDEN, to), runs.open),
+    "tokens": (write_tokens, lambda folder: data.open(folder).documents()),
+    "weights": (
+        lambda to: shutil.copytree(make_run.HERE / "gpt2", to),
+        read_weights,
+    ),
+}
+READ = [
+    *(("a run", "config.json"), ("a run", "tokenizer.json")),
+    *(("tokens", "index.json"), ("tokens", "documents.npy")),
+    *(("weights", "config.json"), ("weights", "model.safetensors")),
+]
+
+
+@pytest.mark.fault(30)
+@pytest.mark.parametrize(("what", "name"), READ)
+def test_a_pickle_is_no_file_of_a_folder(what, name):
+    make, read = FOLDERS[what]
+    folder = Path("folder")
+    make(folder)
+    read(folder)  # as it is there is nothing wrong with it
+    (folder / name).write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(ValueError) as refused:
+        read(folder)
+    # numpy names no file
+    assert name in str(refused.value) or "allow_pickle" in str(refused.value)
+
+
+@pytest.mark.fault(30)
 def test_ends_of_documents_that_are_pickled_are_refused():
     index = data.write(
         [np.arange(9)], "tokens", vocab_size=9, eos_id=None, meta={}, shard_tokens=9
@@ -85,6 +125,7 @@ def test_ends_of_documents_that_are_pickled_are_refused():
         data.open("tokens").documents()
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize(
     "name",
     ["../../etc", "/etc", "%2e%2e/%2e%2e/etc", "gpt2\0", "a/../b", "..", "../gpt2"],
@@ -96,12 +137,14 @@ def test_a_model_name_leads_nowhere_else(name):
         pretrained.find(name)
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize("name", ["../../x.txt", "a/b.txt", "%2e%2e.txt", "..", "-x"])
 def test_a_prepared_folder_has_a_name_without_paths(name):
     short = corpora._short(name)
     assert Path(short).name == short and not short.startswith((".", "-"))
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize("value", ["../../etc", "/etc/passwd", "a\0b", "..", "%2e%2e"])
 def test_a_trial_has_a_name_without_paths(value):
     (name,) = space.names([{"data.source": value, "seed": 1}])
@@ -121,6 +164,7 @@ def sealed(change):
     return Checkpoints(copy / "checkpoints", keep=None)
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize("name", ["params/../../../secret", "/etc/hostname"])
 def test_a_manifest_cannot_name_files_elsewhere(name):
     Path("run-secret").touch()
@@ -129,6 +173,7 @@ def test_a_manifest_cannot_name_files_elsewhere(name):
         store.restore(None, step=make_run.STEPS)
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize("name", ["../../elsewhere", "/etc", "..", "\0" * 64])
 def test_frozen_weights_are_named_by_their_digest_only(name):
     store = Checkpoints("run/checkpoints", keep=None)
@@ -136,6 +181,7 @@ def test_frozen_weights_are_named_by_their_digest_only(name):
         store.load_frozen(name)
 
 
+@pytest.mark.fault(30)
 def test_an_archive_writes_nothing_by_the_names_in_it():
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
@@ -147,6 +193,7 @@ def test_an_archive_writes_nothing_by_the_names_in_it():
         corpora._member("absent")([packed.getvalue()])
 
 
+@pytest.mark.fault(30)
 def test_an_archive_that_would_fill_the_memory_is_refused():
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
