@@ -58,9 +58,12 @@ def main(_: list[str]) -> None:
     if DEVICES.value < 0:
         raise ValueError(f"--devices={DEVICES.value} is not a number of devices")
 
+    import jax
+
     from gpt_jax import estimate
     from gpt_jax.estimate import dry, table
 
+    jax.config.update("jax_platforms", "cpu")  # no accelerator's memory is taken
     if DRY_RUN.value:
         tell = (lambda text: None) if JSON.value else print
         mesh = estimate.abstract(config, DEVICES.value)

@@ -20,6 +20,7 @@ docs/guide/14-scale.md shows; this needs none of them.
 """
 
 import collections
+import itertools
 import os
 import shutil
 import signal
@@ -149,13 +150,15 @@ def tell(failed: Child, children: list[Child]) -> None:
     first = children[0]
     for child in children[1:]:
         own = child.code not in (*IN_ORDER, first.code) and not child.ended_here
+        # Of those that failed alike, the first says why; a mistake is the same in all.
+        own = own or (child is failed and failed.code != 2)
         if own and not VERBOSE.value:
             print(*(f"[{child.index}] {line}" for line in child.lines), sep="", end="")
     code = failed.code or 0
     if code == 2:  # a mistake: its sentence says all
         return
     how = f"with exit code {code}"
-    if code > 128:
+    if 128 < code <= 128 + signal.NSIG:
         how = f"by {signal.Signals(code - 128).name}"
     print(
         f"process {failed.index} of {len(children)} ended {how}, so all were ended; "
@@ -170,7 +173,8 @@ def environments(processes: int, devices: int) -> list[dict[str, str]]:
     if found and processes * devices > len(found):
         raise ValueError(
             f"--processes={processes} --devices={devices} needs {processes * devices} "
-            f"GPUs but there are {len(found)}: {', '.join(found)}"
+            f"GPUs but there are {len(found)}: {', '.join(found)}; with "
+            "JAX_PLATFORMS=cpu in the environment they are devices of the CPU"
         )
     parts = [found[i * devices : (i + 1) * devices] for i in range(processes)]
     return [{"CUDA_VISIBLE_DEVICES": ",".join(part)} if part else {} for part in parts]
@@ -182,7 +186,8 @@ def gpus() -> list[str]:
         return []
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
-        return [name for name in named.split(",") if name]
+        names = itertools.takewhile(lambda n: n != "-1", named.split(","))
+        return [name for name in names if name]
     if not shutil.which("nvidia-smi"):
         return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)

@@ -78,6 +78,9 @@ class Writer:
                 logdir=str(folder / "tensorboard"),
                 purge_step=resume_step + 1 if resume_step else 0,
                 flush_secs=10,  # so that a running TensorBoard stays fresh
+                # Without bounds: nobody empties the queue of a thread that has died of
+                # a full disk, and a full queue would hold up the training.
+                max_queue=0,
             )
 
     def write(self, step: int, **numbers: Any) -> None:

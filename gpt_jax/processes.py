@@ -73,6 +73,12 @@ def join(
             heartbeat_timeout_seconds=heartbeat_timeout_seconds,
             shutdown_timeout_seconds=heartbeat_timeout_seconds,
         )
+    except jax.errors.JaxRuntimeError as error:
+        told = " ".join(str(error).split())
+        raise ConnectionError(
+            f"process {index} could not join the others at {coordinator} ({told}): is "
+            "that HOST:PORT free there and reachable from here, and do all run?"
+        ) from error
     except ValueError as error:
         raise ValueError(
             "--distributed found no Slurm, Open MPI, Kubernetes or Cloud TPU that says "
@@ -193,7 +199,7 @@ class Together:
     def __init__(self, own: Any):
         """Args: own: the `signals.Stop` of this process."""
         self.own, self.signal, self.late = own, 0, False
-        self._last: Any = None
+        self._late, self._last = False, None
         devices = np.array(jax.devices()).reshape(count(), -1)  # in order of processes
         mesh = Mesh(devices, ("process", "local"))
         self._split = NamedSharding(mesh, P("process"))
@@ -211,7 +217,8 @@ class Together:
 
     def look(self, late: bool = False) -> bool:
         """Tells the others of this process's signal, and whether its time is up."""
-        mine = np.array([[self.own.signal, late]], np.int32)
+        self._late |= late  # until all know: who looks next may not look at the time
+        mine = np.array([[self.own.signal, self._late]], np.int32)
         wishes = jax.make_array_from_process_local_data(self._split, mine)
         before, self._last = self._last, self._most(wishes)
         if jax.default_backend() == "cpu":  # see sharding.wait_on_cpu

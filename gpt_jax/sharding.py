@@ -169,6 +169,13 @@ def make_mesh(
         devices = [d for d in devices if _number_in_process(d, devices) < cpu_devices]
     axes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     found = lengths(micro_batch, len(devices), on_cpu=on_cpu, **axes)
+    if jax.process_count() > 1 and math.prod(found) < len(devices):
+        raise ValueError(
+            f"mesh.data {found[0]} x fsdp {fsdp} x tensor {tensor} takes "
+            f"{math.prod(found)} of {len(devices)} devices, but the processes of a "
+            "run use all that they have: make batch_size / accumulate a multiple of "
+            f"{len(devices) // tensor}, or begin with fewer devices"
+        )
     return jax.make_mesh(
         found,
         AXES,
@@ -192,13 +199,6 @@ def lengths(
         raise ValueError(
             f"mesh.data {data} x fsdp {fsdp} x tensor {tensor} asks for "
             f"{data * fsdp * tensor} devices but there are {devices}"
-        )
-    if jax.process_count() > 1 and data * fsdp * tensor < devices:
-        raise ValueError(
-            f"mesh.data {data} x fsdp {fsdp} x tensor {tensor} takes "
-            f"{data * fsdp * tensor} of {devices} devices, but the processes of a "
-            "run use all that they have: make batch_size / accumulate a multiple of "
-            f"{devices // tensor}, or begin with fewer devices"
         )
     if micro_batch % (data * fsdp):
         raise ValueError(

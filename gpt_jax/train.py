@@ -941,7 +941,8 @@ def save_errors(job: Job) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if job.config.on_save_error == "stop":
+        # One of several cannot decide alone, and a lost process is no full disk.
+        if job.config.on_save_error == "stop" or processes.count() > 1:
             raise
         job.bar.print(f"training goes on, though: {error}")
 

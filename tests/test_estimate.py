@@ -1,5 +1,8 @@
 """Estimates: exact where arithmetic says so, near what XLA plans where it decides."""
 
+import os
+import subprocess
+import sys
 from functools import cache, partial
 from math import prod
 
@@ -333,3 +336,17 @@ def test_the_mesh_fits_a_run_as_training_finds_it():
     real = plans.make(made, mesh)
     assert train.tokens_per_step(made, real.task) == 8 * 128
     assert real.sharers == plan(made).sharers == 4
+
+
+def test_the_door_compiles_for_devices_that_are_not_there():
+    config = "--config=configs/quickstart.py:size=tiny"
+    flags = ["--dry_run", "--devices=4", config, "--config.mesh.fsdp=2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.estimate", *flags],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "4 virtual devices: data 2, fsdp 2, tensor 1" in done.stdout

@@ -148,8 +148,8 @@ def test_processes_that_begin_with_different_things_are_refused_in_all(said):
 
 def test_a_signal_of_one_process_stops_all_at_the_same_step(said):
     (seen, code, own), other = both(said, "stop")
-    # Wished for in step 2, known in step 3; the time of step 0 was up in step 1 alone.
-    wanted = [[False, 0], [False, 1], [False, 0], [True, 0], [True, 0]]
+    # Wished for in step 2, known in step 3; the time that was up in step 0 stays up.
+    wanted = [[False, 0], [False, 1], [False, 1], [True, 1], [True, 1]]
     assert seen == wanted == other[0]
     assert (code, own) == (143, False)
     assert other[1:] == [143, True]

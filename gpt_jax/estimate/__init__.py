@@ -36,6 +36,7 @@ def abstract(config: ConfigDict, devices: int) -> AbstractMesh:
     Raises:
       ValueError: the axes do not fit (see `sharding.lengths`).
     """
+    train.check(config)
     sharding.check(**config.mesh)
     axes = {name: config.mesh[name] for name in sharding.AXES}
     count = devices or max(1, axes["data"]) * axes["fsdp"] * axes["tensor"]
