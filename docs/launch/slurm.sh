@@ -20,7 +20,8 @@ source .venv/bin/activate  # where requirements.txt and "jax[cuda13]" are instal
 
 # Slurm says which processes there are. One that is lost ends the others (JAX after
 # config.heartbeat_timeout_seconds, srun at once with --kill-on-bad-exit).
-srun --kill-on-bad-exit=1 \
+# Newer Slurm does not hand --cpus-per-task on by itself.
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
   python -u -m experiments.train --distributed --config=configs/gpt2.py:size=xl \
     --workdir=runs/xl --config.mesh.fsdp=8 --config.batch_size=512 \
     --config.accumulate=2
