@@ -13,6 +13,7 @@ that downloads get); a row whose text is not there says so. --page writes the ta
 a Markdown file. The exit code is 1 when a claim was missed, or a command failed.
 """
 
+import datetime
 import platform
 import sys
 from pathlib import Path
@@ -37,7 +38,8 @@ What is claimed of gpt_jax, measured by one command:
 {command}
 ```
 
-Measured on {machine}, {python}, {jax}.
+Measured on {machine}, {python}, {jax}, {date}. Where seeds are not named they are those
+of the configs.
 
 """
 
@@ -101,6 +103,7 @@ def _head() -> str:
         machine=f"{platform.machine()}, {', '.join(sorted(names))}",
         python=f"Python {platform.python_version()}",
         jax=f"jax {jax.__version__}",
+        date=datetime.date.today(),
     )
 
 

@@ -122,8 +122,8 @@ def _values(lines: list[dict], name: str) -> list[float]:
 
 
 ROWS = (
-    Row("SMS spam, from a model of Jane Austen's novels: test accuracy, mean of 3 "
-        "seeds", "95 % or more", "none", spam),
+    Row("SMS spam, from a model of Jane Austen's novels: test accuracy, seeds "
+        "1337 to 1339", "95 % or more", "none", spam),
     Row("the same with LoRA", "at most 1.5 points less", "none", spam_lora),
     Row("instruction tuning: validation loss of answers", "falls by a third or more",
         "none", instructions),
@@ -131,6 +131,6 @@ ROWS = (
         "scores rise", "95 % intervals above 0", answers),
     Row("DPO on the tuned model: validation loss", "0.6931, then below 0.66",
         "+- 0.001", preferences),
-    Row("GRPO on reversing 3 to 5 letters, 3 seeds: held-out exact matches", "from "
+    Row("GRPO on reversing 3 to 5 letters, seeds 1 to 3: held-out exact matches", "from "
         "below 0.2 to above 0.8", "none", rewards),
 )  # fmt: skip
