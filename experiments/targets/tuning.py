@@ -131,6 +131,6 @@ ROWS = (
         "scores rise", "95 % intervals above 0", answers),
     Row("DPO on the tuned model: validation loss", "0.6931, then below 0.66",
         "+- 0.001", preferences),
-    Row("GRPO on reversing 3 to 5 letters, seeds 1 to 3: held-out exact matches", "from "
-        "below 0.2 to above 0.8", "none", rewards),
+    Row("GRPO on reversing 3 to 5 letters, seeds 1 to 3: held-out exact matches", "from"
+        " below 0.2 to above 0.8", "none", rewards),
 )  # fmt: skip
