@@ -94,14 +94,20 @@ def run(main: Callable[[list[str]], object], doc: str | None) -> None:
         gc.freeze()
 
 
+def given(config, example: str = "configs/quickstart.py"):
+    """Returns the config of --config; raises ValueError where there is none."""
+    if config is None:
+        raise ValueError(f"--config is missing, e.g. --config={example}")
+    return config
+
+
 def _tell(error: BaseException, code: int) -> NoReturn:
     """Prints an error as a sentence and leaves; with --debug raises it instead."""
     if "--debug" in sys.argv:
         raise error
     print(f"error: {_sentence(error)}", file=sys.stderr)
-    if (
-        "gpt_jax.processes" in sys.modules
-    ):  # one of several does not wait for the others
+    # One of several processes does not wait for the others.
+    if "gpt_jax.processes" in sys.modules:
         sys.modules["gpt_jax.processes"].leave(code)
     sys.exit(code)
 

@@ -52,9 +52,7 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Compile the step and ask XLA.")
 
 def main(_: list[str]) -> None:
     """Prints the estimate; raises ValueError for what the user can mend."""
-    config = CONFIG.value
-    if config is None:
-        raise ValueError("--config is missing, e.g. --config=configs/gpt2.py")
+    config = door.given(CONFIG.value, "configs/gpt2.py")
     if DEVICES.value < 0:
         raise ValueError(f"--devices={DEVICES.value} is not a number of devices")
 

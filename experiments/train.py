@@ -45,9 +45,7 @@ PROCESS = flags.DEFINE_integer("process", None, "Which one this is, from 0.")
 
 def main(_: list[str]) -> int:
     """Trains and says what can be done next; returns the exit code."""
-    config = CONFIG.value
-    if config is None:
-        raise ValueError("--config is missing, e.g. --config=configs/quickstart.py")
+    config = door.given(CONFIG.value)
     workdir = WORKDIR.value or str(Path("runs") / door.config_name())
 
     if PROFILE.value < 0:

@@ -46,8 +46,7 @@ WORKDIR = flags.DEFINE_string(
 
 def main(_: list[str]) -> int:
     """Trains twice and compares; returns the exit code."""
-    if CONFIG.value is None:
-        raise ValueError("--config is missing, e.g. --config=configs/quickstart.py")
+    door.given(CONFIG.value)
     if STEPS.value < 2 or KILLS.value < 1:
         raise ValueError(
             f"--steps={STEPS.value} --kills={KILLS.value}: at least 2 steps and 1 kill "

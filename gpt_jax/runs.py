@@ -60,8 +60,6 @@ ADDED = {
 }
 # What a run says of its data, where it has such data.
 OF_DATA = ("classes.json", "test.json", "test_report.json", "test_report.png")
-
-
 PARTS = ("data", "model", "task", "adapter", "optimizer")  # of every config
 
 

@@ -37,7 +37,6 @@ def abstract(config: ConfigDict, devices: int) -> AbstractMesh:
       ValueError: the axes do not fit (see `sharding.lengths`).
     """
     train.check(config)
-    sharding.check(**config.mesh)
     axes = {name: config.mesh[name] for name in sharding.AXES}
     count = devices or max(1, axes["data"]) * axes["fsdp"] * axes["tensor"]
     rows = config.batch_size // config.accumulate
