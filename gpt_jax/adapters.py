@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gpt_jax.weights import Declared, Weight, at
+
 # Leaves beside a kernel, which model.Dense reads.
 LEAVES, SCALE = ("lora_a", "lora_b", "lora_scale"), "kernel_scale"
 HEAVY = r"(kernel|embedding)$"  # what frozen weights keep in another dtype
@@ -25,26 +27,30 @@ BASE_DTYPES = ("", "float32", "bfloat16", "int8")
 
 
 class Adapter(NamedTuple):
-    """A pair of pure functions over parameter trees.
+    """A pair of pure functions over parameter trees, and what is in them.
 
     Attributes:
       split: (start weights, key) -> (params that train, frozen trees by name). Leaves
         are passed on, not copied.
       join: (params, frozen) -> the weights that the model is applied with.
+      declared: what the weights are (weights.py), those of the adapter as well.
     """
 
     split: Callable[[Any, jax.Array], tuple[Any, dict[str, Any]]]
     join: Callable[[Any, dict[str, Any]], Any]
+    declared: Declared
 
 
-def full() -> Adapter:
+def full(declared: Declared) -> Adapter:
     """Every weight trains; nothing is frozen."""
     return Adapter(
-        split=lambda weights, _: (weights, {}), join=lambda params, _: params
+        split=lambda weights, _: (weights, {}),
+        join=lambda params, _: params,
+        declared=declared,
     )
 
 
-def only(*, train: Sequence[str]) -> Adapter:
+def only(declared: Declared, *, train: Sequence[str]) -> Adapter:
     """The weights whose path matches one of the regexes train; the rest is frozen.
 
     Raises:
@@ -64,11 +70,19 @@ def only(*, train: Sequence[str]) -> Adapter:
         frozen = {path: flat[path] for path in flat.keys() - {*moves}}
         return _nest({path: flat[path] for path in moves}), {"base": _nest(frozen)}
 
-    return Adapter(split, lambda params, frozen: _merged(frozen["base"], params))
+    def join(params, frozen):
+        return _merged(frozen["base"], params)
+
+    return Adapter(split, join, declared)
 
 
 def lora(
-    *, rank: int, alpha: float, targets: Sequence[str], base_dtype: str
+    declared: Declared,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    base_dtype: str,
 ) -> Adapter:
     """Low-rank adaptation (Hu et al. 2021, section 4.1): W stays, A and B train.
 
@@ -78,6 +92,7 @@ def lora(
     axis. What A reads is dropped by `hyper.dropout_adapter`, which is traced.
 
     Args:
+      declared: what the weights are (weights.py).
       rank: R.
       alpha: the product's weight, times rank.
       targets: regexes of kernels of linear layers (not of an untied LM head).
@@ -100,17 +115,17 @@ def lora(
     def split(weights, key):
         flat = _flat(weights)
         params = {}
-        for path in _kernels(flat, targets):
-            stacked, D, F = _matrix(path, flat[path].shape)
+        for path in _kernels(flat, declared, targets):
+            counts, (D, F) = at(declared, path).counts, at(declared, path).sides
             layer, number = path.removesuffix("kernel"), zlib.crc32(path.encode())
             own = jax.random.fold_in(key, np.uint32(number))
             edge = 1 / math.sqrt(D)
             params[f"{layer}lora_a"] = jax.random.uniform(
-                own, (*stacked, D, rank), minval=-edge, maxval=edge
+                own, (*counts, D, rank), minval=-edge, maxval=edge
             )
-            params[f"{layer}lora_b"] = jnp.zeros((*stacked, rank, F))
+            params[f"{layer}lora_b"] = jnp.zeros((*counts, rank, F))
         if base_dtype == "int8":
-            base = quantise(weights)
+            base = quantise(weights, declared)
         elif base_dtype:
             base = _nest(
                 {
@@ -132,10 +147,10 @@ def lora(
         }
         return _merged(frozen["base"], params, _nest(scales))
 
-    return Adapter(split, join)
+    return Adapter(split, join, beside(declared, rank))
 
 
-def quantise(weights: Any) -> Any:
+def quantise(weights: Any, declared: Declared) -> Any:
     """Returns weights with int8 kernels and a `kernel_scale` for each of their outputs.
 
     A kernel's largest number of each output becomes 127; model.Dense multiplies what
@@ -143,16 +158,39 @@ def quantise(weights: Any) -> Any:
     """
     flat, rounded = _flat(weights), {}
     for path, x in flat.items():
-        if not _is_linear(path):
+        weight = at(declared, path)
+        if not _is_kernel(weight):
             rounded[path] = x
             continue
-        stacked, D, F = _matrix(path, x.shape)
-        x_DF = x.reshape(*stacked, D, F).astype(jnp.float32)
+        x_DF = x.reshape(*weight.counts, *weight.sides).astype(jnp.float32)
         scale_F = jnp.maximum(jnp.abs(x_DF).max(-2), 1e-30) / 127
         small_DF = jnp.round(x_DF / scale_F[..., None, :]).astype(jnp.int8)
         rounded[path] = small_DF.reshape(x.shape)
         rounded[path.removesuffix("kernel") + SCALE] = scale_F
     return _nest(rounded)
+
+
+def beside(declared: Declared, rank: int) -> dict[str, Weight]:
+    """Returns the declarations and those of all that `lora` may put beside a kernel.
+
+    Kernels of heads lie flat in them: `inputs` and `outputs` are all axes as one.
+    """
+    found = dict(declared)
+    for path, weight in declared.items():
+        if not _is_kernel(weight):
+            continue
+        layer = path.removesuffix("kernel")
+        counts, (D, F) = weight.counts, weight.sides
+        names = weight.axes[: len(counts)]
+        for leaf, shape, axes, inputs in (
+            ("lora_a", (D, rank), ("inputs", "rank"), 1),
+            ("lora_b", (rank, F), ("rank", "outputs"), 1),
+            ("lora_scale", (), (), 0),
+            (SCALE, (F,), ("outputs",), 0),
+        ):
+            like = jax.ShapeDtypeStruct((*counts, *shape), jnp.float32)
+            found[layer + leaf] = Weight(like, (*names, *axes), "bias", inputs)
+    return found
 
 
 def with_reference(weights: Any, frozen: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,8 +244,8 @@ def unmerge(weights: Any) -> Any:
 TABLE: dict[str, Callable[..., Adapter]] = {"full": full, "only": only, "lora": lora}
 
 
-def make(*, name: str, **options: Any) -> Adapter:
-    """Returns the adapter called `name`.
+def make(declared: Declared, *, name: str, **options: Any) -> Adapter:
+    """Returns the adapter called `name` of weights that are declared so.
 
     Raises:
       ValueError: there is no adapter of that name, or its options cannot be.
@@ -219,10 +257,12 @@ def make(*, name: str, **options: Any) -> Adapter:
             if not isinstance(pattern, str):
                 raise ValueError(f"adapter.{key} has {pattern!r}, not a pattern")
             _matches([pattern], "")
-    return TABLE[name](**options)
+    return TABLE[name](declared, **options)
 
 
-def _kernels(flat: Mapping[str, Any], targets: Sequence[str]) -> list[str]:
+def _kernels(
+    flat: Mapping[str, Any], declared: Declared, targets: Sequence[str]
+) -> list[str]:
     """Returns the paths that the targets match, all of them kernels of model.Dense."""
     found = sorted(path for path in flat if _matches(targets, path))
     if not found:
@@ -231,7 +271,7 @@ def _kernels(flat: Mapping[str, Any], targets: Sequence[str]) -> list[str]:
             f"weights, such as {min(flat)}; correct it"
         )
     for path in found:
-        if not _is_linear(path):
+        if not _is_kernel(at(declared, path)):
             raise ValueError(
                 f"adapter.targets matches {path}, which is not the kernel of a linear "
                 "layer inside the model; narrow it, for example to "
@@ -240,19 +280,9 @@ def _kernels(flat: Mapping[str, Any], targets: Sequence[str]) -> list[str]:
     return found
 
 
-def _is_linear(path: str) -> bool:
-    """Whether a weight is the kernel of a model.Dense; the untied LM head is none."""
-    return path.endswith("/kernel") and path != "head/kernel"
-
-
-def _matrix(path: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:
-    """Returns (leading axis of scanned layers, inputs, outputs) of a kernel.
-
-    The projection after attention, [H, K, D], reads two axes; every other reads one.
-    """
-    lead = 1 if path.startswith("blocks/") else 0
-    inputs = lead + (2 if path.endswith("out/kernel") else 1)
-    return shape[:lead], math.prod(shape[lead:inputs]), math.prod(shape[inputs:])
+def _is_kernel(weight: Weight) -> bool:
+    """Whether a weight is the kernel of a model.Dense; the untied LM head's is not."""
+    return weight.linear and weight.inputs > 0
 
 
 def _matches(patterns: Iterable[str], path: str) -> bool:

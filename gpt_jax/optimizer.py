@@ -5,14 +5,18 @@ decay and its rate are chosen by regex over the weight's path; every number is t
 (`Hyper`), so a sweep over numbers compiles once and `jax.vmap` trains a population.
 """
 
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
+
+from gpt_jax import weights
+from gpt_jax.weights import Declared
 
 # Shape legend: N matrices, R rows, C columns.
 
@@ -78,6 +82,7 @@ class Place(NamedTuple):
 
 
 def make(
+    declared: Declared,
     *,
     name: str,
     schedule: str,
@@ -94,6 +99,7 @@ def make(
     match wins.
 
     Args:
+      declared: what the weights are (weights.py).
       name: adamw, muon, lion, adafactor or sgd.
       schedule: constant, cosine, linear or wsd.
       decay: (regex, True, False or a factor of `hyper.weight_decay`); every weight must
@@ -114,29 +120,34 @@ def make(
         pattern without a weight, or a Muon weight that is not a matrix.
     """
     dtype = _choose(MOMENT_DTYPES, moment_dtype, "optimizer.moment_dtype")
-    rules = _choose(OPTIMIZERS, name, "optimizer.name")(spread, dtype)
+    rules = _choose(OPTIMIZERS, name, "optimizer.name")(
+        dtype, _Matrices(declared, spread)
+    )
     factor_at = _choose(SCHEDULES, schedule, "optimizer.schedule")
     for key, table in {"decay": decay, "rates": rates}.items():
         _check_pairs(f"optimizer.{key}", table)
     for key, patterns in {"freeze": freeze, "muon": muon}.items():
         _check_pairs(f"optimizer.{key}", [(pattern, 1) for pattern in patterns])
 
-    def places(weights: dict[str, Any]) -> dict[str, Place]:
-        return _places(weights, tuple(rules), decay, rates, freeze, muon)
+    def places(paths: Iterable[str]) -> dict[str, Place]:
+        return _places(paths, declared, tuple(rules), decay, rates, freeze, muon)
 
     def init(params):
-        weights = _by_path(params)
-        found = places(weights)
-        _check_patterns(weights, found, rates, freeze, muon if name == "muon" else ())
+        leaves = _by_path(params)
+        found = places(leaves)
+        _check_patterns(leaves, found, rates, freeze, muon if name == "muon" else ())
+        for path, place in found.items():
+            if place.group == MATRICES:
+                _matrix_shape(declared, path)
         return {
-            group: rule.init(_float32(_of_group(weights, found, group)))
+            group: rule.init(_float32(_of_group(leaves, found, group)))
             for group, rule in rules.items()
             if any(place.group == group for place in found.values())
         }
 
     def update(grads, opt_state, params, step, hyper):
-        weights, slopes = _by_path(params), _by_path(grads)
-        found = places(weights)
+        leaves, slopes = _by_path(params), _by_path(grads)
+        found = places(leaves)
         slopes = {path: slopes[path].astype(jnp.float32) for path in found}
         norm = optax.tree.norm(slopes)
         slopes = _clip(slopes, norm, hyper.clip)
@@ -148,11 +159,11 @@ def make(
             )
             lr = factor * (hyper.matrix_lr if group == MATRICES else hyper.lr)
             for path, direction in flatten_dict(directions, sep="/").items():
-                place, old = found[path], weights[path].astype(jnp.float32)
+                place, old = found[path], leaves[path].astype(jnp.float32)
                 pull = hyper.weight_decay * place.decay * old
                 new = old - lr * place.rate * (direction + pull)
-                weights[path] = new.astype(weights[path].dtype)
-        params = jax.tree.unflatten(jax.tree.structure(params), weights.values())
+                leaves[path] = new.astype(leaves[path].dtype)
+        params = jax.tree.unflatten(jax.tree.structure(params), leaves.values())
         return params, memory, {"lr": factor * hyper.lr, "grad_norm": norm}
 
     return Optimizer(init, update)
@@ -272,16 +283,24 @@ ADAFACTOR = _optax_rule(
     lambda h: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
 )
 
+
+class _Matrices(NamedTuple):
+    """What Muon has to know of the weights: their sides, and how to share the work."""
+
+    declared: Declared
+    spread: Callable[[jax.Array], jax.Array]
+
+
 # What each optimizer does to its groups of weights.
 OPTIMIZERS = {
-    "adamw": lambda spread, dtype: {WEIGHTS: _adamw(dtype)},
-    "lion": lambda spread, dtype: {WEIGHTS: _lion(dtype)},
-    "sgd": lambda spread, dtype: {WEIGHTS: _sgd(dtype)},
-    "adafactor": lambda spread, dtype: {  # keeps no average of gradients
+    "adamw": lambda dtype, matrices: {WEIGHTS: _adamw(dtype)},
+    "lion": lambda dtype, matrices: {WEIGHTS: _lion(dtype)},
+    "sgd": lambda dtype, matrices: {WEIGHTS: _sgd(dtype)},
+    "adafactor": lambda dtype, matrices: {  # keeps no average of gradients
         **{WEIGHTS: ADAFACTOR, LAYERS: _per_layer(ADAFACTOR)}
     },
-    "muon": lambda spread, dtype: {
-        **{WEIGHTS: _adamw(dtype), MATRICES: _muon(spread, dtype)}
+    "muon": lambda dtype, matrices: {
+        **{WEIGHTS: _adamw(dtype), MATRICES: _muon(dtype, matrices)}
     },
 }
 MOMENT_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -297,7 +316,7 @@ STACK_LIMIT = (
 )  # larger matrices fill a device alone; stacking would only copy them
 
 
-def _muon(spread: Callable[[jax.Array], jax.Array], dtype) -> Rule:
+def _muon(dtype, matrices: _Matrices) -> Rule:
     """Nesterov momentum, orthogonalised, times sqrt(max(1, outputs / inputs))."""
 
     def update(grads, memory, hyper):
@@ -310,7 +329,7 @@ def _muon(spread: Callable[[jax.Array], jax.Array], dtype) -> Rule:
             path: _mix(hyper.momentum, m, slopes[path]) for path, m in average.items()
         }
         kept = {path: m.astype(dtype) for path, m in average.items()}
-        return _nest(_orthogonal_tree(ahead, spread)), _nest(kept)
+        return _nest(_orthogonal_tree(ahead, matrices)), _nest(kept)
 
     def init(weights):
         return jax.tree.map(lambda x: jnp.zeros_like(x, dtype), weights)
@@ -323,13 +342,14 @@ def _mix(keep, old, new):
 
 
 def _orthogonal_tree(
-    weights: dict[str, jax.Array], spread: Callable[[jax.Array], jax.Array]
+    slopes: dict[str, jax.Array], matrices: _Matrices
 ) -> dict[str, jax.Array]:
     """Orthogonalises every matrix; matrices of one shape are worked on as one stack."""
+    sides = {path: _matrix_shape(matrices.declared, path) for path in slopes}
     stacks: dict[tuple, list[tuple[str, jax.Array]]] = {}
-    for path, weight in weights.items():
-        n, fan_in, fan_out = _matrix_shape(path, weight.shape)
-        x_NRC = weight.reshape(n, fan_in, fan_out)
+    for path, slope in slopes.items():
+        n, fan_in, fan_out = sides[path]
+        x_NRC = slope.reshape(n, fan_in, fan_out)
         if fan_in > fan_out:
             x_NRC = x_NRC.mT
         alone = path if fan_in * fan_out > STACK_LIMIT else ""
@@ -337,16 +357,16 @@ def _orthogonal_tree(
     result = {}
     for members in stacks.values():
         stack_NRC = jnp.concatenate([x_NRC for _, x_NRC in members])
-        stack_NRC = orthogonalise(spread(stack_NRC))
+        stack_NRC = orthogonalise(matrices.spread(stack_NRC))
         begin = 0
         for path, x_NRC in members:
             part_NRC = stack_NRC[begin : begin + len(x_NRC)]
             begin += len(x_NRC)
-            _, fan_in, fan_out = _matrix_shape(path, weights[path].shape)
+            _, fan_in, fan_out = sides[path]
             part_NRC = part_NRC.mT if fan_in > fan_out else part_NRC
             scale = max(1.0, fan_out / fan_in) ** 0.5
-            result[path] = scale * part_NRC.reshape(weights[path].shape)
-    return {path: result[path] for path in weights}
+            result[path] = scale * part_NRC.reshape(slopes[path].shape)
+    return {path: result[path] for path in slopes}
 
 
 def orthogonalise(x_NRC: jax.Array) -> jax.Array:
@@ -391,38 +411,24 @@ def _gram(x_NRC: jax.Array) -> jax.Array:
     return product_NRR @ x_NRC
 
 
-def _matrix_shape(path: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """Returns (matrices, inputs, outputs) of a weight, by its place in the model.
-
-    Scanned layers are a leading axis. The projection after attention, [H, K, D], reads
-    its first two axes; every other weight reads one: [D, H, K], [D, F].
-    """
-    n = shape[0] if _is_stacked(path) else 1
-    one = shape[1:] if _is_stacked(path) else shape
-    if len(one) not in (2, 3) or re.search(r"(bias|scale|embedding)$", path):
+def _matrix_shape(declared: Declared, path: str) -> tuple[int, int, int]:
+    """Returns (matrices, inputs, outputs) of a weight."""
+    weight = weights.at(declared, path)
+    if not weight.inputs:
         raise ValueError(
-            f"optimizer.muon picks {path} of shape {shape}, which is not the matrix of "
-            "a layer; narrow the pattern, for example to 'blocks?[_/].*kernel$'"
+            f"optimizer.muon picks {path} of shape {weight.shape}, which is not the "
+            "matrix of a layer; narrow the pattern, for example to "
+            "'blocks?[_/].*kernel$'"
         )
-    inputs = 2 if len(one) == 3 and re.search(r"out/kernel$", path) else 1
-    fan_in, fan_out = 1, 1
-    for axis, size in enumerate(one):
-        if axis < inputs:
-            fan_in *= size
-        else:
-            fan_out *= size
-    return n, fan_in, fan_out
-
-
-def _is_stacked(path: str) -> bool:
-    return re.search(r"(^|/)blocks/", path) is not None
+    return math.prod(weight.counts), *weight.sides
 
 
 # ---- paths and tables ----
 
 
 def _places(
-    weights: dict[str, Any],
+    paths: Iterable[str],
+    declared: Declared,
     groups: tuple[str, ...],
     decay: Sequence[tuple[str, float]],
     rates: Sequence[tuple[str, float]],
@@ -431,13 +437,13 @@ def _places(
 ) -> dict[str, Place]:
     """Returns the place of every weight that moves, in the order of the weights."""
     found = {}
-    for path in weights:
+    for path in paths:
         if _matches(freeze, path):
             continue
         group = WEIGHTS
         if MATRICES in groups and _matches(muon, path):
             group = MATRICES
-        elif LAYERS in groups and _is_stacked(path):
+        elif LAYERS in groups and "layers" in weights.at(declared, path).axes:
             group = LAYERS
         pull = _first(decay, path)
         if pull is None:
@@ -466,9 +472,6 @@ def _check_patterns(weights, found, rates, freeze, muon) -> None:
             f"optimizer.freeze matches all {len(weights)} weights: nothing would "
             "train; narrow its patterns"
         )
-    for path, place in found.items():
-        if place.group == MATRICES:
-            _matrix_shape(path, weights[path].shape)
 
 
 def _matches(patterns: Sequence[str], path: str) -> bool:

@@ -133,7 +133,7 @@ def open(
     tree, meta, found = _load(store, step, weights)
     check_tokenizer(folder, tokenizer, meta)
     frozen = store.load_frozen(meta["frozen"]) if meta.get("frozen") else {}
-    params = adapters.make(**config.adapter).join(tree[weights], frozen)
+    params = adapters.make({}, **config.adapter).join(tree[weights], frozen)
     if merge or started:
         params = adapters.merge(params, cfg.param_dtype)
     if started:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt_jax import sharding
-from gpt_jax.model import GPT, KVCache, for_one_row, init_cache, unstack
+from gpt_jax.model import GPT, KVCache, declared, for_one_row, init_cache, unstack
 
 RUNNING, STOP, LENGTH = 0, 1, 2  # the reason of a row; the last two end it
 
@@ -326,7 +326,7 @@ def laid_out(model: GPT, params, *, rows: int):
         params = unstack(params, model.cfg)
         model = GPT(replace(model.cfg, scan_layers=False))
     if rows == 1 and jax.default_backend() == "cpu":
-        params = for_one_row(params)
+        params = for_one_row(params, declared(model.cfg))
     return model, params
 
 

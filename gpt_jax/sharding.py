@@ -1,7 +1,7 @@
 """What lives on which device: the mesh, and the two ways to run one train step.
 
-`mesh` (the default) compiles the step once for all devices with `jax.jit`; RULES say
-how each weight is split, arrays carry their placement and XLA inserts the
+`mesh` (the default) compiles the step once for all devices with `jax.jit`; SPLIT says
+how each axis of a weight is split, arrays carry their placement and XLA inserts the
 communication. `pmap` is plain data parallelism over one process's devices: the state is
 copied to each, gradients are summed by an explicit `psum`. Both take the same
 `train_step` and give the same losses.
@@ -10,7 +10,6 @@ copied to each, gradients are summed by an explicit `psum`. Both take the same
 import contextlib
 import math
 import os
-import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,33 +20,23 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gpt_jax import weights
+from gpt_jax.weights import Declared
+
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the axes that examples are split over
 ROWS = P(None, BATCH)  # how batches [A, B, ...] lie
 
-# How a weight is split, by the end of its path; the first match wins. Optimizer memory
+# Which axis of the mesh splits an axis of a weight (weights.AXES). Optimizer memory
 # follows its weight. What `fsdp` splits is gathered before it is used (ZeRO:
 # Rajbhandari et al. 2020); `tensor` splits heads, MLP columns and the vocabulary
-# (Megatron-LM: Shoeybi et al. 2019, section 3). Stacked layers have one more axis in
-# front.
-RULES = (
-    (r"(^|/)embed/embedding$", P("tensor", "fsdp")),
-    (r"(^|/)positions/embedding$", P(None, "fsdp")),
-    (r"/(query|key|value)/kernel$", P("fsdp", "tensor", None)),
-    (r"/(query|key|value)/bias$", P("tensor", None)),
-    (r"/out/kernel$", P("tensor", None, "fsdp")),
-    (r"/(up|gate)/kernel$", P("fsdp", "tensor")),
-    (r"/(up|gate)/bias$", P("tensor")),
-    (r"/down/kernel$", P("tensor", "fsdp")),
-    (r"(^|/)head/kernel$", P("fsdp", "tensor")),
-    (r"(^|/)head/bias$", P("tensor")),
-    (r"(^|/)classifier/kernel$", P("fsdp", None)),
-    (r"/lora_a$", P("fsdp", None)),
-    (r"/lora_b$", P(None, "fsdp")),
-    # Small: vectors as long as the residual stream, numbers, counters.
-    (r"/(bias|scale|kernel_scale|lora_scale)$", P()),
-    (r"(^|/)(step|count|in_a_row|total|losses)$", P()),
-)
+# (Megatron-LM: Shoeybi et al. 2019, section 3).
+SPLIT = {
+    **{"embed": "fsdp", "inputs": "fsdp", "outputs": "fsdp"},
+    **{"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"},
+}
+# Numbers of a state that are no weight's: every device has them.
+COUNTERS = ("step", "count", "in_a_row", "total", "losses")
 MAX_CPU_DEVICES = 8  # more host devices than this only add overhead
 
 
@@ -56,6 +45,7 @@ class Strategy(NamedTuple):
 
     Attributes:
       mesh: the devices, with axes data, fsdp and tensor.
+      declared: what the weights are (weights.py).
       compile: plain `train_step` (with its keyword `reduce` open) -> `Step`.
       layout: a tree of arrays or shapes -> where each is made or restored.
       place: a state laid out so, or on the host -> the same state on all devices.
@@ -68,6 +58,7 @@ class Strategy(NamedTuple):
     """
 
     mesh: Mesh
+    declared: Declared
     compile: Callable[[Callable], Any]
     layout: Callable[[Any], Any]
     place: Callable[[Any], Any]
@@ -209,40 +200,42 @@ def lengths(
     return data, fsdp, tensor
 
 
-def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """Returns how the array at `path` is split over the mesh: the first of RULES.
+def spec(declared: Declared, path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """Returns how the array at `path` is split over the mesh, by its axes: see SPLIT.
 
-    An array of another rank than the rule's (an optimizer's row means) is not split.
-    Fewer key and value heads than the tensor axis has devices are not split either.
+    Vectors as long as the residual stream are small and stay whole; so do fewer key and
+    value heads than the tensor axis has devices, and what an optimizer keeps of a
+    weight in another shape (row means).
 
     Raises:
-      ValueError: no rule matches, or an axis does not divide.
+      ValueError: no layer declares such a weight, or an axis does not divide.
     """
-    rule = next((axes for rule, axes in RULES if re.search(rule, path)), None)
-    if rule is None:
-        raise ValueError(f"no rule of sharding.RULES matches {path}")
-    axes = (None, *rule) if re.search(r"(^|/)blocks/", path) else tuple(rule)
-    if not rule or len(axes) != len(shape):
+    if path.rpartition("/")[2] in COUNTERS:
         return P()
-    few = re.search(r"/(key|value)/", path) and shape[-2] < mesh.shape["tensor"]
-    if few:
-        axes = tuple(None if axis == "tensor" else axis for axis in axes)
-    for length, axis in zip(shape, axes, strict=True):
-        if axis and length % mesh.shape[axis]:
+    weight = weights.at(declared, path)
+    if shape != weight.shape:
+        return P()
+    names = []
+    for length, axis in zip(shape, weight.axes, strict=True):
+        name = SPLIT.get(axis)
+        whole = name == "fsdp" and weight.is_vector
+        few = axis == "kv_heads" and length < mesh.shape["tensor"]
+        names.append(None if whole or few else name)
+        if names[-1] and length % mesh.shape[name]:
             raise ValueError(
-                f"{path} {shape} does not divide over mesh.{axis}={mesh.shape[axis]}: "
+                f"{path} {shape} does not divide over mesh.{name}={mesh.shape[name]}: "
                 f"{length} is not a multiple of it (for the vocabulary, set "
                 "model.vocab_multiple)"
             )
-    return P(*axes)
+    return P(*names) if any(names) else P()
 
 
-def layout(tree: Any, mesh: Mesh) -> Any:
+def layout(declared: Declared, tree: Any, mesh: Mesh) -> Any:
     """Returns the sharding of every array (or shape) of a tree; see `spec`."""
 
     def leaf(path, x) -> NamedSharding:
         words = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
-        return NamedSharding(mesh, spec("/".join(words), x.shape, mesh))
+        return NamedSharding(mesh, spec(declared, "/".join(words), x.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
@@ -254,7 +247,7 @@ def alone(tree: Any, mesh: Mesh) -> Any:
 
 
 def within(mesh: Mesh, function: Callable) -> Callable:
-    """Returns `function` traced with the mesh in sight: `model.py` looks for it."""
+    """Returns `function` traced with the mesh in sight: `model` looks for it."""
 
     def traced(*args, **options):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -263,13 +256,15 @@ def within(mesh: Mesh, function: Callable) -> Callable:
     return traced
 
 
-def mesh_strategy(mesh: Mesh) -> Strategy:
+def mesh_strategy(mesh: Mesh, declared: Declared) -> Strategy:
     """One jitted program over the mesh; the batch and the state are split."""
 
     def compile(step: Callable) -> Step:
         def run(*args):
             moved, sums, info = _apart(step)(*args, reduce=lambda tree: tree)
-            placed = jax.lax.with_sharding_constraint(moved, layout(moved, mesh))
+            placed = jax.lax.with_sharding_constraint(
+                moved, layout(declared, moved, mesh)
+            )
             return placed, sums, info
 
         # The state comes as `place` laid it out; a batch may be told by shapes alone.
@@ -291,12 +286,13 @@ def mesh_strategy(mesh: Mesh) -> Strategy:
             # delete it.
             return _put(np.array(x), where)
 
-        return jax.tree.map(leaf, tree, layout(tree, mesh))
+        return jax.tree.map(leaf, tree, layout(declared, tree, mesh))
 
     return Strategy(
         mesh=mesh,
+        declared=declared,
         compile=compile,
-        layout=partial(layout, mesh=mesh),
+        layout=partial(layout, declared, mesh=mesh),
         place=place,
         put=partial(join_rows, mesh=mesh),
         view=lambda placed: placed,
@@ -304,7 +300,7 @@ def mesh_strategy(mesh: Mesh) -> Strategy:
     )
 
 
-def pmap_strategy(mesh: Mesh) -> Strategy:
+def pmap_strategy(mesh: Mesh, declared: Declared) -> Strategy:
     """`jax.pmap` over the mesh's devices: each holds a copy of the state."""
     devices = list(mesh.devices.flat)
     n = len(devices)
@@ -364,6 +360,7 @@ def pmap_strategy(mesh: Mesh) -> Strategy:
 
     return Strategy(
         mesh=mesh,
+        declared=declared,
         compile=compile,
         layout=partial(alone, mesh=mesh),
         place=place,
@@ -376,14 +373,16 @@ def pmap_strategy(mesh: Mesh) -> Strategy:
 TABLE = {"mesh": mesh_strategy, "pmap": pmap_strategy}
 
 
-def make(micro_batch: int, *, strategy: str, **axes: int) -> Strategy:
+def make(
+    micro_batch: int, declared: Declared, *, strategy: str, **axes: int
+) -> Strategy:
     """Returns the strategy called `strategy` over the mesh that `axes` describe.
 
     Raises:
       ValueError: unknown strategy, or axes that do not fit (see `make_mesh`).
     """
     check(strategy, **axes)
-    return TABLE[strategy](make_mesh(micro_batch, **axes))
+    return TABLE[strategy](make_mesh(micro_batch, **axes), declared)
 
 
 def check(
@@ -467,18 +466,18 @@ def local(tree: Any) -> Any:
     return jax.tree.map(leaf, tree)
 
 
-def for_decoding(tree: Any, mesh: Mesh) -> Any:
+def for_decoding(tree: Any, strategy: Strategy) -> Any:
     """Returns weights as text is written with them.
 
     That is on one device; or, where the mesh has a `tensor` axis, split over it alone,
     on as many devices: nothing is gathered for each token. Several processes write
     the same text, each on a device of its own.
     """
-    few = mesh.devices[:1, :1]
+    few = strategy.mesh.devices[:1, :1]
     if few.size == 1 or jax.process_count() > 1:
         return local(tree)
     smaller = Mesh(few, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    return jax.device_put(tree, layout(tree, smaller))
+    return jax.device_put(tree, layout(strategy.declared, tree, smaller))
 
 
 def in_sight(tree: Any) -> contextlib.AbstractContextManager:

@@ -240,7 +240,8 @@ def build(
     check_alike(config)
     task = processes.in_turn(lambda: make_task(config, workdir))
     processes.check_same("the fingerprint of the training data", task.fingerprint)
-    strategy = sharding.make(micro_batch, **mesh)
+    adapter = adapters.make(model.declared(task.model.cfg), **config.adapter)
+    strategy = sharding.make(micro_batch, adapter.declared, **mesh)
     parts = make_parts(config, task, strategy)
     processes.in_turn(lambda: stack.enter_context(runs.lock(workdir)))
     stop = processes.together(stop)
@@ -254,11 +255,11 @@ def make_parts(
     config: ConfigDict, task: tasks.Task, strategy: sharding.Strategy
 ) -> Parts:
     """Builds what depends on neither the run folder nor the traced numbers."""
-    adapter = adapters.make(**config.adapter)
+    cfg = task.model.cfg
+    adapter = adapters.make(model.declared(cfg), **config.adapter)
     rule = config.optimizer.to_dict()
     ema = rule.pop("ema")
-    tx = optimizer.make(**rule, spread=strategy.spread)
-    cfg = task.model.cfg
+    tx = optimizer.make(adapter.declared, **rule, spread=strategy.spread)
     options = programs.options_for_one_run(model.count(cfg))
 
     def fresh(weights, key):
@@ -458,8 +459,8 @@ def check_choices(config: ConfigDict) -> None:
     text = ("split", "val_fraction", "workers")
     prepare.check(**{key: config.data[key] for key in text})
     tasks.check(config.task.name)
-    adapters.make(**config.adapter)
-    optimizer.make(**{k: v for k, v in config.optimizer.items() if k != "ema"})
+    adapters.make({}, **config.adapter)
+    optimizer.make({}, **{k: v for k, v in config.optimizer.items() if k != "ema"})
     sharding.check(**config.mesh)
     if config.sample_every:
         sample.check(**sample_settings(config))
@@ -889,7 +890,7 @@ def sample_now(job: Job, state: TrainState, step: int, wanted: bool) -> None:
     weights, _ = weights_of(job, state)
     texts = sample.texts(
         model=job.task.model,
-        params=sharding.for_decoding(weights, job.strategy.mesh),
+        params=sharding.for_decoding(weights, job.strategy),
         tokenizer=job.task.tokenizer,
         prompts=[ids or prompt],
         count=job.config.sample.count,

@@ -12,6 +12,7 @@ import pytest
 from configs import common
 from gpt_jax import adapters, checkpoint, metrics, model, optimizer, runs, step, train
 from gpt_jax.model import GPT
+from gpt_jax.model.layers import Dense
 from tests import test_step, tiny
 
 KEY = jax.random.key(5)
@@ -23,8 +24,9 @@ LAYOUTS = {
 }
 
 
-def make(**changes):
-    return adapters.make(**{**common.adapter_lora(), **changes})
+def make(cfg=test_step.CFG, **changes):
+    options = {**common.adapter_lora(), **changes}
+    return adapters.make(model.declared(cfg), **options)
 
 
 def logits(cfg, weights, dropout=None):
@@ -45,7 +47,7 @@ def moved(params, scale=0.3):
 
 def test_the_full_adapter_trains_everything_and_joins_to_the_same_tree():
     weights = {"a": 1, "b": {"c": 2}}
-    full = adapters.make(name="full")
+    full = adapters.make({}, name="full")
     params, frozen = full.split(weights, KEY)
     assert (params, frozen) == (weights, {})
     assert full.join(params, frozen) == weights
@@ -53,7 +55,7 @@ def test_the_full_adapter_trains_everything_and_joins_to_the_same_tree():
 
 def test_only_trains_what_the_regexes_match_and_joins_to_the_same_tree():
     weights = {"a": {"x": 1, "y": 2}, "b": {"x": 3}}
-    only = adapters.make(name="only", train=("a/x", "^b"))
+    only = adapters.make({}, name="only", train=("a/x", "^b"))
     params, frozen = only.split(weights, KEY)
     assert params == {"a": {"x": 1}, "b": {"x": 3}}
     assert frozen == {"base": {"a": {"y": 2}}}
@@ -90,7 +92,7 @@ def test_a_linear_layer_adds_the_scaled_product():
         k: np.asarray(v, np.float64) for k, v in joined["block_0"]["mlp"]["up"].items()
     }
     x = np.asarray(jax.random.normal(KEY, (3, 32)))
-    dense = model.Dense((32,), (128,), True, cfg)
+    dense = Dense(("embed",), ("mlp",), True, cfg)
     got: Any = dense.apply({"params": joined["block_0"]["mlp"]["up"]}, jnp.asarray(x))
     wanted = x @ up["kernel"] + up["bias"] + x @ up["lora_a"] @ up["lora_b"] * 1.5
     np.testing.assert_allclose(got, wanted, atol=1e-4)
@@ -100,7 +102,7 @@ def test_a_linear_layer_adds_the_scaled_product():
 def test_lora_on_a_bfloat16_base_starts_as_that_base(layout):
     cfg = tiny.cfg(**LAYOUTS[layout])
     base = model.init(cfg, KEY)
-    adapter = make(base_dtype="bfloat16")
+    adapter = make(cfg, base_dtype="bfloat16")
     params, frozen = adapter.split(base, KEY)
     kinds = {str(x.dtype) for x in jax.tree.leaves(params)}
     assert kinds == {"float32"}
@@ -118,7 +120,7 @@ def test_lora_on_a_bfloat16_base_starts_as_that_base(layout):
 def test_lora_on_an_int8_base_starts_close_to_it_and_merges(layout):
     cfg = tiny.cfg(**LAYOUTS[layout])
     base = model.init(cfg, KEY)
-    adapter = make(base_dtype="int8")
+    adapter = make(cfg, base_dtype="int8")
     params, frozen = adapter.split(base, KEY)
     kernels = [
         (path, x)
@@ -149,7 +151,7 @@ def test_lora_of_gpt2_small_with_two_classes_trains_2666528_numbers():
     shapes = jax.eval_shape(partial(model.init, cfg), KEY)
     head = {"kernel": jnp.zeros((768, 2)), "bias": jnp.zeros(2)}
     weights = {**shapes, "classifier": head}
-    params, _ = jax.eval_shape(make(rank=16).split, weights, KEY)
+    params, _ = jax.eval_shape(make(cfg, rank=16).split, weights, KEY)
     assert model.count(params) == 2_666_528
 
 
@@ -158,7 +160,7 @@ def test_the_state_of_lora_is_little_more_than_the_base():
     base = jax.eval_shape(partial(model.init, cfg), KEY)
     options = common.base().optimizer.to_dict()
     del options["ema"]
-    tx = optimizer.make(**options)
+    tx = optimizer.make(model.declared(cfg), **options)
 
     def state(adapter):
         def begin(weights):
@@ -170,8 +172,8 @@ def test_the_state_of_lora_is_little_more_than_the_base():
     def size(tree):
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
-    lora = state(make(rank=4))
-    assert size(lora) <= 1.2 * size(base) < size(state(adapters.full())) / 2
+    lora = state(make(cfg, rank=4))
+    assert size(lora) <= 1.2 * size(base) < size(state(adapters.full({}))) / 2
     names = checkpoint.leaves(lora.opt_state)
     assert all("lora" in path for path in names if not path.endswith("count"))
 
@@ -206,7 +208,7 @@ def test_kernels_of_a_layer_drop_different_inputs():
     dropout = model.Dropout(KEY, None, None, None, 0.5)
 
     def out(name):
-        dense = model.Dense((32,), (4, 8), False, cfg, name=name)
+        dense = Dense(("embed",), ("heads", "head"), False, cfg, name=name)
         return np.asarray(dense.apply({"params": weights}, x, dropout)).reshape(4, 32)
 
     query, value = out("query"), out("value")
@@ -232,8 +234,8 @@ def test_a_step_moves_the_adapter_and_nothing_else():
 def test_the_reference_is_a_copy_of_what_the_base_does_not_hold():
     weights = {"a": {"x": jnp.ones(3)}, "b": jnp.zeros(2)}
     for adapter, held in (
-        (adapters.full(), {"a/x", "b"}),
-        (adapters.only(train=("a/",)), {"a/x"}),
+        (adapters.full({}), {"a/x", "b"}),
+        (adapters.only({}, train=("a/",)), {"a/x"}),
     ):
         params, frozen = adapter.split(weights, KEY)
         frozen = adapters.with_reference(weights, frozen)
@@ -243,7 +245,7 @@ def test_the_reference_is_a_copy_of_what_the_base_does_not_hold():
         )
         assert frozen["reference"]["a"]["x"] is not params["a"]["x"]
     base = model.init(tiny.cfg(), KEY)
-    _, frozen = make().split(base, KEY)
+    _, frozen = make(tiny.cfg()).split(base, KEY)
     assert "reference" not in adapters.with_reference(base, frozen)  # held once
 
 
@@ -263,10 +265,11 @@ def test_the_reference_is_a_copy_of_what_the_base_does_not_hold():
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(options, message):
-    weights = jax.eval_shape(partial(model.init, tiny.cfg(tie_embeddings=False)), KEY)
+    cfg = tiny.cfg(tie_embeddings=False)
+    weights = jax.eval_shape(partial(model.init, cfg), KEY)
     keys = {} if "name" in options else common.adapter_lora()
     with pytest.raises(ValueError, match=message):
-        adapters.make(**{**keys, **options}).split(weights, KEY)
+        adapters.make(model.declared(cfg), **{**keys, **options}).split(weights, KEY)
 
 
 # ---- whole runs ----

@@ -68,7 +68,7 @@ def test_parameter_and_optimizer_bytes_are_those_of_the_shards(name, axes):
     made.optimizer.name = name
     found = plan(made)
     mesh = sharding.make_mesh(8, **dict(found.mesh.shape), cpu_devices=0)
-    tx, strategy = found.parts, sharding.mesh_strategy(mesh)
+    tx, strategy = found.parts, sharding.mesh_strategy(mesh, found.strategy.declared)
     weights = model.init(found.cfg, jax.random.key(0))
     state = strategy.place(tx.fresh(weights, jax.random.key(0)))
 
@@ -76,7 +76,7 @@ def test_parameter_and_optimizer_bytes_are_those_of_the_shards(name, axes):
         shards = [x.addressable_shards[0].data for x in jax.tree.leaves(tree)]
         return sum(shard.nbytes for shard in shards)
 
-    on_one = partial(memory.on_one_device, mesh=found.mesh)
+    on_one = partial(memory.on_one_device, strategy=found.strategy)
     assert on_one(found.state.params) == held(state.params)
     assert on_one(found.state.opt_state) == held(state.opt_state)
 

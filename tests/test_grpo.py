@@ -295,6 +295,7 @@ def roll(parts, weights, numbers, devices):
     task = grpo_task(parts)
     strategy = sharding.make(
         len(numbers) // 2,
+        {},
         **{"strategy": "mesh", "data": devices, "fsdp": 1, "tensor": 1},
         cpu_devices=0,
     )

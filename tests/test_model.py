@@ -369,11 +369,11 @@ def test_rows_of_different_length_do_not_disturb_each_other(name):
 @pytest.mark.parametrize("name", ["gpt2", "gemma"])
 def test_kernels_transposed_for_one_row_give_the_same_logits(name):
     _, params, run = family(name)
-    turned = model.for_one_row(params)
+    turned = model.for_one_row(params, model.declared(cfg))
     paths = flatten_dict(turned, sep="/")
     assert not [path for path in paths if path.endswith("kernel")]
     np.testing.assert_allclose(run(turned, TOKENS), run(params, TOKENS), atol=5e-5)
-    again = model.for_one_row(turned)
+    again = model.for_one_row(turned, model.declared(cfg))
     assert jax.tree.all(jax.tree.map(lambda a, b: a is b, turned, again))
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -8,8 +9,9 @@ import optax.contrib
 import pytest
 
 from configs import common
-from gpt_jax import optimizer
+from gpt_jax import model, optimizer
 from gpt_jax.optimizer import Hyper
+from tests import tiny
 
 NAMES = ["adamw", "muon", "lion", "adafactor", "sgd"]
 TABLES = {
@@ -23,8 +25,18 @@ TABLES = {
 PLAIN = {**common.base().hyper.to_dict(), "warmup_steps": 0.0, "clip": 0.0}
 
 
+CFG = tiny.cfg(d_model=8, n_heads=2, d_ff=16, vocab_size=11, n_layers=2)
+DECLARED = {
+    **model.declared(CFG),
+    **model.declared(dataclasses.replace(CFG, scan_layers=True)),
+    "blocks/kernel": tiny.weight((2, 130, 140), ("layers", "embed", "mlp"), inputs=1),
+    "block_0/kernel": tiny.weight((130, 140), ("embed", "mlp"), inputs=1),
+    "w": tiny.weight((130, 140), ("embed", "mlp"), inputs=1),
+}
+
+
 def make(name="adamw", **changes):
-    return optimizer.make(**{**TABLES, "name": name, **changes})
+    return optimizer.make(DECLARED, **{**TABLES, "name": name, **changes})
 
 
 by_path = optimizer._by_path
@@ -93,7 +105,7 @@ def test_hyper_has_exactly_the_keys_of_the_config():
 def test_every_key_of_the_config_but_ema_is_an_option():
     options = common.base().optimizer.to_dict()
     del options["ema"]
-    optimizer.make(**options)
+    optimizer.make(DECLARED, **options)
 
 
 # ---- schedules ----

@@ -79,7 +79,7 @@ tell("gathered", np.asarray(sharding.local(joined)).tolist() == whole.tolist())
 few = caught(lambda: sharding.make_mesh(1, data=-1, fsdp=1, tensor=1, cpu_devices=0))
 tell("few", few)
 tell("pmap", caught(lambda: sharding.make(
-    4, strategy="pmap", data=2, fsdp=1, tensor=1, cpu_devices=0)))
+    4, {}, strategy="pmap", data=2, fsdp=1, tensor=1, cpu_devices=0)))
 processes.leave(0)
 """
 

@@ -304,7 +304,7 @@ def lora_folders(run_folder, request):
         config.adapter = common.adapter_lora()
         config.adapter.base_dtype = request.param
         runs.create(folder, config, TOKENIZER)
-        split = adapters.make(**config.adapter).split
+        split = adapters.make(models.declared(base.model.cfg), **config.adapter).split
         params, frozen = split(base.params, jax.random.key(number))
         params = jax.tree.map(lambda x, n=number: x + 0.05 * n, params)
         with Checkpoints(folder / "checkpoints", keep=2) as store:

@@ -1,5 +1,6 @@
 """Devices: every strategy and every number of devices trains the same run."""
 
+from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -25,9 +26,8 @@ from tests import tiny
 
 def run(strategy, data, steps, state=None, first=0):
     """Trains `steps` steps on `data` devices; returns the losses and the state."""
-    made = sharding.make(
-        4, strategy=strategy, data=data, fsdp=1, tensor=1, cpu_devices=data
-    )
+    axes = {"data": data, "fsdp": 1, "tensor": 1, "cpu_devices": data}
+    made = sharding.make(4, model.declared(one.CFG), strategy=strategy, **axes)
     function, tx = one.make_step()
 
     def step(state, batch, key, hyper, *, reduce):
@@ -64,7 +64,9 @@ def test_a_state_from_two_devices_goes_on_on_one(alone, strategy):
 
 
 def test_place_copies_so_that_donation_keeps_the_original():
-    made = sharding.make(4, strategy="mesh", data=1, fsdp=1, tensor=1, cpu_devices=1)
+    declared = {"norm/scale": tiny.weight((4,), ("embed",), draw="scale")}
+    axes = {"data": 1, "fsdp": 1, "tensor": 1, "cpu_devices": 1}
+    made = sharding.make(4, declared, strategy="mesh", **axes)
     original = jax.numpy.arange(4.0)
     placed = made.place({"norm": {"scale": original}})
     jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)(placed)
@@ -96,7 +98,7 @@ def test_a_cpu_mesh_has_the_largest_divisor_of_the_micro_batch():
 def test_axes_that_do_not_fit_are_refused_with_the_numbers(axes, message):
     options = {"strategy": "mesh", "data": 1, "fsdp": 1, "tensor": 1, "cpu_devices": 0}
     with pytest.raises(ValueError, match=message):
-        sharding.make(4, **{**options, **axes})
+        sharding.make(4, {}, **{**options, **axes})
 
 
 # ---------------------------------------------------------------- split weights
@@ -133,14 +135,15 @@ def trained(
     cfg = tiny.cfg(**fields)
     data, fsdp, tensor = axes
     axes = {"data": data, "fsdp": fsdp, "tensor": tensor, "cpu_devices": 0}
-    made = sharding.make(8 // accumulate, strategy=strategy, **axes)
+    declared = model.declared(cfg)
+    made = sharding.make(8 // accumulate, declared, strategy=strategy, **axes)
     options = common.base().optimizer.to_dict() | {"moment_dtype": moment_dtype}
     del options["ema"]
-    tx = optimizer.make(**{**options, "name": name}, spread=made.spread)
+    tx = optimizer.make(declared, **{**options, "name": name}, spread=made.spread)
     loss = lm.make_loss(
         model.GPT(cfg), np.ones(cfg.vocab_size), loss_chunk=loss_chunk, dropout=()
     )
-    join = adapters.full().join
+    join = adapters.full({}).join
     run = made.compile(partial(step.train_step, loss=loss, join=join, tx=tx))
     weights = model.init(cfg, jax.random.key(3))
     state = made.place(step.start(weights, {}, tx, ema=False))
@@ -229,26 +232,39 @@ def mesh_of(**axes):
     return sharding.make_mesh(8, **axes)
 
 
-def test_every_weight_has_a_rule_and_optimizer_memory_follows_its_weight():
+def test_optimizer_memory_follows_its_weight():
     mesh = mesh_of(fsdp=2, tensor=2)
+    cfg = tiny.cfg(d_model=64, n_heads=8, n_layers=3)
+    declared = model.declared(cfg) | model.declared(replace(cfg, scan_layers=True))
+    spec = partial(sharding.spec, declared, mesh=mesh)
     wanted = sharding.P("fsdp", "tensor", None)
-    assert sharding.spec("block_0/attn/query/kernel", (64, 8, 8), mesh) == wanted
+    assert spec("block_0/attn/query/kernel", (64, 8, 8)) == wanted
     path = "opt_state/weights/mu/blocks/kind_0/attn/query/kernel"
-    stacked = sharding.P(None, *wanted)
-    assert sharding.spec(path, (3, 64, 8, 8), mesh) == stacked
-    assert sharding.spec(path, (3, 64), mesh) == sharding.P()  # row means
-    with pytest.raises(ValueError, match=r"no rule .* matches block_0/x"):
-        sharding.spec("block_0/x", (64,), mesh)
+    assert spec(path, (3, 64, 8, 8)) == sharding.P(None, *wanted)
+    assert spec(path, (3, 64)) == sharding.P()  # row means
+    assert spec("opt_state/weights/0/v_row/block_0/mlp/up/bias", (1,)) == sharding.P()
+    assert spec("opt_state/weights/0/count", ()) == sharding.P()
+
+
+def test_a_weight_that_no_layer_declares_is_named():
+    with pytest.raises(ValueError, match="block_0/x is no weight that a layer decl"):
+        sharding.spec(model.declared(tiny.cfg()), "block_0/x", (64,), mesh_of())
 
 
 def test_what_does_not_divide_is_refused_and_few_kv_heads_are_copied():
-    mesh = mesh_of(tensor=4)
+    spec = partial(sharding.spec, mesh=mesh_of(tensor=4))
     kernel = "block_0/attn/key/kernel"
-    assert sharding.spec(kernel, (64, 2, 8), mesh) == sharding.P("fsdp", None, None)
+
+    def declared(kv_heads):
+        cfg = tiny.cfg(d_model=48, n_heads=6, n_kv_heads=kv_heads, n_layers=1)
+        return model.declared(cfg)
+
+    few = spec(declared(2), kernel, (48, 2, 8))
+    assert few == sharding.P("fsdp", None, None)
     with pytest.raises(ValueError, match=r"6 is not a multiple"):
-        sharding.spec(kernel, (64, 6, 8), mesh)
+        spec(declared(6), kernel, (48, 6, 8))
     with pytest.raises(ValueError, match=r"mesh.tensor=4: 61 .*vocab_multiple"):
-        sharding.spec("embed/embedding", (61, 64), mesh)
+        spec(declared(6), "embed/embedding", (61, 48))
 
 
 @pytest.mark.slow
@@ -296,16 +312,17 @@ def test_a_tensor_mesh_writes_the_text_of_one_device(kv_heads):
         **{"d_model": 64, "vocab_size": 257, "vocab_multiple": 4, "context_length": 32},
     )
     params = jax.tree.map(lambda x: 5 * x, model.init(cfg, jax.random.key(3)))
-    mesh = mesh_of(fsdp=2, tensor=4)
-    placed = sharding.for_decoding(sharding.mesh_strategy(mesh).place(params), mesh)
+    made = sharding.mesh_strategy(mesh_of(fsdp=2, tensor=4), model.declared(cfg))
+    placed = sharding.for_decoding(made.place(params), made)
     assert placed["block_0"]["attn"]["query"]["kernel"].sharding.num_devices == 4
     assert written(model.GPT(cfg), placed) == written(model.GPT(cfg), params)
 
 
 def test_the_heads_of_a_cache_lie_on_their_own_devices():
     cfg = tiny.cfg(n_heads=8, n_kv_heads=4, d_model=64, vocab_multiple=4)
-    params, mesh = model.init(cfg, jax.random.key(3)), mesh_of(tensor=4)
-    placed = sharding.for_decoding(sharding.mesh_strategy(mesh).place(params), mesh)
+    params = model.init(cfg, jax.random.key(3))
+    made = sharding.mesh_strategy(mesh_of(tensor=4), model.declared(cfg))
+    placed = sharding.for_decoding(made.place(params), made)
     prefill = jax.jit(partial(sample.prefill, model=model.GPT(cfg), max_length=16))
     with sharding.in_sight(placed):
         _, cache = prefill(placed, np.ones((3, 4), np.int32), np.full(3, 4))
@@ -325,9 +342,10 @@ def test_a_run_from_another_begins_with_its_weights_split(tmp_path):
     config.init_from = str(tmp_path / "first")
     for adapter in (common.adapter_full(), common.adapter_lora()):
         config.adapter = adapter
-        mesh = mesh_of(fsdp=2, tensor=2)
         task = train.make_task(config, tmp_path / "second")
-        parts = train.make_parts(config, task, sharding.mesh_strategy(mesh))
+        own = adapters.make(model.declared(task.model.cfg), **adapter)
+        made = sharding.mesh_strategy(mesh_of(fsdp=2, tensor=2), own.declared)
+        parts = train.make_parts(config, task, made)
         state = train.begin(config, parts, jax.random.key(0))
         weights = parts.join(state.params, state.frozen)
         for tree in (state.params, state.frozen, state.opt_state):

@@ -27,14 +27,14 @@ def make_step(*, name="adamw", dropout=(), loss=None):
     options = common.base().optimizer.to_dict()
     ema = options.pop("ema")
     assert not ema
-    tx = optimizer.make(**{**options, "name": name})
+    tx = optimizer.make(model.declared(CFG), **{**options, "name": name})
     loss = loss or lm.make_loss(
         GPT, np.ones(CFG.vocab_size), loss_chunk=0, dropout=dropout
     )
     function = partial(
         step.train_step,
         loss=loss,
-        join=adapters.full().join,
+        join=adapters.full({}).join,
         tx=tx,
         reduce=lambda tree: tree,
     )

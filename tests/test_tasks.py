@@ -111,9 +111,9 @@ def test_logits_in_chunks_train_alike_on_a_mesh_with_micro_batches(devices):
     for chunk in (0, 3):
         loss = lm.make_loss(test_step.GPT, np.ones(61), loss_chunk=chunk, dropout=())
         function, tx = test_step.make_step(name="sgd", loss=loss)
-        strategy = sharding.make(
-            4, strategy="mesh", data=devices, fsdp=1, tensor=1, cpu_devices=0
-        )
+        axes = {"data": devices, "fsdp": 1, "tensor": 1, "cpu_devices": 0}
+        declared = model.declared(test_step.CFG)
+        strategy = sharding.make(4, declared, strategy="mesh", **axes)
         function = partial(function.func, **{**function.keywords})
         del function.keywords["reduce"]
         state = strategy.place(test_step.begin(tx))

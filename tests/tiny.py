@@ -6,9 +6,16 @@ import jax
 
 from configs import common
 from gpt_jax.model import GPTConfig
+from gpt_jax.weights import Weight
 
 # Tiny programs spend their time in LLVM: without its optimisation a third of it.
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def weight(shape, axes, **how) -> Weight:
+    """Returns the declaration of a weight that no model has."""
+    like = jax.ShapeDtypeStruct(shape, "float32")
+    return Weight(like, axes, **{"draw": "kernel", **how})
 
 
 def cfg(**overrides) -> GPTConfig:

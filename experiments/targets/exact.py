@@ -31,7 +31,7 @@ def lora(place: Place) -> int:
     config.update(qkv_bias=False, tie_embeddings=False)
     cfg = model.GPTConfig(**config)
     options = {**common.adapter_lora(), "rank": 16}
-    adapter = adapters.make(**options)
+    adapter = adapters.make(model.declared(cfg), **options)
     key = jax.random.key(0)
     shapes = jax.eval_shape(partial(model.init, cfg), key)
     return model.count(jax.eval_shape(adapter.split, shapes, key)[0])

@@ -52,12 +52,12 @@ def trainer(recipe: Mapping[str, Any], *, batch: int, accumulate: int) -> Traine
     """Returns a trainer of `recipe`: model, optimizer, hyper and task of a config."""
     micro = batch // accumulate
     sharding.set_cpu_devices(micro, data=-1, fsdp=1, tensor=1, cpu_devices=0)
-    strategy = sharding.make(
-        micro, strategy="mesh", data=-1, fsdp=1, tensor=1, cpu_devices=0
-    )
     cfg = GPTConfig(**recipe["model"])
+    axes = {"data": -1, "fsdp": 1, "tensor": 1, "cpu_devices": 0}
+    declared = model.declared(cfg)
+    strategy = sharding.make(micro, declared, strategy="mesh", **axes)
     options = {k: v for k, v in recipe["optimizer"].items() if k != "ema"}
-    tx = optimizer.make(**options, spread=strategy.spread)
+    tx = optimizer.make(declared, **options, spread=strategy.spread)
     loss = lm.make_loss(
         GPT(cfg),
         np.ones(cfg.vocab_size, np.int32),
@@ -69,7 +69,7 @@ def trainer(recipe: Mapping[str, Any], *, batch: int, accumulate: int) -> Traine
         lambda k: start(model.init(cfg, k), {}, tx, ema=False),
         compiler_options=programs.options_for_one_run(model.count(cfg)),
     )
-    step_fn = partial(train_step, loss=loss, join=adapters.full().join, tx=tx)
+    step_fn = partial(train_step, loss=loss, join=adapters.full(declared).join, tx=tx)
     hyper = {name: jnp.float32(value) for name, value in recipe["hyper"].items()}
     return Trainer(
         cfg=cfg,

@@ -11,10 +11,11 @@ import jax
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
-from gpt_jax import metrics, model, sharding, train
+from gpt_jax import metrics, model, sharding, train, weights
 from gpt_jax.estimate import memory
 from gpt_jax.estimate.devices import DEVICES, Device, find, parse
 from gpt_jax.estimate.plan import Plan, make
+from gpt_jax.weights import Declared
 
 __all__ = ["DEVICES", "Device", "Plan", "abstract", "estimate", "find", "make", "parse"]
 
@@ -100,10 +101,10 @@ def parameters(plan: Plan) -> dict[str, int]:
     """
     state = plan.state
     held = [state.params, state.frozen.get("base", {})]
-    counts = dict.fromkeys([*PARTS, "norms", "adapter"], 0)
+    counts = dict.fromkeys([*PARTS, "norms", "adapter", "other"], 0)
     for path, leaf in jax.tree_util.tree_leaves_with_path(held):
         name = jax.tree_util.keystr(path[1:], simple=True, separator="/")
-        counts[_part(name)] += model.count([leaf])
+        counts[_part(name, plan.strategy.declared)] += model.count([leaf])
     total = model.count(plan.cfg)
     padding = sum(counts.values()) - counts["adapter"] - total
     tables = 1 if plan.cfg.tie_embeddings else 2
@@ -115,13 +116,14 @@ def parameters(plan: Plan) -> dict[str, int]:
     return {"total": total, "trainable": trainable, "padding": padding} | counts
 
 
-def _part(path: str) -> str:
-    if "/lora_" in path:
+def _part(path: str, declared: Declared) -> str:
+    weight = weights.at(declared, path)
+    if "rank" in weight.axes:
         return "adapter"
-    for part, words in PARTS.items():
-        if any(word in f"{path}" for word in words) and "norm" not in path:
-            return part
-    return "norms"
+    if weight.draw in ("scale", "shift"):
+        return "norms"
+    found = (part for part, words in PARTS.items() if any(w in path for w in words))
+    return next(found, "other")
 
 
 def work(plan: Plan, device: Device, mfu: float) -> Mapping[str, Any]:

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gpt_jax import sharding
 from gpt_jax.estimate import residuals
 from gpt_jax.estimate.plan import Plan, trained
 from gpt_jax.estimate.residuals import Saved
 from gpt_jax.model import GPT, Dropout, GPTConfig
+from gpt_jax.sharding import Strategy
 from gpt_jax.tasks import lm
 from gpt_jax.tasks.task import DROPOUTS
 
@@ -90,15 +90,15 @@ class PerRow(NamedTuple):
     layer: Saved
 
 
-def on_one_device(tree: Any, mesh: Any, itemsize: int = 0) -> int:
-    """Returns the bytes of a tree of shapes on one device of a mesh, exactly.
+def on_one_device(tree: Any, strategy: Strategy, itemsize: int = 0) -> int:
+    """Returns the bytes of a tree of shapes on one device, exactly.
 
     Args:
-      tree: shapes, with paths that sharding.RULES know.
-      mesh: may be abstract.
+      tree: shapes of weights, or of what an optimizer keeps of them.
+      strategy: where they lie.
       itemsize: bytes of one number, whatever its dtype; 0 = as the dtype says.
     """
-    places = sharding.layout(tree, mesh)
+    places = strategy.layout(tree)
     parts = jax.tree.map(
         lambda x, place: (
             math.prod(place.shard_shape(x.shape)) * (itemsize or x.dtype.itemsize)
@@ -112,7 +112,7 @@ def on_one_device(tree: Any, mesh: Any, itemsize: int = 0) -> int:
 def measure(plan: Plan, per_row: PerRow, rows: int) -> Memory:
     """Returns the memory of one device for `rows` examples in its micro-batch."""
     state, mesh, cfg = plan.state, plan.mesh, plan.cfg
-    held = partial(on_one_device, mesh=mesh)
+    held = partial(on_one_device, strategy=plan.strategy)
     gradients = held(state.params, itemsize=4)
     optimizer, average = held(state.opt_state), held(state.ema)
     parameters = held(state.params)

@@ -86,7 +86,8 @@ def make(config: ConfigDict, mesh: Any) -> Plan:
     names = ("embed", "attn", "residual", "adapter")
     dropout = tuple(f"dropout_{n}" for n in names if hyper[f"dropout_{n}"] > 0)
     task = make_task(config, dropout)
-    strategy = sharding.mesh_strategy(mesh)
+    adapter = adapters.make(model.declared(task.model.cfg), **config.adapter)
+    strategy = sharding.mesh_strategy(mesh, adapter.declared)
     parts = train.make_parts(config, task, strategy)
     return Plan(
         config=config,
@@ -158,6 +159,6 @@ def shapes(parts: train.Parts, cfg: GPTConfig) -> TrainState:
 
 def trained(plan: Plan, cfg: GPTConfig) -> tuple[Any, Any]:
     """Returns (params, frozen) of another model under the plan's adapter, as shapes."""
-    adapter = adapters.make(**plan.config.adapter)
+    adapter = adapters.make(model.declared(cfg), **plan.config.adapter)
     key = jax.eval_shape(lambda: jax.random.key(0))
     return jax.eval_shape(lambda k: adapter.split(model.init(cfg, k), k), key)

@@ -32,6 +32,7 @@ def strategy(mesh: Mesh) -> sharding.Strategy:
     """Returns the strategy of a population: nothing is reduced over devices."""
     return sharding.Strategy(
         mesh=mesh,
+        declared={},  # nothing is split
         compile=lambda step: jax.jit(partial(step, reduce=lambda tree: tree)),
         layout=partial(sharding.alone, mesh=mesh),
         place=lambda tree: jax.device_put(tree, NamedSharding(mesh, MEMBERS)),

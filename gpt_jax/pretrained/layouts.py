@@ -6,10 +6,11 @@ GPT-2's Conv1D [in, out], both with heads and head dim as one axis.
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+
+from gpt_jax.weights import Weight
 
 Shape = tuple[int, ...]
 
@@ -18,14 +19,14 @@ class Layout(NamedTuple):
     """Three functions that belong together.
 
     Attributes:
-      shape: our shape -> theirs.
-      read: (theirs, our shape) -> ours; a view where it can be.
-      write: ours -> theirs; read's inverse, bit for bit.
+      shape: our weight -> the shape of theirs.
+      read: (theirs, our weight) -> ours; a view where it can be.
+      write: (ours, our weight) -> theirs; read's inverse, bit for bit.
     """
 
-    shape: Callable[[Shape], Shape]
-    read: Callable[[np.ndarray, Shape], np.ndarray]
-    write: Callable[[np.ndarray], np.ndarray]
+    shape: Callable[[Weight], Shape]
+    read: Callable[[np.ndarray, Weight], np.ndarray]
+    write: Callable[[np.ndarray, Weight], np.ndarray]
 
 
 class Row(NamedTuple):
@@ -47,22 +48,18 @@ class Row(NamedTuple):
     parts: int = 1
 
 
-def _matrix_shape(shape: Shape, *, inputs: int, turned: bool) -> Shape:
-    sides = math.prod(shape[:inputs]), math.prod(shape[inputs:])
-    return sides[::-1] if turned else sides
+def _matrix(turned: bool) -> Layout:
+    def shape(weight):
+        return weight.sides[::-1] if turned else weight.sides
 
+    def read(theirs, weight):
+        return (theirs.T if turned else theirs).reshape(weight.shape)
 
-def _matrix(inputs: int, turned: bool) -> Layout:
-    shape_of = partial(_matrix_shape, inputs=inputs, turned=turned)
-
-    def read(theirs, shape):
-        return (theirs.T if turned else theirs).reshape(shape)
-
-    def write(ours):
-        flat = ours.reshape(_matrix_shape(ours.shape, inputs=inputs, turned=False))
+    def write(ours, weight):
+        flat = ours.reshape(weight.sides)
         return flat.T if turned else flat
 
-    return Layout(shape_of, read, write)
+    return Layout(shape, read, write)
 
 
 def _swapped(layout: Layout) -> Layout:
@@ -73,20 +70,22 @@ def _swapped(layout: Layout) -> Layout:
 
     return Layout(
         layout.shape,
-        lambda theirs, shape: swap(layout.read(theirs, shape)),
-        lambda ours: layout.write(swap(ours)),
+        lambda theirs, weight: swap(layout.read(theirs, weight)),
+        lambda ours, weight: layout.write(swap(ours), weight),
     )
 
 
-EMBEDDING = Layout(lambda shape: shape, lambda theirs, shape: theirs, lambda ours: ours)
-VECTOR = Layout(
-    lambda shape: (math.prod(shape),),
-    lambda theirs, shape: theirs.reshape(shape),
-    lambda ours: ours.reshape(-1),
+EMBEDDING = Layout(
+    lambda weight: weight.shape,
+    lambda theirs, weight: theirs,
+    lambda ours, weight: ours,
 )
-LINEAR = _matrix(1, turned=True)
-OUT = _matrix(2, turned=True)
-CONV = _matrix(1, turned=False)
-OUT_CONV = _matrix(2, turned=False)
+VECTOR = Layout(
+    lambda weight: (math.prod(weight.shape),),
+    lambda theirs, weight: theirs.reshape(weight.shape),
+    lambda ours, weight: ours.reshape(-1),
+)
+LINEAR = _matrix(turned=True)
+CONV = _matrix(turned=False)
 SWAPPED = _swapped(LINEAR)
 SWAPPED_VECTOR = _swapped(VECTOR)

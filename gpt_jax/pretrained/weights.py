@@ -5,7 +5,6 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,22 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gpt_jax.model import GPT, GPTConfig
+from gpt_jax.model import GPTConfig, declared
 from gpt_jax.pretrained import config_json, files
 from gpt_jax.pretrained.families import Family
 from gpt_jax.pretrained.layouts import Row, Shape
+from gpt_jax.weights import Weight
 
 # Buffers that old versions of transformers saved with the weights.
 BUFFERS = re.compile(r".*\.attn\.(masked_)?bias|.*rotary_emb\.inv_freq")
-# The axis of the vocabulary, padded to vocab_multiple, in each of our weights.
-VOCABULARY_AXIS = {"embed/embedding": 0, "head/kernel": 1}
 
 
 class Source(NamedTuple):
     """One of our weights and the tensor that it comes from."""
 
     ours: str
-    shape: Shape
+    weight: Weight
     row: Row
     tensor: files.Tensor
 
@@ -40,8 +38,9 @@ class Source(NamedTuple):
             width = theirs.shape[-1] // self.row.parts
             first = self.row.part * width
             theirs = theirs[..., first : first + width]
-        ours = _aligned(self.shape, dtype)
-        np.copyto(ours, self.row.layout.read(theirs, self.shape), casting="unsafe")
+        ours = _aligned(self.weight.shape, dtype)
+        found = self.row.layout.read(theirs, self.weight)
+        np.copyto(ours, found, casting="unsafe")
         return ours
 
 
@@ -74,11 +73,10 @@ def load(
     padding = cfg.vocab_rows - cfg.vocab_size
     put = place or (lambda path, array: jax.device_put(array))
     weights = {}
-    for source in shown(sorted(plan, key=lambda s: -math.prod(s.shape))):
+    for source in shown(sorted(plan, key=lambda s: -math.prod(s.weight.shape))):
         array = source.read(dtype)
-        if padding and source.ours in VOCABULARY_AXIS:
-            widths = [(0, 0)] * array.ndim
-            widths[VOCABULARY_AXIS[source.ours]] = (0, padding)
+        if padding and "vocab" in source.weight.axes:
+            widths = [(0, padding * (axis == "vocab")) for axis in source.weight.axes]
             array = np.pad(array, widths)
         weights[source.ours] = put(source.ours, array)
     return unflatten_dict(weights, sep="/")
@@ -139,32 +137,32 @@ def tensors_of(
     """
     family = config_json.of_config(config)
     full = replace(cfg, **dict.fromkeys(config_json.missing_biases(cfg), True))
-    shapes, ours = _shapes(full), dict(_flat(params))
+    wanted, ours = _declared(full), dict(_flat(params))
     kind = files.kind_of(next(iter(ours.values())).dtype)
-    if extra := sorted(ours.keys() - shapes.keys()):
+    if extra := sorted(ours.keys() - wanted.keys()):
         raise ValueError(
             f"the weights hold {extra[0]}, which the model has no place for; an "
             "adapter must be merged into them before they are exported"
         )
     groups: dict[str, list[tuple[str, Row]]] = {}
-    for path in shapes:
+    for path in wanted:
         row, layer = _row(family, path)
         groups.setdefault(_full_name(family, row, layer), []).append((path, row))
 
     def value(name: str) -> np.ndarray:
         parts = sorted(groups[name], key=lambda item: item[1].part)
-        arrays = [row.layout.write(weight(path)) for path, row in parts]
+        arrays = [row.layout.write(weight(path), wanted[path]) for path, row in parts]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
 
     def weight(path: str) -> np.ndarray:
         if path not in ours:  # a bias that the family has and this model does not
-            return np.zeros(shapes[path], files.DTYPES[kind])
+            return np.zeros(wanted[path].shape, files.DTYPES[kind])
         array = np.asarray(ours[path])
-        cut = tuple(slice(0, n) for n in shapes[path])  # the padded vocabulary
+        cut = tuple(slice(0, n) for n in wanted[path].shape)  # the padded vocabulary
         return array[cut]
 
     return {
-        name: (kind, _their_shape(group[0][1], shapes[group[0][0]]))
+        name: (kind, _their_shape(group[0][1], wanted[group[0][0]]))
         for name, group in groups.items()
     }, value
 
@@ -180,7 +178,7 @@ def _plan(
             raise ValueError(f"{folder} has the tensor {short} under two names")
         named[short] = name, tensor
     plan, used = [], set()
-    for path, shape in _shapes(cfg).items():
+    for path, weight in _declared(cfg).items():
         row, layer = _row(family, path)
         theirs = row.theirs.format(i=layer)
         if theirs not in named:
@@ -189,7 +187,7 @@ def _plan(
                 "model of its config.json needs"
             )
         name, tensor = named[theirs]
-        wanted = _their_shape(row, shape)
+        wanted = _their_shape(row, weight)
         if tensor.shape != wanted:
             raise ValueError(
                 f"tensor {name} in {tensor.path} has shape {tensor.shape}, but the "
@@ -201,7 +199,7 @@ def _plan(
                 f"{', '.join(files.DTYPES)}"
             )
         used.add(theirs)
-        plan.append(Source(path, shape, row, tensor))
+        plan.append(Source(path, weight, row, tensor))
     _check_rest({n: t for n, t in named.items() if n not in used}, named, cfg, folder)
     return plan
 
@@ -228,12 +226,9 @@ def _check_rest(rest: Mapping, named: Mapping, cfg: GPTConfig, folder: Path) -> 
 EMBEDDINGS = ("wte.weight", "embed_tokens.weight")
 
 
-def _shapes(cfg: GPTConfig) -> dict[str, Shape]:
-    """Returns the shape of every weight, layers unrolled, vocabulary not padded."""
-    true = replace(cfg, scan_layers=False, vocab_multiple=1)
-    tokens_BT = jnp.zeros((1, 1), jnp.int32)
-    tree = jax.eval_shape(partial(GPT(true).init, jax.random.key(0)), tokens_BT)
-    return {path: leaf.shape for path, leaf in _flat(tree["params"])}
+def _declared(cfg: GPTConfig) -> dict[str, Weight]:
+    """Returns what each weight is, layers unrolled, vocabulary not padded."""
+    return declared(replace(cfg, scan_layers=False, vocab_multiple=1))
 
 
 def _flat(tree: Mapping) -> Iterator[tuple[str, Any]]:
@@ -252,8 +247,8 @@ def _row(family: Family, path: str) -> tuple[Row, str]:
     raise ValueError(f"{family.model_type} has no weight like {path}")
 
 
-def _their_shape(row: Row, shape: Shape) -> Shape:
-    *rest, last = row.layout.shape(shape)
+def _their_shape(row: Row, weight: Weight) -> Shape:
+    *rest, last = row.layout.shape(weight)
     return (*rest, last * row.parts)
 
 

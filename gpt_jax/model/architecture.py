@@ -1,0 +1,208 @@
+"""What a model is: `GPTConfig`, checked, and the kinds of its layers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from gpt_jax import attention
+from gpt_jax.attention import RopeScaling
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What may differ between layers: attention window and rotary positions."""
+
+    window: int
+    rope_base: float
+    rope_scaling: RopeScaling | None
+
+    def __post_init__(self):
+        if self.window < 0:
+            raise ValueError(f"window {self.window} is below 0; 0 means all tokens")
+        if self.rope_base <= 0:
+            raise ValueError(f"rope_base {self.rope_base} must be above 0")
+
+
+def _layer_kind(kind) -> LayerKind:
+    if isinstance(kind, LayerKind):
+        return kind
+    kind, keys = dict(kind), ("window", "rope_base", "rope_scaling")
+    if set(kind) != set(keys):
+        raise ValueError(
+            f"a layer kind of pattern has the keys {', '.join(keys)}, "
+            f"not {', '.join(map(str, kind)) or 'none'}"
+        )
+    scaling = kind.get("rope_scaling")
+    if scaling is not None and not isinstance(scaling, RopeScaling):
+        kind["rope_scaling"] = RopeScaling(**dict(scaling))
+    return LayerKind(**kind)
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """`config.model` (configs/common.py says what each key means), checked, hashable.
+
+    Zeros that mean "choose for me" are resolved here; vocab_size must be given.
+
+    Raises:
+      ValueError: a value, or two together, make no model.
+    """
+
+    vocab_size: int
+    vocab_multiple: int
+    context_length: int
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    d_ff: int
+    position: str
+    pattern: tuple[LayerKind, ...]
+    norm: str
+    norm_eps: float
+    norm_scale: bool
+    norm_bias: bool
+    norm_offset: float
+    norm_placement: str
+    embed_norm: bool
+    activation: str
+    gated: bool
+    qkv_bias: bool
+    attn_bias: bool
+    mlp_bias: bool
+    head_bias: bool
+    tie_embeddings: bool
+    qk_norm: bool
+    query_scale: float
+    attn_softcap: float
+    logit_softcap: float
+    embed_scale: float
+    init: str
+    zero_init: bool
+    scan_layers: bool
+    remat: str
+    dtype: str
+    param_dtype: str
+    attention: str
+    n_classes: int
+
+    def __post_init__(self):
+        settle = partial(object.__setattr__, self)
+        settle("pattern", tuple(_layer_kind(kind) for kind in self.pattern))
+        for name in _POSITIVE:
+            self._at_least(name, 1)
+        for name in _NOT_NEGATIVE:
+            self._at_least(name, 0)
+        if not self.head_dim and self.d_model % self.n_heads:
+            raise ValueError(
+                f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}; "
+                "change one of them or set head_dim"
+            )
+        settle("n_kv_heads", self.n_kv_heads or self.n_heads)
+        settle("head_dim", self.head_dim or self.d_model // self.n_heads)
+        settle("d_ff", self.d_ff or 4 * self.d_model)
+        settle("query_scale", self.query_scale or self.head_dim**-0.5)
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"n_heads {self.n_heads} is not a multiple of n_kv_heads "
+                f"{self.n_kv_heads}; each key/value head serves equally many queries"
+            )
+        if self.position == "rope" and self.head_dim % 2:
+            raise ValueError(
+                f"head_dim {self.head_dim} is odd; rope rotates features in pairs"
+            )
+        if not self.pattern:
+            raise ValueError("pattern is empty; it needs at least one layer kind")
+        if self.n_classes == 1:
+            raise ValueError(
+                "n_classes is 1: a classifier needs at least two, 0 is a language model"
+            )
+        if self.tie_embeddings and self.head_bias:
+            raise ValueError("head_bias needs a head: set tie_embeddings=False")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} {getattr(self, name)!r} is not one of: "
+                    f"{', '.join(choices)}"
+                )
+
+    def _at_least(self, name: str, least: int):
+        if getattr(self, name) < least:
+            hint = "; take it from the tokenizer" if name == "vocab_size" else ""
+            raise ValueError(
+                f"{name} is {getattr(self, name)}; it must be at least {least}{hint}"
+            )
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """How long each axis of a weight is, by the names of weights.AXES."""
+        return {
+            "embed": self.d_model,
+            "vocab": self.vocab_rows,
+            "heads": self.n_heads,
+            "kv_heads": self.n_kv_heads,
+            "head": self.head_dim,
+            "mlp": self.d_ff,
+            "position": self.context_length,
+            "classes": self.n_classes,
+        }
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding table: vocab_size padded to vocab_multiple."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def n_periods(self) -> int:
+        """How often the whole pattern fits into the depth."""
+        return self.n_layers // len(self.pattern)
+
+    @property
+    def n_scanned(self) -> int:
+        """How many layers those whole patterns are."""
+        return self.n_periods * len(self.pattern)
+
+    def kind(self, layer: int) -> LayerKind:
+        """Returns what layer number `layer` is."""
+        return self.pattern[layer % len(self.pattern)]
+
+
+def _relu2(x):
+    return jnp.square(jax.nn.relu(x))
+
+
+ACTIVATIONS: dict[str, Callable] = {
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "relu2": _relu2,
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+}
+
+# What the backward pass finds ready of a layer, besides its input; the rest is computed
+# again. All matrix products; the output of attention, the costliest part; nothing.
+REMAT: dict[str, Callable | None] = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "save_attn_out": jax.checkpoint_policies.save_only_these_names("attn_out"),
+    "full": None,
+}
+
+_POSITIVE = ("vocab_size", "vocab_multiple", "context_length", "n_layers")
+_POSITIVE += ("d_model", "n_heads")
+_NOT_NEGATIVE = ("n_kv_heads", "head_dim", "d_ff", "query_scale")
+_NOT_NEGATIVE += ("attn_softcap", "logit_softcap", "norm_eps", "n_classes")
+_CHOICES = {
+    "position": ("learned", "rope", "none"),
+    "norm": ("layernorm", "rmsnorm"),
+    "norm_placement": ("pre", "both"),
+    "activation": tuple(ACTIVATIONS),
+    "init": ("gpt2", "torch_default", "modern"),
+    "remat": ("none", *REMAT),
+    "dtype": ("float32", "bfloat16"),
+    "param_dtype": ("float32", "bfloat16"),
+    "attention": ("auto", *attention.IMPLEMENTATIONS),
+}

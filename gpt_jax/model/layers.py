@@ -1,0 +1,282 @@
+"""The layers that a block is made of.
+
+Shapes: B batch  T time  S key time  D width  H heads  G key/value heads  K head dim
+F width inside the MLP  V vocabulary  N rows, of whatever axes
+"""
+
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType, PartitionSpec
+
+from gpt_jax import attention, weights
+from gpt_jax.attention import Rotation, Sight, drop
+from gpt_jax.model.architecture import ACTIVATIONS, GPTConfig
+
+
+class Dropout(NamedTuple):
+    """Dropout of one forward pass; rates may be traced, None = off for good."""
+
+    key: jax.Array
+    embed: jax.Array | float | None
+    attn: jax.Array | float | None
+    residual: jax.Array | float | None
+    adapter: jax.Array | float | None = None
+
+    def layer(self, layer) -> "Dropout":
+        """Returns the dropout of one layer: the same rates, a key of its own."""
+        return self._replace(key=jax.random.fold_in(self.key, layer))
+
+
+def _weight(module, name: str, axes: tuple[str, ...], draw: str, **how) -> Any:
+    """Declares a parameter, as long as the config says its axes are; see weights.py."""
+    cfg = module.cfg
+    shape = tuple(cfg.lengths[axis] for axis in axes)
+    dtype = jnp.dtype(cfg.param_dtype)
+    return weights.param(module, name, shape, axes, draw=draw, dtype=dtype, **how)
+
+
+EXAMPLES = ("data", "fsdp")  # axes of the mesh that examples are split over
+
+
+def constrained(x, *axes):
+    """Returns x split so over the mesh in sight, if one is (`sharding.within`).
+
+    Left to itself, XLA may split the residual stream over its width, as the weights
+    are, and move activations instead of weights. What does not divide is not split: a
+    few rows of text that is written, few key and value heads.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if AxisType.Auto not in mesh.axis_types:  # none, or each device for itself
+        return x
+
+    def fitting(length, axis):
+        names = (axis,) if isinstance(axis, str) else axis or ()
+        return None if length % math.prod(mesh.shape[n] for n in names) else axis
+
+    axes = [fitting(length, axis) for length, axis in zip(x.shape, axes, strict=False)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
+def by_head(x_BGSK):
+    """Returns keys or values of a cache, their heads split over the mesh in sight."""
+    return constrained(x_BGSK, None, "tensor")
+
+
+def _kernel(module, reads: tuple[str, ...], gives: tuple[str, ...], **how) -> Any:
+    """Declares a kernel [*reads, *gives]; returns it as a matrix [D, F]."""
+    fan_in = math.prod(module.cfg.lengths[axis] for axis in reads)
+    how |= {"inputs": len(reads), "fan_in": fan_in}
+    return _weight(module, "kernel", reads + gives, **how).reshape(fan_in, -1)
+
+
+def _product(module, x_ND, kernel: Callable[[], Any], dtype=None):
+    """Returns x @ kernel [N, F], as numbers of `dtype`.
+
+    The kernel lies as it is stored, or as [F, D] where `for_one_row` turned it.
+    """
+    if module.has_variable("params", "transposed"):
+        kernel_FD = module.get_variable("params", "transposed").astype(x_ND.dtype)
+        return jnp.einsum("ND,FD->NF", x_ND, kernel_FD, preferred_element_type=dtype)
+    kernel_DF = kernel().astype(x_ND.dtype)
+    return jnp.matmul(x_ND, kernel_DF, preferred_element_type=dtype)
+
+
+class Dense(nn.Module):
+    """x @ kernel + bias over the last len(reads) axes of x.
+
+    Where an adapter has put leaves beside the kernel (adapters.py), also
+    + (drop(x) @ lora_a) @ lora_b * lora_scale: LoRA (Hu et al. 2021, section 4.1).
+    With a `kernel_scale` the kernel is int8, and its outputs are multiplied by that.
+
+    Attributes:
+      reads, gives: the axes of the kernel by name, as long as the config says.
+      use_bias: whether there is one.
+      cfg: the config.
+      draw: how the kernel is first drawn.
+    """
+
+    reads: tuple[str, ...]
+    gives: tuple[str, ...]
+    use_bias: bool
+    cfg: GPTConfig
+    draw: str = "kernel"
+
+    @nn.compact
+    def __call__(self, x, dropout: Dropout | None = None):
+        lengths, dtype = self.cfg.lengths, self.cfg.dtype
+        inputs, outputs = (
+            tuple(lengths[axis] for axis in axes) for axes in (self.reads, self.gives)
+        )
+        fan_in = math.prod(inputs)
+        # Two plain matrices: on a CPU a tenth faster than contracting [B, T, ...].
+        x_ND = x.reshape(-1, fan_in)
+        how = {"draw": self.draw, "linear": True}
+        y = _product(self, x_ND, lambda: _kernel(self, self.reads, self.gives, **how))
+        if self.has_variable("params", "kernel_scale"):
+            y = y * self.get_variable("params", "kernel_scale").astype(dtype)
+        if self.use_bias:
+            draw = "residual_bias" if self.draw == "residual" else "bias"
+            bias = _weight(self, "bias", self.gives, draw, fan_in=fan_in)
+            y = y + bias.astype(dtype).reshape(-1)
+        if self.has_variable("params", "lora_a"):
+            y = y + self._low_rank(x_ND, dropout)
+        return y.reshape(*x.shape[: x.ndim - len(inputs)], *outputs)
+
+    def _low_rank(self, x_ND, dropout: Dropout | None):
+        a_DR, b_RF, scale = (
+            self.get_variable("params", name).astype(self.cfg.dtype)
+            for name in ("lora_a", "lora_b", "lora_scale")
+        )
+        if dropout is not None:  # each kernel of a layer draws a mask of its own
+            number = zlib.crc32(str(self.name).encode())
+            key = jax.random.fold_in(dropout.key, np.uint32(number))
+            x_ND = drop(x_ND, dropout.adapter, key)
+        return (x_ND @ a_DR) @ b_RF * scale
+
+
+class Norm(nn.Module):
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019), in float32."""
+
+    axis: str
+    kind: str
+    cfg: GPTConfig
+
+    @nn.compact
+    def __call__(self, x):
+        cfg = self.cfg
+        y = x.astype(jnp.float32)
+        if self.kind == "layernorm":
+            y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + cfg.norm_eps)
+        if cfg.norm_scale:
+            y = y * (cfg.norm_offset + _weight(self, "scale", (self.axis,), "scale"))
+        if cfg.norm_bias and self.kind == "layernorm":
+            y = y + _weight(self, "bias", (self.axis,), "shift")
+        return y.astype(cfg.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention (Ainslie et al. 2023) with everything optional."""
+
+    cfg: GPTConfig
+
+    def setup(self):
+        cfg = self.cfg
+        self.query = Dense(("embed",), ("heads", "head"), cfg.qkv_bias, cfg)
+        self.key = Dense(("embed",), ("kv_heads", "head"), cfg.qkv_bias, cfg)
+        self.value = Dense(("embed",), ("kv_heads", "head"), cfg.qkv_bias, cfg)
+        self.out = Dense(
+            ("heads", "head"), ("embed",), cfg.attn_bias, cfg, draw="residual"
+        )
+        if cfg.qk_norm:
+            self.query_norm = Norm("head", "rmsnorm", cfg)
+            self.key_norm = Norm("head", "rmsnorm", cfg)
+
+    def __call__(self, x_BTD, sight: Sight, turn: Rotation | None, past, dropout):
+        cfg = self.cfg
+        q_BTHK = self.query(x_BTD, dropout)
+        k_BTGK, v_BTGK = self.key(x_BTD, dropout), self.value(x_BTD, dropout)
+        if cfg.qk_norm:
+            q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
+        if turn is not None:
+            q_BTHK = attention.rotate(q_BTHK, turn)
+            k_BTGK = attention.rotate(k_BTGK, turn)
+        if past is not None:
+            keys_BGSK = attention.extend(past[0], k_BTGK, sight.query_BT)
+            values_BGSK = attention.extend(past[1], v_BTGK, sight.query_BT)
+            past = (by_head(keys_BGSK), by_head(values_BGSK))
+            k_BTGK, v_BTGK = (jnp.swapaxes(x, 1, 2) for x in past)
+        own = None
+        if dropout is not None and dropout.attn is not None:
+            own = attention.Drop(dropout.attn, jax.random.fold_in(dropout.key, 0))
+        attend = attention.choose(
+            cfg.attention,
+            q_BTHK,
+            sight,
+            cached=past is not None,
+            softcap=cfg.attn_softcap,
+            dropout=own is not None,
+        )
+        y_BTHK = attend(
+            q_BTHK,
+            k_BTGK.astype(cfg.dtype),
+            v_BTGK.astype(cfg.dtype),
+            sight,
+            scale=cfg.query_scale,
+            softcap=cfg.attn_softcap,
+            dropout=own,
+        )
+        return self.out(checkpoint_name(y_BTHK, "attn_out"), dropout), past
+
+
+class MLP(nn.Module):
+    """Two layers round an activation, or three with a gate (Shazeer 2020)."""
+
+    cfg: GPTConfig
+
+    def setup(self):
+        cfg = self.cfg
+        self.up = Dense(("embed",), ("mlp",), cfg.mlp_bias, cfg)
+        if cfg.gated:
+            self.gate = Dense(("embed",), ("mlp",), cfg.mlp_bias, cfg)
+        self.down = Dense(("mlp",), ("embed",), cfg.mlp_bias, cfg, draw="residual")
+
+    def __call__(self, x_BTD, dropout):
+        act = ACTIVATIONS[self.cfg.activation]
+        if self.cfg.gated:
+            gate_BTF = act(self.gate(x_BTD, dropout))
+            return self.down(gate_BTF * self.up(x_BTD, dropout), dropout)
+        return self.down(act(self.up(x_BTD, dropout)), dropout)
+
+
+class Embed(nn.Module):
+    """A table of vectors: the tokens' or the positions'."""
+
+    rows: str  # the axis that is looked up: vocab, position
+    cfg: GPTConfig
+
+    def setup(self):
+        self.embedding = _weight(
+            self, "embedding", (self.rows, "embed"), draw="embedding"
+        )
+
+    def __call__(self, index):
+        # Cast after the look-up: gradients of one row then add up in float32.
+        # Gathered over its width: the rows that are looked up come whole.
+        split = "tensor" if self.rows == "vocab" else None
+        table = constrained(self.embedding, split, None)
+        return constrained(table[index].astype(self.cfg.dtype), EXAMPLES)
+
+    def attend(self, x):
+        """Returns float32 x @ embedding.T."""
+        table_VD = self.embedding.astype(self.cfg.dtype)
+        return jnp.einsum(
+            "...D,VD->...V", x, table_VD, preferred_element_type=jnp.float32
+        )
+
+
+class Head(nn.Module):
+    """float32 logits from an own kernel."""
+
+    cfg: GPTConfig
+
+    @nn.compact
+    def __call__(self, x):
+        cfg = self.cfg
+
+        def kernel():
+            return _kernel(self, ("embed",), ("vocab",), draw="head")
+
+        y = _product(self, x.reshape(-1, cfg.d_model), kernel, jnp.float32)
+        y = y.reshape(*x.shape[:-1], cfg.vocab_rows)
+        if cfg.head_bias:
+            y = y + _weight(self, "bias", ("vocab",), "bias", fan_in=cfg.d_model)
+        return y

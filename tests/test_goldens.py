@@ -1,0 +1,39 @@
+"""Training computes what it computed when tests/golden/bits.json was written.
+
+On the machine that wrote it, `python -m tests.golden.bits` compares to the bit.
+"""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.golden import bits
+
+KEPT = json.loads(bits.FILE.read_text())
+
+
+def compare(name: str) -> None:
+    found, kept = bits.run(name), KEPT["runs"][name]
+    assert found.keys() == kept.keys()
+    assert found.get("text") == kept.get("text")
+    # Products of bfloat16 and sums over devices are ordered otherwise elsewhere.
+    rtol = 1e-2 if "bfloat16" in name else 1e-4
+    for key in ("train_loss", "grad_norm", "val_loss"):
+        np.testing.assert_allclose(found[key], kept[key], rtol=rtol, err_msg=key)
+
+
+@pytest.mark.parametrize("name", bits.FEW)
+def test_twenty_steps_have_the_losses_they_had(name):
+    compare(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(bits.CASES.keys() - {*bits.FEW}))
+def test_twenty_steps_of_every_kind_have_the_losses_they_had(name):
+    compare(name)
+
+
+@pytest.mark.slow
+def test_every_weight_and_memory_lies_where_it_lay():
+    assert bits.places() == KEPT["places"]
