@@ -24,7 +24,7 @@ LAYOUTS = {
 }
 
 
-def make(cfg=test_step.CFG, **changes):
+def make(cfg, **changes):
     options = {**common.adapter_lora(), **changes}
     return adapters.make(model.declared(cfg), **options)
 
@@ -66,7 +66,7 @@ def test_only_trains_what_the_regexes_match_and_joins_to_the_same_tree():
 def test_lora_starts_as_exactly_the_base_and_merges_and_unmerges(layout):
     cfg = tiny.cfg(**LAYOUTS[layout])
     base = model.init(cfg, KEY)
-    adapter = make(rank=4)
+    adapter = make(cfg, rank=4)
     params, frozen = adapter.split(base, KEY)
     joined = adapter.join(params, frozen)
     before = logits(cfg, base)
@@ -86,7 +86,7 @@ def test_a_linear_layer_adds_the_scaled_product():
     """Oracle: x W + (x A) B alpha / rank in numpy."""
     cfg = tiny.cfg(n_heads=1)
     base = model.init(cfg, KEY)
-    adapter = make(rank=2, alpha=3.0, targets=("up/kernel",))
+    adapter = make(cfg, rank=2, alpha=3.0, targets=("up/kernel",))
     joined = adapter.join(moved(adapter.split(base, KEY)[0]), {"base": base})
     up = {
         k: np.asarray(v, np.float64) for k, v in joined["block_0"]["mlp"]["up"].items()
@@ -146,11 +146,9 @@ def test_lora_of_gpt2_small_with_two_classes_trains_2666528_numbers():
     """TARGETS: the book's appendix E, rank 16 on every linear layer."""
     cfg = tiny.cfg(
         **{"vocab_size": 50257, "context_length": 1024, "n_layers": 12},
-        **{"d_model": 768, "n_heads": 12},
+        **{"d_model": 768, "n_heads": 12, "n_classes": 2},
     )
-    shapes = jax.eval_shape(partial(model.init, cfg), KEY)
-    head = {"kernel": jnp.zeros((768, 2)), "bias": jnp.zeros(2)}
-    weights = {**shapes, "classifier": head}
+    weights = jax.eval_shape(partial(model.init, cfg), KEY)
     params, _ = jax.eval_shape(make(cfg, rank=16).split, weights, KEY)
     assert model.count(params) == 2_666_528
 
@@ -181,7 +179,7 @@ def test_the_state_of_lora_is_little_more_than_the_base():
 @pytest.mark.parametrize("layout", ["unrolled", "scanned"])
 def test_adapter_dropout_is_traced_and_differs_by_key_layer_and_kernel(layout):
     cfg = tiny.cfg(**LAYOUTS[layout])
-    adapter = make(rank=4)
+    adapter = make(cfg, rank=4)
     params, frozen = adapter.split(model.init(cfg, KEY), KEY)
     weights = adapter.join(moved(params), frozen)
 
@@ -218,7 +216,7 @@ def test_kernels_of_a_layer_drop_different_inputs():
 
 def test_a_step_moves_the_adapter_and_nothing_else():
     base = model.init(test_step.CFG, KEY)
-    adapter = make(rank=4)
+    adapter = make(test_step.CFG, rank=4)
     function, tx = test_step.make_step()
     function = partial(function.func, **{**function.keywords, "join": adapter.join})
     first = step.start(*adapter.split(base, KEY), tx, ema=False)
