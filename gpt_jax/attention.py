@@ -1,4 +1,4 @@
-"""Attention over arrays: rotary positions, who sees whom, implementations, KV cache.
+"""Attention over arrays: rotary positions, who sees whom, implementations.
 
 No parameters live here; `model.Attention` holds them.
 
@@ -306,20 +306,7 @@ def cudnn_works(dtype: str, head_dim: int, causal: bool, window: int) -> bool:
     return True
 
 
-# ---------------------------------------------------------------- KV cache
-
-
-class KVCache(NamedTuple):
-    """Keys and values of earlier tokens, [B, G, S, K] per layer.
-
-    Row b holds length_B[b] tokens; what lies behind them is never seen. What a head
-    reads lies together: of [B, S, G, K] a CPU copies the whole cache for every token,
-    half the time of a step of GPT-2 small with 8 rows of 1,024 tokens.
-    """
-
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
-    length_B: jax.Array
+# ---------------------------------------------------------------- earlier keys, values
 
 
 def extend(old_BGSK, new_BTGK, slot_BT):
@@ -328,34 +315,3 @@ def extend(old_BGSK, new_BTGK, slot_BT):
     # With an index for every head XLA:CPU writes in place also when there is one row.
     where = (jnp.arange(B)[:, None, None], jnp.arange(G), slot_BT[:, :, None])
     return old_BGSK.at[where].set(new_BTGK.astype(old_BGSK.dtype), mode="drop")
-
-
-def insert(cache: KVCache, row: KVCache, slot) -> KVCache:
-    """Returns the cache with its row `slot` replaced by a cache of one row.
-
-    Args:
-      row: a cache with B = 1, at most as long as `cache`.
-      slot: which row; may be traced.
-    """
-    rows, _, room, _ = row.keys[0].shape
-    most = cache.keys[0].shape[2]
-    if rows != 1 or room > most:
-        raise ValueError(
-            f"insert needs a cache of 1 row of at most {most} tokens, not of {rows} "
-            f"rows of {room}"
-        )
-
-    def place(old_BGSK, new_BGSK):
-        new_BGSK = new_BGSK.astype(old_BGSK.dtype)
-        return jax.lax.dynamic_update_slice(old_BGSK, new_BGSK, (slot, 0, 0, 0))
-
-    return KVCache(
-        keys=tuple(map(place, cache.keys, row.keys)),
-        values=tuple(map(place, cache.values, row.values)),
-        length_B=cache.length_B.at[slot].set(row.length_B[0]),
-    )
-
-
-def free(cache: KVCache, slot) -> KVCache:
-    """Returns the cache with row `slot` empty; its old entries are never seen again."""
-    return cache._replace(length_B=cache.length_B.at[slot].set(0))

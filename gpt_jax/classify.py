@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt_jax.model import GPT, Dropout
+from gpt_jax.model import GPT, Dropout, hidden
+from gpt_jax.model import logits as head
 
 ROWS = 32  # texts at once
 
@@ -81,7 +82,7 @@ def _own(width: int, length_B):
     return jnp.arange(width) < length_B[:, None]
 
 
-def logits(
+def features(
     weights: Any,
     tokens_BT,
     length_B,
@@ -90,8 +91,8 @@ def logits(
     pool: str,
     causal: bool,
     dropout: Dropout | None = None,
-) -> jax.Array:
-    """Returns float32 logits [B, C] of texts.
+) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+    """Returns what is classified of texts, [B, D], and the model's own losses.
 
     Nothing of a text sees padding: under a causal mask nothing could (it is at the
     right), without one it is kept apart. With pool="end" the padding is read as well.
@@ -108,17 +109,15 @@ def logits(
     segments_BT = None
     if not causal and pool != "end":
         segments_BT = _own(tokens_BT.shape[1], length_B).astype(jnp.int32)
-    hidden: Any = model.apply(
-        {"params": weights},
-        tokens_BT,
-        None,
-        segments_BT,
-        causal=causal,
-        dropout=dropout,
-        method="hidden",
-    )
-    x_BD = POOLS[pool](hidden[0], length_B)
-    return model.apply({"params": weights}, x_BD, method="logits")  # type: ignore
+    how = {"causal": causal, "dropout": dropout}
+    found = hidden(model, weights, tokens_BT, None, segments_BT, **how)
+    return POOLS[pool](found.x_BTD, length_B), found.sums
+
+
+def logits(weights: Any, tokens_BT, length_B, *, model: GPT, **how) -> jax.Array:
+    """Returns float32 logits [B, C] of texts; arguments as in `features`."""
+    x_BD, _ = features(weights, tokens_BT, length_B, model=model, **how)
+    return head(model, weights, x_BD)
 
 
 def probabilities(

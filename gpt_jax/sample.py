@@ -15,14 +15,23 @@ import math
 import zlib
 from collections.abc import Generator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gpt_jax import sharding
-from gpt_jax.model import GPT, KVCache, declared, for_one_row, init_cache, unstack
+from gpt_jax.model import (
+    GPT,
+    Cache,
+    declared,
+    for_one_row,
+    hidden,
+    init_cache,
+    logits,
+    unstack,
+)
 
 RUNNING, STOP, LENGTH = 0, 1, 2  # the reason of a row; the last two end it
 
@@ -45,7 +54,7 @@ class Sampling(NamedTuple):
 class Decoding(NamedTuple):
     """Rows on their way; a row ends by getting a reason."""
 
-    cache: KVCache  # holds every token but the newest
+    cache: Cache  # holds every token but the newest
     tokens_BS: jax.Array  # int32: the prompt, then what was chosen, then zeros
     length_B: jax.Array  # int32: tokens of the row so far, a stop token included
     limit_B: jax.Array  # int32: the length at which the row ends
@@ -186,11 +195,6 @@ def _seen(tokens_BS, length_B, vocab):
 # ---------------------------------------------------------------- the decode loop
 
 
-def _hidden(model: GPT, weights, tokens_BT, cache: KVCache) -> tuple[Any, KVCache]:
-    result: Any = model.apply(weights, tokens_BT, cache=cache, method="hidden")
-    return result
-
-
 def prefill(params, tokens_BT, length_B, *, model: GPT, max_length: int):
     """Runs right-padded prompts: (logits [B, V] at each last token, cache).
 
@@ -199,11 +203,9 @@ def prefill(params, tokens_BT, length_B, *, model: GPT, max_length: int):
     """
     rows = len(tokens_BT)
     cache = init_cache(model.cfg, rows, max_length, jnp.dtype(model.cfg.dtype))
-    weights = {"params": params}
-    x_BTD, cache = _hidden(model, weights, tokens_BT, cache)
-    last_BD = x_BTD[jnp.arange(rows), length_B - 1]
-    logits_BV = model.apply(weights, last_BD, method="logits")
-    return logits_BV, cache._replace(length_B=length_B)
+    found = hidden(model, params, tokens_BT, cache=cache)
+    last_BD = found.x_BTD[jnp.arange(rows), length_B - 1]
+    return logits(model, params, last_BD), found.cache._replace(length_B=length_B)
 
 
 def start(
@@ -250,9 +252,8 @@ def step(
     """Gives one more token to every row that still runs."""
     rows = jnp.arange(len(state.length_B))
     newest_B1 = state.tokens_BS[rows, state.length_B - 1][:, None]
-    weights = {"params": params}
-    x_BTD, cache = _hidden(model, weights, newest_B1, state.cache)
-    logits_BV = model.apply(weights, x_BTD[:, 0], method="logits")
+    x_BTD, cache, _ = hidden(model, params, newest_B1, cache=state.cache)
+    logits_BV = logits(model, params, x_BTD[:, 0])
     running_B = state.reason_B == RUNNING
     held_B = jnp.where(running_B, cache.length_B, state.cache.length_B)
     state = state._replace(cache=cache._replace(length_B=held_B))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gpt_jax import attention
-from gpt_jax.attention import KVCache, RopeScaling, Sight
+from gpt_jax.attention import RopeScaling, Sight
 from tests.tiny import jit
 
 B, T, H, G, K = 2, 13, 4, 2, 8
@@ -281,31 +281,6 @@ def test_dropout_of_rate_0_changes_nothing():
     same = jit(attention.drop)(x, 0.0, jax.random.key(0))
     np.testing.assert_array_equal(same, x)
     assert attention.drop(x, None, jax.random.key(0)) is x
-
-
-def cache(rows, length, seed):
-    return KVCache(
-        keys=(draw(rows, G, length, K, seed=seed),),
-        values=(draw(rows, G, length, K, seed=seed + 1),),
-        length_B=jnp.arange(1, rows + 1, dtype=jnp.int32),
-    )
-
-
-def test_insert_replaces_one_row_and_free_empties_it():
-    full, row = cache(3, 6, seed=8), cache(1, 4, seed=10)
-    both = jit(attention.insert)(full, row, 1)
-    np.testing.assert_array_equal(both.keys[0][1, :, :4], row.keys[0][0])
-    np.testing.assert_array_equal(both.values[0][1, :, :4], row.values[0][0])
-    np.testing.assert_array_equal(both.keys[0][::2], full.keys[0][::2])
-    assert both.length_B.tolist() == [1, 1, 3]
-    assert attention.free(both, 2).length_B.tolist() == [1, 1, 0]
-
-
-def test_insert_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match="at most 6 tokens"):
-        attention.insert(cache(3, 6, seed=8), cache(1, 7, seed=8), 0)
-    with pytest.raises(ValueError, match="2 rows"):
-        attention.insert(cache(3, 6, seed=8), cache(2, 6, seed=8), 0)
 
 
 def test_extend_writes_each_row_at_its_own_slot_and_drops_overflow():

@@ -10,6 +10,8 @@ from flax.traverse_util import flatten_dict
 
 from gpt_jax import model
 from gpt_jax.model import GPT, Dropout
+from gpt_jax.tasks import lm
+from tests import test_step
 from tests.tiny import cfg, jit
 
 KEY = jax.random.key(0)
@@ -550,7 +552,7 @@ def test_dropout_masks_differ_between_layers(scan_layers):
 
     def stream(p):
         net = GPT(replace(c, norm_eps=1e-5))
-        return net.apply({"params": p}, TOKENS, dropout=dropout, method="hidden")[0]
+        return net.apply({"params": p}, TOKENS, dropout=dropout, method="features")[0]
 
     x_BTD = jit(stream)(given)
     # The stream is 2 * (mask_0 + mask_1): three values appear only if masks differ.
@@ -712,3 +714,36 @@ def test_the_cache_of_32k_tokens_takes_the_known_memory(kv_heads, gigabytes):
     made = jax.eval_shape(make)
     held = sum(x.size * x.dtype.itemsize for x in (*made.keys, *made.values))
     assert round(held / 1e9, 2) == gigabytes
+
+
+# ---- losses of a layer's own ----
+
+
+class Balanced(model.MLP):
+    """An MLP that minds the mean square of its input."""
+
+    def __call__(self, x_BTD, dropout):
+        self.sow("sums", "balance", jnp.square(x_BTD).mean(-1).sum())
+        return super().__call__(x_BTD, dropout)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("scan", [False, True])
+def test_what_layers_sow_is_added_up_and_part_of_the_training_loss(
+    monkeypatch, scan, remat
+):
+    monkeypatch.setattr(model, "MLP", Balanced)
+    c = cfg(scan_layers=scan, remat=remat, n_layers=3)
+    params = model.init(c, jax.random.key(1))
+    found = jit(lambda p: model.hidden(GPT(c), p, TOKENS))(params)
+    # A normed vector has mean square 1, at every token and layer.
+    assert float(found.sums["balance"]) == pytest.approx(3 * TOKENS.size, rel=1e-3)
+
+    loss = lm.make_loss(GPT(c), np.ones(61), loss_chunk=0, dropout=())
+    batch = {"tokens": TOKENS, "targets": TOKENS, "mask": np.ones(TOKENS.shape)}
+    hyper = test_step.make_hyper()
+    training = jit(lambda p: loss(p, {}, batch, jax.random.key(0), hyper))(params)
+    judged = jit(lambda p: loss(p, {}, batch, None, hyper))(params)
+    assert float(training["balance"]) == float(found.sums["balance"])
+    extra = float(training["loss"]) - float(judged["loss"])
+    assert extra == pytest.approx(float(found.sums["balance"]), rel=1e-3)

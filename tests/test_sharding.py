@@ -326,8 +326,9 @@ def test_the_heads_of_a_cache_lie_on_their_own_devices():
     prefill = jax.jit(partial(sample.prefill, model=model.GPT(cfg), max_length=16))
     with sharding.in_sight(placed):
         _, cache = prefill(placed, np.ones((3, 4), np.int32), np.full(3, 4))
-    assert cache.keys[0].shape == (3, 4, 16, 8)
-    for kept in (*cache.keys, *cache.values):
+    assert cache.reach == 16
+    for kept in jax.tree.leaves(cache.layers):
+        assert kept.shape == (3, 4, 16, 8)
         assert kept.addressable_shards[0].data.shape == (3, 1, 16, 8)
 
 

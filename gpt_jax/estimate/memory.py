@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from gpt_jax.estimate import residuals
 from gpt_jax.estimate.plan import Plan, trained
 from gpt_jax.estimate.residuals import Saved
-from gpt_jax.model import GPT, Dropout, GPTConfig
+from gpt_jax.model import GPT, Dropout, GPTConfig, hidden
 from gpt_jax.sharding import Strategy
 from gpt_jax.tasks import lm
 from gpt_jax.tasks.task import DROPOUTS
@@ -230,15 +230,14 @@ def _traced(plan: Plan, cfg: GPTConfig, n_layers: int, platform: str) -> Saved:
     gpt = GPT(cfg)
 
     def forward(params, frozen, tokens_BT, segments_BT, key, rates) -> Any:
-        result: Any = gpt.apply(
-            {"params": plan.parts.join(params, frozen)},
+        return hidden(
+            gpt,
+            plan.parts.join(params, frozen),
             tokens_BT,
             None,
             segments_BT if plan.packed else None,
             dropout=Dropout(key, **rates) if plan.dropout else None,
-            method="hidden",
-        )
-        return result[0]
+        ).x_BTD
 
     ids_BT = jax.ShapeDtypeStruct((1, T), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpt_jax import sharding
-from gpt_jax.model import GPT
+from gpt_jax.model import GPT, hidden, logits
 
 TOKENS = 1 << 13  # of a batch: enough to keep a device busy
 LOGITS_BYTES = 1 << 28  # float32 logits of one device that exist at once
@@ -224,9 +224,7 @@ def _batch(spans: Sequence[Span], rows: int, width: int):
 
 def _sums(model: GPT, weights, tokens_BT, targets_BT, mask_BT):
     """Returns (log-probability of the masked targets, whether all are the best)."""
-    params = {"params": weights}
-    x_BTD: Any = model.apply(params, tokens_BT, method="hidden")
-    x_BTD = x_BTD[0]
+    x_BTD = hidden(model, weights, tokens_BT).x_BTD
     rows, width, _ = x_BTD.shape
     # Only a very long context or vocabulary needs more than one chunk.
     chunks = math.ceil(4 * width * model.cfg.vocab_rows / LOGITS_BYTES)
@@ -239,8 +237,7 @@ def _sums(model: GPT, weights, tokens_BT, targets_BT, mask_BT):
 
     def part(piece):
         x_BCD, target_BC, mask_BC = piece
-        logits: Any = model.apply(params, x_BCD, method="logits")
-        logits_BCV = logits.astype(jnp.float32)
+        logits_BCV = logits(model, weights, x_BCD)
         right_BC = jnp.take_along_axis(logits_BCV, target_BC[..., None], -1)[..., 0]
         logp_BC = right_BC - jax.nn.logsumexp(logits_BCV, -1)
         best_BC = right_BC >= logits_BCV.max(-1)

@@ -6,20 +6,22 @@ rest are switches, so Llama, Mistral, Qwen and Gemma are configurations of this 
 Shapes: B batch  T time  D width  H heads  G key/value heads  K head dim  V vocabulary
 """
 
+import functools
 import math
 from dataclasses import replace
-from functools import cache
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
-from gpt_jax import attention, weights
-from gpt_jax.attention import KVCache, RopeScaling, Sight, drop, free, insert
+from gpt_jax import weights
+from gpt_jax.attention import RopeScaling, drop
 from gpt_jax.model import initializers
 from gpt_jax.model.architecture import REMAT, GPTConfig, LayerKind
+from gpt_jax.model.cache import Cache, free, insert, stretch
 from gpt_jax.model.layers import (
     EXAMPLES,
     MLP,
@@ -29,27 +31,32 @@ from gpt_jax.model.layers import (
     Embed,
     Head,
     Norm,
-    by_head,
+    Where,
     constrained,
+    rotations,
 )
 from gpt_jax.model.layouts import for_one_row, stack, unstack
 from gpt_jax.weights import Weight
 
 __all__ = [
     "GPT",
+    "Cache",
     "Dropout",
     "GPTConfig",
-    "KVCache",
+    "Hidden",
     "LayerKind",
     "RopeScaling",
     "count",
     "declared",
     "for_one_row",
     "free",
+    "hidden",
     "init",
     "init_cache",
     "insert",
+    "logits",
     "stack",
+    "stretch",
     "unstack",
 ]
 
@@ -58,19 +65,20 @@ class Block(nn.Module):
     """Attention, then MLP, each added to the residual stream."""
 
     cfg: GPTConfig
+    kind: LayerKind  # what differs between layers
 
     def setup(self):
         cfg = self.cfg
         self.norm1 = Norm("embed", cfg.norm, cfg)
-        self.attn = Attention(cfg)
+        self.attn = Attention(cfg, self.kind)
         self.norm2 = Norm("embed", cfg.norm, cfg)
         self.mlp = MLP(cfg)
         if cfg.norm_placement == "both":
             self.post1 = Norm("embed", cfg.norm, cfg)
             self.post2 = Norm("embed", cfg.norm, cfg)
 
-    def __call__(self, x_BTD, sight, turn, past, dropout):
-        y_BTD, past = self.attn(self.norm1(x_BTD), sight, turn, past, dropout)
+    def __call__(self, x_BTD, past, where: Where, dropout: Dropout | None):
+        y_BTD, past = self.attn(self.norm1(x_BTD), past, where, dropout)
         x_BTD += self._finish(y_BTD, 1, dropout)
         x_BTD += self._finish(self.mlp(self.norm2(x_BTD), dropout), 2, dropout)
         return x_BTD, past
@@ -84,13 +92,16 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer (Radford et al. 2019, and its descendants)."""
+    """A decoder-only transformer (Radford et al. 2019, and its descendants).
+
+    `hidden` and `logits` below apply it to weights.
+    """
 
     cfg: GPTConfig
 
     def setup(self):
         cfg = self.cfg
-        self.embed = Embed("vocab", cfg)
+        self.table = Embed("vocab", cfg, name="embed")
         if cfg.position == "learned":
             self.positions = Embed("position", cfg)
         if cfg.embed_norm:
@@ -98,7 +109,7 @@ class GPT(nn.Module):
         if cfg.scan_layers and cfg.n_periods:
             self.blocks = Period(cfg)
         for i in range(cfg.n_scanned if cfg.scan_layers else 0, cfg.n_layers):
-            setattr(self, f"block_{i}", Block(cfg))
+            setattr(self, f"block_{i}", Block(cfg, cfg.kind(i)))
         self.final_norm = Norm("embed", cfg.norm, cfg)
         if cfg.n_classes:
             self.classifier = Dense(("embed",), ("classes",), True, cfg, draw="head")
@@ -110,64 +121,89 @@ class GPT(nn.Module):
         tokens_BT,
         positions_BT=None,
         segments_BT=None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         *,
         causal: bool = True,
         dropout: Dropout | None = None,
     ):
         """Returns float32 logits [B, T, V] and the cache; arguments as in `hidden`."""
-        x_BTD, cache = self.hidden(
-            tokens_BT, positions_BT, segments_BT, cache, causal=causal, dropout=dropout
-        )
+        how = {"causal": causal, "dropout": dropout}
+        x_BTD, cache = self.features(tokens_BT, positions_BT, segments_BT, cache, **how)
         return self.logits(x_BTD), cache
 
-    def hidden(
+    def features(
         self,
         tokens_BT,
         positions_BT=None,
         segments_BT=None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         *,
         causal: bool = True,
         dropout: Dropout | None = None,
     ):
-        """Returns the normed residual stream [B, T, D] and the cache.
+        """Returns the normed residual stream [B, T, D] and the cache; see `hidden`."""
+        if positions_BT is None and cache is not None:
+            positions_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1])
+        x_BTD = self.embed(tokens_BT, positions_BT, dropout=dropout)
+        how = {"causal": causal, "dropout": dropout}
+        return self.layers(x_BTD, positions_BT, segments_BT, cache, **how)
 
-        Args:
-          tokens_BT: int token ids.
-          positions_BT: where each token stands; by default 0, 1, ... after what the
-            cache holds.
-          segments_BT: int; tokens see only tokens of their own segment (packing).
-          cache: earlier keys and values. The new ones are written behind each row's
-            length_B, and length_B grows by T.
-          causal: whether a token sees only itself and what is before it.
-          dropout: rates and key, or None for none.
-
-        Raises:
-          ValueError: more tokens than context_length, or a cache together with
-            segments, causal=False or scan_layers.
-        """
+    def embed(self, tokens_BT, positions_BT=None, *, dropout: Dropout | None = None):
+        """Returns the residual stream [B, T, D] before the first layer."""
         cfg = self.cfg
-        T = tokens_BT.shape[1]
+        x_BTD = self.table(tokens_BT)
+        if cfg.embed_scale != 1.0:
+            x_BTD = x_BTD * jnp.asarray(cfg.embed_scale, x_BTD.dtype)
+        if cfg.position == "learned":
+            if positions_BT is None:
+                x_BTD = x_BTD + self.positions(slice(0, tokens_BT.shape[1]))
+            else:
+                x_BTD = x_BTD + self.positions(positions_BT)
+        if cfg.embed_norm:
+            x_BTD = self.embed_norm(x_BTD)
+        if dropout is None:
+            return x_BTD
+        # Layers use 0, 1, ...; the embedding takes the number after the last one.
+        return drop(x_BTD, dropout.embed, dropout.layer(cfg.n_layers).key)
+
+    def layers(
+        self,
+        x_BTD,
+        positions_BT=None,
+        segments_BT=None,
+        cache: Cache | None = None,
+        *,
+        causal: bool = True,
+        dropout: Dropout | None = None,
+    ):
+        """Returns the stream after all layers and the last norm, and the cache."""
+        cfg, T = self.cfg, x_BTD.shape[1]
         self._check(T, segments_BT, cache, causal)
         query_BT = None
         if cache is not None:
             query_BT = cache.length_B[:, None] + jnp.arange(T)
         if positions_BT is None:
-            positions_BT = query_BT
-        x_BTD = self._embed(tokens_BT, positions_BT, dropout)
-        turns = self._rotations(T, positions_BT)
+            positions_BT = jnp.arange(T)[None] if query_BT is None else query_BT
+        turns = rotations(cfg, positions_BT)
+        where = Where(causal, query_BT, segments_BT, turns)
 
-        def layer(block, x_BTD, i, past, number):
-            kind = cfg.pattern[i]
-            sight = Sight(causal, kind.window, query_BT, segments_BT)
+        def layer(block, x_BTD, past, number):
             own = dropout and dropout.layer(number)
-            return block(x_BTD, sight, turns[i], past, own)
+            return block(x_BTD, past, where, own)
 
-        x_BTD, pasts = self._layers(layer, x_BTD, cache)
+        first, pasts = 0, []
+        if cfg.scan_layers and cfg.n_periods:
+            x_BTD, first = self._scan(layer, x_BTD), cfg.n_scanned
+        for i in range(first, cfg.n_layers):
+            run = partial(layer, number=i)
+            if cfg.remat != "none":
+                run = nn.remat(run, policy=REMAT[cfg.remat])
+            past = None if cache is None else cache.layers[i]
+            x_BTD = constrained(x_BTD, EXAMPLES)
+            x_BTD, past = run(getattr(self, f"block_{i}"), x_BTD, past)
+            pasts.append(past)
         if cache is not None:
-            keys, values = zip(*pasts, strict=True)
-            cache = KVCache(keys, values, cache.length_B + T)
+            cache = Cache(tuple(pasts), cache.length_B + T)
         return self.final_norm(x_BTD), cache
 
     def logits(self, x):
@@ -178,7 +214,7 @@ class GPT(nn.Module):
         cfg = self.cfg
         if cfg.n_classes:
             return self.classifier(x).astype(jnp.float32)
-        y = self.embed.attend(x) if cfg.tie_embeddings else self.head(x)
+        y = self.table.attend(x) if cfg.tie_embeddings else self.head(x)
         y = y[..., : cfg.vocab_size]
         if cfg.logit_softcap:
             y = cfg.logit_softcap * jnp.tanh(y / cfg.logit_softcap)
@@ -200,68 +236,14 @@ class GPT(nn.Module):
         if segments_BT is not None or not causal:
             raise ValueError("a cache works with causal=True and without segments")
 
-    def _embed(self, tokens_BT, positions_BT, dropout):
-        cfg = self.cfg
-        x_BTD = self.embed(tokens_BT)
-        if cfg.embed_scale != 1.0:
-            x_BTD = x_BTD * jnp.asarray(cfg.embed_scale, x_BTD.dtype)
-        if cfg.position == "learned":
-            if positions_BT is None:
-                x_BTD = x_BTD + self.positions(slice(0, tokens_BT.shape[1]))
-            else:
-                x_BTD = x_BTD + self.positions(positions_BT)
-        if cfg.embed_norm:
-            x_BTD = self.embed_norm(x_BTD)
-        if dropout is None:
-            return x_BTD
-        # Layers use 0, 1, ...; the embedding takes the number after the last one.
-        return drop(x_BTD, dropout.embed, dropout.layer(cfg.n_layers).key)
-
-    def _rotations(self, T, positions_BT):
-        """Returns the rotation of each layer kind of the pattern."""
-        cfg = self.cfg
-        if cfg.position != "rope":
-            return [None] * len(cfg.pattern)
-        if positions_BT is None:
-            positions_BT = jnp.arange(T)[None]
-        made = {}
-        for kind in cfg.pattern:
-            which = (kind.rope_base, kind.rope_scaling)
-            if which not in made:
-                made[which] = attention.rotation(
-                    positions_BT, cfg.head_dim, base=which[0], scaling=which[1]
-                )
-        return [made[kind.rope_base, kind.rope_scaling] for kind in cfg.pattern]
-
-    def _layers(self, layer, x_BTD, cache):
-        """Applies all layers; returns the stream and each layer's keys and values."""
-        cfg, P = self.cfg, len(self.cfg.pattern)
-        first = 0
-        if cfg.scan_layers and cfg.n_periods:
-            x_BTD = self._scan(layer, x_BTD)
-            first = cfg.n_scanned
-        pasts = []
-        for i in range(first, cfg.n_layers):
-            past = None if cache is None else (cache.keys[i], cache.values[i])
-
-            def run(block, x_BTD, past, i=i):
-                return layer(block, x_BTD, i % P, past, i)
-
-            if cfg.remat != "none":
-                run = nn.remat(run, policy=REMAT[cfg.remat])
-            x_BTD = constrained(x_BTD, EXAMPLES)
-            x_BTD, past = run(getattr(self, f"block_{i}"), x_BTD, past)
-            pasts.append(past)
-        return x_BTD, pasts
-
     def _scan(self, layer, x_BTD):
         cfg, P = self.cfg, len(self.cfg.pattern)
 
         def period(blocks, x_BTD, first):
             for j in range(P):
 
-                def run(block, x_BTD, number, j=j):
-                    return layer(block, x_BTD, j, None, number)[0]
+                def run(block, x_BTD, number):
+                    return layer(block, x_BTD, None, number)[0]
 
                 if cfg.remat != "none":  # the scan prevents the cse
                     run = nn.remat(run, policy=REMAT[cfg.remat], prevent_cse=False)
@@ -271,7 +253,7 @@ class GPT(nn.Module):
 
         scan = nn.scan(
             period,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, SUMS: 0},
             split_rngs={"params": True},
             length=cfg.n_periods,
         )
@@ -285,21 +267,94 @@ class Period(nn.Module):
     cfg: GPTConfig
 
     def setup(self):
-        for j in range(len(self.cfg.pattern)):
-            setattr(self, f"kind_{j}", Block(self.cfg))
+        for j, kind in enumerate(self.cfg.pattern):
+            setattr(self, f"kind_{j}", Block(self.cfg, kind))
 
 
-def init_cache(cfg: GPTConfig, batch: int, max_length: int, dtype) -> KVCache:
+# ---------------------------------------------------------------- applied to weights
+
+SUMS = "sums"  # the collection into which a layer may sow a loss of its own
+
+
+class Hidden(NamedTuple):
+    """What a model makes of tokens, before its head.
+
+    Attributes:
+      x_BTD: the normed residual stream.
+      cache: the cache with these tokens, None without one.
+      sums: what layers have sown, `self.sow("sums", name, value)`, added up by name: a
+        loss of their own, summed over the tokens as a loss is.
+    """
+
+    x_BTD: jax.Array
+    cache: Any
+    sums: dict[str, jax.Array]
+
+
+def hidden(
+    model: GPT,
+    params,
+    tokens_BT,
+    positions_BT=None,
+    segments_BT=None,
+    cache: Cache | None = None,
+    *,
+    causal: bool = True,
+    dropout: Dropout | None = None,
+) -> Hidden:
+    """Applies a model with its weights to tokens.
+
+    Args:
+      model: the model.
+      params: its weights.
+      tokens_BT: int token ids.
+      positions_BT: where each token stands; by default 0, 1, ... after what the cache
+        holds.
+      segments_BT: int; tokens see only tokens of their own segment (packing).
+      cache: what it remembers of earlier tokens. The new ones are written behind each
+        row's length_B, and length_B grows by T.
+      causal: whether a token sees only itself and what is before it.
+      dropout: rates and key, or None for none.
+
+    Raises:
+      ValueError: more tokens than context_length, or a cache together with segments,
+        causal=False or scan_layers.
+    """
+    found: Any = model.apply(
+        {"params": params},
+        tokens_BT,
+        positions_BT,
+        segments_BT,
+        cache,
+        causal=causal,
+        dropout=dropout,
+        method="features",
+        mutable=[SUMS],
+    )
+    (x_BTD, cache), sown = found
+    sums: dict[str, Any] = {}
+    for path, values in jax.tree_util.tree_leaves_with_path(sown.get(SUMS, {})):
+        name = path[-2].key  # the last is the place in the tuple that flax makes
+        sums[name] = sums.get(name, 0.0) + values.sum()
+    return Hidden(x_BTD, cache, sums)
+
+
+def logits(model: GPT, params, x) -> jax.Array:
+    """Returns float32 logits [..., V] of a residual stream, or of classes [..., C]."""
+    made: Any = model.apply({"params": params}, x, method="logits")
+    return made
+
+
+def init_cache(cfg: GPTConfig, batch: int, max_length: int, dtype) -> Cache:
     """Returns an empty cache of `batch` rows of up to `max_length` tokens."""
     if max_length > cfg.context_length:
         raise ValueError(
             f"a cache of {max_length} tokens is longer than context_length "
             f"{cfg.context_length}"
         )
-    shape = (batch, cfg.n_kv_heads, max_length, cfg.head_dim)
-    return KVCache(
-        keys=tuple(by_head(jnp.zeros(shape, dtype)) for _ in range(cfg.n_layers)),
-        values=tuple(by_head(jnp.zeros(shape, dtype)) for _ in range(cfg.n_layers)),
+    past = partial(Attention.empty, cfg, batch, max_length, dtype)
+    return Cache(
+        layers=tuple(past() for _ in range(cfg.n_layers)),
         length_B=jnp.zeros((batch,), jnp.int32),
     )
 
@@ -307,7 +362,7 @@ def init_cache(cfg: GPTConfig, batch: int, max_length: int, dtype) -> KVCache:
 # ---------------------------------------------------------------- weights
 
 
-@cache  # tracing a model takes a while, and many runs may share one
+@functools.cache  # tracing a model takes a while, and many runs may share one
 def declared(cfg: GPTConfig) -> dict[str, Weight]:
     """Returns what each weight of the model is, by path, in the layout of the config.
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gpt_jax.model import GPT, GPTConfig, KVCache, init_cache
+from gpt_jax.model import GPT, Cache, GPTConfig, Hidden, hidden, init_cache, logits
 from gpt_jax.pretrained import files, runner
 from gpt_jax.tokenizers import Tokenizer
 
@@ -70,24 +70,25 @@ def save(folder: Path, params: Mapping, cfg: GPTConfig, tokenizer: Tokenizer) ->
 def programs(cfg: GPTConfig, flat: Mapping) -> dict[str, tuple[Callable, tuple]]:
     """Returns each program's function and what it takes, as shapes."""
     model, names = GPT(cfg), list(flat)
+    dtype = jnp.dtype(cfg.dtype)
+    empty = jax.eval_shape(lambda: init_cache(cfg, 1, cfg.context_length, dtype))
 
-    def hidden(weights: list, tokens_BT, cache: KVCache) -> tuple[Any, Any, KVCache]:
+    def run(weights: list, tokens_BT, cache: Cache) -> tuple[Any, Hidden]:
         params = unflatten_dict(dict(zip(names, weights, strict=True)), sep="/")
-        found: Any = model.apply(
-            {"params": params}, tokens_BT, cache=cache, method="hidden"
-        )
-        return ({"params": params}, *found)
+        return params, hidden(model, params, tokens_BT, cache=cache)
 
     def prefill(weights, tokens_BT, length_B):
-        cache = init_cache(cfg, 1, cfg.context_length, jnp.dtype(cfg.dtype))
-        params, x_BTD, cache = hidden(weights, tokens_BT, cache)
-        last_BD = x_BTD[jnp.arange(1), length_B - 1]
-        cache = cache._replace(length_B=length_B)
-        return model.apply(params, last_BD, method="logits"), tuple(cache)
+        cache = init_cache(cfg, 1, cfg.context_length, dtype)
+        params, found = run(weights, tokens_BT, cache)
+        last_BD = found.x_BTD[jnp.arange(1), length_B - 1]
+        cache = found.cache._replace(length_B=length_B)
+        return logits(model, params, last_BD), jax.tree.leaves(cache)
 
     def decode(weights, token_BT, cache):
-        params, x_BTD, cache = hidden(weights, token_BT, KVCache(*cache))
-        return model.apply(params, x_BTD[:, 0], method="logits"), tuple(cache)
+        cache = jax.tree.unflatten(jax.tree.structure(empty), cache)
+        params, found = run(weights, token_BT, cache)
+        made = logits(model, params, found.x_BTD[:, 0])
+        return made, jax.tree.leaves(found.cache)
 
     shape = jax.ShapeDtypeStruct
     weights = [shape(x.shape, x.dtype) for x in flat.values()]
@@ -95,10 +96,7 @@ def programs(cfg: GPTConfig, flat: Mapping) -> dict[str, tuple[Callable, tuple]]
     limit = f"T <= {cfg.context_length}"
     tokens_BT = shape(jax.export.symbolic_shape("1, T", constraints=[limit]), jnp.int32)
     token_BT = shape((1, 1), jnp.int32)
-    cache = jax.eval_shape(
-        lambda: tuple(init_cache(cfg, 1, cfg.context_length, jnp.dtype(cfg.dtype)))
-    )
     return {
         "prefill": (prefill, (weights, tokens_BT, length_B)),
-        "decode": (decode, (weights, token_BT, cache)),
+        "decode": (decode, (weights, token_BT, jax.tree.leaves(empty))),
     }

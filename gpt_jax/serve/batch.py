@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gpt_jax.model import GPT, GPTConfig, KVCache, init_cache, insert
+from gpt_jax.model import GPT, Cache, GPTConfig, hidden, init_cache, insert, logits
+from gpt_jax.model import stretch as stretch_cache
 from gpt_jax.sample import Sampling, choose, rows_of
 
 TOP = 20  # alternatives told with a token; OpenAI's most, so shapes stay few
@@ -38,7 +39,7 @@ GREEDY = {
 class Batch(NamedTuple):
     """Rows on their way; every leaf has B in front."""
 
-    cache: KVCache  # holds every token but the newest
+    cache: Cache  # holds every token but the newest
     tokens_BS: jax.Array  # int32: the prompt, then what was chosen
     sampling: Sampling
     key_B: jax.Array
@@ -47,7 +48,7 @@ class Batch(NamedTuple):
     @property
     def reach(self) -> int:
         """How many tokens the caches hold."""
-        return self.cache.keys[0].shape[2]
+        return self.cache.reach
 
 
 class Entry(NamedTuple):
@@ -86,19 +87,10 @@ def resize(batch: Batch, row_B) -> Batch:
 
 def stretch(batch: Batch, reach: int) -> Batch:
     """Returns the rows with caches that hold `reach` tokens: more, or fewer."""
-    return batch._replace(cache=_reaching(batch.cache, reach))
+    return batch._replace(cache=stretch_cache(batch.cache, reach))
 
 
-def _reaching(cache: KVCache, reach: int) -> KVCache:
-    def cut(x_BGSK):
-        more = max(0, reach - x_BGSK.shape[2])
-        return jnp.pad(x_BGSK[:, :, :reach], ((0, 0), (0, 0), (0, more), (0, 0)))
-
-    keys, values, length_B = cache
-    return KVCache(tuple(map(cut, keys)), tuple(map(cut, values)), length_B)
-
-
-def prefill(params, row: KVCache, tokens_1T, start, count, *, model: GPT):
+def prefill(params, row: Cache, tokens_1T, start, count, *, model: GPT):
     """Runs the tokens `start` to `start + count` of a prompt.
 
     Args:
@@ -112,11 +104,10 @@ def prefill(params, row: KVCache, tokens_1T, start, count, *, model: GPT):
       logits [1, V] after the last of them; the cache, now with them; the last
       hidden states [T, D], from which `score` reads the prompt's probabilities.
     """
-    weights = {"params": params}
     row = row._replace(length_B=jnp.reshape(start, 1).astype(jnp.int32))
-    x_BTD, row = _hidden(model, weights, tokens_1T, row)
+    x_BTD, row, _ = hidden(model, params, tokens_1T, cache=row)
     last_1D = jax.lax.dynamic_slice_in_dim(x_BTD[0], count - 1, 1)
-    logits_1V = model.apply(weights, last_1D, method="logits")
+    logits_1V = logits(model, params, last_1D)
     length_B = jnp.reshape(start + count, 1).astype(jnp.int32)
     return logits_1V, row._replace(length_B=length_B), x_BTD[0]
 
@@ -132,8 +123,7 @@ def score(params, x_TD, next_T, *, model: GPT):
 
     def some(part):
         x_PD, next_P = part
-        logits_PV = model.apply({"params": params}, x_PD, method="logits")
-        return _told(logits_PV, next_P)
+        return _told(logits(model, params, x_PD), next_P)
 
     size = math.gcd(SCORED, len(next_T))
     parts = (x_TD.reshape(-1, size, x_TD.shape[1]), next_T.reshape(-1, size))
@@ -141,7 +131,7 @@ def score(params, x_TD, next_T, *, model: GPT):
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), told)
 
 
-def admit(batch: Batch, row: KVCache, logits_1V, entry: Entry, slot):
+def admit(batch: Batch, row: Cache, logits_1V, entry: Entry, slot):
     """Puts a row whose prompt has run into a slot and chooses its first token.
 
     Args:
@@ -163,7 +153,7 @@ def admit(batch: Batch, row: KVCache, logits_1V, entry: Entry, slot):
         return old_B.at[slot].set(new_1[0])
 
     batch = Batch(
-        cache=insert(batch.cache, _reaching(row, batch.reach), slot),
+        cache=insert(batch.cache, stretch_cache(row, batch.reach), slot),
         tokens_BS=batch.tokens_BS.at[slot].set(tokens_S),
         sampling=jax.tree.map(put, batch.sampling, sampling),
         key_B=put(batch.key_B, key_1),
@@ -174,12 +164,11 @@ def admit(batch: Batch, row: KVCache, logits_1V, entry: Entry, slot):
 
 def step(params, batch: Batch, running_B, *, model: GPT):
     """Gives one more token to the rows that run; returns the batch and Chosen."""
-    weights = {"params": params}
     rows, room = batch.tokens_BS.shape
     held_B = batch.cache.length_B
     newest_B = batch.tokens_BS[jnp.arange(rows), jnp.minimum(held_B, room - 1)]
-    x_BTD, cache = _hidden(model, weights, newest_B[:, None], batch.cache)
-    logits_BV = model.apply(weights, x_BTD[:, 0], method="logits")
+    x_BTD, cache, _ = hidden(model, params, newest_B[:, None], cache=batch.cache)
+    logits_BV = logits(model, params, x_BTD[:, 0])
     length_B = held_B + 1
     idle = rows_of([GREEDY])
     sampling = jax.tree.map(partial(jnp.where, running_B), batch.sampling, idle)
@@ -193,11 +182,6 @@ def step(params, batch: Batch, running_B, *, model: GPT):
     )
     cache = cache._replace(length_B=jnp.where(running_B, length_B, held_B))
     return batch._replace(cache=cache, tokens_BS=tokens_BS), chosen
-
-
-def _hidden(model: GPT, weights, tokens_BT, cache: KVCache) -> tuple[Any, KVCache]:
-    result: Any = model.apply(weights, tokens_BT, cache=cache, method="hidden")
-    return result
 
 
 def _choose(logits_BV, tokens_BS, length_B, sampling, key_B, wants_B) -> Chosen:

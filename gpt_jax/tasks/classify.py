@@ -9,10 +9,10 @@ import numpy as np
 
 from gpt_jax import classify, losses, prepare, tables, tokenizers
 from gpt_jax.classify import POOLS
-from gpt_jax.model import GPT
+from gpt_jax.model import GPT, logits
 from gpt_jax.runs import Classes
 from gpt_jax.tasks import lm
-from gpt_jax.tasks.task import Task, dropout_of
+from gpt_jax.tasks.task import Task, dropout_of, with_own
 
 HEAD, LM_HEAD = "^classifier/", "^head/"
 
@@ -122,7 +122,7 @@ def make_loss(model: GPT, *, pool: str, causal: bool, dropout: Collection[str]):
     def loss(weights, frozen, batch, key, hyper):
         del frozen  # nothing but the weights decides this loss
         training = key is not None
-        logits_BC = classify.logits(
+        x_BD, own = classify.features(
             weights,
             batch["tokens"],
             batch["length"],
@@ -131,13 +131,14 @@ def make_loss(model: GPT, *, pool: str, causal: bool, dropout: Collection[str]):
             causal=causal,
             dropout=dropout_of(key, hyper, dropout),
         )
-        return losses.classification(
-            logits_BC,
+        sums = losses.classification(
+            logits(model, weights, x_BD),
             batch["label"],
             batch["mask"],
             label_smoothing=hyper.label_smoothing if training else 0.0,
             z_loss=hyper.z_loss if training else 0.0,
         )
+        return with_own(sums, own) if training else sums
 
     return loss
 

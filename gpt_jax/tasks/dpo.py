@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from gpt_jax import adapters, chat, data, instructions, losses, prepare
-from gpt_jax.model import GPT
+from gpt_jax.model import GPT, hidden, logits
 from gpt_jax.tasks import lm, sft
-from gpt_jax.tasks.task import Task, dropout_of
+from gpt_jax.tasks.task import Task, dropout_of, with_own
 
 LOGPS = ("sum", "mean")
 WITHOUT_REFERENCE = ("orpo",)
@@ -160,32 +160,27 @@ def make_loss(
     """
     lm.check_chunk(loss_chunk)
 
-    def logps(weights, batch, rates) -> jax.Array:  # [B, P] of batch arrays [B, P, T]
+    def logps(weights, batch, rates):  # [B, P] of batch arrays [B, P, T]; own losses
         rows = {name: x.reshape(-1, x.shape[-1]) for name, x in batch.items()}
-        hidden: Any = model.apply(
-            {"params": weights}, rows["tokens"], dropout=rates, method="hidden"
-        )
-
-        def head(x_BTD) -> Any:
-            return model.apply({"params": weights}, x_BTD, method="logits")
-
+        found = hidden(model, weights, rows["tokens"], dropout=rates)
         logp_R = losses.sequence_logp(
-            head,
-            hidden[0],
+            partial(logits, model, weights),
+            found.x_BTD,
             rows["targets"],
             rows["mask"],
             chunk=loss_chunk or lm.fitting_chunk(rows["tokens"], model.cfg),
         )
-        return logp_R.reshape(-1, 2)
+        return logp_R.reshape(-1, 2), found.sums
 
     def loss(weights, frozen, batch, key, hyper):
         training = key is not None
         reference_BP = None
         if variant not in WITHOUT_REFERENCE:
             start = jax.lax.stop_gradient(adapters.reference(frozen))
-            reference_BP = logps(start, batch, None)
-        return losses.preference(
-            logps(weights, batch, dropout_of(key, hyper, dropout)),
+            reference_BP, _ = logps(start, batch, None)
+        logp_BP, own = logps(weights, batch, dropout_of(key, hyper, dropout))
+        sums = losses.preference(
+            logp_BP,
             reference_BP,
             batch["mask"].sum(-1),
             variant=variant,
@@ -193,6 +188,7 @@ def make_loss(
             beta=beta,
             label_smoothing=hyper.label_smoothing if training else 0.0,
         )
+        return with_own(sums, own) if training else sums
 
     return loss
 

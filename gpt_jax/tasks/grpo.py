@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from gpt_jax import adapters, losses
+from gpt_jax.model import hidden, logits
 from gpt_jax.tasks import answers
 from gpt_jax.tasks.answers import Parts
-from gpt_jax.tasks.task import Task
+from gpt_jax.tasks.task import Task, with_own
 
 SPREAD_FLOOR = 1e-4  # added to a group's standard deviation, as by most libraries
 
@@ -227,11 +228,11 @@ def make_loss(common: Parts, options: Options):
         del hyper
         if key is None:
             return common.exact_match(weights, batch)
-        logp_RT = logp(common, options, weights, batch)
+        logp_RT, own = logp(common, options, weights, batch)
         reference_RT = None
         if options.kl:
             start = jax.lax.stop_gradient(adapters.reference(frozen))
-            reference_RT = logp(common, options, start, batch)
+            reference_RT, _ = logp(common, options, start, batch)
         sums = losses.policy(
             logp_RT,
             batch.get("old", logp_RT),
@@ -241,15 +242,18 @@ def make_loss(common: Parts, options: Options):
             clip=options.clip,
             kl=options.kl,
         )
-        return {**sums, **{name: batch[name].sum() for name in REPORTED}}
+        sums = {**sums, **{name: batch[name].sum() for name in REPORTED}}
+        return with_own(sums, own)
 
     return loss
 
 
 def logp(common: Parts, options: Options, weights, batch):
-    """Returns [R, T] log-probabilities of the answers' tokens, 0 elsewhere."""
-    logits_RTV: Any
-    logits_RTV, _ = common.model.apply({"params": weights}, batch["tokens"])
-    return losses.token_logp(
-        logits_RTV / options.temperature, batch["targets"], batch["weight"]
-    )
+    """Returns [R, T] log-probabilities of the answers' tokens, 0 elsewhere.
+
+    And the model's own losses.
+    """
+    found = hidden(common.model, weights, batch["tokens"])
+    logits_RTV = logits(common.model, weights, found.x_BTD) / options.temperature
+    logp_RT = losses.token_logp(logits_RTV, batch["targets"], batch["weight"])
+    return logp_RT, found.sums

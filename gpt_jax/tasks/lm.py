@@ -1,14 +1,15 @@
 """Language modelling: predict the next token of running text."""
 
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 
 from gpt_jax import data, losses
-from gpt_jax.model import GPT, GPTConfig
+from gpt_jax.model import GPT, GPTConfig, hidden, logits
 from gpt_jax.prepare import prepare
-from gpt_jax.tasks.task import Task, dropout_of
+from gpt_jax.tasks.task import Task, dropout_of, with_own
 
 # Float32 logits of a micro-batch, over all devices, that exist at once when the config
 # does not say how many positions do. With their gradient they take three times that.
@@ -119,21 +120,17 @@ def make_loss(model: GPT, token_bytes_V, *, loss_chunk: int, dropout: Collection
     def loss(weights, frozen, batch, key, hyper):
         del frozen  # nothing but the weights decides this loss
         training = key is not None
-        hidden: Any = model.apply(
-            {"params": weights},
+        found = hidden(
+            model,
+            weights,
             batch["tokens"],
             batch.get("positions"),
             batch.get("segments"),
             dropout=dropout_of(key, hyper, dropout),
-            method="hidden",
         )
-
-        def head(x_BTD) -> Any:
-            return model.apply({"params": weights}, x_BTD, method="logits")
-
         sums = losses.next_token_in_chunks(
-            head,
-            hidden[0],
+            partial(logits, model, weights),
+            found.x_BTD,
             batch["targets"],
             batch["mask"],
             chunk=loss_chunk or fitting_chunk(batch["tokens"], model.cfg),
@@ -141,7 +138,7 @@ def make_loss(model: GPT, token_bytes_V, *, loss_chunk: int, dropout: Collection
             z_loss=hyper.z_loss if training else 0.0,
         )
         if training:
-            return sums
+            return with_own(sums, found.sums)
         bytes_BT = jnp.asarray(token_bytes_V, jnp.float32)[batch["targets"]]
         return {**sums, "bytes": (bytes_BT * batch["mask"]).sum()}
 

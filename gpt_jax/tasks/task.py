@@ -29,6 +29,16 @@ def dropout_of(key: Any, hyper: Any, on: Collection[str]) -> Dropout | None:
     return Dropout(key, *(getattr(hyper, n) if n in on else None for n in DROPOUTS))
 
 
+def with_own(sums: Sums, own: Mapping[str, Any]) -> Sums:
+    """Returns the sums of a training pass with a model's own losses in the loss.
+
+    Args:
+      sums: of the task.
+      own: `model.Hidden.sums`: what layers have sown.
+    """
+    return {**sums, **own, "loss": sums["loss"] + sum(own.values())} if own else sums
+
+
 class Task(NamedTuple):
     """A model, its examples and a loss.
 
