@@ -370,12 +370,12 @@ def test_rows_of_different_length_do_not_disturb_each_other(name):
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma"])
 def test_kernels_transposed_for_one_row_give_the_same_logits(name):
-    _, params, run = family(name)
-    turned = model.for_one_row(params, model.declared(cfg))
+    c, params, run = family(name)
+    turned = model.for_one_row(params, model.declared(c))
     paths = flatten_dict(turned, sep="/")
     assert not [path for path in paths if path.endswith("kernel")]
     np.testing.assert_allclose(run(turned, TOKENS), run(params, TOKENS), atol=5e-5)
-    again = model.for_one_row(turned, model.declared(cfg))
+    again = model.for_one_row(turned, model.declared(c))
     assert jax.tree.all(jax.tree.map(lambda a, b: a is b, turned, again))
 
 
@@ -712,7 +712,7 @@ def test_the_cache_of_32k_tokens_takes_the_known_memory(kv_heads, gigabytes):
     config = cfg(**shape, context_length=32_768, position="rope")
     make = partial(model.init_cache, config, 1, 32_768, jnp.bfloat16)
     made = jax.eval_shape(make)
-    held = sum(x.size * x.dtype.itemsize for x in (*made.keys, *made.values))
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(made.layers))
     assert round(held / 1e9, 2) == gigabytes
 
 
@@ -736,8 +736,8 @@ def test_what_layers_sow_is_added_up_and_part_of_the_training_loss(
     c = cfg(scan_layers=scan, remat=remat, n_layers=3)
     params = model.init(c, jax.random.key(1))
     found = jit(lambda p: model.hidden(GPT(c), p, TOKENS))(params)
-    # A normed vector has mean square 1, at every token and layer.
-    assert float(found.sums["balance"]) == pytest.approx(3 * TOKENS.size, rel=1e-3)
+    # A normed vector has mean square 1 (less, by norm_eps, where it was short).
+    assert float(found.sums["balance"]) == pytest.approx(3 * TOKENS.size, rel=0.03)
 
     loss = lm.make_loss(GPT(c), np.ones(61), loss_chunk=0, dropout=())
     batch = {"tokens": TOKENS, "targets": TOKENS, "mask": np.ones(TOKENS.shape)}

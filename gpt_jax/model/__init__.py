@@ -150,13 +150,18 @@ class GPT(nn.Module):
 
     def embed(self, tokens_BT, positions_BT=None, *, dropout: Dropout | None = None):
         """Returns the residual stream [B, T, D] before the first layer."""
-        cfg = self.cfg
+        cfg, T = self.cfg, tokens_BT.shape[1]
+        if T > cfg.context_length:
+            raise ValueError(
+                f"{T} tokens are more than context_length {cfg.context_length}; "
+                "pass fewer or build the model with a longer context"
+            )
         x_BTD = self.table(tokens_BT)
         if cfg.embed_scale != 1.0:
             x_BTD = x_BTD * jnp.asarray(cfg.embed_scale, x_BTD.dtype)
         if cfg.position == "learned":
             if positions_BT is None:
-                x_BTD = x_BTD + self.positions(slice(0, tokens_BT.shape[1]))
+                x_BTD = x_BTD + self.positions(slice(0, T))
             else:
                 x_BTD = x_BTD + self.positions(positions_BT)
         if cfg.embed_norm:
@@ -178,7 +183,12 @@ class GPT(nn.Module):
     ):
         """Returns the stream after all layers and the last norm, and the cache."""
         cfg, T = self.cfg, x_BTD.shape[1]
-        self._check(T, segments_BT, cache, causal)
+        if cache is not None and cfg.scan_layers:
+            raise ValueError(
+                "a cache needs scan_layers=False: unstack the weights first"
+            )
+        if cache is not None and (segments_BT is not None or not causal):
+            raise ValueError("a cache works with causal=True and without segments")
         query_BT = None
         if cache is not None:
             query_BT = cache.length_B[:, None] + jnp.arange(T)
@@ -219,22 +229,6 @@ class GPT(nn.Module):
         if cfg.logit_softcap:
             y = cfg.logit_softcap * jnp.tanh(y / cfg.logit_softcap)
         return y
-
-    def _check(self, length, segments_BT, cache, causal):
-        cfg = self.cfg
-        if length > cfg.context_length:
-            raise ValueError(
-                f"{length} tokens are more than context_length {cfg.context_length}; "
-                "pass fewer or build the model with a longer context"
-            )
-        if cache is None:
-            return
-        if cfg.scan_layers:
-            raise ValueError(
-                "a cache needs scan_layers=False: unstack the weights first"
-            )
-        if segments_BT is not None or not causal:
-            raise ValueError("a cache works with causal=True and without segments")
 
     def _scan(self, layer, x_BTD):
         cfg, P = self.cfg, len(self.cfg.pattern)
