@@ -185,7 +185,7 @@ def make_rollout(common: Parts, options: Options):
             **judge(*answers.right(rows, tokens_RS, length_R), options),
         }
         if options.updates > 1:
-            answered["old"] = logp(common, options, weights, answered)
+            answered["old"], _ = logp(common, options, weights, answered)
         return jax.tree.map(lambda x: x.reshape(A, B * G, *x.shape[1:]), answered)
 
     return rollout
