@@ -295,7 +295,7 @@ def roll(parts, weights, numbers, devices):
     task = grpo_task(parts)
     strategy = sharding.make(
         len(numbers) // 2,
-        {},
+        model.declared(parts.model.cfg),
         **{"strategy": "mesh", "data": devices, "fsdp": 1, "tensor": 1},
         cpu_devices=0,
     )
@@ -385,7 +385,7 @@ def test_answers_are_drawn_with_the_probabilities_that_the_loss_gives_them(
     assert abs(found - 1 / 68).sum() > 0.3  # else everything would pass
     alike = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
     alike["weight"] = jnp.arange(1, tokens.shape[1])[None] == first
-    logp = tiny.jit(partial(grpo.logp, parts, DRAWN))(weights, alike)
+    logp, _ = tiny.jit(partial(grpo.logp, parts, DRAWN))(weights, alike)
     got = np.exp(np.asarray(logp)[:, first - 1])
     np.testing.assert_allclose(got, wanted[np.asarray(tokens)[:, first]], rtol=1e-3)
 
