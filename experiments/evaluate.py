@@ -122,15 +122,16 @@ def main(_: list[str]) -> None:
         names = ", ".join(f"--{flag.name}" for flag, _ in kinds)
         raise ValueError(f"give one of {names} (see --help)")
 
-    from gpt_jax.evaluate import rows
+    from gpt_jax import files, screen
 
     heads, lines, details = given[0]()
-    table = rows.table(heads, lines)
-    print(table)
-    if OUT.value or ROWS.value:
-        rows.save(_out() / "scores.md", table + "\n")
-        rows.write(_out() / "scores.json", details)
-        print(f"\n  kept in   {_out()}/scores.md and scores.json")
+    table = screen.table(heads, lines)
+    kept = ""
+    if OUT.value or ROWS.value:  # before it is shown, which may fail
+        files.write(_out() / "scores.md", table + "\n")
+        files.write_json(_out() / "scores.json", details)
+        kept = f"\n\n  kept in   {_out()}/scores.md and scores.json"
+    print(f"{table}{kept}")
 
 
 def _out() -> Path:
@@ -161,8 +162,8 @@ def _name(folder: str) -> str:
 
 def _text():
     """Returns the table's head and lines, and all numbers by run."""
-    from gpt_jax import corpora
-    from gpt_jax.evaluate import likelihood, rows, text
+    from gpt_jax import corpora, screen
+    from gpt_jax.evaluate import likelihood, text
 
     found = {}
     for name, run in _opened():
@@ -173,7 +174,7 @@ def _text():
             corpus = corpora.open(TEXT.value, field=FIELD.value, cache=CACHE.value)
             texts = text.documents(corpus, run.tokenizer)
         length = WINDOW.value or run.model.cfg.context_length
-        with rows.progress(f"{name}: windows", None) as show:
+        with screen.counted(f"{name}: windows", None) as show:
             found[name] = text.evaluate(
                 scorer,
                 texts,
@@ -226,8 +227,8 @@ def _validation(run):
 
 def _rows():
     """Answers the rows with every run, and scores the answers."""
-    from gpt_jax import chat, instructions
-    from gpt_jax.evaluate import answers, compare, rows
+    from gpt_jax import chat, instructions, screen
+    from gpt_jax.evaluate import answers, compare
 
     judge = _judge() if JUDGE.value else None
     test = instructions.read_file(ROWS.value)
@@ -243,7 +244,7 @@ def _rows():
             context=run.model.cfg.context_length,
             skip=SKIP_BAD_ROWS.value,
         )
-        with rows.progress(f"{name}: answers", len(asked)) as show:
+        with screen.counted(f"{name}: answers", len(asked)) as show:
             said = answers.answer(
                 run,
                 asked,
@@ -302,9 +303,10 @@ def _judge():
 
 def _judged(who, name: str, said: list[dict]):
     """Returns the judge's mean with its interval, and the numbers; None for prose."""
-    from gpt_jax.evaluate import judge, rows, scores
+    from gpt_jax import screen
+    from gpt_jax.evaluate import judge, scores
 
-    with rows.progress(f"{name}: judged", len(said)) as show:
+    with screen.counted(f"{name}: judged", len(said)) as show:
         verdicts = judge.verdicts(who, said, show=show)
     prose = [verdict for verdict in verdicts if verdict.score is None]
     if prose and JUDGE_PROSE.value == "refuse":
@@ -325,8 +327,8 @@ def _judged(who, name: str, said: list[dict]):
 
 def _choices():
     """Picks a choice for every question, with every run."""
-    from gpt_jax import instructions
-    from gpt_jax.evaluate import choices, compare, likelihood, rows
+    from gpt_jax import instructions, screen
+    from gpt_jax.evaluate import choices, compare, likelihood
 
     questions = []
     for number, row in enumerate(instructions.read_file(CHOICES.value), start=1):
@@ -339,7 +341,7 @@ def _choices():
     found = {}
     for name, run in _opened():
         scorer = likelihood.scorer(run.model, run.params)
-        with rows.progress(f"{name}: choices", total) as show:
+        with screen.counted(f"{name}: choices", total) as show:
             picks = choices.pick(scorer, run.tokenizer, questions, show=show)
         found[name] = choices.summary(questions, picks, seed=SEED.value)
         found[name]["picks"] = [pick._asdict() for pick in picks]
@@ -359,8 +361,8 @@ def _choices():
 
 def _copied():
     """Samples texts from every run and finds what of them stands in the original."""
-    from gpt_jax import corpora, sample
-    from gpt_jax.evaluate import copied, rows
+    from gpt_jax import corpora, sample, screen
+    from gpt_jax.evaluate import copied
 
     original = corpora.open(COPIED_FROM.value, field=FIELD.value, cache=CACHE.value)
     least = sorted(LEAST.value)
@@ -379,7 +381,7 @@ def _copied():
             **_settings(0.8),
         )
         texts = [completion.text for completion in completions]
-        with rows.progress(f"{name}: documents", None) as show:
+        with screen.counted(f"{name}: documents", None) as show:
             documents = _counted(original.documents(), show)
             matches = copied.find(texts, documents, least=least[0])
         found[name] = copied.summary(matches, least)

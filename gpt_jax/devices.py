@@ -29,9 +29,9 @@ class Accelerator(NamedTuple):
 # halved for v2 and v3, whose chips JAX shows as two devices).
 ACCELERATORS = {
     "b200": Accelerator("gpu", r"b200", 2250e12, 180, 8.0e12),  # HGX B200, of 8
+    "gh200": Accelerator("gpu", r"gh200", 989.5e12, 96, 4.0e12),
     "h200-nvl": Accelerator("gpu", r"h200 nvl", 835.5e12, 141, 4.8e12),
     "h200": Accelerator("gpu", r"h200", 989.5e12, 141, 4.8e12),
-    "gh200": Accelerator("gpu", r"gh200", 989.5e12, 96, 4.0e12),
     "h100-nvl": Accelerator("gpu", r"h100 nvl", 835.5e12, 94, 3.9e12),
     "h100-pcie": Accelerator("gpu", r"h100 pcie", 756e12, 80, 2.0e12),
     "h100": Accelerator("gpu", r"h100", 989.5e12, 80, 3.35e12),  # SXM

@@ -76,6 +76,11 @@ def write(path: str | Path, content: str | bytes) -> None:
         part.write_bytes(data)
 
 
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes a value as JSON, whole or not at all; letters stay as they are."""
+    write(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
 @contextlib.contextmanager
 def draft(path: str | Path) -> Iterator[Path]:
     """Gives a path to write to, which then becomes `path`, or is removed on an error.
@@ -379,7 +384,7 @@ def free_memory() -> int:
 
 def peak_memory() -> int:
     """Returns the most bytes of memory that this process has held."""
-    found = psutil.Process().memory_info()
+    found: Any = psutil.Process().memory_info()
     if hasattr(found, "peak_wset"):  # Windows
         return found.peak_wset
     status = Path("/proc/self/status")

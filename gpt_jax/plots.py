@@ -1,14 +1,13 @@
 """Pictures of a run, as PNG files."""
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gpt_jax import metrics
+from gpt_jax import files, metrics
 
 TRAIN, BEST = "#4C72B0", "#C44E52"
 MANY = 100  # points from which on the training loss is also drawn smoothed
@@ -162,9 +161,8 @@ def _quiet(axes) -> None:
 
 def _save(figure, path: Path) -> Path:
     """Writes a figure whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    figure.savefig(part, format="png")
-    os.replace(part, path)
+    with files.draft(path) as part:
+        figure.savefig(part, format="png")
     return path
 
 

@@ -185,7 +185,12 @@ class Area:
             self._output = _Output()
         elif self._console.is_terminal:
             self._live = Live(
-                console=self._console, transient=transient, refresh_per_second=4
+                console=self._console,
+                transient=transient,
+                refresh_per_second=4,
+                # Others' lines appear above, but what goes to a file stays there.
+                redirect_stdout=out().isatty(),
+                redirect_stderr=err().isatty(),
             )
             self._live.start()
             _on_terminals.append(self)
@@ -255,7 +260,8 @@ class Progress:
         """
         self._what, self._total, self._unit = what, total, unit
         self._done = self._first = start
-        self._began: float | None = None  # the first update
+        self._made = time.monotonic()
+        self._began: float | None = None  # a run's with its first update: it compiled
         self._area = Area(stream or story(), transient=transient)
         self._transient = transient
 
@@ -274,8 +280,7 @@ class Progress:
 
     def advance(self, more: float) -> None:
         """Shows that so much more is done."""
-        if self._began is None:
-            self._began = time.monotonic()
+        self._began = self._began or self._made
         self.update(self._done + more)
 
     def print(self, text: str) -> None:
@@ -293,23 +298,25 @@ class Progress:
 
     def _left(self, now: float) -> str:
         done, began = self._done - self._first, self._began
-        if not self._total or began is None or done <= 0 or self._done >= self._total:
+        if not self._total or not 0 < done < self._total - self._first:
+            return ""
+        if began is None or now <= began:
             return ""
         return f"{clock((now - began) / done * (self._total - self._done))} left"
 
     def _drawn(self, head: str, texts: list[str]) -> Any:
         from rich.progress_bar import ProgressBar
         from rich.table import Table
+        from rich.text import Text
 
-        row = [head, *filter(None, texts)]
-        room = self._area.width - sum(map(len, row)) - 2 * len(row)
-        if self._total and room >= 5:
-            bar = ProgressBar(self._total, self._done, width=min(BAR, room))
-            row.insert(1, bar)  # type: ignore[arg-type]
+        after = "  ".join(filter(None, texts))
+        room = self._area.width - len(head) - len(after) - 4
+        if not self._total or room < 5:
+            line = f"{head}  {after}".rstrip()
+            return Text(line, no_wrap=True, overflow="ellipsis")
         grid = Table.grid(padding=(0, 2, 0, 0))
-        for _ in row:
-            grid.add_column(no_wrap=True)
-        grid.add_row(*row)
+        bar = ProgressBar(self._total, self._done, width=min(BAR, room))
+        grid.add_row(Text(head), bar, Text(after))
         return grid
 
 
@@ -404,6 +411,8 @@ def _in_notebook() -> bool:
 
 
 def _described(numbers: dict[str, Any]) -> str:
+    if "train_reward" in numbers:  # the loss beside it is near 0, whatever is learnt
+        numbers = {**numbers, "train_loss": None}
     known = [(text, numbers.get(name)) for name, text in NUMBERS.items()]
     return "  ".join(text.format(value) for text, value in known if value is not None)
 

@@ -27,7 +27,9 @@ from gpt_jax import (
     adapters,
     checkpoint,
     data,
+    devices,
     evaluate,
+    files,
     metrics,
     model,
     optimizer,
@@ -38,6 +40,7 @@ from gpt_jax import (
     programs,
     runs,
     sample,
+    screen,
     sharding,
     signals,
     tasks,
@@ -101,8 +104,8 @@ class Job(NamedTuple):
     join: Callable
     saves: checkpoint.Checkpoints
     frozen: str  # the digest of what the run stores once, "" for nothing
-    writer: metrics.Writer | metrics.Silence
-    bar: metrics.Progress | metrics.Silence
+    writer: metrics.Writer | screen.Silence
+    bar: screen.Progress | screen.Silence
     rate: metrics.Throughput
     stop: signals.Stop
 
@@ -324,7 +327,7 @@ def open_run(
         processes.in_turn(create_or_check)
         frozen = saves.save_frozen(state.frozen) if state.frozen else ""
     runs.keep_test(workdir, task.test)
-    writer = bar = metrics.Silence()
+    writer = bar = screen.Silence()
     if processes.index() == 0:
         writer = metrics.Writer(
             workdir,
@@ -335,7 +338,8 @@ def open_run(
         )
         stack.callback(writer.close)
     if not quiet:
-        bar = metrics.Progress(total=last_step(config, task), start=int(state.step))
+        total = last_step(config, task)
+        bar = screen.Progress("step", total=total, start=int(state.step))
         stack.callback(bar.close)
 
     def compiled(text: str) -> None:
@@ -629,7 +633,7 @@ def throughput(task: tasks.Task, strategy: sharding.Strategy) -> metrics.Through
             head_dim=cfg.head_dim,
             seq_len=task.tokens,
         ),
-        peak_flops=metrics.peak_flops(jax.devices()[0].device_kind),
+        peak_flops=devices.peak_flops(jax.devices()[0].device_kind),
         devices=strategy.mesh.size,
     )
 
@@ -793,8 +797,8 @@ def give_up(job: Job, worst: int, step: int) -> FloatingPointError:
     kept: dict[str, Any] = {**next(batches), "steps": steps, "examples": np.array(ids)}
     batches.close()
     if processes.index() == 0:  # its share of the batch
-        with save_errors(job):
-            np.savez(path, **kept)
+        with save_errors(job), files.draft(path) as part, part.open("wb") as file:
+            np.savez(file, **kept)
     shown = ", ".join(map(str, ids[-1][:8])) + ", ..." * (size > 8)
     spikes = " or spikes" if job.config.spike_window else ""
     return FloatingPointError(

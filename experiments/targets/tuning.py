@@ -54,12 +54,12 @@ def instructions(place: Place) -> Found:
 
 def answers(place: Place) -> Found:
     """Returns scores of base and tuned model on the test rows, and how they end."""
+    from gpt_jax import files
     from gpt_jax import instructions as reader
-    from gpt_jax.evaluate import rows
 
     test = reader.read_file(place.file("instruction-data.json"))
     train(place, "sft", _config("sft", _base(place)))
-    rows.write(place.out / "test.json", test[TRAINED_ON : TRAINED_ON + TESTED_ON])
+    files.write_json(place.out / "test.json", test[TRAINED_ON : TRAINED_ON + TESTED_ON])
     scored = place.out / "answers"
     command = [sys.executable, "-m", "experiments.evaluate", "--template=alpaca"]
     command += [f"--run={_base(place)}", f"--run={place.out / 'sft'}"]

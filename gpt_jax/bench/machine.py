@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_jax.bench.worker import Side, Worker, timed, versions
+from gpt_jax.files import cores
 
 
 def measure(*, matmul: int, copy_mb: int, tries: int):
@@ -37,13 +38,6 @@ def measure(*, matmul: int, copy_mb: int, tries: int):
         "versions": versions(),
     }
     return lambda: {"value": facts["gflops"]}, facts
-
-
-def cores() -> int:
-    """Returns how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def cpu_name() -> str:

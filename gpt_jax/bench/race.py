@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from gpt_jax.bench.machine import cores
 from gpt_jax.bench.worker import Failed, Side, Worker, require
+from gpt_jax.files import cores
 
 Go = Callable[[], dict[str, Any]]
 LOOK_SECONDS = 0.02  # between two looks at a record

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from gpt_jax import evaluate, metrics, runs, sharding, train
+from gpt_jax import evaluate, runs, screen, sharding, train
 from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.population import program
 from gpt_jax.population.shared import Shared
@@ -64,7 +64,7 @@ class Wave(NamedTuple):
     state: TrainState
     inputs: tuple
     batches: dict[int, Any]
-    bar: metrics.Progress
+    bar: screen.Progress
     pending: list
     pace: float
 
@@ -106,7 +106,7 @@ def open_wave(
     """Opens the run folders of these trials and places them on the devices."""
     opened = open_runs(shared, trials, stack)
     step, now = int(opened[0][1].step), time.monotonic()
-    bar = metrics.Progress(total=shared.end, start=step)
+    bar = screen.Progress("step", total=shared.end, start=step)
     stack.callback(bar.close)
     members = [
         Member(trial, slot, job, totals, began=now - totals.seconds, loss=None)
