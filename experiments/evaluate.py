@@ -31,8 +31,8 @@ from absl import flags
 
 from experiments import door
 
-RUN = flags.DEFINE_multi_string("run", [], "Run folder; repeatable.")
-OUT = flags.DEFINE_string(
+RUN = door.define_multi_path("run", "Run folder; repeatable.")
+OUT = door.define_path(
     "out", "", "Folder to write to; --rows needs one (default: runs/evaluate)."
 )
 STEP = flags.DEFINE_string(
@@ -43,13 +43,13 @@ WEIGHTS = flags.DEFINE_enum(
 )
 SEED = flags.DEFINE_integer("seed", 1337, "Of sampling and of the intervals.")
 
-TEXT = flags.DEFINE_string("text", "", "A file, a corpus, or val.")
+TEXT = door.define_path("text", "", "A file, a corpus, or val.")
 FIELD = flags.DEFINE_string("field", "text", "The field of a .jsonl row with the text.")
 CACHE = flags.DEFINE_string("cache", "~/.cache/gpt_jax", "Where downloads are kept.")
 WINDOW = flags.DEFINE_integer("window", 0, "Tokens read at once; 0 = the context.")
 STRIDE = flags.DEFINE_integer("stride", 0, "Tokens a window scores; 0 = all of it.")
 
-ROWS = flags.DEFINE_string("rows", "", "Test file whose rows are answered.")
+ROWS = door.define_path("rows", "", "Test file whose rows are answered.")
 TEMPLATE = flags.DEFINE_string(
     "template", "", "How rows are written: a template's name; empty = the run's own."
 )
@@ -64,7 +64,7 @@ TEMPERATURE = flags.DEFINE_float(
 
 JUDGE = flags.DEFINE_string("judge", "", "Endpoint that judges, up to and with /v1.")
 JUDGE_MODEL = flags.DEFINE_string("judge_model", "llama3", "Its name there.")
-JUDGE_PROMPT = flags.DEFINE_string(
+JUDGE_PROMPT = door.define_path(
     "judge_prompt", "", "File with {question}, {reference}, {answer}; empty = ours."
 )
 JUDGE_KEY_ENV = flags.DEFINE_string(
@@ -79,9 +79,9 @@ JUDGE_PROSE = flags.DEFINE_enum(
     "judge_prose", "count", ["count", "refuse"], "When the judge gives no number."
 )
 
-CHOICES = flags.DEFINE_string("choices", "", "JSONL file of multiple-choice questions.")
+CHOICES = door.define_path("choices", "", "JSONL file of multiple-choice questions.")
 
-COPIED_FROM = flags.DEFINE_string("copied_from", "", "A file or corpus: the original.")
+COPIED_FROM = door.define_path("copied_from", "", "A file or corpus: the original.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Begins the sampled texts.")
 COUNT = flags.DEFINE_integer("count", 20, "Sampled texts for each prompt.")
 LEAST = flags.DEFINE_multi_integer(
@@ -89,7 +89,7 @@ LEAST = flags.DEFINE_multi_integer(
 )
 
 LM_EVAL = flags.DEFINE_list("lm_eval", [], "Tasks of the harness, with commas.")
-LM_EVAL_TASKS = flags.DEFINE_string("lm_eval_tasks", "", "Folder of your own tasks.")
+LM_EVAL_TASKS = door.define_path("lm_eval_tasks", "", "Folder of your own tasks.")
 
 PROMPT_OF_THE_JUDGE = """\
 You grade an answer to an instruction, on a scale from 0 to 100, where 100 is best.
@@ -422,4 +422,4 @@ def _harness():
 
 
 if __name__ == "__main__":
-    door.run(main, __doc__)
+    door.run(main, __doc__, product=True)

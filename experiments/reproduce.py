@@ -23,11 +23,11 @@ from absl import flags
 from experiments import door
 
 FAST = flags.DEFINE_bool("fast", False, "Only what takes seconds.")
-DATA = flags.DEFINE_string("data", "", "Folder of texts.")
-OUT = flags.DEFINE_string("out", "runs/reproduce", "Folder of the runs.")
-BASE = flags.DEFINE_string("base", "", "Run to fine-tune; empty = one is trained.")
+DATA = door.define_path("data", "", "Folder of texts.")
+OUT = door.define_path("out", "runs/reproduce", "Folder of the runs.")
+BASE = door.define_path("base", "", "Run to fine-tune; empty = one is trained.")
 ROWS = flags.DEFINE_list("rows", [], "Only rows that hold one of these words.")
-PAGE = flags.DEFINE_string("page", "", "Markdown file to write the table to.")
+PAGE = door.define_path("page", "", "Markdown file to write the table to.")
 
 PAGE_HEAD = """\
 # Results

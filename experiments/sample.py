@@ -22,9 +22,9 @@ from absl import flags
 
 from experiments import door
 
-RUN = flags.DEFINE_string("run", "", "Run folder.")
+RUN = door.define_path("run", "", "Run folder.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; repeatable.")
-PROMPT_FILE = flags.DEFINE_string(
+PROMPT_FILE = door.define_path(
     "prompt_file", "", "File whose text, less a last newline, is a prompt; - is stdin."
 )
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 200, "Most tokens to write.")
@@ -122,4 +122,4 @@ def _read(path: str) -> str:
 
 
 if __name__ == "__main__":
-    door.run(main, __doc__)
+    door.run(main, __doc__, product=True)

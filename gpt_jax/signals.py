@@ -16,7 +16,8 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from gpt_jax import files, screen
 
@@ -26,7 +27,7 @@ WATCHED = tuple(filter(None, (signal.SIGTERM, signal.SIGINT, HANG_UP)))
 TIDY_S = 2.0  # for removing what was being written, before the process is left by force
 
 _in_charge: list[Callable[[int], None]] = []  # the last one is told
-_children: list[subprocess.Popen] = []  # of processes that are ended with this one
+_children: list[subprocess.Popen] = []  # what is ended with this process
 _watching = False
 
 
@@ -129,13 +130,52 @@ def at_once() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def child(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
-    """Ends a process with this one, should this one leave while the block runs."""
+def raised() -> Iterator[None]:
+    """Lets Ctrl-C raise KeyboardInterrupt while the block runs.
+
+    For the time in which a process waits for what somebody types, and nothing else.
+    """
+
+    def other(number: int) -> None:
+        if number != signal.SIGINT:
+            leave(number)
+
+    with told(other):
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def child(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen]:
+    """Gives a process that hears of signals from this one alone, and once.
+
+    It is killed at the end of the block, if it still runs.
+
+    Args:
+      command: its words.
+      **options: as for `subprocess.Popen`.
+    """
+    process = subprocess.Popen(command, start_new_session=True, **options)
     _children.append(process)
     try:
         yield process
     finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
         _children.remove(process)
+
+
+def send(process: subprocess.Popen, number: int) -> None:
+    """Hands on a signal to a process, if it runs still.
+
+    Windows knows no Ctrl-C for one process; its console has sent it to all already.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        process.send_signal(number)
 
 
 def leave(number: int) -> None:
@@ -143,7 +183,8 @@ def leave(number: int) -> None:
 
     Not by an exception, which could be lost, but from the thread that is told.
     """
-    tidy = threading.Thread(target=_tidy, daemon=True)  # what hangs is left hanging
+    # In a thread of its own: what hangs is left hanging.
+    tidy = threading.Thread(target=_tidy, args=(number,), daemon=True)
     tidy.start()
     tidy.join(TIDY_S)
     os._exit(128 + number)
@@ -155,10 +196,9 @@ def say(text: str) -> None:
         os.write(2, f"{text}\n".encode())
 
 
-def _tidy() -> None:
+def _tidy(number: int) -> None:
     for process in list(_children):
-        with contextlib.suppress(OSError):
-            process.terminate()
+        send(process, signal.SIGTERM if number == HANG_UP else number)
     files.drop_drafts()
     screen.leave()
 
@@ -178,7 +218,7 @@ class _Watch:
         for number in WATCHED:
             if number == HANG_UP and signal.getsignal(number) is signal.SIG_IGN:
                 continue  # nohup
-            self._before[number] = signal.signal(number, lambda *_: None)
+            self._before[number] = signal.signal(number, self._handle)
         handle = self._writer.fileno()
         self._wakeup = signal.set_wakeup_fd(handle, warn_on_full_buffer=False)
         self._thread.start()
@@ -192,6 +232,14 @@ class _Watch:
         self._thread.join()
         self._reader.close()
         _watching = False
+
+    def _handle(self, number: int, _: object) -> None:
+        """Does nothing, where the number has gone to our socket and not to another."""
+        ours = self._writer.fileno()
+        there = signal.set_wakeup_fd(ours, warn_on_full_buffer=False)
+        if there != ours:  # asyncio on Windows takes the place for its own
+            signal.set_wakeup_fd(there)
+            self._writer.send(bytes([number]))
 
     def _read(self) -> None:
         while received := self._reader.recv(1):

@@ -154,7 +154,9 @@ def train(
     workdir = Path(workdir)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(signals.watch(config.grace_s))
-        job, state, totals = build(config, workdir, stop, stack)
+        alone = processes.count() == 1  # one of several that leaves costs all of them
+        with signals.at_once() if alone else contextlib.nullcontext():
+            job, state, totals = build(config, workdir, stop, stack)
         # What was built stays: walking it takes the garbage collector a tenth of a
         # second, in the middle of some step.
         gc.freeze()

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -180,7 +179,7 @@ def _evaluations(path: Path) -> list[tuple[int, float]]:
 def _end(process: subprocess.Popen) -> None:
     """Stops a process that has been measured; it need not save."""
     if process.poll() is None:
-        process.send_signal(signal.SIGKILL)
+        process.kill()
     process.wait()
 
 

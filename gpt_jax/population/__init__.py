@@ -101,7 +101,8 @@ def train(
     check(configs, folders, members, rungs)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(signals.watch(configs[0].grace_s))
-        shared = build(configs, folders, stop, report)
+        with signals.at_once():
+            shared = build(configs, folders, stop, report)
         opened = stack.enter_context(contextlib.ExitStack())
         wave = None
         for rung in [*sorted(rungs), Rung(shared.end, len(configs))]:
