@@ -27,7 +27,6 @@ from gpt_jax import (
     files,
     metrics,
     model,
-    programs,
     runs,
     tokenizers,
 )
@@ -205,7 +204,7 @@ def cache(folder: str) -> Finding:
         return Finding(about, OK, "none is kept: every run compiles anew")
     if not path.exists():
         return Finding(about, OK, f"{path} is made when it is first used")
-    if fault := programs.fault(path):
+    if fault := files.open_to_others(path):
         cure = f"empty it and chmod 700 {path}, or set config.compile_cache"
         return Finding(about, PROBLEM, f"{path} {fault}: it is not used", cure)
     kept = [entry for entry in path.iterdir() if entry.is_file()]

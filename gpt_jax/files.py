@@ -69,10 +69,16 @@ def shortened(name: str, room: int = 0) -> str:
 # --- whole files and folders ----------------------------------------------------------
 
 
-def write(path: str | Path, content: str | bytes) -> None:
-    """Writes a file whole or not at all; text as UTF-8. Makes the folder."""
+def write(path: str | Path, content: str | bytes, *, durable: bool = True) -> None:
+    """Writes a file whole or not at all; text as UTF-8. Makes the folder.
+
+    Args:
+      path: the file.
+      content: all of it.
+      durable: wait for the disk; without it a power cut may leave an empty file.
+    """
     data = content.encode() if isinstance(content, str) else content
-    with draft(path) as part:
+    with draft(path, durable=durable) as part:
         part.write_bytes(data)
 
 
@@ -82,10 +88,10 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def draft(path: str | Path) -> Iterator[Path]:
+def draft(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """Gives a path to write to, which then becomes `path`, or is removed on an error.
 
-    Nothing is at `path` before the whole content is on the disk.
+    Nothing is at `path` before the whole content is on the disk (if `durable`).
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,9 +100,11 @@ def draft(path: str | Path) -> Iterator[Path]:
     _drafts.add(part)
     try:
         yield part
-        sync(part)
+        if durable:
+            sync(part)
         os.replace(part, path)
-        sync(path.parent)
+        if durable:
+            sync(path.parent)
     finally:
         part.unlink(missing_ok=True)
         _drafts.discard(part)

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,46 +62,105 @@ class Writer:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._wandb = _open_wandb(folder, wandb, config) if wandb else None
+        if wandb:
+            _need_wandb(wandb)
         _cut(folder / FILE, resume_step)
         self._file = open(folder / FILE, "a", encoding="utf-8")  # noqa: SIM115
-        self._events = None
+        self._copies: dict[str, Any] = {}
         if tensorboard:
-            # Imported late: it takes long to load and may be off.
-            module = importlib.import_module("tensorboardX")
-            self._events = module.SummaryWriter(
-                logdir=str(folder / "tensorboard"),
-                purge_step=resume_step + 1 if resume_step else 0,
-                flush_secs=10,  # so that a running TensorBoard stays fresh
-                # Without bounds: nobody empties the queue of a thread that has died of
-                # a full disk, and a full queue would hold up the training.
-                max_queue=0,
-            )
+            self._copy("TensorBoard", lambda: TensorBoard(folder, resume_step))
+        if wandb:
+            self._copy("Weights & Biases", lambda: Wandb(folder, wandb, config))
 
     def write(self, step: int, **numbers: Any) -> None:
-        """Records numbers (anything `float` takes) of one step."""
+        """Records numbers (anything `float` takes) of one step.
+
+        Raises:
+          OSError: the record cannot be written; a copy that cannot is told of.
+        """
         row = {name: _number(value) for name, value in numbers.items()}
         line = json.dumps({"step": int(step), **row}, allow_nan=False)
         self._file.write(line + "\n")
         self._file.flush()
         finite = {name: value for name, value in row.items() if value is not None}
-        if self._events and not _alive(self._events):
-            log.warning("TensorBoard's file cannot be written any more (a full disk?)")
-            self._events = None
-        if self._events:
-            for name, value in finite.items():
-                self._events.add_scalar(name, value, global_step=int(step))
-        if self._wandb:
-            self._wandb.log({"step": int(step), **finite})
+        for name, copy in list(self._copies.items()):
+            self._copy(name, lambda copy=copy: copy.write(int(step), finite))
 
     def close(self) -> None:
         """Closes the record and its copies; a second call does nothing."""
+        copies, self._copies = self._copies, {}
+        for name, copy in copies.items():
+            self._copy(name, copy.close)
         self._file.close()
-        if self._events:
-            self._events.close()
-        if self._wandb:
-            self._wandb.finish()
-        self._events = self._wandb = None
+
+    def _copy(self, name: str, work: Callable[[], Any]) -> None:
+        """Opens a copy or has it do something; one that fails is told of and left."""
+        try:
+            if made := work():
+                self._copies[name] = made
+        except Exception as error:  # the edge to what others have written
+            log.warning("%s fails, the run goes on without it: %s", name, error)
+            self._copies.pop(name, None)
+
+
+class TensorBoard:
+    """The numbers as events in a run folder's `tensorboard/`."""
+
+    def __init__(self, folder: Path, resume_step: int):
+        # Imported late: it takes long to load and may be off.
+        module = importlib.import_module("tensorboardX")
+        self._events = module.SummaryWriter(
+            logdir=str(folder / "tensorboard"),
+            purge_step=resume_step + 1 if resume_step else 0,
+            flush_secs=10,  # so that a running TensorBoard stays fresh
+            max_queue=0,  # without bounds: a full queue would hold up the training
+        )
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        """Writes the numbers of a step.
+
+        Raises:
+          OSError: the thread that writes the file has died of its first error. Whoever
+            waits for its queue to be empty would wait for ever.
+        """
+        writer = self._events.file_writer.event_writer
+        worker = getattr(writer, "_worker", None)  # a private part, which may go
+        if worker is not None and not worker.is_alive():
+            writer._event_queue.cancel_join_thread()
+            raise OSError("its file cannot be written any more (a full disk?)")
+        for name, value in numbers.items():
+            self._events.add_scalar(name, value, global_step=step)
+
+    def close(self) -> None:
+        """Writes what is left; raises as `write` does."""
+        self.write(0, {})
+        self._events.close()
+
+
+class Wandb:
+    """The numbers as a run of Weights & Biases; that of the same folder goes on."""
+
+    def __init__(self, folder: Path, project: str, config: dict[str, Any] | None):
+        wandb = importlib.import_module("wandb")
+        self._run = wandb.init(
+            project=project,
+            name=folder.name,
+            id=files.digest(str(folder.resolve()))[:16],
+            resume="allow",
+            config=config,
+            dir=str(folder),
+        )
+        # Our own step as the axis: a resumed run may go back, which W&B's counter
+        # cannot.
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        """Logs the numbers of a step."""
+        self._run.log({"step": step, **numbers})
+
+    def close(self) -> None:
+        """Ends this sitting."""
+        self._run.finish()
 
 
 def read(folder: str | Path) -> list[dict[str, Any]]:
@@ -188,6 +248,16 @@ def flops_per_token(
     return 6.0 * n_params + 12.0 * n_layers * n_heads * head_dim * seq_len
 
 
+def _need_wandb(project: str) -> None:
+    try:
+        importlib.import_module("wandb")
+    except ImportError as error:
+        raise ValueError(
+            f"config.wandb is {project!r} but the package wandb is not installed: "
+            "`pip install wandb`, or leave config.wandb empty"
+        ) from error
+
+
 def _cut(path: Path, resume_step: int) -> None:
     """Keeps the lines up to a step; step 0 keeps none, as it is written again."""
     if not path.exists():
@@ -202,35 +272,3 @@ def _number(value: Any) -> int | float | None:
         return int(value)
     value = float(value)
     return value if math.isfinite(value) else None
-
-
-def _alive(events: Any) -> bool:
-    """Whether the thread that writes TensorBoard's file is: else its queue fills up.
-
-    It dies of its first OSError, and whoever adds to the full queue waits for ever.
-    """
-    writer = getattr(events.file_writer, "event_writer", None)
-    worker = getattr(writer, "_worker", None)
-    return worker is None or worker.is_alive()
-
-
-def _open_wandb(folder: Path, project: str, config: dict[str, Any] | None):
-    """Starts or continues the W&B run of a folder."""
-    try:
-        wandb = importlib.import_module("wandb")
-    except ImportError as error:
-        raise ValueError(
-            f"config.wandb is {project!r} but the package wandb is not installed: "
-            "`pip install wandb`, or leave config.wandb empty"
-        ) from error
-    run = wandb.init(
-        project=project,
-        name=folder.name,
-        id=files.digest(str(folder.resolve()))[:16],
-        resume="allow",
-        config=config,
-        dir=str(folder),
-    )
-    # Our own step as the axis: a resumed run may go back, which W&B's counter cannot.
-    run.define_metric("*", step_metric="step")
-    return run

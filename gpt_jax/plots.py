@@ -1,5 +1,6 @@
 """Pictures of a run, as PNG files."""
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +10,21 @@ import numpy as np
 
 from gpt_jax import files, metrics
 
+log = logging.getLogger(__name__)
+
 TRAIN, BEST = "#4C72B0", "#C44E52"
 MANY = 100  # points from which on the training loss is also drawn smoothed
+
+
+def of_run(folder: str | Path) -> None:
+    """Draws what a run has to show; a picture that cannot be drawn ends nothing."""
+    try:
+        if not rewards(folder):
+            loss(folder)
+        margins(folder)
+    except Exception as error:  # whatever fonts, disks and other people's code raise
+        why = f"{type(error).__name__}: {error}"
+        log.warning("the picture of %s could not be drawn: %s", folder, why)
 
 
 def loss(folder: str | Path) -> Path | None:
@@ -95,7 +109,7 @@ def margins(folder: str | Path) -> Path | None:
     below.plot(*_curve(rows, "train_accuracy"), color=TRAIN, lw=0.8, alpha=0.5)
     curve = _curve(rows, "val_accuracy")
     below.plot(*curve, color=TRAIN, lw=1.6, marker="o", ms=4, label="accuracy")
-    above.set_title(folder.resolve().name, fontweight="bold", pad=10)
+    above.set_title(folder.resolve().name, fontweight="bold", pad=10, parse_math=False)
     above.set_ylabel("reward (nats, times beta)")
     below.set_ylabel("share of pairs")
     below.set_ylim(-0.02, 1.02)
@@ -127,7 +141,7 @@ def rewards(folder: str | Path) -> Path | None:
     _draw_train(above, *_curve(rows, "train_reward"), label="mean reward")
     right = _curve(rows, "val_accuracy")
     above.plot(*right, color=BEST, lw=1.6, marker="o", ms=4, label="held out, greedy")
-    above.set_title(folder.resolve().name, fontweight="bold", pad=10)
+    above.set_title(folder.resolve().name, fontweight="bold", pad=10, parse_math=False)
     above.set_ylabel("share of right answers")
     above.set_ylim(-0.02, 1.02)
     silent = _curve(rows, "train_no_signal")
@@ -221,7 +235,7 @@ def _dress(axes, rows: list[dict[str, Any]], title: str) -> None:
     """Adds everything that is not a curve."""
     from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
-    axes.set_title(title, fontweight="bold", pad=10)
+    axes.set_title(title, fontweight="bold", pad=10, parse_math=False)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per target)")
     last = max(row["step"] for row in rows)

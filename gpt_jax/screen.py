@@ -271,12 +271,13 @@ class Progress:
         if self._began is None:
             self._began, self._first = now, done
         self._done = done
-        texts = [_described(numbers), self._speed(now), self._left(now)]
-        head = f"{self._what} {self._unit(done)}"
-        head += f"/{self._unit(self._total)}" if self._total else ""
-        line = "  ".join(filter(None, (head, *texts)))
         last = not self._transient and self._total is not None and done >= self._total
-        self._area.show(line, lambda: self._drawn(head, texts), last=last)
+        texts = [_described(numbers), self._speed(now), self._left(now)]
+        self._show(texts, last=last)
+
+    def doing(self, what: str) -> None:
+        """Shows what goes on between two updates: an evaluation, say."""
+        self._show([what])
 
     def advance(self, more: float) -> None:
         """Shows that so much more is done."""
@@ -290,6 +291,12 @@ class Progress:
     def close(self) -> None:
         """Leaves the bar where it stands; a second call does nothing."""
         self._area.close()
+
+    def _show(self, texts: list[str], *, last: bool = False) -> None:
+        head = f"{self._what} {self._unit(self._done)}"
+        head += f"/{self._unit(self._total)}" if self._total else ""
+        line = "  ".join(filter(None, (head, *texts)))
+        self._area.show(line, lambda: self._drawn(head, texts), last=last)
 
     def _speed(self, now: float) -> str:
         if self._unit is not size or not self._began or now <= self._began:
@@ -333,6 +340,9 @@ class Silence:
         """Does nothing."""
 
     def advance(self, more: float) -> None:
+        """Does nothing."""
+
+    def doing(self, what: str) -> None:
         """Does nothing."""
 
     def print(self, text: str) -> None:

@@ -344,10 +344,6 @@ def open_run(
         bar = screen.Progress("step", total=total, start=int(state.step))
         stack.callback(bar.close)
 
-    def compiled(text: str) -> None:
-        bar.print(text)
-        processes.wait()  # for those that had to compile: the first step needs all
-
     job = Job(
         config=config,
         workdir=workdir,
@@ -355,8 +351,16 @@ def open_run(
         strategy=parts.strategy,
         hyper=make_hyper(config, task),
         key=key,
-        step_fn=programs.Program(parts.step_fn, name="the train step", tell=compiled),
-        eval_fn=parts.eval_fn,
+        step_fn=programs.Program(
+            parts.step_fn,
+            name="the train step",
+            tell=bar.print,
+            # For those that had to compile: the first step needs all.
+            ready=processes.wait,
+        ),
+        eval_fn=programs.announced(
+            parts.eval_fn, "compiling the evaluation", tell=bar.print
+        ),
         rollout_fn=parts.rollout_fn,
         join=parts.join,
         saves=saves,
@@ -825,6 +829,7 @@ def evaluate_now(
     weights, frozen = weights_of(job, state)
     numbers: dict[str, float] = {}
     for name, examples in job.task.evals.items():
+        job.bar.doing(f"evaluating {name}")
         means = evaluate.evaluate(
             weights,
             frozen,
@@ -964,9 +969,7 @@ def finish(job: Job, step: int, reason: str, numbers: dict[str, float]) -> Resul
             "on from that"
         )
     if processes.index() == 0:
-        if not plots.rewards(job.workdir):
-            plots.loss(job.workdir)
-        plots.margins(job.workdir)
+        plots.of_run(job.workdir)
     code = job.stop.exit_code if job.stop else 0
     return Result(reason=reason, step=step, numbers=numbers, exit_code=code)
 
@@ -977,10 +980,15 @@ def profiler(job: Job, start: int, end: int, steps: int) -> Callable[[int], None
     last = min(first + steps, end)
 
     def trace(step: int) -> None:
-        if first < last and step == first:
-            jax.profiler.start_trace(str(job.workdir / "profile"))
-        if first < last and step == last:
+        if first >= last or step not in (first, last):
+            return
+        try:
+            if step == first:
+                jax.profiler.start_trace(str(job.workdir / "profile"))
+                return
             jax.profiler.stop_trace()
             job.bar.print(f"profile written to {job.workdir / 'profile'}")
+        except (OSError, RuntimeError) as error:  # a full disk, or none is running
+            job.bar.print(f"training goes on without a profile: {error}")
 
     return trace

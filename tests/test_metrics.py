@@ -169,6 +169,61 @@ def test_wandb_gets_the_numbers_and_the_config(tmp_path, monkeypatch):
     assert first["id"] == second["id"]
 
 
+@pytest.mark.fault(31)
+def test_copies_that_fail_are_told_once_and_the_record_goes_on(
+    tmp_path, monkeypatch, caplog
+):
+    def refuse(*args, **options):
+        raise RuntimeError("no network")
+
+    run = types.SimpleNamespace(
+        log=refuse, finish=refuse, define_metric=lambda *args, **options: None
+    )
+    for wandb in ({"init": refuse}, {"init": lambda **options: run}):
+        module = types.SimpleNamespace(**wandb)
+        monkeypatch.setitem(sys.modules, "wandb", module)
+        w = writer(tmp_path, wandb="cats")
+        for step in (1, 2):
+            w.write(step, lr=0.5)
+        w.close()
+        assert steps(tmp_path) == [1, 2]
+        assert caplog.text.count("Weights & Biases fails, the run goes on") == 1
+        assert "no network" in caplog.text
+        caplog.clear()
+
+
+@pytest.mark.fault(31)
+def test_a_tensorboard_that_cannot_be_opened_is_told_and_the_record_goes_on(
+    tmp_path, caplog
+):
+    (tmp_path / "tensorboard").write_text("a file where a folder should be")
+    record(tmp_path, [1, 2], tensorboard=True)
+    assert steps(tmp_path) == [1, 2]
+    assert caplog.text.count("TensorBoard fails, the run goes on without it") == 1
+
+
+@pytest.mark.fault(31)
+def test_a_tensorboard_whose_disk_is_full_is_told_and_nothing_waits_for_it(
+    tmp_path, monkeypatch, caplog
+):
+    from tensorboardX import event_file_writer, record_writer
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    w = writer(tmp_path, tensorboard=True)
+    worker = w._copies["TensorBoard"]._events.file_writer.event_writer._worker
+    monkeypatch.setattr(record_writer.RecordWriter, "write", full)
+    monkeypatch.setattr(event_file_writer.threading, "excepthook", lambda _: None)
+    w.write(1, lr=0.5)
+    worker.join(timeout=20)
+    for step in (2, 3):
+        w.write(step, lr=0.5)
+    w.close()
+    assert steps(tmp_path) == [1, 2, 3]
+    assert caplog.text.count("TensorBoard fails, the run goes on without it") == 1
+
+
 def test_wandb_that_is_absent_is_explained_and_nothing_is_touched(
     tmp_path, monkeypatch
 ):

@@ -217,7 +217,10 @@ def call(shared: Shared, wave: Wave, until: int) -> Wave:
     began = time.monotonic()
     n = min(until - wave.step, program.STEPS, max(1, int(CALL_SECONDS / wave.pace)))
     batches = shared.parts.strategy.put(stack_batches(wave.batches.values(), n))
-    run = shared.program(len(wave.inputs[0]), len(wave.batches))
+    slots, seeds = len(wave.inputs[0]), len(wave.batches)
+    if (slots, seeds) not in shared.programs:
+        wave.bar.print("compiling the train step of all members")
+    run = shared.program(slots, seeds)
     state, sums, info = run(wave.state, *wave.inputs, batches, np.int32(n))
     sharding.wait_on_cpu(info)
     now = time.monotonic()
