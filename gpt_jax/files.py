@@ -195,6 +195,8 @@ def private_folder(path: Path) -> None:
     """Makes a folder, and those above it that are missing, for this user alone."""
     if path.is_dir():
         return
+    if path.exists():
+        raise NotADirectoryError(errno.ENOTDIR, "Not a directory", str(path))
     private_folder(path.parent)
     path.mkdir(mode=0o700, exist_ok=True)
 
