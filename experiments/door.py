@@ -47,7 +47,8 @@ def config_file() -> str:
 def config_name() -> str:
     """Returns a name made of the config: gpt2_size=xl for configs/gpt2.py:size=xl."""
     file, _, arg = config_file().partition(":")
-    return "_".join(filter(None, [Path(file).stem, arg.replace(",", "_")]))
+    name = "_".join(filter(None, [Path(file).stem, arg.replace(",", "_")]))
+    return files.shortened(name.replace("/", "_"))
 
 
 def command(without: tuple[str, ...]) -> str:

@@ -215,7 +215,7 @@ def _validation(run):
     if run.config.init_from:  # it learnt in the tokens of the run that it started from
         keys["tokenizer"] = str(run.folder / "tokenizer.json")
     prepared = prepare.prepare(**keys, progress=True)
-    if prepared.fingerprint != json.loads(told.read_text())["fingerprint"]:
+    if prepared.fingerprint != json.loads(told.read_text("utf-8"))["fingerprint"]:
         raise ValueError(
             f"--text=val: {keys['source']} is no longer the text that {run.folder} was "
             "trained on; put it back, or name a file with --text"

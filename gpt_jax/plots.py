@@ -16,6 +16,13 @@ TRAIN, BEST = "#4C72B0", "#C44E52"
 MANY = 100  # points from which on the training loss is also drawn smoothed
 
 
+class Picture(type(Path())):
+    """The path of a PNG file, which a notebook shows as the picture."""
+
+    def _repr_png_(self) -> bytes:
+        return self.read_bytes()
+
+
 def of_run(folder: str | Path) -> None:
     """Draws what a run has to show; a picture that cannot be drawn ends nothing."""
     try:
@@ -27,7 +34,7 @@ def of_run(folder: str | Path) -> None:
         log.warning("the picture of %s could not be drawn: %s", folder, why)
 
 
-def loss(folder: str | Path) -> Path | None:
+def loss(folder: str | Path) -> Picture | None:
     """Draws training and validation loss of a run into `folder/loss.png`.
 
     Steps stand below, training tokens above, nats per target at the side.
@@ -79,7 +86,7 @@ def confusion(
     _save(figure, Path(path))
 
 
-def margins(folder: str | Path) -> Path | None:
+def margins(folder: str | Path) -> Picture | None:
     """Draws what a run learnt of preferences into `folder/margins.png`.
 
     Above, the rewards of chosen and of rejected answers and the margin between them,
@@ -120,7 +127,7 @@ def margins(folder: str | Path) -> Path | None:
     return _save(figure, folder / "margins.png")
 
 
-def rewards(folder: str | Path) -> Path | None:
+def rewards(folder: str | Path) -> Picture | None:
     """Draws how a run that learns from rewards does into `folder/reward.png`.
 
     Above, the mean reward and the share of right answers, drawn and greedy; below, the
@@ -173,11 +180,11 @@ def _quiet(axes) -> None:
     axes.legend(frameon=False)
 
 
-def _save(figure, path: Path) -> Path:
+def _save(figure, path: Path) -> Picture:
     """Writes a figure whole or not at all."""
     with files.draft(path) as part:
         figure.savefig(part, format="png")
-    return path
+    return Picture(path)
 
 
 def _curve(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:

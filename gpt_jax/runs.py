@@ -27,6 +27,8 @@ from ml_collections import ConfigDict
 from gpt_jax import adapters, files, tokenizers
 from gpt_jax.checkpoint import Checkpoints, Damaged
 from gpt_jax.model import GPT, GPTConfig, unstack
+from gpt_jax.model import count as parameters
+from gpt_jax.screen import count
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +97,21 @@ class Run(NamedTuple):
     step: int
     classes: "Classes | None" = None
 
+    def __repr__(self) -> str:
+        """Shows the run in five lines: a notebook would show every number of it."""
+        cfg, task = self.model.cfg, self.config.task.get("name", "lm")
+        if self.classes:
+            task += f", {count(len(self.classes.labels), 'class', 'classes')}"
+        lines = (
+            f"run        {self.folder}, step {self.step}",
+            f"model      {parameters(cfg):,} parameters, {cfg.n_layers} layers of "
+            f"width {cfg.d_model}, context {cfg.context_length:,}",
+            f"tokenizer  {self.tokenizer.kind}, {self.tokenizer.vocab_size:,} tokens",
+            f"task       {task}",
+            f"fields     {', '.join(self._fields)}",
+        )
+        return "\n".join(lines)
+
 
 def open(
     folder: str | Path,
@@ -120,7 +137,7 @@ def open(
       ValueError: this is not a run, or the checkpoint is damaged or lacks `weights`.
       FileNotFoundError: there is no such checkpoint.
     """
-    folder = Path(folder)
+    folder = files.expand(folder)
     config = read_config(folder)
     tokenizer = tokenizers.load(folder / "tokenizer.json")
     classes = read_classes(folder)
@@ -229,9 +246,10 @@ def read_config(folder: str | Path) -> ConfigDict:
     Raises:
       ValueError: the folder is not a run, or its config.json cannot be read.
     """
-    path = Path(folder) / "config.json"
+    folder = files.expand(folder)
+    path = folder / "config.json"
     if not path.is_file():
-        what = "has no config.json" if Path(folder).is_dir() else "does not exist"
+        what = "has no config.json" if folder.is_dir() else "does not exist"
         raise ValueError(
             f"{folder} is not a run folder: it {what}. A run is made by, for example, "
             "python -m experiments.train --config=configs/quickstart.py"

@@ -19,9 +19,13 @@ from typing import Any
 # A stream that failed like this does not come back; a full disk may.
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ESTALE)
 LINE_EVERY_S = 5.0  # the least time between two lines of progress in a log
-NOTEBOOK_EVERY_S = 0.5  # and between two states of it in a notebook
+NOTEBOOK_EVERY_S = 0.5  # between two states of it in a notebook
+TERMINAL_EVERY_S = 0.1  # and on a terminal
 BAR = 40  # columns of a bar
 SHOW_CURSOR = "\x1b[?25h"
+# Control characters but tab and newline -> their pictures in Unicode.
+SIGNS = {code: 0x2400 + code for code in range(32) if code not in b"\t\n"}
+SIGNS |= {127: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
 NUMBERS = {  # those of a run that are shown beside its bar, in this order
     "members": "{:,} members",
     "best": "best {:.4f}",
@@ -169,18 +173,27 @@ class Area:
     time to time.
     """
 
-    def __init__(self, stream: Steady, *, transient: bool):
-        """Args: where; whether it vanishes in the end, and short work shows nothing."""
+    def __init__(
+        self, stream: Steady, *, transient: bool, line_every_s: float | None = None
+    ):
+        """Opens it.
+
+        Args:
+          stream: where.
+          transient: it vanishes in the end, and short work leaves no line in a log.
+          line_every_s: the least time between two lines there; None = LINE_EVERY_S.
+        """
         from rich.console import Console  # takes a tenth of a second to import
         from rich.live import Live
 
         self._stream, self._transient = stream, transient
+        self._line_every_s = LINE_EVERY_S if line_every_s is None else line_every_s
         file: Any = stream
         self._console = Console(
             file=file, highlight=False, markup=False, soft_wrap=True
         )
         self._live = self._output = None
-        self._shown = time.monotonic() if transient else float("-inf")
+        self._state: tuple[Callable[[], str], Callable[[], Any]] | None = None
         if _in_notebook():
             self._output = _Output()
         elif self._console.is_terminal:
@@ -194,35 +207,56 @@ class Area:
             )
             self._live.start()
             _on_terminals.append(self)
+        # Short work is worth a look on a terminal, but no line in a log.
+        waits = transient and not self._live
+        self._shown = time.monotonic() if waits else float("-inf")
 
     @property
     def width(self) -> int:
         """Columns of the terminal."""
         return self._console.width
 
-    def show(self, line: str, draw: Callable[[], Any], *, last: bool = False) -> None:
-        """Shows a state.
+    def show(
+        self, line: Callable[[], str], draw: Callable[[], Any], *, last: bool = False
+    ) -> None:
+        """Shows a state, or keeps it for later where one was shown just now.
 
         Args:
-          line: as one line.
+          line: makes one line of it.
           draw: makes what `rich` draws of it on a terminal.
           last: the work is done: a log has this line however soon it comes.
         """
+        self.keep(line, draw)
+        if last or time.monotonic() - self._shown >= self._every_s:
+            self._shown = time.monotonic()
+            self._draw()
+
+    def keep(self, line: Callable[[], str], draw: Callable[[], Any]) -> None:
+        """Keeps a state that `close` is to leave, where it leaves one."""
+        self._state = line, draw
+
+    def _draw(self) -> None:
+        if self._state is None:
+            return
+        line, draw = self._state
         if self._live:
             self._live.update(draw())
-        elif last or time.monotonic() - self._shown >= self._every_s:
-            self._shown = time.monotonic()
-            self._output.show(line) if self._output else self.print(line)
+        elif self._output:
+            self._output.show(line())
+        else:
+            self.print(line())
 
     def print(self, text: str) -> None:
         """Prints lines above what is drawn; words that do not fit begin a new line."""
         if self._live:
-            self._console.print(text, soft_wrap=False, no_wrap=False)
+            self._console.print(visible(text), soft_wrap=False, no_wrap=False)
         else:
             print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
         """Leaves the last state, unless it is transient; a second call does nothing."""
+        if (self._live or self._output) and not self._transient:
+            self._draw()
         if self._live:
             self._live.stop()
             _on_terminals.remove(self)
@@ -232,7 +266,9 @@ class Area:
 
     @property
     def _every_s(self) -> float:
-        return NOTEBOOK_EVERY_S if self._output else LINE_EVERY_S
+        if self._live:
+            return TERMINAL_EVERY_S
+        return NOTEBOOK_EVERY_S if self._output else self._line_every_s
 
 
 class Progress:
@@ -295,8 +331,11 @@ class Progress:
     def _show(self, texts: list[str], *, last: bool = False) -> None:
         head = f"{self._what} {self._unit(self._done)}"
         head += f"/{self._unit(self._total)}" if self._total else ""
-        line = "  ".join(filter(None, (head, *texts)))
-        self._area.show(line, lambda: self._drawn(head, texts), last=last)
+        self._area.show(
+            lambda: "  ".join(filter(None, (head, *texts))),
+            lambda: self._drawn(head, texts),
+            last=last,
+        )
 
     def _speed(self, now: float) -> str:
         if self._unit is not size or not self._began or now <= self._began:
@@ -481,6 +520,15 @@ def table(heads: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
         "| " + " | ".join(map(_aligned, line, wide, right)) + " |"
         for line in (list(heads), ruler, *cells)
     )
+
+
+def visible(text: str) -> str:
+    """Returns a text for a terminal: what would command it is a sign instead.
+
+    A model that has learnt little writes any byte, also those that clear the screen or
+    switch to another set of letters.
+    """
+    return text.translate(SIGNS)
 
 
 def width(text: str) -> int:

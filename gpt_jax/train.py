@@ -151,7 +151,7 @@ def train(
       FloatingPointError: `max_skipped` updates in a row were not finite, or spikes.
       OSError: a checkpoint could not be saved, and `on_save_error` is "stop".
     """
-    workdir = Path(workdir)
+    workdir = files.expand(workdir)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(signals.watch(config.grace_s))
         alone = processes.count() == 1  # one of several that leaves costs all of them
@@ -527,10 +527,12 @@ def first_tokenizer(config: ConfigDict, workdir: Path) -> Path:
         if own.is_file():
             return own
         tokenizer = pretrained.tokenizer(pretrained.find(published))
-        path = Path(config.data.folder) / f"tokenizer-{tokenizer.sha256[:12]}.json"
+        path = (
+            files.expand(config.data.folder) / f"tokenizer-{tokenizer.sha256[:12]}.json"
+        )
         tokenizer.save(path)
         return path
-    source = Path(config.init_from) / "tokenizer.json"
+    source = files.expand(config.init_from) / "tokenizer.json"
     if own.is_file() and not source.is_file():
         return own
     runs.read_config(config.init_from)  # refuses what is no run

@@ -160,7 +160,9 @@ from gpt_jax import tokenizers
 from gpt_jax.tokenizers import train as real
 def told(*args, **named):
     threading.Timer(0.3, interrupt).start()
-    return real(*args, **named)
+    made = real(*args, **named)
+    print("trained to the end", flush=True)
+    return made
 tokenizers.train = told
 """
 
@@ -177,6 +179,7 @@ def test_ctrl_c_ends_the_training_of_a_tokenizer(live, tmp_path):
     ]
     code, said = live.run("prepare", *flags, before=PREPARE)
     assert code == 130 and "training the tokenizer" in said
+    assert "trained to the end" not in said
     assert not list((tmp_path / "data").iterdir())
 
 

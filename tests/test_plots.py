@@ -147,3 +147,10 @@ def test_the_name_of_a_run_is_no_formula(tmp_path, caplog):
     record(folder, training(range(3)))
     plots.of_run(folder)
     assert (folder / "loss.png").is_file() and not caplog.records
+
+
+def test_a_notebook_shows_the_picture_itself(tmp_path):
+    record(tmp_path, training(range(3)))
+    made = plots.loss(tmp_path)
+    assert made == tmp_path / "loss.png"
+    assert made._repr_png_().startswith(b"\x89PNG")

@@ -3,6 +3,7 @@
 import os
 import pwd
 import threading
+import types
 from functools import partial
 
 import jax
@@ -127,7 +128,7 @@ def test_what_a_first_call_compiles_is_announced_once():
 
 @pytest.fixture
 def cache(tmp_path, cache_dir):
-    """A cache of its own; returns a function that compiles anew and runs."""
+    """A cache of its own; `run` compiles a function anew and calls it."""
 
     def open_at(folder):
         compilation_cache.reset_cache()
@@ -139,8 +140,7 @@ def cache(tmp_path, cache_dir):
 
     was = cache_dir(), compilation_cache.get_file_cache
     open_at(tmp_path / "cache")
-    run.folder, run.open_at = tmp_path / "cache", open_at
-    yield run
+    yield types.SimpleNamespace(run=run, folder=tmp_path / "cache", open_at=open_at)
     jax.config.update("jax_compilation_cache_dir", was[0])
     compilation_cache.get_file_cache = was[1]
     compilation_cache.reset_cache()
@@ -177,30 +177,30 @@ def swapped(entry):
 def test_a_damaged_entry_is_removed_compiled_again_once_and_told_once(
     cache, caplog, damage
 ):
-    wanted = cache(2.0)
+    wanted = cache.run(2.0)
     entry = of_one(cache)
     jax.jit(lambda x: x * 7)(1.0)  # some other program
     damage(entry)
-    assert cache(2.0) == wanted
+    assert cache.run(2.0) == wanted
     assert caplog.text.count("is not as it was written: it was removed") == 1
     caplog.clear()
-    assert cache(2.0) == wanted and not caplog.records
+    assert cache.run(2.0) == wanted and not caplog.records
 
 
 @pytest.mark.fault(39)
 def test_programs_of_another_cpu_are_not_run_and_stay_for_it(
     cache, caplog, monkeypatch
 ):
-    cache(2.0)
+    cache.run(2.0)
     entry = of_one(cache)
     before = entry.read_bytes()
     monkeypatch.setattr(programs.files, "cpu", lambda: "another, with fewer features")
     cache.open_at(cache.folder)
-    cache(2.0)
+    cache.run(2.0)
     (other,) = set(cache.folder.glob("jit__lambda*-cache")) - {entry}
     assert entry.read_bytes() == before and not caplog.records
     other.write_bytes(before)  # renamed by hand: not run all the same
-    cache(2.0)
+    cache.run(2.0)
     assert "is not as it was written" in caplog.text
 
 
@@ -210,7 +210,7 @@ def test_a_cache_that_cannot_be_written_is_told_once(cache, caplog, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(programs.files, "write", full)
-    assert cache(1.0) == cache(1.0)
+    assert cache.run(1.0) == cache.run(1.0)
     told = f"compiled programs are not kept in {cache.folder}: [Errno 28] No space left"
     assert caplog.text.count(told) == 1
 

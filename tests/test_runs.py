@@ -486,3 +486,11 @@ def test_a_classifier_opens_with_its_classes(config, tokenizer, tmp_path):
     (tmp_path / "classes.json").write_text('{"labels": 3}')
     with pytest.raises(ValueError, match="does not hold the classes"):
         runs.open(tmp_path)
+
+
+def test_a_run_shows_itself_in_five_lines(config, tokenizer, tmp_path):
+    save(tmp_path, config, tokenizer, steps=[7])
+    lines = repr(runs.open(tmp_path)).splitlines()
+    assert len(lines) == 5 and max(map(len, lines)) < 200
+    assert lines[0].endswith(f"{tmp_path}, step 7") and "parameters" in lines[1]
+    assert f"{tokenizer.vocab_size} tokens" in lines[2] and "params" in lines[4]

@@ -270,6 +270,14 @@ def test_words_are_not_broken_on_a_terminal(terminal, capsys):
     assert "    a text with" in lines[0]
 
 
+def test_what_a_model_writes_does_not_command_the_terminal(terminal, capsys):
+    bar = screen.Progress("step", total=1)
+    bar.print("a\x1b[2J\x0e\x9b\tb")
+    bar.close()
+    assert "a␛[2J␎\ufffd" in capsys.readouterr().out
+    assert screen.visible("über\tall\n") == "über\tall\n"
+
+
 HUNG_UP = """
 import sys
 from gpt_jax import screen

@@ -43,7 +43,7 @@ def measure(*, matmul: int, copy_mb: int, tries: int):
 def cpu_name() -> str:
     """Returns the processor's name."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text("utf-8").splitlines() if info.exists() else []
     named = [line.partition(":")[2].strip() for line in lines if "model name" in line]
     return named[0] if named else platform.processor() or platform.machine()
 

@@ -137,7 +137,7 @@ def _race(
     folder.mkdir()
     curve: list[tuple[float, int, float]] = []
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context((folder.parent / "log").open("w+"))
+        log = stack.enter_context((folder.parent / "log").open("w+", encoding="utf-8"))
         started = time.perf_counter()
         process = subprocess.Popen(_python(words), stdout=log, stderr=log)
         stack.callback(_end, process)

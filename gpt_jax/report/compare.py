@@ -127,7 +127,7 @@ def write(out: Path, found: Comparison) -> None:
             steps = run.curve.steps[-1]
             rows.writerow([setting.name, seed, setting.values[seed], steps, run.folder])
     (out / "compare.csv").write_text(text.getvalue(), encoding="utf-8")
-    (out / "compare.json").write_text(json.dumps(_plain(found), indent=1) + "\n")
+    files.write(out / "compare.json", json.dumps(_plain(found), indent=1) + "\n")
     _picture(out / "compare.png", found)
     page.save(out / "compare.html", "Comparison", _body(found))
 
