@@ -30,7 +30,7 @@ from typing import Any
 from absl import flags
 
 from experiments import door
-from gpt_jax import signals
+from gpt_jax import screen, signals
 
 RUN = door.define_path("run", "", "Run folder.")
 SYSTEM = flags.DEFINE_string("system", "", "System message: how to answer.")
@@ -204,8 +204,9 @@ def show(before: str, pieces) -> tuple[str, str]:
         stopped.append(True)
 
     with signals.told(come), contextlib.ExitStack() as stack:
-        print(before, end="", flush=True)
-        stack.callback(print, flush=True)
+        words = screen.Words()
+        words.write(before)
+        stack.callback(words.end)
         while not stopped:
             try:
                 piece = next(pieces)
@@ -213,7 +214,7 @@ def show(before: str, pieces) -> tuple[str, str]:
                 full = end.value.reason == "length"
                 return written, end.value.detail if full else ""
             written += piece
-            print(piece, end="", flush=True)
+            words.write(piece)
         return written, "Ctrl-C"
 
 

@@ -11,6 +11,8 @@ import contextlib
 import errno
 import functools
 import os
+import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -145,6 +147,46 @@ def take_over(*, product: bool) -> None:
 def say(text: str) -> None:
     """Prints a line of the story."""
     print(text, file=story(), flush=True)
+
+
+class Words:
+    """Writes a text to stdout as it comes: on a terminal without broken words."""
+
+    def __init__(self):
+        self._stream = out()
+        terminal = self._stream.isatty()
+        self._columns = shutil.get_terminal_size().columns if terminal else 0
+        self._column, self._held = 0, ""
+
+    def write(self, piece: str) -> None:
+        """Writes what can be written: a word on a terminal when it has ended."""
+        if not self._columns:
+            print(piece, end="", file=self._stream, flush=True)
+            return
+        *parts, self._held = re.split(r"(\s)", self._held + visible(piece))
+        self._put(parts)
+        if width(self._held) >= self._columns:  # it fits into no line
+            self._put([self._held])
+            self._held = ""
+
+    def end(self) -> None:
+        """Writes the last word and ends the line."""
+        if self._held:
+            self._put([self._held])
+        self._held = ""
+        print(file=self._stream, flush=True)
+        self._column = 0
+
+    def _put(self, parts: Sequence[str]) -> None:
+        for part in parts:
+            if self._column and self._column + width(part) > self._columns:
+                print(file=self._stream)
+                self._column = 0
+                part = "" if part == " " else part
+            print(part, end="", file=self._stream)
+            here = 8 - self._column % 8 if part == "\t" else width(part)
+            self._column = 0 if part == "\n" else (self._column + here) % self._columns
+        self._stream.flush()
 
 
 def _steady(stream: Any, name: str) -> Steady:

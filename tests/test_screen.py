@@ -278,6 +278,33 @@ def test_what_a_model_writes_does_not_command_the_terminal(terminal, capsys):
     assert screen.visible("über\tall\n") == "über\tall\n"
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_a_text_that_comes_in_pieces_breaks_between_words(monkeypatch, size):
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    text = "    a text with indeed rather long words\n\tand\x1b tabs " + "x" * 45
+    words = screen.Words()
+    for start in range(0, len(text), size):
+        words.write(text[start : start + size])
+    words.end()
+    shown = sys.stdout.getvalue()
+    assert shown.startswith("    a text with \nindeed rather long \nwords\n\tand␛ tabs")
+    assert shown.split() == text.replace("\x1b", "␛").split()
+
+
+def test_a_text_that_goes_to_a_file_is_as_it_is(capsys):
+    words = screen.Words()
+    words.write("a" * 200 + "\x1b ")
+    words.write("b")
+    words.end()
+    assert capsys.readouterr().out == "a" * 200 + "\x1b b\n"
+
+
 HUNG_UP = """
 import sys
 from gpt_jax import screen
