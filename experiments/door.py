@@ -26,6 +26,7 @@ MISTAKES = (
 )
 
 DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of a mistake too.")
+flags.disclaim_key_flags()  # what the functions below define is the calling door's
 
 
 def define_config(default: str | None = None):
