@@ -1,5 +1,6 @@
 """Pictures of a run, as PNG files."""
 
+import functools
 import logging
 import math
 from collections.abc import Sequence
@@ -69,12 +70,10 @@ def confusion(
       table_CC: counts by right class (rows) and given class (columns); the colour is
         the share of its row.
     """
-    from matplotlib.figure import Figure
-
     counts_CC = np.asarray(table_CC)
     shares_CC = counts_CC / np.maximum(counts_CC.sum(1, keepdims=True), 1)
     side = max(3.5, 0.7 * len(labels) + 1.5)  # inches
-    figure = Figure(figsize=(side, side), dpi=150, layout="constrained")
+    figure = _matplotlib()(figsize=(side, side), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(shares_CC, cmap="Blues", vmin=0.0, vmax=1.0)
     for (row, column), count in np.ndenumerate(counts_CC):
@@ -163,14 +162,31 @@ def rewards(folder: str | Path) -> Picture | None:
     return _save(figure, folder / "reward.png")
 
 
-def _figure(height: float):
-    """Returns an empty figure of 8 inches by `height`."""
-    # Imported late: it takes half a second. Without pyplot there is no global state.
+@functools.cache
+def _matplotlib() -> Any:
+    """Returns matplotlib's Figure: without pyplot there is no global state.
+
+    Imported late: it takes half a second. Without a home folder it makes a temporary
+    one, which is worth none of its lines.
+    """
+
+    def worth(record: logging.LogRecord) -> bool:
+        said = record.getMessage()
+        return "cache directory" not in said and "mkdir -p" not in said
+
+    logging.getLogger("matplotlib").addFilter(worth)
     from matplotlib.figure import Figure
+
+    return Figure
+
+
+def _figure(height: float) -> Any:
+    """Returns an empty figure of 8 inches by `height`."""
+    figure = _matplotlib()
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1)  # inches
-    return Figure(figsize=(8, height), dpi=150, layout=layout)
+    return figure(figsize=(8, height), dpi=150, layout=layout)
 
 
 def _quiet(axes) -> None:

@@ -37,12 +37,7 @@ def use_cache(folder: str) -> None:
         return
     path, reason = _usable(folder)
     if reason:
-        log.warning(
-            "compile_cache %s %s: programs are compiled anew; empty it and chmod 700 "
-            "it, or set compile_cache to another folder",
-            path,
-            reason,
-        )
+        log.warning("compile_cache %s %s", path, reason)
         return
     compilation_cache.get_file_cache = _checked
     jax.config.update("jax_compilation_cache_dir", str(path))
@@ -50,18 +45,23 @@ def use_cache(folder: str) -> None:
 
 
 def _usable(folder: str) -> tuple[Path, str]:
-    """Returns where a folder is, made if need be, and why it cannot be used."""
+    """Returns where a folder is, made if need be; why it cannot be used, and a cure."""
+    cure = "programs are compiled anew; set compile_cache to another folder"
     try:
         path = files.expand(folder)
     except ValueError:
-        return Path(folder), "needs a home folder, which nothing names (set HOME)"
+        return Path(
+            folder
+        ), f"needs a home folder, which nothing names: {cure}, or HOME"
     try:
         files.private_folder(path)
     except OSError as error:
-        return path, f"cannot be made ({error.strerror})"
+        return path, f"cannot be made ({error.strerror}): {cure}"
     if not os.access(path, os.W_OK):
-        return path, "cannot be written to"
-    return path, files.open_to_others(path)
+        return path, f"cannot be written to: {cure}"
+    if others := files.open_to_others(path):
+        return path, f"{others}: {cure}, or empty it and chmod 700 it"
+    return path, ""
 
 
 class Checked:
