@@ -371,9 +371,9 @@ def from_run(config: ConfigDict, folder: str) -> ConfigDict:
     """
     if not folder:
         return config
-    path = Path(folder) / "config.json"
+    path = Path(folder).expanduser() / "config.json"
     if not path.is_file():
-        what = "has no config.json" if Path(folder).is_dir() else "does not exist"
+        what = "has no config.json" if path.parent.is_dir() else "does not exist"
         raise ValueError(
             f"run={folder} is not a run folder: it {what}. A run is made by, for "
             "example, python -m experiments.train --config=configs/quickstart.py"
@@ -392,7 +392,7 @@ def from_run(config: ConfigDict, folder: str) -> ConfigDict:
     config.model.update(found)
     if config.task.get("template") == "":
         config.task.template = template
-    config.init_from = str(folder)
+    config.init_from = str(path.parent)
     return config
 
 

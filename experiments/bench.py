@@ -25,7 +25,7 @@ from absl import flags
 from experiments import door
 
 ROWS = flags.DEFINE_list("rows", [], "Which rows; none = all of them.")
-OUT = flags.DEFINE_string("out", "", "Append a JSON line for each row and shape.")
+OUT = door.define_path("out", "", "Append a JSON line for each row and shape.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Measurements of each side.")
 SECONDS = flags.DEFINE_float("seconds", 2.0, "Length of a measurement of a rate.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each side in a race to a loss.")
@@ -34,15 +34,15 @@ EVAL_EVERY = flags.DEFINE_multi_integer(
     [50, 250],
     "Steps between evaluations in a race to a loss, on both sides; repeatable.",
 )
-TEXT = flags.DEFINE_string(
+TEXT = door.define_path(
     "text", "tinyshakespeare", "What is learnt in such a race: a corpus or a file."
 )
 MEGABYTES = flags.DEFINE_float("megabytes", 100.0, "Text that the row prepare encodes.")
 TOY = flags.DEFINE_bool("toy", False, "Tiny sizes: does it run? Figures mean nothing.")
 LIMIT_S = flags.DEFINE_float("limit_s", 3600.0, "Longest wait for one measurement.")
-TABLE = flags.DEFINE_string("table", "", "Measure nothing; show this JSONL file.")
-PAGE = flags.DEFINE_string("page", "", "With --table: a Markdown file to update.")
-PLOT = flags.DEFINE_string("plot", "", "Draw loss against wall time into this PNG.")
+TABLE = door.define_path("table", "", "Measure nothing; show this JSONL file.")
+PAGE = door.define_path("page", "", "With --table: a Markdown file to update.")
+PLOT = door.define_path("plot", "", "Draw loss against wall time into this PNG.")
 
 
 def main(_: list[str]) -> int:

@@ -30,8 +30,9 @@ from typing import Any
 from absl import flags
 
 from experiments import door
+from gpt_jax import screen, signals
 
-RUN = flags.DEFINE_string("run", "", "Run folder.")
+RUN = door.define_path("run", "", "Run folder.")
 SYSTEM = flags.DEFINE_string("system", "", "System message: how to answer.")
 TEMPLATE = flags.DEFINE_string(
     "template", "", "alpaca, phi3, chatml or plain; empty = the run's own."
@@ -131,20 +132,23 @@ def lines() -> Iterator[str]:
     held = ""
     while True:
         try:
-            line = held + (input("> ") if terminal else _piped())
+            line = held + (_typed() if terminal else _piped())
         except EOFError:
             if held:
                 yield held.removesuffix("\n")
             return
         except KeyboardInterrupt:
-            if not terminal:
-                raise
             tell("\n/quit leaves")
             held = ""
             continue
         held = line[:-1] + "\n" if line.endswith("\\") else ""
         if not held:
             yield line
+
+
+def _typed() -> str:
+    with signals.raised():
+        return input("> ")
 
 
 def _piped() -> str:
@@ -190,13 +194,19 @@ def answer(talk: Talk, text: str) -> None:
 def show(before: str, pieces) -> tuple[str, str]:
     """Prints a stream; returns its text and why it ended, "" for a natural end.
 
-    Ctrl-C ends it. Its handler only raises a flag, since an exception in the middle of
-    a compilation would take the process down.
+    Ctrl-C ends it, and a second one the process.
     """
     stopped, written = [], ""
-    usual = signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
-    print(before, end="", flush=True)
-    try:
+
+    def come(number: int) -> None:
+        if number != signal.SIGINT or stopped:
+            signals.leave(number)
+        stopped.append(True)
+
+    with signals.told(come), contextlib.ExitStack() as stack:
+        words = screen.Words()
+        words.write(before)
+        stack.callback(words.end)
         while not stopped:
             try:
                 piece = next(pieces)
@@ -204,11 +214,8 @@ def show(before: str, pieces) -> tuple[str, str]:
                 full = end.value.reason == "length"
                 return written, end.value.detail if full else ""
             written += piece
-            print(piece, end="", flush=True)
+            words.write(piece)
         return written, "Ctrl-C"
-    finally:
-        print(flush=True)
-        signal.signal(signal.SIGINT, usual)
 
 
 def obey(talk: Talk, line: str) -> bool:
@@ -295,4 +302,4 @@ def _opening() -> list:
 
 
 if __name__ == "__main__":
-    door.run(main, __doc__)
+    door.run(main, __doc__, product=True)

@@ -26,10 +26,10 @@ from absl import flags
 
 from experiments import door
 
-RUN = flags.DEFINE_string("run", "", "Run folder of a classifier.")
+RUN = door.define_path("run", "", "Run folder of a classifier.")
 TEXT = flags.DEFINE_multi_string("text", [], "Text to label; repeatable.")
-FILE = flags.DEFINE_string("file", "", "File with a text in each line; - is stdin.")
-LABELLED = flags.DEFINE_string("labelled", "", "Table of labelled texts to report on.")
+FILE = door.define_path("file", "", "File with a text in each line; - is stdin.")
+LABELLED = door.define_path("labelled", "", "Table of labelled texts to report on.")
 TEXT_COLUMN = flags.DEFINE_string("text_column", "", "Its column of the text.")
 LABEL_COLUMN = flags.DEFINE_string("label_column", "", "Its column of the class.")
 COLUMNS = flags.DEFINE_list("columns", [], "Its columns, where it has no header.")
@@ -37,8 +37,8 @@ SKIP = flags.DEFINE_bool(
     "skip", False, "Leave out empty texts and unknown labels, and count them."
 )
 TEST = flags.DEFINE_bool("test", False, "Report on the run's test part, read once.")
-JSON = flags.DEFINE_string("json", "", "File for what is printed, as JSON.")
-IMAGE = flags.DEFINE_string("image", "", "PNG file for the confusion matrix.")
+JSON = door.define_path("json", "", "File for what is printed, as JSON.")
+IMAGE = door.define_path("image", "", "PNG file for the confusion matrix.")
 STEP = flags.DEFINE_string(
     "step", "", "Checkpoint: best, newest, a step number; empty = best, else newest."
 )
@@ -201,4 +201,4 @@ def _lines(path: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    door.run(main, __doc__)
+    door.run(main, __doc__, product=True)

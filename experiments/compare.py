@@ -18,8 +18,8 @@ from absl import flags
 
 from experiments import door
 
-RUNS = flags.DEFINE_list("runs", [], "Run folders, with commas; * and ? are patterns.")
-OUT = flags.DEFINE_string("out", "runs/compare", "Folder to write to.")
+RUNS = door.define_paths("runs", "Run folders, with commas; * and ? are patterns.")
+OUT = door.define_path("out", "runs/compare", "Folder to write to.")
 METRIC = flags.DEFINE_string("metric", "val_loss", "A name in metrics.jsonl.")
 AT = flags.DEFINE_enum("at", "best", ["best", "last"], "Which evaluation counts.")
 DIRECTION = flags.DEFINE_enum(
@@ -56,4 +56,4 @@ def _matching(pattern: str) -> list[Path]:
 
 
 if __name__ == "__main__":
-    door.run(main, __doc__)
+    door.run(main, __doc__, product=True)

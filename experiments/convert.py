@@ -23,11 +23,11 @@ from absl import flags
 from configs import common
 from experiments import door
 
-RUN = flags.DEFINE_string("run", "", "Run folder: made by --from_hf, else read.")
-FROM_HF = flags.DEFINE_string("from_hf", "", "Hugging Face folder or id to read.")
-TO_HF = flags.DEFINE_string("to_hf", "", "Hugging Face folder to write.")
-TO_GGUF = flags.DEFINE_string("to_gguf", "", "GGUF file to write, for llama.cpp.")
-TO_STABLEHLO = flags.DEFINE_string("to_stablehlo", "", "Folder of programs to write.")
+RUN = door.define_path("run", "", "Run folder: made by --from_hf, else read.")
+FROM_HF = door.define_path("from_hf", "", "Hugging Face folder or id to read.")
+TO_HF = door.define_path("to_hf", "", "Hugging Face folder to write.")
+TO_GGUF = door.define_path("to_gguf", "", "GGUF file to write, for llama.cpp.")
+TO_STABLEHLO = door.define_path("to_stablehlo", "", "Folder of programs to write.")
 PARAM_DTYPE = flags.DEFINE_enum(
     "param_dtype",
     "float32",

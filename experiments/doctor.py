@@ -24,7 +24,7 @@ from absl import flags
 
 from experiments import door
 
-RUN = flags.DEFINE_string("run", "", "A run folder to check as well.")
+RUN = door.define_path("run", "", "A run folder to check as well.")
 JSON = flags.DEFINE_bool("json", False, "Print a list of JSON objects instead.")
 MIN_FREE_GB = flags.DEFINE_float("min_free_gb", 5.0, "Less free disk is a warning.")
 
@@ -75,4 +75,4 @@ def _tell(findings: Iterable) -> list[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    door.run(main, __doc__)
+    door.run(main, __doc__, product=True)

@@ -1,13 +1,13 @@
 """What every door does: parse flags, force the config, map errors to exit codes.
 
 Exit codes: 0 done or `--help`; 2 a mistake of the user, told in one sentence;
-130 and 143 stopped by Ctrl-C and SIGTERM after saving; 1 a run that could not go on
-(updates that are not finite, data that does not come), and anything else, with a
-traceback, because that is a bug of ours.
+130, 143 and 129 stopped by Ctrl-C, SIGTERM and a hang-up, after saving where there is
+something to save; 1 a run that could not go on (updates that are not finite, data that
+does not come), and anything else, with a traceback, because that is a bug of ours. A
+screen that fails changes none of them; see gpt_jax/screen.py.
 """
 
 import gc
-import os
 import runpy
 import shlex
 import sys
@@ -18,12 +18,15 @@ from typing import NoReturn
 from absl import flags
 from ml_collections import config_flags
 
+from gpt_jax import files, screen, signals
+
 MISTAKES = (
     *(ValueError, FileNotFoundError, FileExistsError),
     *(IsADirectoryError, NotADirectoryError, PermissionError),
 )
 
 DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of a mistake too.")
+flags.disclaim_key_flags()  # what the functions below define is the calling door's
 
 
 def define_config(default: str | None = None):
@@ -45,7 +48,8 @@ def config_file() -> str:
 def config_name() -> str:
     """Returns a name made of the config: gpt2_size=xl for configs/gpt2.py:size=xl."""
     file, _, arg = config_file().partition(":")
-    return "_".join(filter(None, [Path(file).stem, arg.replace(",", "_")]))
+    name = "_".join(filter(None, [Path(file).stem, arg.replace(",", "_")]))
+    return files.shortened(name.replace("/", "_"))
 
 
 def command(without: tuple[str, ...]) -> str:
@@ -65,33 +69,67 @@ def step(text: str) -> str | int | None:
     return names[text]
 
 
-def run(main: Callable[[list[str]], object], doc: str | None) -> None:
+def run(
+    main: Callable[[list[str]], object], doc: str | None, *, product: bool = False
+) -> None:
     """Runs a door and leaves the process with its exit code.
 
     Args:
       main: takes the arguments that are not flags; its return value, when it is an
         int, is the exit code.
       doc: the door's docstring, which is its help text.
+      product: what is printed is what was asked for, and not how a run goes: it ends
+        when nobody takes it.
     """
+    signals.begin()  # before JAX is imported, which loses an exception of Ctrl-C
+    asked = {"--help", "-help", "-h", "--helpfull"} & set(sys.argv[1:])
+    screen.take_over(product=product or bool(asked))
     try:
-        if {"--help", "-help", "-h", "--helpfull"} & set(sys.argv[1:]):
+        if asked:
             print(f"{(doc or '').strip()}\n\nFlags:\n{_flags_help()}", flush=True)
             sys.exit(0)
         _parse()
         code = main([])
+        sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except screen.ReaderGone:  # `head`, say, has seen enough
         sys.exit(0)
     except MISTAKES as error:
         _tell(error, 2)
     except (FloatingPointError, OSError) as error:  # also a full disk, data that stalls
-        _tell(error, 1)
-    except KeyboardInterrupt:
+        _tell(error, 2 if getattr(error, "errno", 0) in files.OF_A_PATH else 1)
+    except KeyboardInterrupt:  # where `signals.raised` lets it be
         sys.exit(130)
     finally:
         # Else Python walks all that JAX made once more before it leaves: 0.3 s.
         gc.freeze()
+
+
+def define_path(name: str, default: str, told: str):
+    """Defines a flag that names a file or folder; a `~` becomes the home folder."""
+    return flags.DEFINE(_Path(), name, default, told)
+
+
+def define_paths(name: str, told: str):
+    """Defines a flag that names several, separated by commas."""
+    return flags.DEFINE(
+        _Paths(), name, [], told, serializer=flags.CsvListSerializer(",")
+    )
+
+
+def define_multi_path(name: str, told: str):
+    """Defines a flag that names one each time that it is given."""
+    return flags.DEFINE_multi(_Path(), flags.ArgumentSerializer(), name, [], told)
+
+
+class _Path(flags.ArgumentParser):
+    def parse(self, argument: str) -> str:
+        return str(files.expand(argument)) if argument.startswith("~") else argument
+
+
+class _Paths(flags.ListParser):
+    def parse(self, argument: str | list[str]) -> list[str]:
+        return [_Path().parse(word) for word in super().parse(argument)]
 
 
 def given(config, example: str = "configs/quickstart.py"):

@@ -94,4 +94,4 @@ def notes(config, plan) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    door.run(main, __doc__)
+    door.run(main, __doc__, product=True)

@@ -31,8 +31,8 @@ from absl import flags
 
 from experiments import door
 
-RUN = flags.DEFINE_multi_string("run", [], "Run folder; repeatable.")
-OUT = flags.DEFINE_string(
+RUN = door.define_multi_path("run", "Run folder; repeatable.")
+OUT = door.define_path(
     "out", "", "Folder to write to; --rows needs one (default: runs/evaluate)."
 )
 STEP = flags.DEFINE_string(
@@ -43,13 +43,13 @@ WEIGHTS = flags.DEFINE_enum(
 )
 SEED = flags.DEFINE_integer("seed", 1337, "Of sampling and of the intervals.")
 
-TEXT = flags.DEFINE_string("text", "", "A file, a corpus, or val.")
+TEXT = door.define_path("text", "", "A file, a corpus, or val.")
 FIELD = flags.DEFINE_string("field", "text", "The field of a .jsonl row with the text.")
 CACHE = flags.DEFINE_string("cache", "~/.cache/gpt_jax", "Where downloads are kept.")
 WINDOW = flags.DEFINE_integer("window", 0, "Tokens read at once; 0 = the context.")
 STRIDE = flags.DEFINE_integer("stride", 0, "Tokens a window scores; 0 = all of it.")
 
-ROWS = flags.DEFINE_string("rows", "", "Test file whose rows are answered.")
+ROWS = door.define_path("rows", "", "Test file whose rows are answered.")
 TEMPLATE = flags.DEFINE_string(
     "template", "", "How rows are written: a template's name; empty = the run's own."
 )
@@ -64,7 +64,7 @@ TEMPERATURE = flags.DEFINE_float(
 
 JUDGE = flags.DEFINE_string("judge", "", "Endpoint that judges, up to and with /v1.")
 JUDGE_MODEL = flags.DEFINE_string("judge_model", "llama3", "Its name there.")
-JUDGE_PROMPT = flags.DEFINE_string(
+JUDGE_PROMPT = door.define_path(
     "judge_prompt", "", "File with {question}, {reference}, {answer}; empty = ours."
 )
 JUDGE_KEY_ENV = flags.DEFINE_string(
@@ -79,9 +79,9 @@ JUDGE_PROSE = flags.DEFINE_enum(
     "judge_prose", "count", ["count", "refuse"], "When the judge gives no number."
 )
 
-CHOICES = flags.DEFINE_string("choices", "", "JSONL file of multiple-choice questions.")
+CHOICES = door.define_path("choices", "", "JSONL file of multiple-choice questions.")
 
-COPIED_FROM = flags.DEFINE_string("copied_from", "", "A file or corpus: the original.")
+COPIED_FROM = door.define_path("copied_from", "", "A file or corpus: the original.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Begins the sampled texts.")
 COUNT = flags.DEFINE_integer("count", 20, "Sampled texts for each prompt.")
 LEAST = flags.DEFINE_multi_integer(
@@ -89,7 +89,7 @@ LEAST = flags.DEFINE_multi_integer(
 )
 
 LM_EVAL = flags.DEFINE_list("lm_eval", [], "Tasks of the harness, with commas.")
-LM_EVAL_TASKS = flags.DEFINE_string("lm_eval_tasks", "", "Folder of your own tasks.")
+LM_EVAL_TASKS = door.define_path("lm_eval_tasks", "", "Folder of your own tasks.")
 
 PROMPT_OF_THE_JUDGE = """\
 You grade an answer to an instruction, on a scale from 0 to 100, where 100 is best.
@@ -122,15 +122,16 @@ def main(_: list[str]) -> None:
         names = ", ".join(f"--{flag.name}" for flag, _ in kinds)
         raise ValueError(f"give one of {names} (see --help)")
 
-    from gpt_jax.evaluate import rows
+    from gpt_jax import files, screen
 
     heads, lines, details = given[0]()
-    table = rows.table(heads, lines)
-    print(table)
-    if OUT.value or ROWS.value:
-        rows.save(_out() / "scores.md", table + "\n")
-        rows.write(_out() / "scores.json", details)
-        print(f"\n  kept in   {_out()}/scores.md and scores.json")
+    table = screen.table(heads, lines)
+    kept = ""
+    if OUT.value or ROWS.value:  # before it is shown, which may fail
+        files.write(_out() / "scores.md", table + "\n")
+        files.write_json(_out() / "scores.json", details)
+        kept = f"\n\n  kept in   {_out()}/scores.md and scores.json"
+    print(f"{table}{kept}")
 
 
 def _out() -> Path:
@@ -161,8 +162,8 @@ def _name(folder: str) -> str:
 
 def _text():
     """Returns the table's head and lines, and all numbers by run."""
-    from gpt_jax import corpora
-    from gpt_jax.evaluate import likelihood, rows, text
+    from gpt_jax import corpora, screen
+    from gpt_jax.evaluate import likelihood, text
 
     found = {}
     for name, run in _opened():
@@ -173,7 +174,7 @@ def _text():
             corpus = corpora.open(TEXT.value, field=FIELD.value, cache=CACHE.value)
             texts = text.documents(corpus, run.tokenizer)
         length = WINDOW.value or run.model.cfg.context_length
-        with rows.progress(f"{name}: windows", None) as show:
+        with screen.counted(f"{name}: windows", None) as show:
             found[name] = text.evaluate(
                 scorer,
                 texts,
@@ -214,7 +215,7 @@ def _validation(run):
     if run.config.init_from:  # it learnt in the tokens of the run that it started from
         keys["tokenizer"] = str(run.folder / "tokenizer.json")
     prepared = prepare.prepare(**keys, progress=True)
-    if prepared.fingerprint != json.loads(told.read_text())["fingerprint"]:
+    if prepared.fingerprint != json.loads(told.read_text("utf-8"))["fingerprint"]:
         raise ValueError(
             f"--text=val: {keys['source']} is no longer the text that {run.folder} was "
             "trained on; put it back, or name a file with --text"
@@ -226,8 +227,8 @@ def _validation(run):
 
 def _rows():
     """Answers the rows with every run, and scores the answers."""
-    from gpt_jax import chat, instructions
-    from gpt_jax.evaluate import answers, compare, rows
+    from gpt_jax import chat, instructions, screen
+    from gpt_jax.evaluate import answers, compare
 
     judge = _judge() if JUDGE.value else None
     test = instructions.read_file(ROWS.value)
@@ -243,7 +244,7 @@ def _rows():
             context=run.model.cfg.context_length,
             skip=SKIP_BAD_ROWS.value,
         )
-        with rows.progress(f"{name}: answers", len(asked)) as show:
+        with screen.counted(f"{name}: answers", len(asked)) as show:
             said = answers.answer(
                 run,
                 asked,
@@ -302,9 +303,10 @@ def _judge():
 
 def _judged(who, name: str, said: list[dict]):
     """Returns the judge's mean with its interval, and the numbers; None for prose."""
-    from gpt_jax.evaluate import judge, rows, scores
+    from gpt_jax import screen
+    from gpt_jax.evaluate import judge, scores
 
-    with rows.progress(f"{name}: judged", len(said)) as show:
+    with screen.counted(f"{name}: judged", len(said)) as show:
         verdicts = judge.verdicts(who, said, show=show)
     prose = [verdict for verdict in verdicts if verdict.score is None]
     if prose and JUDGE_PROSE.value == "refuse":
@@ -325,8 +327,8 @@ def _judged(who, name: str, said: list[dict]):
 
 def _choices():
     """Picks a choice for every question, with every run."""
-    from gpt_jax import instructions
-    from gpt_jax.evaluate import choices, compare, likelihood, rows
+    from gpt_jax import instructions, screen
+    from gpt_jax.evaluate import choices, compare, likelihood
 
     questions = []
     for number, row in enumerate(instructions.read_file(CHOICES.value), start=1):
@@ -339,7 +341,7 @@ def _choices():
     found = {}
     for name, run in _opened():
         scorer = likelihood.scorer(run.model, run.params)
-        with rows.progress(f"{name}: choices", total) as show:
+        with screen.counted(f"{name}: choices", total) as show:
             picks = choices.pick(scorer, run.tokenizer, questions, show=show)
         found[name] = choices.summary(questions, picks, seed=SEED.value)
         found[name]["picks"] = [pick._asdict() for pick in picks]
@@ -359,8 +361,8 @@ def _choices():
 
 def _copied():
     """Samples texts from every run and finds what of them stands in the original."""
-    from gpt_jax import corpora, sample
-    from gpt_jax.evaluate import copied, rows
+    from gpt_jax import corpora, sample, screen
+    from gpt_jax.evaluate import copied
 
     original = corpora.open(COPIED_FROM.value, field=FIELD.value, cache=CACHE.value)
     least = sorted(LEAST.value)
@@ -379,7 +381,7 @@ def _copied():
             **_settings(0.8),
         )
         texts = [completion.text for completion in completions]
-        with rows.progress(f"{name}: documents", None) as show:
+        with screen.counted(f"{name}: documents", None) as show:
             documents = _counted(original.documents(), show)
             matches = copied.find(texts, documents, least=least[0])
         found[name] = copied.summary(matches, least)
@@ -420,4 +422,4 @@ def _harness():
 
 
 if __name__ == "__main__":
-    door.run(main, __doc__)
+    door.run(main, __doc__, product=True)

@@ -33,6 +33,7 @@ import time
 from absl import flags
 
 from experiments import door
+from gpt_jax import signals
 
 PROCESSES = flags.DEFINE_integer("processes", 2, "How many processes.")
 DEVICES = flags.DEFINE_integer("devices", 1, "GPUs or CPU devices of each process.")
@@ -92,22 +93,21 @@ def main(train: list[str]) -> int:
         shared.append(f"--config.mesh.cpu_devices={DEVICES.value}")
     children: list[Child] = []
 
-    def forward(number, frame):
+    def forward(number: int) -> None:
         for child in children:
             if child.code is None:
-                child.process.send_signal(number)
+                signals.send(child.process, number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, forward)
-    for index, place in enumerate(places):
-        # The coordinator would else listen on every address of the machine.
-        env = {
-            **os.environ,
-            **place,
-            "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
-        }
-        children.append(Child(index, [*shared, f"--process={index}"], env))
-    return attend(children)
+    with signals.told(forward):
+        for index, place in enumerate(places):
+            # The coordinator would else listen on every address of the machine.
+            env = {
+                **os.environ,
+                **place,
+                "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
+            }
+            children.append(Child(index, [*shared, f"--process={index}"], env))
+        return attend(children)
 
 
 def check(train: list[str]) -> None:

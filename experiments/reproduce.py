@@ -23,11 +23,11 @@ from absl import flags
 from experiments import door
 
 FAST = flags.DEFINE_bool("fast", False, "Only what takes seconds.")
-DATA = flags.DEFINE_string("data", "", "Folder of texts.")
-OUT = flags.DEFINE_string("out", "runs/reproduce", "Folder of the runs.")
-BASE = flags.DEFINE_string("base", "", "Run to fine-tune; empty = one is trained.")
+DATA = door.define_path("data", "", "Folder of texts.")
+OUT = door.define_path("out", "runs/reproduce", "Folder of the runs.")
+BASE = door.define_path("base", "", "Run to fine-tune; empty = one is trained.")
 ROWS = flags.DEFINE_list("rows", [], "Only rows that hold one of these words.")
-PAGE = flags.DEFINE_string("page", "", "Markdown file to write the table to.")
+PAGE = door.define_path("page", "", "Markdown file to write the table to.")
 
 PAGE_HEAD = """\
 # Results
@@ -46,12 +46,12 @@ of the configs.
 
 def main(_: list[str]) -> int:
     """Prints the table; returns the exit code."""
-    data = Path(DATA.value).expanduser().resolve() if DATA.value else None
+    data = Path(DATA.value).resolve() if DATA.value else None
     if data and not data.is_dir():
         raise ValueError(f"--data={DATA.value} is not a folder")
 
     from experiments.targets import Place, exact, learning, tuning
-    from gpt_jax.evaluate import rows
+    from gpt_jax import files, screen
 
     base = Path(BASE.value) if BASE.value else None
     place = Place(data, Path(OUT.value), base)
@@ -61,7 +61,7 @@ def main(_: list[str]) -> int:
         raise ValueError(f"--rows={','.join(ROWS.value)} is in the name of no row")
     lines = [_measured(row, place) for row in wanted]
     heads = ("what", "claimed", "measured", "tolerance", "verdict")
-    table = rows.table(heads, lines)
+    table = screen.table(heads, lines)
     print(table)
     missed = sum(line[-1] == "missed" for line in lines)
     met = sum(line[-1] == "met" for line in lines)
@@ -70,7 +70,7 @@ def main(_: list[str]) -> int:
         total += "; what has to be trained was left out (--fast)"
     print(f"\n{total}")
     if PAGE.value:
-        rows.save(PAGE.value, f"{_head()}{table}\n\n{total}.\n")
+        files.write(PAGE.value, f"{_head()}{table}\n\n{total}.\n")
     return int(missed > 0)
 
 

@@ -22,9 +22,9 @@ from absl import flags
 
 from experiments import door
 
-RUN = flags.DEFINE_string("run", "", "Run folder.")
+RUN = door.define_path("run", "", "Run folder.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; repeatable.")
-PROMPT_FILE = flags.DEFINE_string(
+PROMPT_FILE = door.define_path(
     "prompt_file", "", "File whose text, less a last newline, is a prompt; - is stdin."
 )
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 200, "Most tokens to write.")
@@ -64,7 +64,7 @@ def main(_: list[str]) -> None:
         prompts.append(_read(PROMPT_FILE.value))
     prompts = prompts or [""]
 
-    from gpt_jax import programs, runs, sample
+    from gpt_jax import programs, runs, sample, screen
 
     settings = {
         "temperature": TEMPERATURE.value,
@@ -95,17 +95,22 @@ def main(_: list[str]) -> None:
             f"--- prompt {prompt + 1} of {len(prompts)}, "
             f"completion {number + 1} of {COUNT.value}, stopped: {completion.detail}"
         )
-        print(f"{completion.prompt}{completion.text}")
+        words = screen.Words()
+        words.write(f"{completion.prompt}{completion.text}")
+        words.end()
 
 
 def _show(pieces, prompt: str) -> None:
     """Prints a stream as it comes, then why it ended."""
-    print(prompt, end="", flush=True)
+    from gpt_jax import screen
+
+    words = screen.Words()
+    words.write(prompt)
     while True:
         try:
-            print(next(pieces), end="", flush=True)
+            words.write(next(pieces))
         except StopIteration as end:
-            print(flush=True)
+            words.end()
             print(f"[stopped: {end.value.detail}]", file=sys.stderr)
             return
 
@@ -122,4 +127,4 @@ def _read(path: str) -> str:
 
 
 if __name__ == "__main__":
-    door.run(main, __doc__)
+    door.run(main, __doc__, product=True)

@@ -31,7 +31,7 @@ from absl import flags
 
 from experiments import door
 
-RUNS = flags.DEFINE_list("runs", [], "Run folders, separated by commas.")
+RUNS = door.define_paths("runs", "Run folders, separated by commas.")
 HOST = flags.DEFINE_string("host", "127.0.0.1", "Address; 0.0.0.0 is every network.")
 PORT = flags.DEFINE_integer("port", 8000, "Port; 0 takes a free one.")
 BATCHES = flags.DEFINE_list("batches", ["1", "8", "32"], "Rows of a decode step.")

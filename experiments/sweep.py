@@ -33,8 +33,8 @@ from experiments import door
 
 MOST_LINES = 60  # of the printed table; results.csv has all
 
-SWEEP = flags.DEFINE_string("sweep", "", "Sweep file, e.g. experiments/sweeps/lr.py.")
-OUT = flags.DEFINE_string("out", "", "Folder (default: runs/sweep_<sweep's name>).")
+SWEEP = door.define_path("sweep", "", "Sweep file, e.g. experiments/sweeps/lr.py.")
+OUT = door.define_path("out", "", "Folder (default: runs/sweep_<sweep's name>).")
 SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE of the config, for all trials.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check all trials and list them only.")
 ENGINE = flags.DEFINE_enum(

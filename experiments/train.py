@@ -24,9 +24,7 @@ from absl import flags
 from experiments import door
 
 CONFIG = door.define_config()
-WORKDIR = flags.DEFINE_string(
-    "workdir", "", "Run folder (default: runs/<config name>)."
-)
+WORKDIR = door.define_path("workdir", "", "Run folder (default: runs/<config name>).")
 ALLOW = flags.DEFINE_bool(
     "allow_data_change", False, "Go on with a run though its data is another now."
 )

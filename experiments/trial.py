@@ -8,7 +8,6 @@ stays open, then saves and leaves: a trial does not outlive its sweep.
 """
 
 import json
-import os
 import signal
 import sys
 import threading
@@ -34,7 +33,7 @@ def main(_: list[str]) -> int:
 def _leave_with_the_sweep() -> None:
     """Stops this process, as SIGTERM does, when nobody holds its standard input."""
     sys.stdin.read()
-    os.kill(os.getpid(), signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -22,10 +22,7 @@ ended before it was killed so often; 2 a mistake in the flags; 130 Ctrl-C.
 """
 
 import contextlib
-import os
 import random
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,14 +31,13 @@ from pathlib import Path
 from absl import flags
 
 from experiments import door
+from gpt_jax import signals
 
 CONFIG = door.define_config()
 STEPS = flags.DEFINE_integer("steps", 40, "Steps to train, twice.")
 KILLS = flags.DEFINE_integer("kills", 3, "How often the second run is killed.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the moments of the kills.")
-WORKDIR = flags.DEFINE_string(
-    "workdir", "", "Keep the two runs here (default: nowhere)."
-)
+WORKDIR = door.define_path("workdir", "", "Keep the two runs here (default: nowhere).")
 
 
 def main(_: list[str]) -> int:
@@ -117,8 +113,11 @@ def interval() -> int:
 
 def train(run: Path) -> int:
     """Trains to the end; returns the exit code."""
-    with log_of(run).open("ab") as log:
-        return subprocess.run(command(run), stdout=log, stderr=log).returncode
+    with (
+        log_of(run).open("ab") as log,
+        signals.child(command(run), stdout=log, stderr=log) as process,
+    ):
+        return process.wait()
 
 
 def kill(run: Path, rng: random.Random, longest_s: float) -> tuple[int, int]:
@@ -137,20 +136,18 @@ def kill(run: Path, rng: random.Random, longest_s: float) -> tuple[int, int]:
     marks = sorted(rng.sample(range(1, last + 1), min(KILLS.value, last)))
     for kills, mark in enumerate(marks):
         before = changed(run)
-        with log_of(run).open("ab") as log:
-            process = subprocess.Popen(command(run), stdout=log, stderr=log)
-        try:
+        with (
+            log_of(run).open("ab") as log,
+            signals.child(command(run), stdout=log, stderr=log) as process,
+        ):
             while process.poll() is None and (
                 changed(run) == before or reached(run) < mark
             ):
                 time.sleep(0.01)
             time.sleep(rng.random() * longest_s)  # also in the middle of a save
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-        if process.returncode != -signal.SIGKILL:
-            return kills, process.returncode
+            ended = process.poll()
+        if ended is not None:
+            return kills, ended
         if reached(run) >= STEPS.value:
             return kills, 0
         print(f"  killed at step {reached(run)}", flush=True)

@@ -21,6 +21,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gpt_jax import files
+
 ROLES = ("system", "user", "assistant")
 # What a template that asks for the date is told, always: what is learnt today must be
 # learnt tomorrow, or a run could not be resumed. The date that Llama 3's falls back to.
@@ -240,7 +242,7 @@ def template_of(folder: str | Path) -> str | None:
     Raises:
       ValueError: one of these files cannot be read.
     """
-    folder = Path(folder)
+    folder = files.expand(folder)
     task = _json(folder / "config.json").get("task")
     if isinstance(task, dict) and task.get("template"):
         return task["template"]

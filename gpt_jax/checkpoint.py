@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
-from gpt_jax import processes
+from gpt_jax import files, processes
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ class Checkpoints:
             aside = _unused(self.folder / f"aside-{newer[0]}")
             aside.mkdir()
             for s in newer:
-                os.rename(self.folder / str(s), aside / str(s))
+                os.replace(self.folder / str(s), aside / str(s))
             log.warning("checkpoints %s are newer than step %d: %s", newer, step, aside)
         return newer
 
@@ -306,7 +306,7 @@ class Checkpoints:
         moved = ""
         if self.keep is not None and jax.process_index() == 0:
             target = _unused(found.with_name(f"damaged-{found.name}"))
-            os.rename(found, target)
+            os.replace(found, target)
             moved = f"; moved to {target}"
         log.warning("checkpoint %s is damaged: %s%s", found, error, moved)
 
@@ -506,40 +506,19 @@ def _each_finite(arrays: list[jax.Array]) -> jax.Array:
 
 def _seal(target: Path, note: dict) -> None:
     """Writes the manifest: after every other byte is on the disk, and atomically."""
-    files = {}
-    for path in sorted(p for p in target.rglob("*") if p.is_file()):
-        files[path.relative_to(target).as_posix()] = _hash(path, sync=True)
-    body = {"format": FORMAT, **note, "files": files}
+    found = {}
+    for path in sorted(target.rglob("*")):
+        files.sync(path)  # of a folder, the names in it
+        if path.is_file():
+            found[path.relative_to(target).as_posix()] = files.digest_of(path)
+    body = {"format": FORMAT, **note, "files": found}
     text = json.dumps({**body, "sha256": _body_hash(body)}, indent=1)
-    draft = target / f"{MANIFEST}.tmp"
-    with open(draft, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    for folder in filter(Path.is_dir, target.rglob("*")):
-        _sync(folder)  # a name in it may not be on the disk yet
-    os.rename(draft, target / MANIFEST)
-    for folder in (target, target.parent):
-        _sync(folder)
-
-
-def _sync(folder: Path) -> None:
-    """Puts the names in a folder on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-def _hash(path: Path, *, sync: bool) -> str:
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-        if sync:
-            os.fsync(file.fileno())
-    return found
+    files.write(target / MANIFEST, text)
+    files.sync(target.parent)
 
 
 def _body_hash(body: dict) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return files.digest(json.dumps(body, sort_keys=True))
 
 
 def _manifest(found: Path) -> dict:
@@ -575,7 +554,7 @@ def _verify(found: Path, manifest: dict, items: set[str] | None) -> None:
             continue
         if not (found / name).is_file():
             raise Damaged(f"{found / name} is missing")
-        if _hash(found / name, sync=False) != stated:
+        if files.digest_of(found / name) != stated:
             raise Damaged(f"{found / name} does not match its sha256")
 
 

@@ -12,7 +12,6 @@ first use: their sha256 goes into `pins.json` in the cache and is checked from t
 """
 
 import gzip
-import hashlib
 import io
 import itertools
 import json
@@ -32,8 +31,8 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich import progress as bars
-from rich.console import Console
+from gpt_jax import screen
+from gpt_jax.files import digest, digest_of, expand, sync, write
 
 # A longer document is handed over in pieces, so that memory stays bounded.
 PIECE_CHARS = 1 << 20
@@ -157,7 +156,7 @@ def open(
     """
     if not source.strip():
         raise ValueError(f"data.source is empty; name a file or one of {_names()}")
-    is_file = Path(source).expanduser().exists()
+    is_file = expand(source).exists()
     if " + " in source and not is_file:
         parts = [_weighted(part) for part in source.split(" + ")]
         opened = [
@@ -245,7 +244,7 @@ def _builtin(source: str) -> Corpus:
 
 
 def _local(source: str, field: str, bad: Callable | None) -> Corpus:
-    path = Path(source).expanduser()
+    path = expand(source)
     if path.is_dir():
         raise ValueError(f"{source} is a folder; give a glob, e.g. {source}/**/*.txt")
     is_glob = not path.exists()
@@ -495,12 +494,12 @@ def _weighted(part: str) -> tuple[str, float]:
 
 
 def _identity(files: list[tuple[str, Path]], *more: str) -> str:
-    parts = [f"{name} {p.stat().st_size} {sha256(p)}" for name, p in files]
+    parts = [f"{name} {p.stat().st_size} {digest_of(p)}" for name, p in files]
     return _hash(*parts, *more)
 
 
 def _hash(*parts: str) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return digest("\n".join(parts))
 
 
 def _is_text(path: Path) -> bool:
@@ -548,11 +547,11 @@ def fetch(name: str, cache: str | Path, progress: bool = True) -> Path:
     """
     if name not in DOWNLOADS:
         raise ValueError(f"{name!r} is not one of: {', '.join(DOWNLOADS)}")
-    item, cache = DOWNLOADS[name], Path(cache).expanduser()
+    item, cache = DOWNLOADS[name], expand(cache)
     pinned = _pins(cache).get(name) if item.changes else None
     right = {item.sha256, pinned} - {None}
     for path in filter(Path.is_file, (cache / file for file in item.names)):
-        digest = sha256(path)
+        digest = digest_of(path)
         if not right:
             _pin(cache, name, digest, progress)
         if not right or digest in right:
@@ -573,7 +572,7 @@ def fetch(name: str, cache: str | Path, progress: bool = True) -> Path:
                 f"what was expected: {error}; try again, or put the right file at "
                 f"{path}"
             ) from error
-    digest = sha256(whole)
+    digest = digest_of(whole)
     if item.changes and not pinned:
         _pin(cache, name, digest, progress)
     elif digest not in right:
@@ -588,15 +587,11 @@ def fetch(name: str, cache: str | Path, progress: bool = True) -> Path:
         )
     if path.exists():
         os.replace(path, path.with_name(f"{path.name}.bad"))
+    sync(whole)
     os.replace(whole, path)
+    sync(path.parent)
     _remove(parts)
     return path
-
-
-def sha256(path: Path) -> str:
-    """Returns the sha256 of a file as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _download(url: str, part: Path, *, name: str, path: Path, progress: bool) -> None:
@@ -634,7 +629,7 @@ def _resume(url: str, part: Path, progress: bool) -> None:
     if have:
         headers["Range"] = f"bytes={have}-"
     if have and tag.exists():
-        headers["If-Range"] = tag.read_text()
+        headers["If-Range"] = tag.read_text(encoding="utf-8")
     request = urllib.request.Request(url, headers=headers)
     try:
         reply = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
@@ -650,50 +645,34 @@ def _resume(url: str, part: Path, progress: bool) -> None:
         length = reply.headers.get("Content-Length")
         total = None if length is None else start + int(length)
         etag = reply.headers.get("ETag", "")
-        tag.write_text(etag) if etag[:1] == '"' else tag.unlink(missing_ok=True)
-        with part.open("ab" if start else "wb") as file, _bar(progress) as bar:
-            label = url.rsplit("/", 1)[-1]
-            if progress and bar.disable:
-                bar.console.print(f"downloading {url}", soft_wrap=True)
-            task = bar.add_task(label, total=total, completed=start)
+        write(tag, etag) if etag[:1] == '"' else tag.unlink(missing_ok=True)
+        show = screen.Show(progress)
+        show.say(f"downloading {url}")
+        what = url.rsplit("/", 1)[-1]
+        with part.open("ab" if start else "wb") as file, show.bar(what, total) as bar:
+            bar(start)
             while data := reply.read(READ_BYTES // 8):
                 file.write(data)
-                bar.advance(task, len(data))
+                bar(len(data))
     if total is not None and part.stat().st_size < total:
         raise ConnectionError(f"the connection closed at {part.stat().st_size} bytes")
-
-
-def _bar(progress: bool) -> bars.Progress:
-    console = Console(stderr=True)
-    return bars.Progress(
-        "{task.description}",
-        bars.BarColumn(),
-        bars.DownloadColumn(),
-        bars.TransferSpeedColumn(),
-        bars.TimeRemainingColumn(),
-        console=console,
-        disable=not (progress and console.is_terminal),
-    )
 
 
 def _pins(cache: Path) -> dict[str, str]:
     path = cache / "pins.json"
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError:
         raise ValueError(f"{path} is not JSON; repair or delete it") from None
 
 
 def _pin(cache: Path, name: str, digest: str, progress: bool) -> None:
-    partial = cache / f"pins.json.{os.getpid()}.tmp"
-    partial.write_text(json.dumps({**_pins(cache), name: digest}, indent=1) + "\n")
-    os.replace(partial, cache / "pins.json")
-    if progress:
-        Console(stderr=True).print(
-            f"{name} has no known sha256: this copy is trusted and pinned "
-            f"from now on ({digest}, {cache / 'pins.json'})",
-            soft_wrap=True,
-        )
+    pins = json.dumps({**_pins(cache), name: digest}, indent=1)
+    write(cache / "pins.json", pins + "\n")
+    screen.Show(progress).say(
+        f"{name} has no known sha256: this copy is trusted and pinned from now on "
+        f"({digest}, {cache / 'pins.json'})"
+    )
 
 
 def _remove(parts: Iterable[Path]) -> None:

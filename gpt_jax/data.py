@@ -13,7 +13,6 @@ import json
 import math
 import os
 import queue
-import shutil
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+
+from gpt_jax import files
 
 Batch = dict[str, np.ndarray]
 
@@ -76,7 +77,7 @@ class Index:
     def fingerprint(self) -> str:
         """sha256 of the contents: equal for equal tokens, whatever made them."""
         parts = [self.dtype, self.documents_sha256, *(s.sha256 for s in self.shards)]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return files.digest("\n".join(parts))
 
 
 class Examples(Protocol):
@@ -146,9 +147,7 @@ class Writer:
             raise ValueError(
                 f"{folder} exists already; delete it or choose another folder"
             )
-        self.partial = self.folder.with_name(f"{self.folder.name}.{os.getpid()}.tmp")
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
+        self.partial = files.begin_folder(self.folder)
         self.vocab_size, self.eos_id = vocab_size, eos_id
         self.shard_tokens = shard_tokens
         self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
@@ -186,19 +185,19 @@ class Writer:
             vocab_size=self.vocab_size,
             eos_id=self.eos_id,
             shards=tuple(self.done),
-            documents_sha256=_sha256(self.partial / "documents.npy"),
+            documents_sha256=files.digest_of(self.partial / "documents.npy"),
             meta=meta,
         )
         text = json.dumps({"format": FORMAT, **asdict(index)}, indent=1)
-        (self.partial / "index.json").write_text(text + "\n")
-        os.replace(self.partial, self.folder)
+        (self.partial / "index.json").write_text(text + "\n", encoding="utf-8")
+        files.finish_folder(self.partial, self.folder)
         return index
 
     def close(self) -> None:
         """Removes what is not finished."""
         if self.file is not None:
             self.file.close()
-        shutil.rmtree(self.partial, ignore_errors=True)
+        files.drop_folder(self.partial)
 
     def _append(self, ids: np.ndarray) -> None:
         low, high = ids.min(), ids.max()
@@ -235,8 +234,6 @@ class Writer:
     def _finish_shard(self) -> None:
         if self.file is None:
             return
-        self.file.flush()
-        os.fsync(self.file.fileno())
         self.file.close()
         self.done.append(Shard(self.name, self.in_file, self.hash.hexdigest()))
         self.file, self.hash, self.in_file = None, hashlib.sha256(), 0
@@ -304,11 +301,11 @@ class Tokens:
           ValueError: names the first file that was changed since it was written, and
             where it holds an id outside the vocabulary.
         """
-        files = [(shard.name, shard.sha256) for shard in self.index.shards]
+        named = [(shard.name, shard.sha256) for shard in self.index.shards]
         for i, (name, digest) in enumerate(
-            [*files, ("documents.npy", self.index.documents_sha256)]
+            [*named, ("documents.npy", self.index.documents_sha256)]
         ):
-            if _sha256(self.folder / name) == digest:
+            if files.digest_of(self.folder / name) == digest:
                 continue
             if i < len(self.maps) and self.maps[i].max() >= self.index.vocab_size:
                 raise self._bad_id(i)
@@ -354,7 +351,7 @@ def open(folder: str | Path) -> Tokens:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no tokens: {path} is missing")
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(path.read_text(encoding="utf-8"))
         found = fields.pop("format")
         shards = tuple(Shard(**shard) for shard in fields.pop("shards"))
         index = Index(shards=shards, **fields)
@@ -674,8 +671,3 @@ def _fill(x: np.ndarray, size: int) -> np.ndarray:
     full = np.zeros((size, *x.shape[1:]), x.dtype)
     full[: len(x)] = x
     return full
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

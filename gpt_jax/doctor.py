@@ -21,7 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 from packaging.requirements import Requirement
 
-from gpt_jax import checkpoint, corpora, metrics, model, programs, runs, tokenizers
+from gpt_jax import (
+    checkpoint,
+    corpora,
+    files,
+    metrics,
+    model,
+    runs,
+    tokenizers,
+)
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 LOCK, EXTRAS = "requirements.txt", "requirements-extras.txt"
@@ -75,9 +83,9 @@ def installation(
     yield Finding("python", OK, f"{version} at {sys.executable}")
     yield from packages(root)
     yield devices()
-    yield from disk([Path.cwd(), Path(downloads).expanduser()], min_free_gb)
+    yield from disk([Path.cwd(), files.expand(downloads)], min_free_gb)
     yield cache(compile_cache)
-    yield from downloaded(Path(downloads).expanduser())
+    yield from downloaded(files.expand(downloads))
 
 
 def packages(root: Path) -> Iterator[Finding]:
@@ -191,17 +199,17 @@ def disk(folders: Iterable[Path], min_free_gb: float) -> Iterator[Finding]:
 
 def cache(folder: str) -> Finding:
     """Returns whether compiled programs can be kept in a folder."""
-    about, path = "compile cache", Path(folder).expanduser()
+    about, path = "compile cache", files.expand(folder)
     if not folder:
         return Finding(about, OK, "none is kept: every run compiles anew")
     if not path.exists():
         return Finding(about, OK, f"{path} is made when it is first used")
-    if fault := programs.fault(path):
+    if fault := files.open_to_others(path):
         cure = f"empty it and chmod 700 {path}, or set config.compile_cache"
         return Finding(about, PROBLEM, f"{path} {fault}: it is not used", cure)
-    files = [entry for entry in path.iterdir() if entry.is_file()]
-    size = sum(entry.stat().st_size for entry in files) / 1e6
-    return Finding(about, OK, f"{path}: {len(files):,} files, {size:,.0f} MB")
+    kept = [entry for entry in path.iterdir() if entry.is_file()]
+    size = sum(entry.stat().st_size for entry in kept) / 1e6
+    return Finding(about, OK, f"{path}: {len(kept):,} files, {size:,.0f} MB")
 
 
 def downloaded(folder: Path) -> Iterator[Finding]:
@@ -211,7 +219,8 @@ def downloaded(folder: Path) -> Iterator[Finding]:
         for path in (folder / file for file in item.names):
             if not path.is_file():
                 continue
-            if item.sha256 and not item.changes and corpora.sha256(path) != item.sha256:
+            wanted = "" if item.changes else item.sha256
+            if wanted and files.digest_of(path) != wanted:
                 what = f"{path} is not the file called {name}"
                 cure = "delete it; it is downloaded again when it is needed"
                 yield Finding("downloads", WARNING, what, cure)
@@ -259,8 +268,8 @@ def run(folder: Path) -> Iterator[Finding]:
 
 def holder(folder: Path) -> Finding:
     """Returns who trains here, as the lock says."""
-    path = folder / "run.lock"
-    found = runs.holder(path) if path.is_file() else {}
+    path = folder / runs.LOCK
+    found = files.holder(path) if path.is_file() else {}
     if not found:
         return Finding("lock", OK, "no process trains here")
     what = f"process {found['pid']} on {found['host']}"

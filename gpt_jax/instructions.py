@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt_jax import chat, corpora
+from gpt_jax import chat, corpora, files
 
 Row = dict[str, Any]
 PARTS = ("train", "test", "val")
@@ -42,7 +42,7 @@ def read(source: str, *, cache: str | Path, progress: bool) -> list[Row]:
     elif source in NAMES:
         rows = read_file(corpora.fetch(source, cache, progress))
     else:
-        path = Path(source).expanduser()
+        path = files.expand(source)
         if not path.is_file():
             raise FileNotFoundError(
                 f"there is no file {path} of instructions, and none of these is called "

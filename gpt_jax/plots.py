@@ -1,20 +1,41 @@
 """Pictures of a run, as PNG files."""
 
+import functools
+import logging
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gpt_jax import metrics
+from gpt_jax import files, metrics
+
+log = logging.getLogger(__name__)
 
 TRAIN, BEST = "#4C72B0", "#C44E52"
 MANY = 100  # points from which on the training loss is also drawn smoothed
 
 
-def loss(folder: str | Path) -> Path | None:
+class Picture(type(Path())):
+    """The path of a PNG file, which a notebook shows as the picture."""
+
+    def _repr_png_(self) -> bytes:
+        return self.read_bytes()
+
+
+def of_run(folder: str | Path) -> None:
+    """Draws what a run has to show; a picture that cannot be drawn ends nothing."""
+    try:
+        if not rewards(folder):
+            loss(folder)
+        margins(folder)
+    except Exception as error:  # whatever fonts, disks and other people's code raise
+        why = f"{type(error).__name__}: {error}"
+        log.warning("the picture of %s could not be drawn: %s", folder, why)
+
+
+def loss(folder: str | Path) -> Picture | None:
     """Draws training and validation loss of a run into `folder/loss.png`.
 
     Steps stand below, training tokens above, nats per target at the side.
@@ -49,12 +70,10 @@ def confusion(
       table_CC: counts by right class (rows) and given class (columns); the colour is
         the share of its row.
     """
-    from matplotlib.figure import Figure
-
     counts_CC = np.asarray(table_CC)
     shares_CC = counts_CC / np.maximum(counts_CC.sum(1, keepdims=True), 1)
     side = max(3.5, 0.7 * len(labels) + 1.5)  # inches
-    figure = Figure(figsize=(side, side), dpi=150, layout="constrained")
+    figure = _matplotlib()(figsize=(side, side), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(shares_CC, cmap="Blues", vmin=0.0, vmax=1.0)
     for (row, column), count in np.ndenumerate(counts_CC):
@@ -66,7 +85,7 @@ def confusion(
     _save(figure, Path(path))
 
 
-def margins(folder: str | Path) -> Path | None:
+def margins(folder: str | Path) -> Picture | None:
     """Draws what a run learnt of preferences into `folder/margins.png`.
 
     Above, the rewards of chosen and of rejected answers and the margin between them,
@@ -96,7 +115,7 @@ def margins(folder: str | Path) -> Path | None:
     below.plot(*_curve(rows, "train_accuracy"), color=TRAIN, lw=0.8, alpha=0.5)
     curve = _curve(rows, "val_accuracy")
     below.plot(*curve, color=TRAIN, lw=1.6, marker="o", ms=4, label="accuracy")
-    above.set_title(folder.resolve().name, fontweight="bold", pad=10)
+    above.set_title(folder.resolve().name, fontweight="bold", pad=10, parse_math=False)
     above.set_ylabel("reward (nats, times beta)")
     below.set_ylabel("share of pairs")
     below.set_ylim(-0.02, 1.02)
@@ -107,7 +126,7 @@ def margins(folder: str | Path) -> Path | None:
     return _save(figure, folder / "margins.png")
 
 
-def rewards(folder: str | Path) -> Path | None:
+def rewards(folder: str | Path) -> Picture | None:
     """Draws how a run that learns from rewards does into `folder/reward.png`.
 
     Above, the mean reward and the share of right answers, drawn and greedy; below, the
@@ -128,7 +147,7 @@ def rewards(folder: str | Path) -> Path | None:
     _draw_train(above, *_curve(rows, "train_reward"), label="mean reward")
     right = _curve(rows, "val_accuracy")
     above.plot(*right, color=BEST, lw=1.6, marker="o", ms=4, label="held out, greedy")
-    above.set_title(folder.resolve().name, fontweight="bold", pad=10)
+    above.set_title(folder.resolve().name, fontweight="bold", pad=10, parse_math=False)
     above.set_ylabel("share of right answers")
     above.set_ylim(-0.02, 1.02)
     silent = _curve(rows, "train_no_signal")
@@ -143,14 +162,31 @@ def rewards(folder: str | Path) -> Path | None:
     return _save(figure, folder / "reward.png")
 
 
-def _figure(height: float):
-    """Returns an empty figure of 8 inches by `height`."""
-    # Imported late: it takes half a second. Without pyplot there is no global state.
+@functools.cache
+def _matplotlib() -> Any:
+    """Returns matplotlib's Figure: without pyplot there is no global state.
+
+    Imported late: it takes half a second. Without a home folder it makes a temporary
+    one, which is worth none of its lines.
+    """
+
+    def worth(record: logging.LogRecord) -> bool:
+        said = record.getMessage()
+        return "cache directory" not in said and "mkdir -p" not in said
+
+    logging.getLogger("matplotlib").addFilter(worth)
     from matplotlib.figure import Figure
+
+    return Figure
+
+
+def _figure(height: float) -> Any:
+    """Returns an empty figure of 8 inches by `height`."""
+    figure = _matplotlib()
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1)  # inches
-    return Figure(figsize=(8, height), dpi=150, layout=layout)
+    return figure(figsize=(8, height), dpi=150, layout=layout)
 
 
 def _quiet(axes) -> None:
@@ -160,12 +196,11 @@ def _quiet(axes) -> None:
     axes.legend(frameon=False)
 
 
-def _save(figure, path: Path) -> Path:
+def _save(figure, path: Path) -> Picture:
     """Writes a figure whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    figure.savefig(part, format="png")
-    os.replace(part, path)
-    return path
+    with files.draft(path) as part:
+        figure.savefig(part, format="png")
+    return Picture(path)
 
 
 def _curve(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -223,7 +258,7 @@ def _dress(axes, rows: list[dict[str, Any]], title: str) -> None:
     """Adds everything that is not a curve."""
     from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
-    axes.set_title(title, fontweight="bold", pad=10)
+    axes.set_title(title, fontweight="bold", pad=10, parse_math=False)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per target)")
     last = max(row["step"] for row in rows)

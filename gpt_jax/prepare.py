@@ -6,12 +6,8 @@ second call with the same text and settings finds it, and other settings never r
 
 import contextlib
 import functools
-import hashlib
 import json
 import math
-import os
-import shutil
-import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -21,10 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from rich import progress as bars
-from rich.console import Console
 
-from gpt_jax import corpora, data, tokenizers
+from gpt_jax import corpora, data, files, screen, tokenizers
 from gpt_jax.tokenizers import Tokenizer
 
 FORMAT = 1  # of the prepared folder; part of its name
@@ -34,7 +28,6 @@ SAMPLE_CHARS = 1 << 24  # the most text that a BPE tokenizer is trained on
 GROUP_CHARS = 1 << 19  # encoded at once by one worker
 SHARD_TOKENS = 1 << 27  # 256 MB of uint16
 MAX_WORKERS = 8  # when the number is left open: each encodes on several cores already
-LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -101,8 +94,8 @@ def prepare(
       FileNotFoundError: there is no such text or tokenizer.
     """
     check(split=split, val_fraction=val_fraction, workers=workers)
-    workers = workers or min(MAX_WORKERS, os.cpu_count() or 1)
-    show = Show(progress)
+    workers = workers or min(MAX_WORKERS, files.cores())
+    show = screen.Show(progress)
     bad: dict[str, None] = {}  # once each, though the text is read several times
     corpus = corpora.open(
         source,
@@ -121,14 +114,13 @@ def prepare(
     }
     if skip_bad_docs:
         identity["skip_bad_docs"] = True
-    target = Path(folder).expanduser() / f"{corpus.name}-{_key(identity)}"
+    target = files.expand(folder) / files.shortened(f"{corpus.name}-{_key(identity)}")
     if target.exists():
         prepared = load(target)
         show.say(f"using the prepared text {target}: {_counts(prepared)}")
         return prepared
-    target.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    with _partial(target) as partial:
+    with files.draft_folder(target) as partial:
         size = _size(corpus, show) if split == "fraction" else None
         parts = functools.partial(SPLITS[split], corpus, val_fraction, size)
         made = ready or _train(tokenizer, corpus, parts, size, val_fraction, show)
@@ -140,8 +132,6 @@ def prepare(
             why = f"the first because {next(iter(bad))}"
             show.say(f"left out {len(bad)} that cannot be read, {why}")
             (partial / LEFT_OUT).write_text("\n".join(bad) + "\n", "utf-8")
-        with contextlib.suppress(OSError):  # another process was quicker: use its own
-            os.replace(partial, target)
     prepared = load(target)
     seconds = time.monotonic() - started
     show.say(f"prepared {target} in {seconds:.1f} s: {_counts(prepared)}")
@@ -178,7 +168,7 @@ def load(folder: str | Path) -> Prepared:
                 f"{part.folder}; delete {folder} and prepare it again"
             )
     hashes = (tokenizer.sha256, train.index.fingerprint, val.index.fingerprint)
-    digest = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    digest = files.digest("\n".join(hashes))
     return Prepared(folder, tokenizer, train, val, fingerprint=digest)
 
 
@@ -226,7 +216,7 @@ SPLITS: dict[str, Callable[..., Iterator[Part]]] = {
 }
 
 
-def _size(corpus: corpora.Corpus, show: "Show") -> Size:
+def _size(corpus: corpora.Corpus, show: screen.Show) -> Size:
     characters = size = 0
     with show.bar("counting", corpus.size_hint) as advance:
         for piece in corpus.pieces():
@@ -250,7 +240,7 @@ def ready_tokenizer(spec: str, cache: str | Path, progress: bool) -> Tokenizer |
         return tokenizers.gpt2(encoder, corpora.fetch("gpt2_bpe", cache, progress))
     if spec.partition(":")[0] in ("char", "word", "byte", "bpe"):
         return None
-    path = Path(spec).expanduser()
+    path = files.expand(spec)
     if not path.is_file():
         raise FileNotFoundError(
             f"data.tokenizer {spec!r} is neither char, word, byte, bpe:<size>, gpt2 "
@@ -265,7 +255,7 @@ def _train(
     parts: Callable[[], Iterator[Part]],
     size: Size | None,
     val_fraction: float,
-    show: "Show",
+    show: screen.Show,
 ) -> Tokenizer:
     show.say(f"training the tokenizer {spec}")
     if not spec.startswith("bpe"):
@@ -297,7 +287,7 @@ def _encode(
     folder: Path,
     meta: dict,
     workers: int,
-    show: "Show",
+    show: screen.Show,
     total: int | None,
 ) -> None:
     """Encodes every piece and writes both parts below `folder`, in one pass."""
@@ -387,77 +377,6 @@ def _encode_group(tokenizer: Tokenizer, group: list[Part]) -> list[np.ndarray]:
 # --- the folder and the screen --------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _partial(target: Path) -> Iterator[Path]:
-    """A folder of this process beside `target`; left ones of ended processes go."""
-    mine = f"{target.name}.{socket.gethostname()}-"
-    for left in target.parent.glob(f"{mine}*.tmp"):
-        if not _is_running(left.name.removeprefix(mine).removesuffix(".tmp")):
-            shutil.rmtree(left, ignore_errors=True)
-    partial = target.with_name(f"{mine}{os.getpid()}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _is_running(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-class Show:
-    """Progress on stderr: a bar on a terminal, plain lines elsewhere, or nothing."""
-
-    def __init__(self, progress: bool):
-        self.console = Console(stderr=True, quiet=not progress, soft_wrap=True)
-
-    def say(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False)
-
-    @contextlib.contextmanager
-    def bar(self, what: str, total: int | None) -> Iterator[Callable[[int], None]]:
-        """Returns what is told how many bytes more are done."""
-        started = said = time.monotonic()
-        done = 0
-        columns = (
-            "{task.description}",
-            bars.BarColumn(),
-            bars.DownloadColumn(),
-            bars.TransferSpeedColumn(),
-            bars.TimeRemainingColumn(),
-        )
-        terminal = self.console.is_terminal
-        with bars.Progress(
-            *columns, console=self.console, transient=True, disable=not terminal
-        ) as drawn:
-            task = drawn.add_task(what, total=total)
-
-            def advance(more: int) -> None:
-                nonlocal done, said
-                done += more
-                drawn.advance(task, more)
-                now = time.monotonic()
-                if not terminal and now - said >= LINE_SECONDS:
-                    said = now
-                    self.say(_line(what, done, total, now - started))
-
-            yield advance
-
-
-def _line(what: str, done: int, total: int | None, seconds: float) -> str:
-    rate = done / seconds
-    line = f"{what}: {done / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s"
-    return f"{line}, {max(total - done, 0) / rate:.0f} s left" if total else line
-
-
 def _counts(prepared: Prepared) -> str:
     return (
         f"{len(prepared.train):,} training and {len(prepared.val):,} validation "
@@ -466,5 +385,4 @@ def _counts(prepared: Prepared) -> str:
 
 
 def _key(identity: dict) -> str:
-    text = json.dumps(identity, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return files.digest(json.dumps(identity, sort_keys=True))[:12]

@@ -12,7 +12,6 @@ import builtins
 import itertools
 import json
 import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,8 @@ import numpy as np
 from jax._src import distributed  # the store has no public name; Orbax imports it too
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from gpt_jax import screen
 
 PATIENCE_MS = 7 * 24 * 3600 * 1000  # a long text is prepared in less
 LEAVE_MS = 5_000  # the wait for others that fail for the same reason
@@ -166,8 +167,8 @@ def leave(code: int) -> None:
     """
     if count() == 1 or not jax.distributed.is_initialized():
         return
-    sys.stdout.flush()
-    sys.stderr.flush()
+    screen.out().flush()
+    screen.err().flush()
     try:
         wait_ms = LEAVE_MS if code else PATIENCE_MS
         _store().wait_at_barrier("gpt_jax/leave", wait_ms)

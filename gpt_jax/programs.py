@@ -1,5 +1,6 @@
 """Compiled programs: the cache on disk, and compiling while something else runs."""
 
+import contextlib
 import functools
 import logging
 import os
@@ -13,9 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import monitoring
+from jax._src import compilation_cache  # what opens it has no public name
+
+from gpt_jax import files
 
 log = logging.getLogger(__name__)
 
+_open_cache = compilation_cache.get_file_cache
+SEAL = 64  # bytes of the digest behind a compiled program
 HIT = "/jax/compilation_cache/cache_hits"
 MISS = "/jax/compilation_cache/cache_misses"
 
@@ -23,39 +29,107 @@ MISS = "/jax/compilation_cache/cache_misses"
 def use_cache(folder: str) -> None:
     """Keeps compiled programs in `folder`, so that the next run starts sooner.
 
-    What lies there is run as it is, so a folder that others can write to is not used:
-    one warning says so. A folder that is not there is made for this user alone.
+    What lies there is run, so a folder that others can write to is not used: one
+    warning says so. A folder that is not there is made for this user alone. Entries
+    that were damaged, or are of another CPU, are not run either: see `Checked`.
     """
     if not folder:
         return
-    path = Path(folder).expanduser()
-    try:
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        reason = fault(path)
-    except OSError as error:
-        reason = f"cannot be made ({error.strerror})"
+    path, reason = _usable(folder)
     if reason:
-        log.warning(
-            "compile_cache %s %s: programs are compiled anew; empty it and chmod 700 "
-            "it, or set compile_cache to another folder",
-            path,
-            reason,
-        )
+        log.warning("compile_cache %s %s", path, reason)
         return
+    compilation_cache.get_file_cache = _checked
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def fault(path: Path) -> str:
-    """Returns why others can write to a folder, so that it is not used; "" = not."""
-    if not hasattr(os, "getuid"):  # Windows: a user's folders are the user's own
-        return ""
-    found = path.stat()
-    if found.st_uid != os.getuid():
-        return f"belongs to another user (id {found.st_uid})"
-    if found.st_mode & 0o022:
-        return f"can be written to by others (mode {found.st_mode & 0o777:o})"
-    return ""
+def _usable(folder: str) -> tuple[Path, str]:
+    """Returns where a folder is, made if need be; why it cannot be used, and a cure."""
+    cure = "programs are compiled anew; set compile_cache to another folder"
+    try:
+        path = files.expand(folder)
+    except ValueError:
+        return Path(
+            folder
+        ), f"needs a home folder, which nothing names: {cure}, or HOME"
+    try:
+        files.private_folder(path)
+    except OSError as error:
+        return path, f"cannot be made ({error.strerror}): {cure}"
+    if not os.access(path, os.W_OK):
+        return path, f"cannot be written to: {cure}"
+    if others := files.open_to_others(path):
+        return path, f"{others}: {cure}, or empty it and chmod 700 it"
+    return path, ""
+
+
+class Checked:
+    """JAX's cache on the disk, whose entries are whole and of this CPU, or not used.
+
+    JAX runs what lies there as it is: its entries have no checksum, and machine code
+    for another CPU may end the process. Here a sha256 stands behind each of them, over
+    it and its name, which says the CPU. One that is not as it was written is removed,
+    and compiled again.
+
+    It is what JAX calls a CacheInterface.
+    """
+
+    def __init__(self, base: Any, folder: str):
+        """Args: JAX's own cache; where it is."""
+        self._base, self._folder, self._path = base, Path(folder), base._path
+        self._told: set[str] = set()
+
+    def get(self, key: str) -> bytes | None:
+        """Returns the compiled program of a key, None where there is none."""
+        name = f"{key}-{self._machine}"
+        entry = self._base.get(name)
+        if entry is None:
+            return None
+        program, seal = entry[:-SEAL], entry[-SEAL:]
+        if seal == _seal(name, program):
+            return program
+        with contextlib.suppress(OSError):
+            self._file(name).unlink()
+        self._tell(
+            f"a compiled program in {self._folder} is not as it was written: it was "
+            "removed and is compiled again"
+        )
+        return None
+
+    def put(self, key: str, value: bytes) -> None:
+        """Keeps a compiled program, as far as the disk lets it."""
+        name = f"{key}-{self._machine}"
+        try:  # whole: other processes read there
+            files.write(self._file(name), value + _seal(name, value), durable=False)
+        except OSError as error:
+            self._tell(f"compiled programs are not kept in {self._folder}: {error}")
+
+    @functools.cached_property
+    def _machine(self) -> str:
+        """The CPU, where programs are compiled for one; of others JAX knows enough."""
+        return files.digest(files.cpu())[:8] if jax.default_backend() == "cpu" else ""
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"{name}-cache"  # as JAX calls it
+
+    def _tell(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            log.warning("%s", text)
+
+
+def _checked(path: str) -> tuple[Any, str] | None:
+    """Takes the place of what opens JAX's cache, which has no public hook."""
+    found = _open_cache(path)
+    # One whose size is bounded keeps accounts of its files: it stays as it is.
+    if found is None or jax.config.jax_compilation_cache_max_size != -1:  # type: ignore[attr-defined]
+        return found
+    return Checked(found[0], path), found[1]
+
+
+def _seal(name: str, program: bytes) -> bytes:
+    return files.digest(name.encode() + program).encode()
 
 
 def options_for_one_run(numbers: int) -> dict[str, int] | None:
@@ -73,19 +147,35 @@ def options_for_one_run(numbers: int) -> dict[str, int] | None:
 class Program:
     """A jitted function that is compiled once, in the background if asked to.
 
-    Its first call waits for that, and tells how long it took and whether the cache
-    had it. Arguments of other shapes are compiled for when they first come.
+    It tells when that begins. Its first call waits for it, and tells how long it took
+    and whether the cache had it. Arguments of other shapes are compiled for when they
+    first come.
     """
 
-    def __init__(self, jitted: Any, name: str, tell: Callable[[str], None]):
-        """Args: what to compile; what to call it; who is told the one line."""
+    def __init__(
+        self,
+        jitted: Any,
+        name: str,
+        tell: Callable[[str], None],
+        ready: Callable[[], Any] = lambda: None,
+    ):
+        """Prepares to compile.
+
+        Args:
+          jitted: what to compile.
+          name: what to call it.
+          tell: is told when it is begun, and how long it took.
+          ready: called once, when it is compiled.
+        """
         self._jitted, self._name, self._tell = jitted, name, tell
+        self._ready = ready
         self._compiled: Future | None = None
         self._run: Any = None
         self._shapes: list[tuple[int, ...]] = []
 
     def begin(self, *args: Any) -> None:
         """Starts to compile for arguments like these, beside whatever comes next."""
+        self._tell(f"compiling {self._name}")
         began = time.monotonic()
         self._compiled, self._shapes = Future(), _shapes(args)
         work = (self._jitted.lower(*args), began, self._compiled)
@@ -104,9 +194,24 @@ class Program:
             self._run, seconds, event = self._compiled.result()
             self._compiled = None
             self._tell(_story(self._name, seconds, event))
+            self._ready()
         if _shapes(args) != self._shapes:
             return self._jitted(*args)
         return self._run(*args)
+
+
+def announced(
+    function: Callable, text: str, tell: Callable[[str], None]
+) -> Callable[..., Any]:
+    """Returns a function that tells a line before its first call, which compiles."""
+    left = [text]
+
+    def call(*args: Any) -> Any:
+        while left:
+            tell(left.pop())
+        return function(*args)
+
+    return call
 
 
 def _shapes(args: tuple) -> list[tuple[int, ...]]:

@@ -16,9 +16,7 @@ runs/a/ended.json       why a population ended this run before its last step
 import contextlib
 import json
 import logging
-import os
 import re
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,9 +24,11 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from gpt_jax import adapters, tokenizers
+from gpt_jax import adapters, files, tokenizers
 from gpt_jax.checkpoint import Checkpoints, Damaged
 from gpt_jax.model import GPT, GPTConfig, unstack
+from gpt_jax.model import count as parameters
+from gpt_jax.screen import count
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ RESUMABLE = (
 # What may change with the data, where allow_data_change says that it may.
 OF_TEXT = r"data\.(source|field|val_fraction|split)"
 ABSENT = "(absent)"
+LOCK = "run.lock"
 # Keys that older runs lack, with the value that means what such a run did.
 ADDED = {
     "hyper.dropout_adapter": 0.0,
@@ -96,6 +97,21 @@ class Run(NamedTuple):
     step: int
     classes: "Classes | None" = None
 
+    def __repr__(self) -> str:
+        """Shows the run in five lines: a notebook would show every number of it."""
+        cfg, task = self.model.cfg, self.config.task.get("name", "lm")
+        if self.classes:
+            task += f", {count(len(self.classes.labels), 'class', 'classes')}"
+        lines = (
+            f"run        {self.folder}, step {self.step}",
+            f"model      {parameters(cfg):,} parameters, {cfg.n_layers} layers of "
+            f"width {cfg.d_model}, context {cfg.context_length:,}",
+            f"tokenizer  {self.tokenizer.kind}, {self.tokenizer.vocab_size:,} tokens",
+            f"task       {task}",
+            f"fields     {', '.join(self._fields)}",
+        )
+        return "\n".join(lines)
+
 
 def open(
     folder: str | Path,
@@ -121,7 +137,7 @@ def open(
       ValueError: this is not a run, or the checkpoint is damaged or lacks `weights`.
       FileNotFoundError: there is no such checkpoint.
     """
-    folder = Path(folder)
+    folder = files.expand(folder)
     config = read_config(folder)
     tokenizer = tokenizers.load(folder / "tokenizer.json")
     classes = read_classes(folder)
@@ -179,8 +195,8 @@ def create(
         (workdir / name).unlink(missing_ok=True)
     tokenizer.save(workdir / "tokenizer.json")
     if classes:
-        _write(workdir / "classes.json", json.dumps(classes._asdict()))
-    _write(workdir / "config.json", _text(config))
+        files.write(workdir / "classes.json", json.dumps(classes._asdict()))
+    files.write(workdir / "config.json", _text(config))
 
 
 def create_or_check(
@@ -214,11 +230,11 @@ def create_or_check(
                 f"{workdir} has checkpoints but no config.json: put that file back or "
                 f"use another --workdir"
             )
-        _write(workdir / "data.json", json.dumps({"fingerprint": fingerprint}))
+        files.write(workdir / "data.json", json.dumps({"fingerprint": fingerprint}))
         create(workdir, config, tokenizer, classes)
         return False
     _refuse_changes(workdir, config, tokenizer, fingerprint)
-    _write(workdir / "config.json", _text(config))
+    files.write(workdir / "config.json", _text(config))
     return True
 
 
@@ -230,9 +246,10 @@ def read_config(folder: str | Path) -> ConfigDict:
     Raises:
       ValueError: the folder is not a run, or its config.json cannot be read.
     """
-    path = Path(folder) / "config.json"
+    folder = files.expand(folder)
+    path = folder / "config.json"
     if not path.is_file():
-        what = "has no config.json" if Path(folder).is_dir() else "does not exist"
+        what = "has no config.json" if folder.is_dir() else "does not exist"
         raise ValueError(
             f"{folder} is not a run folder: it {what}. A run is made by, for example, "
             "python -m experiments.train --config=configs/quickstart.py"
@@ -292,20 +309,20 @@ def add_samples(workdir: str | Path, step: int, texts: Sequence[str]) -> None:
     kept = [f"## Step {n}\n{body}" for n, body in sections if int(n) < step]
     blocks = "".join(f"\n````text\n{text}\n````\n" for text in texts)
     added = [*kept, f"## Step {step}\n{blocks}"]
-    _write(path, "".join(f"{section}<!-- end -->\n" for section in added))
+    files.write(path, "".join(f"{section}<!-- end -->\n" for section in added))
 
 
 def keep_test(workdir: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes the rows that a run may not learn from to test.json; none, no file."""
     if rows and not jax.process_index():
         text = json.dumps(list(rows), ensure_ascii=False, indent=1)
-        _write(Path(workdir) / "test.json", text + "\n")
+        files.write(Path(workdir) / "test.json", text + "\n")
 
 
 def end(workdir: str | Path, reason: str, step: int) -> None:
     """Notes that a run has ended for good after `step`, before its last step."""
     note = json.dumps({"reason": reason, "step": step})
-    _write(Path(workdir) / "ended.json", note)
+    files.write(Path(workdir) / "ended.json", note)
 
 
 def ended(workdir: str | Path) -> tuple[str, int] | None:
@@ -333,8 +350,7 @@ def _noted(path: Path, *keys: str) -> list[Any]:
 def lock(workdir: str | Path, flag: str = "--workdir") -> Iterator[None]:
     """Holds the right to write to a run folder; one process at a time has it.
 
-    The kernel frees it when its holder dies, by whatever signal. Where the file system
-    cannot lock, the process named in the file is looked for instead.
+    See `files.lock`.
 
     Raises:
       ValueError: another process holds it; the sentence has its pid.
@@ -342,42 +358,22 @@ def lock(workdir: str | Path, flag: str = "--workdir") -> Iterator[None]:
     if jax.process_index():  # the first process of a group locks for all
         yield
         return
-    path = Path(workdir) / "run.lock"
-    if path.parent.exists() and not path.parent.is_dir():
+    workdir = Path(workdir)
+    if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"{workdir} is a file; {flag} must name a folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        alone = _try_lock(handle)
-        holder = _holder(handle)
-        if not alone or _alive(holder):
-            raise ValueError(
-                f"{workdir} is in use by process {holder.get('pid', '(starting)')} on "
-                f"{holder.get('host', 'this host')}; wait for it, stop it, or use "
-                f"another {flag}"
-            )
-        if holder:
-            log.warning("took over %s from process %s on %s, which is gone",
-                        path, holder["pid"], holder["host"])  # fmt: skip
-        pid = os.getpid()
-        mine = {"host": socket.gethostname(), "pid": pid, "started": _started(pid)}
-        _replace(handle, json.dumps(mine))
+    path = workdir / LOCK
+    with contextlib.ExitStack() as stack:
         try:
-            yield
-        finally:
-            _replace(handle, "")  # removing the file would let two hold two files
-    finally:
-        os.close(handle)
-
-
-def holder(path: Path) -> dict:
-    """Returns host, pid and whether it is `alive` of who holds, or held, a lock file.
-
-    {} when nobody does. Of a process on another host nothing is known but the file.
-    """
-    with path.open("rb") as file:
-        found = _holder(file.fileno())
-    return {**found, "alive": _alive(found)} if found else {}
+            before = stack.enter_context(files.lock(path))
+        except files.Held as held:
+            raise ValueError(
+                f"{workdir} is in use by process {held.pid} on {held.host}; wait for "
+                f"it, stop it, or use another {flag}"
+            ) from None
+        if before:
+            log.warning("took over %s from process %s on %s, which is gone",
+                        path, before["pid"], before["host"])  # fmt: skip
+        yield
 
 
 def _load(store: Checkpoints, step: int | str | None, weights: str) -> tuple:
@@ -463,7 +459,7 @@ def _refuse_changes(workdir, config: ConfigDict, tokenizer, fingerprint: str) ->
             "back, use another --workdir, or go on with --allow-data-change"
         )
     log.warning("%s goes on with other training data: %s", workdir, found)
-    _write(path, json.dumps({"fingerprint": fingerprint}))
+    files.write(path, json.dumps({"fingerprint": fingerprint}))
 
 
 def _plain(config: ConfigDict) -> dict:
@@ -492,66 +488,3 @@ def tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: tuples(inner) for key, inner in value.items()}
     return tuple(map(tuples, value)) if isinstance(value, list) else value
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.tmp")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-
-
-def _try_lock(handle: int) -> bool:
-    try:
-        import fcntl
-
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):
-        pass  # no locks here: what the file says decides
-    return True
-
-
-def _holder(handle: int) -> dict:
-    os.lseek(handle, 0, os.SEEK_SET)
-    try:
-        found = json.loads(os.read(handle, 4096))
-        return {key: found[key] for key in ("host", "pid", "started")}
-    except (ValueError, TypeError, KeyError):
-        return {}  # empty, or its writer died in the middle
-
-
-def _replace(handle: int, text: str) -> None:
-    os.ftruncate(handle, 0)
-    os.lseek(handle, 0, os.SEEK_SET)
-    os.write(handle, text.encode())
-
-
-def _alive(holder: dict) -> bool:
-    """Whether the named process runs here; of other hosts only the lock knows."""
-    if not holder or holder["host"] != socket.gethostname():
-        return False
-    try:
-        os.kill(holder["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return holder["started"] == _started(holder["pid"])
-
-
-def _started(pid: int) -> str:
-    """When a process began, in the kernel's clock ticks; "" where that is unknown.
-
-    It tells a process from a later one that was given the same number.
-    """
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return ""
-    return stat.rpartition(")")[2].split()[19]

@@ -9,7 +9,6 @@ copied to each, gradients are summed by an explicit `psum`. Both take the same
 
 import contextlib
 import math
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gpt_jax import weights
+from gpt_jax import files, weights
 from gpt_jax.weights import Declared
 
 AXES = ("data", "fsdp", "tensor")
@@ -122,8 +121,7 @@ def set_cpu_devices(
       cpu_devices: the number to use in this process; 0 = choose.
       processes: how many processes share the mesh.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    limit = min(cores or os.cpu_count() or 1, MAX_CPU_DEVICES)
+    limit = min(files.cores(), MAX_CPU_DEVICES)
     chosen = 1
     if fsdp * tensor == 1:
         chosen = processes * _largest_divisor(micro_batch // processes, limit)

@@ -7,7 +7,6 @@ dropped in silence, and streamed text never holds half a character.
 """
 
 import codecs
-import hashlib
 import json
 import os
 import re
@@ -19,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import tokenizers as hf
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from gpt_jax import files
 
 EOS = "<|endoftext|>"
 UNK = "<|unk|>"
@@ -59,7 +60,7 @@ class Tokenizer:
     @cached_property
     def sha256(self) -> str:
         """The hash of tokenizer.json as `save` writes it."""
-        return hashlib.sha256(self.json.encode()).hexdigest()
+        return files.digest(self.json)
 
     @cached_property
     def kind(self) -> str:
@@ -225,11 +226,7 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes tokenizer.json at `path`, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        partial.write_bytes(self.json.encode())
-        os.replace(partial, path)
+        files.write(Path(path), self.json)
 
     @cached_property
     def _pieces(self) -> list[bytes] | None:

@@ -27,7 +27,9 @@ from gpt_jax import (
     adapters,
     checkpoint,
     data,
+    devices,
     evaluate,
+    files,
     metrics,
     model,
     optimizer,
@@ -38,6 +40,7 @@ from gpt_jax import (
     programs,
     runs,
     sample,
+    screen,
     sharding,
     signals,
     tasks,
@@ -101,8 +104,8 @@ class Job(NamedTuple):
     join: Callable
     saves: checkpoint.Checkpoints
     frozen: str  # the digest of what the run stores once, "" for nothing
-    writer: metrics.Writer | metrics.Silence
-    bar: metrics.Progress | metrics.Silence
+    writer: metrics.Writer | screen.Silence
+    bar: screen.Progress | screen.Silence
     rate: metrics.Throughput
     stop: signals.Stop
 
@@ -148,10 +151,12 @@ def train(
       FloatingPointError: `max_skipped` updates in a row were not finite, or spikes.
       OSError: a checkpoint could not be saved, and `on_save_error` is "stop".
     """
-    workdir = Path(workdir)
+    workdir = files.expand(workdir)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(signals.watch(config.grace_s))
-        job, state, totals = build(config, workdir, stop, stack)
+        alone = processes.count() == 1  # one of several that leaves costs all of them
+        with signals.at_once() if alone else contextlib.nullcontext():
+            job, state, totals = build(config, workdir, stop, stack)
         # What was built stays: walking it takes the garbage collector a tenth of a
         # second, in the middle of some step.
         gc.freeze()
@@ -325,7 +330,7 @@ def open_run(
         processes.in_turn(create_or_check)
         frozen = saves.save_frozen(state.frozen) if state.frozen else ""
     runs.keep_test(workdir, task.test)
-    writer = bar = metrics.Silence()
+    writer = bar = screen.Silence()
     if processes.index() == 0:
         writer = metrics.Writer(
             workdir,
@@ -336,12 +341,9 @@ def open_run(
         )
         stack.callback(writer.close)
     if not quiet:
-        bar = metrics.Progress(total=last_step(config, task), start=int(state.step))
+        total = last_step(config, task)
+        bar = screen.Progress("step", total=total, start=int(state.step))
         stack.callback(bar.close)
-
-    def compiled(text: str) -> None:
-        bar.print(text)
-        processes.wait()  # for those that had to compile: the first step needs all
 
     job = Job(
         config=config,
@@ -350,8 +352,16 @@ def open_run(
         strategy=parts.strategy,
         hyper=make_hyper(config, task),
         key=key,
-        step_fn=programs.Program(parts.step_fn, name="the train step", tell=compiled),
-        eval_fn=parts.eval_fn,
+        step_fn=programs.Program(
+            parts.step_fn,
+            name="the train step",
+            tell=bar.print,
+            # For those that had to compile: the first step needs all.
+            ready=processes.wait,
+        ),
+        eval_fn=programs.announced(
+            parts.eval_fn, "compiling the evaluation", tell=bar.print
+        ),
         rollout_fn=parts.rollout_fn,
         join=parts.join,
         saves=saves,
@@ -518,10 +528,12 @@ def first_tokenizer(config: ConfigDict, workdir: Path) -> Path:
         if own.is_file():
             return own
         tokenizer = pretrained.tokenizer(pretrained.find(published))
-        path = Path(config.data.folder) / f"tokenizer-{tokenizer.sha256[:12]}.json"
+        path = (
+            files.expand(config.data.folder) / f"tokenizer-{tokenizer.sha256[:12]}.json"
+        )
         tokenizer.save(path)
         return path
-    source = Path(config.init_from) / "tokenizer.json"
+    source = files.expand(config.init_from) / "tokenizer.json"
     if own.is_file() and not source.is_file():
         return own
     runs.read_config(config.init_from)  # refuses what is no run
@@ -630,7 +642,7 @@ def throughput(task: tasks.Task, strategy: sharding.Strategy) -> metrics.Through
             head_dim=cfg.head_dim,
             seq_len=task.tokens,
         ),
-        peak_flops=metrics.peak_flops(jax.devices()[0].device_kind),
+        peak_flops=devices.peak_flops(jax.devices()[0].device_kind),
         devices=strategy.mesh.size,
     )
 
@@ -794,8 +806,8 @@ def give_up(job: Job, worst: int, step: int) -> FloatingPointError:
     kept: dict[str, Any] = {**next(batches), "steps": steps, "examples": np.array(ids)}
     batches.close()
     if processes.index() == 0:  # its share of the batch
-        with save_errors(job):
-            np.savez(path, **kept)
+        with save_errors(job), files.draft(path) as part, part.open("wb") as file:
+            np.savez(file, **kept)
     shown = ", ".join(map(str, ids[-1][:8])) + ", ..." * (size > 8)
     spikes = " or spikes" if job.config.spike_window else ""
     return FloatingPointError(
@@ -820,6 +832,7 @@ def evaluate_now(
     weights, frozen = weights_of(job, state)
     numbers: dict[str, float] = {}
     for name, examples in job.task.evals.items():
+        job.bar.doing(f"evaluating {name}")
         means = evaluate.evaluate(
             weights,
             frozen,
@@ -959,9 +972,7 @@ def finish(job: Job, step: int, reason: str, numbers: dict[str, float]) -> Resul
             "on from that"
         )
     if processes.index() == 0:
-        if not plots.rewards(job.workdir):
-            plots.loss(job.workdir)
-        plots.margins(job.workdir)
+        plots.of_run(job.workdir)
     code = job.stop.exit_code if job.stop else 0
     return Result(reason=reason, step=step, numbers=numbers, exit_code=code)
 
@@ -972,10 +983,15 @@ def profiler(job: Job, start: int, end: int, steps: int) -> Callable[[int], None
     last = min(first + steps, end)
 
     def trace(step: int) -> None:
-        if first < last and step == first:
-            jax.profiler.start_trace(str(job.workdir / "profile"))
-        if first < last and step == last:
+        if first >= last or step not in (first, last):
+            return
+        try:
+            if step == first:
+                jax.profiler.start_trace(str(job.workdir / "profile"))
+                return
             jax.profiler.stop_trace()
             job.bar.print(f"profile written to {job.workdir / 'profile'}")
+        except (OSError, RuntimeError) as error:  # a full disk, or none is running
+            job.bar.print(f"training goes on without a profile: {error}")
 
     return trace

@@ -48,6 +48,15 @@ ROWS = {
     28: "client that leaves, reads slowly, or times out",
     29: "overload, then shutdown",
     30: "untrusted files and paths",
+    31: "the screen fails: reader gone, disk full, closed, not UTF-8, hang-up",
+    32: "a measure that changes its meaning",
+    33: "Ctrl-C at any time",
+    34: "text that is no text",
+    35: "poor surroundings: no home, few files, long names, read-only folders",
+    36: "settings of another task or shape",
+    37: "more clients than connections",
+    38: "a plan larger than memory",
+    39: "a compiled program that is cut, flipped or of another CPU",
 }
 BEGIN, END = "<!-- faults: made by make test-faults -->", "<!-- /faults -->"
 HEAD = "| # | fault | injections | survived |\n|--:|---|--:|--:|"

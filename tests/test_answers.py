@@ -5,8 +5,8 @@ import json
 import jax
 import pytest
 
-from gpt_jax import chat, runs, sample
-from gpt_jax.evaluate import answers, compare, rows
+from gpt_jax import chat, files, runs, sample, screen
+from gpt_jax.evaluate import answers, compare
 from tests import runs_to_evaluate
 
 PLAIN = {
@@ -107,7 +107,7 @@ def test_what_was_begun_is_gone_on_with(run, tmp_path, monkeypatch):
     whole = write(run, tmp_path / "whole.json")
     kept = json.loads((tmp_path / "whole.json").read_text())
     kept["rows"] = [{**kept["rows"][0], "answer": "kept as it is"}]
-    rows.write(tmp_path / "part.json", kept)
+    files.write_json(tmp_path / "part.json", kept)
     monkeypatch.setattr(sample, "ROWS", 1)
     done = []
     part = write(run, tmp_path / "part.json", show=done.append)
@@ -165,7 +165,7 @@ def test_runs_stand_side_by_side_with_what_they_gained_row_by_row():
     assert [line[0] for line in lines] == ["base", "tuned", "tuned - base", "other"]
     assert lines[0][2] == "5.0 [5.0, 5.0]" and lines[2][2].startswith("+25.0 [+0.0")
     assert lines[1][-1] == "3 without a number"
-    table = rows.table(heads, lines).splitlines()
+    table = screen.table(heads, lines).splitlines()
     assert len(table) == 2 + len(lines) and len({len(line) for line in table}) == 1
 
 

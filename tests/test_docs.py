@@ -94,7 +94,8 @@ def flags_of(file: Path) -> tuple[frozenset[str], str]:
             continue
         called = ast.unparse(node.func).rpartition(".")[2]
         first = node.args[0].value if _is_constant(node.args) else None
-        if called.startswith("DEFINE_") and isinstance(first, str):
+        ours = ("define_path", "define_paths", "define_multi_path")  # those of door.py
+        if called.startswith(("DEFINE_", *ours)) and isinstance(first, str):
             names.add(first)
         elif called == "define_config":
             names.add("config")

@@ -154,12 +154,12 @@ def test_what_is_left_out_or_cut_is_counted(home, tmp_path, capfd):
         *ROWS[3:],
     ]
     dropped = task_of(configure(home, too_long="drop", empty="drop"), tmp_path, rows)
-    said = capfd.readouterr().err
+    said = capfd.readouterr().out
     assert "1 of 14 pairs (train) left out: an answer is empty" in said
     assert "2 of 13 pairs (train) were longer than 32 tokens: 0 cut, 2 left out" in said
     assert len(dropped.train) == 11
     cut = task_of(configure(home, too_long="cut", empty="drop"), tmp_path, rows)
-    said = capfd.readouterr().err
+    said = capfd.readouterr().out
     assert "2 of 13 pairs (train) were longer than 32 tokens: 1 cut, 1 left out" in said
     assert len(cut.train) == 12 and cut.train[0]["mask"][0, -1] == 1
 

@@ -18,6 +18,8 @@ import json, os, sys
 from absl import flags
 from absl.testing import flagsaver
 from experiments import evaluate
+from gpt_jax import screen
+screen.take_over(product=True)
 os.environ["KEY_OF_THE_JUDGE"] = "sk-secret"
 for words in json.loads(sys.stdin.read()):
     with flagsaver.flagsaver():

@@ -4,7 +4,6 @@ import math
 import sys
 import types
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -170,6 +169,61 @@ def test_wandb_gets_the_numbers_and_the_config(tmp_path, monkeypatch):
     assert first["id"] == second["id"]
 
 
+@pytest.mark.fault(31)
+def test_copies_that_fail_are_told_once_and_the_record_goes_on(
+    tmp_path, monkeypatch, caplog
+):
+    def refuse(*args, **options):
+        raise RuntimeError("no network")
+
+    run = types.SimpleNamespace(
+        log=refuse, finish=refuse, define_metric=lambda *args, **options: None
+    )
+    for wandb in ({"init": refuse}, {"init": lambda **options: run}):
+        module = types.SimpleNamespace(**wandb)
+        monkeypatch.setitem(sys.modules, "wandb", module)
+        w = writer(tmp_path, wandb="cats")
+        for step in (1, 2):
+            w.write(step, lr=0.5)
+        w.close()
+        assert steps(tmp_path) == [1, 2]
+        assert caplog.text.count("Weights & Biases fails, the run goes on") == 1
+        assert "no network" in caplog.text
+        caplog.clear()
+
+
+@pytest.mark.fault(31)
+def test_a_tensorboard_that_cannot_be_opened_is_told_and_the_record_goes_on(
+    tmp_path, caplog
+):
+    (tmp_path / "tensorboard").write_text("a file where a folder should be")
+    record(tmp_path, [1, 2], tensorboard=True)
+    assert steps(tmp_path) == [1, 2]
+    assert caplog.text.count("TensorBoard fails, the run goes on without it") == 1
+
+
+@pytest.mark.fault(31)
+def test_a_tensorboard_whose_disk_is_full_is_told_and_nothing_waits_for_it(
+    tmp_path, monkeypatch, caplog
+):
+    from tensorboardX import event_file_writer, record_writer
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    w = writer(tmp_path, tensorboard=True)
+    worker = w._copies["TensorBoard"]._events.file_writer.event_writer._worker
+    monkeypatch.setattr(record_writer.RecordWriter, "write", full)
+    monkeypatch.setattr(event_file_writer.threading, "excepthook", lambda _: None)
+    w.write(1, lr=0.5)
+    worker.join(timeout=20)
+    for step in (2, 3):
+        w.write(step, lr=0.5)
+    w.close()
+    assert steps(tmp_path) == [1, 2, 3]
+    assert caplog.text.count("TensorBoard fails, the run goes on without it") == 1
+
+
 def test_wandb_that_is_absent_is_explained_and_nothing_is_touched(
     tmp_path, monkeypatch
 ):
@@ -243,86 +297,7 @@ def test_no_progress_has_no_speed(clock):
     assert rate.measure(20) == {}
 
 
-@pytest.mark.parametrize(
-    "kind, tera",
-    [
-        ("NVIDIA H100 80GB HBM3", 989.5),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H200", 989.5),
-        ("NVIDIA A100-SXM4-40GB", 312),
-        ("NVIDIA L4", 121),
-        ("NVIDIA L40S", 362.05),
-        ("Tesla T4", 65),
-        ("TPU v4", 275),
-        ("TPU v5 lite", 197),
-        ("TPU v5e", 197),
-        ("TPU v5p", 459),
-        ("TPU v5", 459),
-        ("TPU v6 lite", 918),
-        ("TPU v6e", 918),
-    ],
-)
-def test_peaks_are_found_by_the_names_that_devices_have(kind, tera):
-    assert metrics.peak_flops(kind) == tera * 1e12
-
-
-@pytest.mark.parametrize("kind", ["cpu", "NVIDIA GeForce GTX 750", "NVIDIA L400", ""])
-def test_unknown_devices_have_no_peak(kind):
-    assert metrics.peak_flops(kind) is None
-
-
-def test_this_device_kind_is_a_string_that_the_table_takes():
-    metrics.peak_flops(jax.devices()[0].device_kind)
-
-
 def test_flops_of_a_token_are_those_of_the_palm_paper():
     got = metrics.flops_per_token(1000, n_layers=3, n_heads=2, head_dim=16, seq_len=64)
     forward = 2 * 1000 + 3 * (2 * 2 * 64 * 2 * 16)  # weights; scores and their values
     assert got == 3 * forward
-
-
-# ---- progress ----
-
-
-def test_plain_lines_come_at_intervals_and_at_the_end(clock, capsys):
-    bar = metrics.Progress(total=100, start=0)
-    for step in range(1, 101):
-        clock.value += 1
-        bar.update(step, train_loss=2.0, tokens_per_second=12345.6, lr=0.1)
-    bar.close()
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "step 1/100  loss 2.0000  12,346 tok/s"
-    assert lines[1] == "step 6/100  loss 2.0000  12,346 tok/s  0:01:34 left"
-    assert lines[-1] == "step 100/100  loss 2.0000  12,346 tok/s"
-    assert len(lines) == 21
-
-
-def test_time_left_counts_from_where_a_run_resumed(clock, capsys):
-    bar = metrics.Progress(total=1000, start=900)
-    for step in (910, 920):
-        clock.value += 10
-        bar.update(step)
-    assert capsys.readouterr().out.splitlines() == [
-        "step 910/1,000",
-        "step 920/1,000  0:01:20 left",
-    ]
-
-
-def test_printed_text_is_not_markup(capsys):
-    bar = metrics.Progress(total=1, start=0)
-    bar.print("[bold]x[/bold] [/] [red")
-    assert capsys.readouterr().out == "[bold]x[/bold] [/] [red\n"
-
-
-def test_a_terminal_gets_a_bar(monkeypatch, capsys):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "100")
-    bar = metrics.Progress(total=100, start=10)
-    bar.print("[bold]hello[/bold]")
-    bar.update(50, train_loss=1.25, tokens_per_second=1000.0)
-    bar.close()
-    bar.close()
-    out = capsys.readouterr().out
-    for text in ("[bold]hello[/bold]", "step 50/100", "loss 1.2500", "1,000 tok/s"):
-        assert text in out

@@ -128,3 +128,29 @@ def test_a_picture_is_redrawn(tmp_path):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no training run"):
         plots.loss(tmp_path)
+
+
+@pytest.mark.fault(31)
+def test_a_picture_that_cannot_be_drawn_is_told_and_ends_nothing(tmp_path, caplog):
+    record(tmp_path, training(range(3)))
+    (tmp_path / "loss.png").mkdir()  # in the way
+    plots.of_run(tmp_path)
+    assert f"the picture of {tmp_path} could not be drawn: IsADirectory" in caplog.text
+    assert not list(tmp_path.glob("*.tmp"))
+    (tmp_path / "loss.png").rmdir()
+    plots.of_run(tmp_path)
+    assert (tmp_path / "loss.png").is_file()
+
+
+def test_the_name_of_a_run_is_no_formula(tmp_path, caplog):
+    folder = tmp_path / r"lr_$\frac{1}{$"
+    record(folder, training(range(3)))
+    plots.of_run(folder)
+    assert (folder / "loss.png").is_file() and not caplog.records
+
+
+def test_a_notebook_shows_the_picture_itself(tmp_path):
+    record(tmp_path, training(range(3)))
+    made = plots.loss(tmp_path)
+    assert made == tmp_path / "loss.png"
+    assert made._repr_png_().startswith(b"\x89PNG")

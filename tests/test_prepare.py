@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt_jax import corpora, data, prepare, tokenizers
+from gpt_jax import corpora, data, files, prepare, screen, tokenizers
 
 TEXT = "".join(f"line {i} of the text\n" for i in range(200))
 
@@ -211,7 +211,7 @@ def test_a_prepared_text_is_found_again_and_nothing_is_encoded(
     monkeypatch.setattr(prepare, "_encode", lambda *args: pytest.fail("encoded again"))
     second = run(text_file, progress=True)
     assert (second.folder, second.fingerprint) == (first.folder, first.fingerprint)
-    assert f"using the prepared text {first.folder}" in capsys.readouterr().err
+    assert f"using the prepared text {first.folder}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_a_failed_run_leaves_nothing_and_what_a_dead_one_left_is_removed(
     shutil.rmtree(folder)
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    host = prepare.socket.gethostname()
+    host = files.host()
     left = folder.with_name(f"{folder.name}.{host}-{ended.pid}.tmp")
     busy = folder.with_name(f"{folder.name}.{host}-{os.getppid()}.tmp")
     left.mkdir()
@@ -272,7 +272,7 @@ def test_when_two_processes_prepare_the_same_the_first_result_is_kept(
         encode(*args)
 
     monkeypatch.setattr(prepare, "_encode", slow)
-    monkeypatch.setattr(prepare.os, "getpid", iter(range(10**6, 10**6 + 99)).__next__)
+    monkeypatch.setattr(files.os, "getpid", iter(range(10**6, 10**6 + 99)).__next__)
     assert "".join(texts_of(run(text_file))) == TEXT
 
 
@@ -342,7 +342,7 @@ def test_documents_that_cannot_be_read_are_left_out_and_counted_if_wanted(
     done = run(source, val_fraction=0.2, **options)
     texts = "<|endoftext|>".join(texts_of(done)).split("<|endoftext|>")
     assert sorted(texts) == [*["kept"] * 5, "whole"]
-    said = capfd.readouterr().err
+    said = capfd.readouterr().out
     assert "left out 6 that cannot be read" in said and "line 2 is not JSON" in said
     reasons = (done.folder / "left_out.txt").read_text().splitlines()
     assert len(reasons) == 6 and "b.txt is not UTF-8" in reasons[4]
@@ -379,17 +379,17 @@ def test_a_prepared_text_that_was_edited_is_refused(run, text_file, name, messag
 # --- the screen -----------------------------------------------------------------------
 
 
-def test_progress_without_a_terminal_is_plain_lines_on_stderr(
+def test_progress_without_a_terminal_is_plain_lines(
     run, text_file, monkeypatch, capsys
 ):
-    monkeypatch.setattr(prepare, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(screen, "LINE_EVERY_S", 0.0)
     prepared = run(text_file, tokenizer="bpe:300", progress=True)
     shown = capsys.readouterr()
-    assert shown.out == "" and "\x1b" not in shown.err
-    first, second, third, *_, last = shown.err.splitlines()
-    assert re.fullmatch(r"counting: 0\.0 MB, [\d.]+ MB/s, 0 s left", first)
+    assert shown.err == "" and "\x1b" not in shown.out
+    first, second, third, *_, last = shown.out.splitlines()
+    assert re.fullmatch(r"counting ([\d.]+ kB)/\1  [\d.]+ [kMG]?B/s", first)
     assert second == "training the tokenizer bpe:300"
-    assert re.fullmatch(r"tokenizing: 0\.0 MB, [\d.]+ MB/s, \d+ s left", third)
+    assert re.match(r"tokenizing [\d.]+ k?B/[\d.]+ kB  ", third)
     assert last.startswith(f"prepared {prepared.folder} in ")
     assert f"{len(prepared.train):,} training and" in last
 

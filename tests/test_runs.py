@@ -12,11 +12,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from configs import common
-from gpt_jax import model, runs, tokenizers
+from gpt_jax import files, model, runs, tokenizers
 from gpt_jax.checkpoint import Checkpoints, digest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -417,7 +418,7 @@ def test_one_process_cannot_lock_twice_but_can_again(tmp_path):
     ("changes", "taken"),
     [
         ({}, False),
-        ({"started": "1"}, True),  # the number went to another process since
+        ({"started": 1.0}, True),  # the number went to another process since
         ({"pid": 2**22 + 1}, True),  # beyond the largest pid
         ({"host": "elsewhere"}, True),
     ],
@@ -425,9 +426,13 @@ def test_one_process_cannot_lock_twice_but_can_again(tmp_path):
 def test_without_file_locks_the_named_process_decides(
     tmp_path, monkeypatch, changes, taken
 ):
-    monkeypatch.setattr(runs, "_try_lock", lambda handle: True)
+    monkeypatch.setattr(files, "_try_lock", lambda handle: True)
     pid = os.getppid()
-    named = {"host": socket.gethostname(), "pid": pid, "started": runs._started(pid)}
+    named = {
+        "host": socket.gethostname(),
+        "pid": pid,
+        "started": psutil.Process(pid).create_time(),
+    }
     (tmp_path / "run.lock").write_text(json.dumps({**named, **changes}))
     if taken:
         with runs.lock(tmp_path):
@@ -481,3 +486,11 @@ def test_a_classifier_opens_with_its_classes(config, tokenizer, tmp_path):
     (tmp_path / "classes.json").write_text('{"labels": 3}')
     with pytest.raises(ValueError, match="does not hold the classes"):
         runs.open(tmp_path)
+
+
+def test_a_run_shows_itself_in_five_lines(config, tokenizer, tmp_path):
+    save(tmp_path, config, tokenizer, steps=[7])
+    lines = repr(runs.open(tmp_path)).splitlines()
+    assert len(lines) == 5 and max(map(len, lines)) < 200
+    assert lines[0].endswith(f"{tmp_path}, step 7") and "parameters" in lines[1]
+    assert f"{tokenizer.vocab_size} tokens" in lines[2] and "params" in lines[4]

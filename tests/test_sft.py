@@ -158,11 +158,11 @@ def test_a_conversation_that_is_too_long_is_refused_dropped_or_cut(tmp_path, cap
     dropped = make(tmp_path, too_long="drop", pack=False, context=128)
     assert len(dropped.train) == 20
     assert "4 of 24 conversations (train) were longer than 128 tokens: 4 left out" in (
-        capfd.readouterr().err.replace("\n", " ")
+        capfd.readouterr().out.replace("\n", " ")
     )
     cut = make(tmp_path, too_long="cut", pack=False, context=128)
     assert len(cut.train) == 24
-    assert "0 left out" in capfd.readouterr().err
+    assert "0 left out" in capfd.readouterr().out
     longest = max(learnt(cut, cut.train[i])[0] for i in range(24))
     assert "twenty" in longest and not longest.endswith("<|endoftext|>")
 
@@ -171,7 +171,7 @@ def test_a_conversation_cut_before_its_answer_is_left_out(tmp_path, capfd):
     task = make(tmp_path, too_long="cut", pack=False, context=72)
     assert len(task.train) < 24
     assert all(task.train[i]["mask"].any() for i in range(len(task.train)))
-    assert "cut," in capfd.readouterr().err
+    assert "cut," in capfd.readouterr().out
     with pytest.raises(ValueError, match="no conversation"):
         make(tmp_path, too_long="cut", context=16)
 
@@ -182,7 +182,7 @@ def test_an_empty_answer_is_refused_or_left_out_and_counted(tmp_path, capfd, out
     with pytest.raises(ValueError, match=r"1 of \d+ rows \(train\) have an empty"):
         make(tmp_path, rows=rows)
     task = make(tmp_path, rows=rows, empty="drop", pack=False)
-    assert "1 of 12 rows (train) left out" in capfd.readouterr().err
+    assert "1 of 12 rows (train) left out" in capfd.readouterr().out
     assert len(task.train) == 11
 
 

@@ -55,7 +55,7 @@ def main(_: list[str]) -> None:
 
 def _sweep(out: Path, fixed: dict, *, trials: int) -> None:
     file = out.with_suffix(".py")
-    file.write_text(FILE.format(fixed=fixed, trials=trials))
+    file.write_text(FILE.format(fixed=fixed, trials=trials), "utf-8")
     words = [f"--sweep={file}", f"--out={out}", f"--workers={WORKERS.value}"]
     _python("experiments.sweep", *words).wait()
     if not (out / "report.html").is_file():

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gpt_jax import signals
+
 
 class Absent(Exception):
     """A row cannot be measured here; the message says what is missing."""
@@ -110,7 +112,9 @@ def run(command: Sequence[str], log: Path) -> str:
     """
     print(f"  {' '.join(command[1:])}  (see {log})", file=sys.stderr, flush=True)
     with log.open("w", encoding="utf-8") as file:
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+        both: dict[str, Any] = {"stdout": file, "stderr": subprocess.STDOUT}
+        with signals.child(command, **both) as process:
+            code = process.wait()
     if code in (130, 143, -2, -15):
         raise KeyboardInterrupt
     text = log.read_text(encoding="utf-8")

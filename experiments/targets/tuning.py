@@ -35,7 +35,9 @@ def _spam(place: Place, name: str, seed: int, options: str = "") -> float:
     folder = place.out / name
     command = [sys.executable, "-m", "experiments.classify", f"--run={folder}"]
     run([*command, "--test"], place.out / f"{name}_test.log")
-    return 100 * json.loads((folder / "test_report.json").read_text())["accuracy"]
+    return (
+        100 * json.loads((folder / "test_report.json").read_text("utf-8"))["accuracy"]
+    )
 
 
 def _percents(shares: list[float]) -> str:
@@ -54,18 +56,18 @@ def instructions(place: Place) -> Found:
 
 def answers(place: Place) -> Found:
     """Returns scores of base and tuned model on the test rows, and how they end."""
+    from gpt_jax import files
     from gpt_jax import instructions as reader
-    from gpt_jax.evaluate import rows
 
     test = reader.read_file(place.file("instruction-data.json"))
     train(place, "sft", _config("sft", _base(place)))
-    rows.write(place.out / "test.json", test[TRAINED_ON : TRAINED_ON + TESTED_ON])
+    files.write_json(place.out / "test.json", test[TRAINED_ON : TRAINED_ON + TESTED_ON])
     scored = place.out / "answers"
     command = [sys.executable, "-m", "experiments.evaluate", "--template=alpaca"]
     command += [f"--run={_base(place)}", f"--run={place.out / 'sft'}"]
     command += [f"--rows={place.out / 'test.json'}", f"--out={scored}"]
     run([*command, "--max_new_tokens=100"], place.out / "answers.log")
-    base, tuned = json.loads((scored / "scores.json").read_text()).values()
+    base, tuned = json.loads((scored / "scores.json").read_text("utf-8")).values()
     gains = [f"{name} {base[name]['mean']:.0f} to {tuned[name]['mean']:.0f}"
              for name in ("f1", "rouge_l", "chrf")]  # fmt: skip
     risen = all(tuned["gain"][name]["low"] > 0 for name in ("f1", "rouge_l", "chrf"))

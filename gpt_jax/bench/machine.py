@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_jax.bench.worker import Side, Worker, timed, versions
+from gpt_jax.files import cores
 
 
 def measure(*, matmul: int, copy_mb: int, tries: int):
@@ -39,17 +40,10 @@ def measure(*, matmul: int, copy_mb: int, tries: int):
     return lambda: {"value": facts["gflops"]}, facts
 
 
-def cores() -> int:
-    """Returns how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def cpu_name() -> str:
     """Returns the processor's name."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text("utf-8").splitlines() if info.exists() else []
     named = [line.partition(":")[2].strip() for line in lines if "model name" in line]
     return named[0] if named else platform.processor() or platform.machine()
 

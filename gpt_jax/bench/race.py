@@ -3,7 +3,6 @@
 import contextlib
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -13,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from gpt_jax.bench.machine import cores
 from gpt_jax.bench.worker import Failed, Side, Worker, require
+from gpt_jax.files import cores
 
 Go = Callable[[], dict[str, Any]]
 LOOK_SECONDS = 0.02  # between two looks at a record
@@ -138,7 +137,7 @@ def _race(
     folder.mkdir()
     curve: list[tuple[float, int, float]] = []
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context((folder.parent / "log").open("w+"))
+        log = stack.enter_context((folder.parent / "log").open("w+", encoding="utf-8"))
         started = time.perf_counter()
         process = subprocess.Popen(_python(words), stdout=log, stderr=log)
         stack.callback(_end, process)
@@ -180,7 +179,7 @@ def _evaluations(path: Path) -> list[tuple[int, float]]:
 def _end(process: subprocess.Popen) -> None:
     """Stops a process that has been measured; it need not save."""
     if process.poll() is None:
-        process.send_signal(signal.SIGKILL)
+        process.kill()
     process.wait()
 
 

@@ -1,11 +1,11 @@
 """Lines of the benchmark as JSONL, as a Markdown table, and as a picture."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpt_jax import files, screen
 from gpt_jax.bench.match import met
 
 BEGIN, END = "<!-- bench -->", "<!-- end of bench -->"
@@ -39,8 +39,8 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 
 def table(lines: Iterable[Mapping[str, Any]]) -> str:
     """Returns a Markdown table; a number that was not measured is a dash."""
-    head = "| row | shape | gpt_jax | peer | ratio | goal | peer is |"
-    rows = [head, "|---|---|---|---|---|---|---|"]
+    heads = ("row", "shape", "gpt_jax", "peer", "ratio", "goal", "peer is")
+    rows: list[list[str]] = []
     notes: list[str] = []
     for line in lines:
         cells = [line["row"], line["shape"], _value(line, "ours"), _value(line, "peer")]
@@ -48,24 +48,23 @@ def table(lines: Iterable[Mapping[str, Any]]) -> str:
         if line["note"]:
             notes += [line["note"]] if line["note"] not in notes else []
             cells[2] += f" [{notes.index(line['note']) + 1}]"
-        rows.append(f"| {' | '.join(cells)} |")
-    if notes:
-        rows += ["", *(f"[{i}] {note}<br>" for i, note in enumerate(notes, start=1))]
-    return "\n".join(rows)
+        rows.append(cells)
+    below = [f"[{i}] {note}<br>" for i, note in enumerate(notes, start=1)]
+    return "\n".join([screen.table(heads, rows), *([""] if below else []), *below])
 
 
 def ceilings(lines: Sequence[Mapping[str, Any]]) -> str:
     """Returns a Markdown table of what the machine can do and how near rows come."""
-    rows = ["| row | shape | of the matmul ceiling | of the memory ceiling |"]
-    rows += ["|---|---|---|---|"]
+    heads = ("row", "shape", "of the matmul ceiling", "of the memory ceiling")
+    rows = []
     for line in lines:
         share = line.get("roofline", {})
         if share:
             shown = [
                 f"{share[k]:.0%}" if k in share else "" for k in ("flops", "bytes")
             ]
-            rows.append(f"| {line['row']} | {line['shape']} | {' | '.join(shown)} |")
-    return "\n".join(rows)
+            rows.append([line["row"], line["shape"], *shown])
+    return screen.table(heads, rows)
 
 
 def machine(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -103,7 +102,7 @@ def rewrite(path: str | Path, lines: Sequence[Mapping[str, Any]]) -> None:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{path} has no place for tables: the lines {BEGIN} and {END}")
-    path.write_text(f"{before}{BEGIN}\n{page(lines)}\n{END}{after}", "utf-8")
+    files.write(path, f"{before}{BEGIN}\n{page(lines)}\n{END}{after}")
 
 
 def plot(lines: Iterable[Mapping[str, Any]], path: str | Path) -> bool:
@@ -137,10 +136,8 @@ def plot(lines: Iterable[Mapping[str, Any]], path: str | Path) -> bool:
     axes.spines[["right", "top"]].set_visible(False)
     axes.legend(frameon=False)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    figure.savefig(part, format="png")
-    os.replace(part, path)
+    with files.draft(path) as part:
+        figure.savefig(part, format="png")
     return True
 
 

@@ -1,12 +1,11 @@
 """What the sides read: a text of any size, its tokenizer, token shards. Made once."""
 
-import os
 import random
 from pathlib import Path
 
 import numpy as np
 
-from gpt_jax import corpora, data, tokenizers
+from gpt_jax import corpora, data, files, tokenizers
 
 PART_CHARS = 2000  # the text is made of pieces of about this size, shuffled
 TRAIN_CHARS = 4_000_000  # a tokenizer is trained on so much of it
@@ -21,9 +20,8 @@ def text_and_tokenizer(
     root.mkdir(parents=True, exist_ok=True)
     text = root / f"text-{megabytes:g}.txt"
     if not text.exists():
-        part = text.with_suffix(".part")
-        write_text(part, int(megabytes * 1e6), source)
-        os.replace(part, text)
+        with files.draft(text) as part:
+            write_text(part, int(megabytes * 1e6), source)
     ready = root / f"tokenizer-{tokenizer.replace(':', '-')}.json"
     if not ready.exists():
         with text.open(encoding="utf-8") as file:

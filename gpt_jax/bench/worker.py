@@ -24,6 +24,8 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gpt_jax import files
+
 LAST_LINES = 2  # of what a failed process said, shown to the user
 END_SECONDS = 10.0  # the longest wait for a process to end by itself
 PACKAGES = ("jax", "flax", "torch", "transformers", "tokenizers", "numpy")
@@ -93,18 +95,8 @@ def versions() -> dict[str, str]:
 
 
 def peak_mb() -> float:
-    """Returns the most memory that this process has held, in MB (10^6 bytes).
-
-    ru_maxrss will not do: on Linux it begins with that of the process that forked.
-    """
-    status = Path("/proc/self/status")
-    if not status.exists():
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-    line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024 / 1e6
+    """Returns the most memory that this process has held, in MB (10^6 bytes)."""
+    return files.peak_memory() / 1e6
 
 
 class Worker:

@@ -13,11 +13,11 @@ from ml_collections import ConfigDict
 
 from gpt_jax import metrics, model, sharding, train, weights
 from gpt_jax.estimate import memory
-from gpt_jax.estimate.devices import DEVICES, Device, find, parse
+from gpt_jax.estimate.device import Device, find
 from gpt_jax.estimate.plan import Plan, make
 from gpt_jax.weights import Declared
 
-__all__ = ["DEVICES", "Device", "Plan", "abstract", "estimate", "find", "make", "parse"]
+__all__ = ["Device", "Plan", "abstract", "estimate", "find", "make"]
 
 # Parts of the parameters, by how their paths begin or what they hold.
 PARTS = {

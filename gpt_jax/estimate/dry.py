@@ -5,8 +5,6 @@ their placement, so no weight is ever made.
 """
 
 import re
-import resource
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -18,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from gpt_jax import sharding, train
+from gpt_jax import files, sharding, train
 from gpt_jax.estimate import plan as plans
 
 TELL_EVERY_S = 10.0
@@ -69,7 +67,7 @@ def run(
         "memory": memory(compiled),
         "collectives": collectives(compiled.as_text()),
         "seconds": time.monotonic() - started,
-        "host_bytes": host_bytes(),
+        "host_bytes": files.peak_memory(),
     }
 
 
@@ -107,12 +105,6 @@ def beside(work: Callable[[], Any], tell: Callable[[str], Any]) -> Any:
                 return result.result(timeout=TELL_EVERY_S)
             except NotYet:
                 tell(f"  {time.monotonic() - started:.0f} s")
-
-
-def host_bytes() -> int:
-    """Returns the most memory that this process has used."""
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else used * 1024  # elsewhere in KiB
 
 
 # ------------------------------------------------------------- the program's text

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from gpt_jax import adapters, model, sharding, tasks, tokenizers, train
+from gpt_jax import adapters, files, model, sharding, tasks, tokenizers, train
 from gpt_jax.model import GPT, GPTConfig
 from gpt_jax.step import TrainState
 from gpt_jax.tasks import lm
@@ -133,7 +133,7 @@ def vocabulary(config: ConfigDict) -> int:
     """
     name = config.data.tokenizer
     kind, _, size = name.partition(":")
-    own = Path(config.init_from) / "tokenizer.json"
+    own = files.expand(config.init_from) / "tokenizer.json"
     if config.model.vocab_size:
         return config.model.vocab_size
     if config.init_from and own.is_file():

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from gpt_jax.screen import count, duration, size
+
 LABELS = {
     "parameters": "parameters",
     "frozen": "frozen weights",
@@ -24,23 +26,6 @@ MOMENTS = {
 }
 
 
-def size(amount: float) -> str:
-    """Returns bytes in the unit that people read: powers of 1,000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if amount < 999.5:
-            return f"{amount:.3g} {unit}"
-        amount /= 1000
-    return f"{amount:,.4g} TB"
-
-
-def duration(seconds: float) -> str:
-    """Returns a time in the unit that people read."""
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.1f} {unit}"
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
-
-
 def render(found: Mapping[str, Any], notes: Mapping[str, str]) -> str:
     """Returns an estimate as lines.
 
@@ -55,11 +40,11 @@ def _head(found: Mapping[str, Any]) -> Iterator[str]:
     mesh, parts = found["mesh"], dict(found["parameters"])
     axes = ", ".join(f"{name} {length}" for name, length in mesh.items())
     devices = found["devices"]
-    yield f"{devices:,} device{'s' * (devices > 1)}: {axes}"
+    yield f"{count(devices, 'device')}: {axes}"
     total, trainable = parts.pop("total"), parts.pop("trainable")
     padding = parts.pop("padding")
     yield f"{total:,} parameters, {trainable:,} of them train"
-    yield "  " + ", ".join(f"{name} {count:,}" for name, count in parts.items())
+    yield "  " + ", ".join(f"{name} {number:,}" for name, number in parts.items())
     if padding:
         yield f"  and {padding:,} to pad the vocabulary (model.vocab_multiple)"
 
@@ -76,7 +61,7 @@ def _memory(found: Mapping[str, Any], notes: Mapping[str, str]) -> Iterator[str]
     if "fits" in found:
         yield from _fits(found["fits"], found["peak"])
     kv = found["kv_cache"]
-    rows = f"{kv['rows']:,} text{'s' * (kv['rows'] > 1)} of {kv['length']:,} tokens"
+    rows = f"{count(kv['rows'], 'text')} of {kv['length']:,} tokens"
     yield f"to write text: a key-value cache of {size(kv['bytes'])} for {rows}"
 
 
@@ -111,7 +96,7 @@ def _speed(found: Mapping[str, Any]) -> Iterator[str]:
 def of_dry_run(found: Mapping[str, Any]) -> str:
     """Returns what a dry run found as lines."""
     axes = ", ".join(f"{name} {length}" for name, length in found["mesh"].items())
-    lines = [f"{found['devices']:,} virtual devices: {axes}", ""]
+    lines = [f"{count(found['devices'], 'virtual device')}: {axes}", ""]
     lines += ["memory of one device, as XLA plans it for a CPU"]
     lines += [f"  {name:<12}{size(n):>8}" for name, n in found["memory"].items()]
     lines += ["", "collectives of one step, as one device sees them"]

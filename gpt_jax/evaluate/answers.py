@@ -1,14 +1,13 @@
 """What a model answers to the rows of a test file, and how good that is."""
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt_jax import chat, checkpoint, sample
-from gpt_jax.evaluate import rows, scores
+from gpt_jax import chat, checkpoint, files, sample
+from gpt_jax.evaluate import scores
 from gpt_jax.runs import Run
 
 
@@ -115,7 +114,7 @@ def answer(
         "step": run.step,
         "weights_sha256": checkpoint.digest(run.params),
         "template": template,
-        "rows_sha256": hashlib.sha256(whole).hexdigest(),
+        "rows_sha256": files.digest(whole),
         "seed": seed,
         **settings,
     }
@@ -137,7 +136,7 @@ def answer(
         )
         for one, completion in zip(group, completions, strict=True):
             answers.rows.append(_row(one, completion, run.tokenizer))
-        rows.write(path, answers._asdict())
+        files.write_json(path, answers._asdict())
         show(len(group))
     return answers
 

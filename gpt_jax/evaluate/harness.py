@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from gpt_jax import runs, sample
-from gpt_jax.evaluate import likelihood, rows
+from gpt_jax import runs, sample, screen
+from gpt_jax.evaluate import likelihood
 
 MAX_NEW = 256  # tokens, where a task does not say: the harness's own choice
 PLAIN = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -107,7 +107,7 @@ def adapt(run: runs.Run, *, seed: int) -> Any:
             spans = [
                 likelihood.fit(before, after, context) for _, before, after in requests
             ]
-            with rows.progress("log-likelihoods", len(spans)) as show:
+            with screen.counted("log-likelihoods", len(spans)) as show:
                 return [tuple(s) for s in likelihood.scores(scorer, spans, show)]
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list[float]:
@@ -119,12 +119,12 @@ def adapt(run: runs.Run, *, seed: int) -> Any:
                 for text in texts
             ]
             spans = [span for part in parts for span in part]
-            with rows.progress("windows of text", len(spans)) as show:
+            with screen.counted("windows of text", len(spans)) as show:
                 found = likelihood.scores(scorer, spans, show)
                 return [sum(next(found).logp for _ in part) for part in parts]
 
         def generate_until(self, requests, disable_tqdm=False) -> list[str]:
-            with rows.progress("texts", len(requests)) as show:
+            with screen.counted("texts", len(requests)) as show:
                 return [_text(run, r.args, seed, show) for r in requests]
 
     return Adapter()

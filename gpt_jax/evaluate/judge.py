@@ -5,7 +5,6 @@ URL/chat/completions for each answer. Replies are kept on disk by the hash of th
 request, so that a second run asks only what is new.
 """
 
-import hashlib
 import http.client
 import json
 import re
@@ -16,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt_jax.evaluate import rows
+from gpt_jax import files
 
 REPLY_BYTES = 1 << 20  # the most that is read of a reply
 FIELDS = ("question", "reference", "answer")
@@ -119,13 +118,13 @@ def _reply(judge: Judge, prompt: str) -> str:
         "seed": 1,
     }
     url = judge.url.rstrip("/") + "/chat/completions"
-    digest = hashlib.sha256(json.dumps([url, body]).encode()).hexdigest()
+    digest = files.digest(json.dumps([url, body]))
     kept = judge.cache / f"{digest}.json" if judge.cache else None
     if kept and kept.is_file():
         return json.loads(kept.read_text(encoding="utf-8"))["reply"]
     reply = _content(_post(judge, url, body), url)
     if kept:
-        rows.write(kept, {"url": url, "request": body, "reply": reply})
+        files.write_json(kept, {"url": url, "request": body, "reply": reply})
     return reply
 
 

@@ -33,7 +33,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from gpt_jax import programs, runs, sharding, signals
+from gpt_jax import files, programs, runs, sharding, signals
 from gpt_jax import train as alone
 from gpt_jax.population import program
 from gpt_jax.population.shared import Shared, loss_at, reached
@@ -97,11 +97,12 @@ def train(
       ValueError: the configs are not of one group, or one of them, the data or a run
         folder does not fit; nothing was overwritten.
     """
-    folders = [Path(workdir) for workdir in workdirs]
+    folders = [files.expand(workdir) for workdir in workdirs]
     check(configs, folders, members, rungs)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(signals.watch(configs[0].grace_s))
-        shared = build(configs, folders, stop, report)
+        with signals.at_once():
+            shared = build(configs, folders, stop, report)
         opened = stack.enter_context(contextlib.ExitStack())
         wave = None
         for rung in [*sorted(rungs), Rung(shared.end, len(configs))]:

@@ -5,12 +5,8 @@ holds S / devices of them and trains them without a word to the others.
 K steps of one call  U different seeds  A micro-batches  B examples in one
 """
 
-import contextlib
-import math
-import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gpt_jax import sharding
+from gpt_jax import files, sharding
 from gpt_jax.train import Parts
 
 STEPS = 16  # K, the most: a call costs as much as a step of a tiny model
@@ -186,10 +182,4 @@ def free_bytes(device: Any) -> float:
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    with contextlib.suppress(OSError, ValueError, StopIteration):  # Linux
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        row = next(line for line in lines if line.startswith("MemAvailable"))
-        return 1024.0 * int(row.split()[1])
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return math.inf
+    return files.free_memory()

@@ -75,7 +75,7 @@ class Shared(NamedTuple):
             for row in metrics.read(workdir):
                 numbers |= row
             del numbers["step"]
-            plots.loss(workdir)
+            plots.of_run(workdir)
         codes = {"diverged": 1, "signal": self.stop.exit_code}
         self.results[trial] = Result(reason, step, numbers, codes.get(reason, 0))
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from gpt_jax import evaluate, metrics, runs, sharding, train
+from gpt_jax import evaluate, runs, screen, sharding, train
 from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.population import program
 from gpt_jax.population.shared import Shared
@@ -64,7 +64,7 @@ class Wave(NamedTuple):
     state: TrainState
     inputs: tuple
     batches: dict[int, Any]
-    bar: metrics.Progress
+    bar: screen.Progress
     pending: list
     pace: float
 
@@ -106,7 +106,7 @@ def open_wave(
     """Opens the run folders of these trials and places them on the devices."""
     opened = open_runs(shared, trials, stack)
     step, now = int(opened[0][1].step), time.monotonic()
-    bar = metrics.Progress(total=shared.end, start=step)
+    bar = screen.Progress("step", total=shared.end, start=step)
     stack.callback(bar.close)
     members = [
         Member(trial, slot, job, totals, began=now - totals.seconds, loss=None)
@@ -217,7 +217,10 @@ def call(shared: Shared, wave: Wave, until: int) -> Wave:
     began = time.monotonic()
     n = min(until - wave.step, program.STEPS, max(1, int(CALL_SECONDS / wave.pace)))
     batches = shared.parts.strategy.put(stack_batches(wave.batches.values(), n))
-    run = shared.program(len(wave.inputs[0]), len(wave.batches))
+    slots, seeds = len(wave.inputs[0]), len(wave.batches)
+    if (slots, seeds) not in shared.programs:
+        wave.bar.print("compiling the train step of all members")
+    run = shared.program(slots, seeds)
     state, sums, info = run(wave.state, *wave.inputs, batches, np.int32(n))
     sharding.wait_on_cpu(info)
     now = time.monotonic()

@@ -9,13 +9,12 @@ Only safetensors are read: nothing in a folder is ever executed.
 """
 
 import contextlib
-import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from gpt_jax.files import draft_folder, expand
 from gpt_jax.model import GPTConfig
 from gpt_jax.pretrained import config_json, files, gguf, stablehlo, texts, weights
 from gpt_jax.pretrained.texts import keep
@@ -46,7 +45,7 @@ def find(spec: str) -> Path:
     Raises:
       ValueError: it is neither, or the download failed.
     """
-    folder = Path(spec).expanduser()
+    folder = expand(spec)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} is not a Hugging Face folder: no config.json")
@@ -124,13 +123,8 @@ def whole(target: Path) -> Iterator[Path]:
     """Gives a folder to fill, which becomes `target` if nothing goes wrong."""
     if target.exists():
         raise FileExistsError(f"{target} exists already; name a new one, or remove it")
-    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    draft.mkdir(parents=True)
-    try:
-        yield draft
-        os.rename(draft, target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    with draft_folder(target) as part:
+        yield part
 
 
 def _download(name: str) -> Path:

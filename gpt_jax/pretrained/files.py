@@ -10,7 +10,6 @@ time through memory maps of their own, so a file of any size costs one tensor.
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -145,8 +144,6 @@ def write(
             array = np.ascontiguousarray(value(name), DTYPES[wanted[name][0]])
             assert array.shape == wanted[name][1], f"{name} has shape {array.shape}"
             file.write(array.reshape(-1).view(np.uint8).data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def kind_of(dtype: np.dtype) -> str:

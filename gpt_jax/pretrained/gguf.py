@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gpt_jax.attention import rope_frequencies
+from gpt_jax.files import draft
 from gpt_jax.model import GPTConfig
 from gpt_jax.pretrained import config_json, files, weights
 from gpt_jax.tokenizers import Tokenizer
@@ -54,10 +55,8 @@ def save(path: Path, params: Mapping, cfg: GPTConfig, tokenizer: Tokenizer) -> N
     about = {**_model(cfg, config), **_vocabulary(tokenizer, cfg)}
     tensors = _tensors(params, cfg, config)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.tmp")
-    writer = gguf.GGUFWriter(draft, config["model_type"])
-    try:
+    with draft(path) as part:
+        writer = gguf.GGUFWriter(part, config["model_type"])
         for name, value in about.items():
             getattr(writer, f"add_{name}")(value)
         for name, (kind, shape, _) in tensors.items():
@@ -71,9 +70,6 @@ def save(path: Path, params: Mapping, cfg: GPTConfig, tokenizer: Tokenizer) -> N
         for kind, _, value in tensors.values():
             writer.write_tensor_data(np.ascontiguousarray(value(), files.DTYPES[kind]))
         writer.close()
-        draft.rename(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 def main(prompt: str, new: int = 50) -> None:
     """Prints the prompt and `new` tokens after it."""
     here = Path(__file__).parent
-    about = json.loads((here / "model.json").read_text())
+    about = json.loads((here / "model.json").read_text("utf-8"))
     with safe_open(here / "model.safetensors", framework="flax") as file:
         weights = [file.get_tensor(name) for name in about["weights"]]
     files = [here / f"{name}.stablehlo" for name in ("prefill", "decode")]

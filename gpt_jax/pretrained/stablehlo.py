@@ -63,8 +63,8 @@ def save(folder: Path, params: Mapping, cfg: GPTConfig, tokenizer: Tokenizer) ->
         "opening": tokenizer.opening,
         "eos_id": tokenizer.eos_id,
     }
-    (folder / "model.json").write_text(json.dumps(about, indent=1) + "\n")
-    (folder / "run.py").write_text(inspect.getsource(runner))
+    (folder / "model.json").write_text(json.dumps(about, indent=1) + "\n", "utf-8")
+    (folder / "run.py").write_text(inspect.getsource(runner), "utf-8")
 
 
 def programs(cfg: GPTConfig, flat: Mapping) -> dict[str, tuple[Callable, tuple]]:

@@ -65,7 +65,7 @@ def save(folder: Path, tokenizer: Tokenizer, *, run: Path, context: int) -> None
         "generation_config.json": {"eos_token_id": eos} if name else {},
     }
     for file, content in made.items():
-        (folder / file).write_text(json.dumps(content, indent=2) + "\n")
+        (folder / file).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     keep(run, folder)
 
 

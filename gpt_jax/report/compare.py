@@ -9,7 +9,6 @@ import csv
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpt_jax import runs
+from gpt_jax import files, runs
 from gpt_jax.report import page
 from gpt_jax.report import results as tables
 from gpt_jax.report.figures import FONT, PALETTE, dress, plotly
@@ -128,7 +127,7 @@ def write(out: Path, found: Comparison) -> None:
             steps = run.curve.steps[-1]
             rows.writerow([setting.name, seed, setting.values[seed], steps, run.folder])
     (out / "compare.csv").write_text(text.getvalue(), encoding="utf-8")
-    (out / "compare.json").write_text(json.dumps(_plain(found), indent=1) + "\n")
+    files.write(out / "compare.json", json.dumps(_plain(found), indent=1) + "\n")
     _picture(out / "compare.png", found)
     page.save(out / "compare.html", "Comparison", _body(found))
 
@@ -324,6 +323,5 @@ def _picture(path: Path, found: Comparison) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if len(found.settings) <= 12:
         axes.legend(frameon=False)
-    part = path.with_name(f"{path.name}.part")
-    figure.savefig(part, format="png")
-    os.replace(part, path)
+    with files.draft(path) as part:
+        figure.savefig(part, format="png")

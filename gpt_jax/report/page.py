@@ -3,10 +3,10 @@
 import html
 import importlib
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
+from gpt_jax import files
 from gpt_jax.report import figures, pictures
 from gpt_jax.report import results as tables
 from gpt_jax.report.results import Results, Row
@@ -151,9 +151,7 @@ def save(path: Path, title: str, body: str) -> None:
         f"<script>{script}</script></head><body><main>{body}</main>"
         f"<script>{SCRIPT}</script></body></html>\n"
     )
-    draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+    files.write(path, text)
 
 
 def _head(results: Results) -> str:

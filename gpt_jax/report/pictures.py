@@ -1,8 +1,8 @@
 """A sweep as PNG files, for pages that run no script: curves.png and slices.png."""
 
-import os
 from pathlib import Path
 
+from gpt_jax import files
 from gpt_jax.report import figures
 from gpt_jax.report import results as tables
 from gpt_jax.report.results import Results
@@ -81,9 +81,8 @@ def _figure(width: float, height: float):
 
 
 def _save(path: Path, figure) -> None:
-    part = path.with_name(f"{path.name}.part")
-    figure.savefig(part, format="png")
-    os.replace(part, path)
+    with files.draft(path) as part:
+        figure.savefig(part, format="png")
 
 
 def _rgb(text: str):

@@ -4,14 +4,13 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpt_jax import metrics
+from gpt_jax import files, metrics, screen
 
 Results = dict[str, Any]
 Row = dict[str, Any]
@@ -39,8 +38,8 @@ def tables(out: Path, results: Results) -> None:
         point = [row["overrides"].get(key, "") for key in keys]
         numbers = ["" if row[name] is None else row[name] for name in COLUMNS]
         lines.writerow([row["name"], row["status"], *point, *numbers, row["reason"]])
-    _write(out / "results.csv", text.getvalue())
-    _write(out / "results.json", json.dumps(results, indent=1) + "\n")
+    files.write(out / "results.csv", text.getvalue())
+    files.write(out / "results.json", json.dumps(results, indent=1) + "\n")
 
 
 def ranked(results: Results) -> list[Row]:
@@ -67,13 +66,16 @@ def summary(results: Results) -> str:
 
 def table(results: Results) -> str:
     """Returns the trials in the order of the sweep, as a Markdown table."""
-    metric = results["metric"]
-    lines = [f"| trial | {metric} | at step | seconds |", "|---|---|---|---|"]
-    for row in results["trials"]:
-        value = row["status"] if row["value"] is None else f"{row['value']:.4f}"
-        at = "" if row["at"] is None else row["at"]
-        lines.append(f"| {row['name']} | {value} | {at} | {row['seconds']:.0f} |")
-    return "\n".join(lines)
+    lines = [
+        (
+            row["name"],
+            row["status"] if row["value"] is None else row["value"],
+            row["at"],
+            round(row["seconds"]),
+        )
+        for row in results["trials"]
+    ]
+    return screen.table(("trial", results["metric"], "at step", "seconds"), lines)
 
 
 def curve(folder: Path, metric: str) -> Curve:
@@ -148,9 +150,3 @@ def _groups(values: list[Any]) -> list[list[int]]:
     for index, value in enumerate(values):
         groups.setdefault(repr(value), []).append(index)
     return list(groups.values())
-
-
-def _write(path: Path, text: str) -> None:
-    draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)

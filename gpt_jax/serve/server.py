@@ -3,12 +3,10 @@
 import asyncio
 import contextlib
 import hashlib
-import signal
 import socket
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -19,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt_jax import chat, model, runs
+from gpt_jax import chat, model, runs, signals
 from gpt_jax.serve.engine import Engine
 from gpt_jax.serve.flow import Mail, Served
 from gpt_jax.serve.http import Service, application
@@ -169,20 +167,11 @@ class Stop:
     def __init__(self):
         self.signals = 0
 
-    @contextlib.contextmanager
-    def watch(self) -> Iterator[None]:
+    def watch(self) -> contextlib.AbstractContextManager[None]:
         """Counts signals while the block runs, where Python allows that."""
-        before = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                before[number] = signal.signal(number, self._count)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return signals.told(self._count)
 
-    def _count(self, *_) -> None:
+    def _count(self, number: int) -> None:
         self.signals += 1
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gpt_jax import population, signals
+from gpt_jax.screen import count
 from gpt_jax.sweep import trial as ends
 from gpt_jax.sweep.space import Pruner
 from gpt_jax.sweep.study import OUTCOME, Study, Trial, failure, write
@@ -43,7 +44,7 @@ def run(
         )
     while not stop and (batch := _batch(study, members, check)):
         groups = population.group([trial.config for trial in batch])
-        view.print(f"{len(batch)} trials in {len(groups)} programs")
+        view.print(f"{count(len(batch), 'trial')} in {count(len(groups), 'program')}")
         for group in groups:
             trials = [batch[i] for i in group]
             if stop:  # the next sitting trains them
@@ -112,5 +113,9 @@ def _train(study: Study, group: list[Trial], members: int, view: View) -> int:
         outcome["seconds"] /= len(group)  # its share of the time that they took
         write(study.out / trial.name / OUTCOME, outcome)
         study.finish(trial, outcome)
-        view.print(f"{outcome['status']:9s} {trial.name}: {outcome['value']}")
+        value = outcome["value"]
+        said = (
+            outcome["reason"] if value is None else f"{study.plan.metric} {value:.4f}"
+        )
+        view.print(f"{outcome['status']:9s} {trial.name}: {said}")
     return signal

@@ -3,12 +3,11 @@
 import contextlib
 import importlib
 import importlib.util
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt_jax import metrics, signals
+from gpt_jax import files, metrics, signals
 from gpt_jax.sweep import study as studies
 from gpt_jax.sweep import worker
 from gpt_jax.sweep.study import Study, Trial
@@ -41,8 +40,7 @@ def local(workers: int, accelerators: Sequence[str]) -> Iterator[Cluster]:
       accelerators: the machine's GPUs, as CUDA names them; each worker gets one.
     """
     distributed = _import_distributed()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    cores = cores or os.cpu_count() or 1
+    cores = files.cores()
     workers = workers or len(accelerators) or cores
     threads = str(max(1, cores // workers))
     share = dict.fromkeys(THREADS, threads)

@@ -6,12 +6,13 @@ A combinator returns a list of points; combinators nest:
     product(grid({"hyper.lr": (1e-3, 3e-3)}), seeds(3))     # 6 points
 """
 
-import hashlib
 import itertools
 import random as python_random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from gpt_jax import files
 
 Point = dict[str, Any]
 
@@ -259,7 +260,7 @@ def _brief(value: Any) -> str:
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:8]
+    return files.digest(repr(value))[:8]
 
 
 def _clean(text: str, also: str = "") -> str:

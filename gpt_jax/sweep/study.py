@@ -11,7 +11,6 @@ import contextlib
 import importlib
 import importlib.util
 import json
-import os
 import re
 import uuid
 import warnings
@@ -22,7 +21,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from gpt_jax import metrics, runs
+from gpt_jax import files, metrics, runs
 from gpt_jax.sweep import plan as plans
 from gpt_jax.sweep.plan import Plan
 from gpt_jax.sweep.space import Dimension, Point, Pruner
@@ -308,10 +307,7 @@ def read_outcome(folder: Path) -> dict | None:
 
 def write(path: Path, content: Any) -> None:
     """Writes JSON whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    files.write(path, json.dumps(content, indent=2) + "\n")
 
 
 # --- storage and pruners --------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import time
 
+from gpt_jax import screen
 from gpt_jax.sweep.study import ENDED, Study, Trial
 
 PLAIN_EVERY_S = 30.0  # the least time between two summary lines in a log file
@@ -12,48 +13,36 @@ class View:
 
     def __init__(self, *, total: int):
         """Args: the number of trials."""
-        from rich.console import Console
-        from rich.live import Live
-
-        self._total = total
-        self._began, self._printed = time.monotonic(), time.monotonic()
+        self._total, self._began = total, time.monotonic()
         self._ended_before: int | None = None  # by an earlier sitting
-        self._console = Console(highlight=False, markup=False, soft_wrap=True)
-        self._live = None
-        if self._console.is_terminal:
-            self._live = Live(console=self._console, refresh_per_second=4)
-            self._live.start()
+        self._area = screen.Area(
+            screen.story(), transient=False, line_every_s=PLAIN_EVERY_S
+        )
 
     def update(self, study: Study, steps: dict[str, tuple]) -> None:
         """Shows the state; `steps`: of running trials (step, last step, value, s)."""
         trials = list(study.trials.values())
         if self._ended_before is None:
             self._ended_before = _count(trials, *ENDED)
-        if self._live:
-            self._live.update(self._table(study, steps))
-        elif time.monotonic() - self._printed >= PLAIN_EVERY_S:
-            self._printed = time.monotonic()
-            self.print(self._summary(study))
+        self._area.show(lambda: self._summary(study), lambda: self._table(study, steps))
 
     def print(self, text: str) -> None:
         """Prints a line above the table."""
-        if self._live:
-            self._console.print(text)
-        else:
-            print(text, flush=True)
+        self._area.print(text)
 
     def close(self, study: Study) -> None:
         """Leaves the last state on the screen."""
-        if self._live:
-            self._live.update(self._table(study, {}))
-            self._live.stop()
-            self._live = None
+        if self._ended_before is not None:
+            self._area.keep(
+                lambda: self._summary(study), lambda: self._table(study, {})
+            )
+        self._area.close()
 
     def _summary(self, study: Study) -> str:
         trials = list(study.trials.values())
         ended = _count(trials, *ENDED)
         parts = [
-            f"{ended}/{self._total} trials",
+            f"{ended}/{screen.count(self._total, 'trial')}",
             f"{_count(trials, 'running')} running",
         ]
         for status in ENDED:
@@ -70,8 +59,8 @@ class View:
         here = ended - (self._ended_before or 0)
         if not here or ended >= self._total:
             return ""
-        seconds = int((time.monotonic() - self._began) / here * (self._total - ended))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+        seconds = (time.monotonic() - self._began) / here * (self._total - ended)
+        return screen.clock(seconds)
 
     def _table(self, study: Study, steps: dict[str, tuple]):
         from rich.progress_bar import ProgressBar

@@ -8,6 +8,7 @@ else, may be imported here.
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,7 @@ def run(
     finally:
         _let_go(process)
         trials.pop(key, None)
-    return {"code": code, "said": _last_line(log), "host": os.uname().nodename}
+    return {"code": code, "said": _last_line(log), "host": socket.gethostname()}
 
 
 def stop(keys: list[str], dask_worker: Any) -> None:

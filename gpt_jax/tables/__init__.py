@@ -6,7 +6,6 @@ Python's own library, labelled with the file that it stands in. Which rows are l
 in which part they are, depends on the rows and the settings alone.
 """
 
-import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gpt_jax.files import digest
 from gpt_jax.tables.files import Columns, Row, read
 
 __all__ = ["Columns", "Parts", "Row", "Source", "Table", "balanced", "clean", "cut"]
@@ -156,8 +156,7 @@ def load(wanted: Source) -> Table:
         parts = parts._replace(train=balanced(parts.train, generator))
     _refuse_empty_classes(parts, labels)
     content = [labels, [[row[:2] for row in rows] for rows in parts]]
-    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return Table(parts, labels, dict(skipped), digest)
+    return Table(parts, labels, dict(skipped), digest(json.dumps(content)))
 
 
 def clean(

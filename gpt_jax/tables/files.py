@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt_jax import corpora
+from gpt_jax import corpora, files
 
 # Columns of downloads whose files have no header.
 DOWNLOADS = {"sms_spam": ("label", "text")}
@@ -84,7 +84,7 @@ def _records(
         path = corpora.fetch(source, cache)
         yield from _tsv(path, names or DOWNLOADS[source])
         return
-    path = Path(source).expanduser()
+    path = files.expand(source)
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no table {source!r}: give a file, hf:<dataset>, or "

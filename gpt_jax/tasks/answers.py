@@ -4,14 +4,13 @@ Shapes: R rows, each a problem and a completion  S tokens of a row  T = S - 1 po
 that predict the next token
 """
 
-import hashlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from gpt_jax import sample
+from gpt_jax import files, sample
 from gpt_jax.model import GPT
 from gpt_jax.tasks import lm
 from gpt_jax.tasks.problems import Problems, open_source, open_tokenizer
@@ -165,7 +164,7 @@ def parts(
         train=Problems(source.training, problems, tokenizer, **sizes),
         evals={"val": Problems(kept.__getitem__, len(kept), tokenizer, **sizes)},
         exact_match=make_exact_match(gpt, prompt=prompt, stop_id=stop_id),
-        fingerprint=hashlib.sha256(repr(identity).encode()).hexdigest(),
+        fingerprint=files.digest(repr(identity)),
     )
 
 

@@ -1,13 +1,12 @@
 """Classification: one label for a whole text."""
 
-import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from gpt_jax import classify, losses, prepare, tables, tokenizers
+from gpt_jax import classify, files, losses, prepare, screen, tables, tokenizers
 from gpt_jax.classify import POOLS
 from gpt_jax.model import GPT, logits
 from gpt_jax.runs import Classes
@@ -90,7 +89,7 @@ def make(
     train = train._replace(tokens_NT=train.tokens_NT[:, :width])
     val = classify.encode(tokenizer, texts[1], length=width)
     cut = [f"{n.cut} {part}" for n, part in ((train, "train"), (val, "val")) if n.cut]
-    show = prepare.Show(progress)
+    show = screen.Show(progress)
     show.say(f"{text['source']}: {found.summary()}")
     if cut:
         show.say(f"cut after {width} tokens: {' and '.join(cut)} texts")
@@ -175,7 +174,7 @@ def fingerprint(
       length: tokens of a text that are read.
     """
     words = f"{found.fingerprint} {tokenizer.sha256} {length}"
-    return hashlib.sha256(words.encode()).hexdigest()
+    return files.digest(words)
 
 
 def _check(pool: str, buckets: Sequence[int]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gpt_jax import adapters, chat, data, instructions, losses, prepare
+from gpt_jax import adapters, chat, data, instructions, losses, screen
 from gpt_jax.model import GPT, hidden, logits
 from gpt_jax.tasks import lm, sft
 from gpt_jax.tasks.task import Task, dropout_of, with_own
@@ -75,7 +75,7 @@ def make(
     sft.check("empty", empty, sft.EMPTY)
     seq_len = text["seq_len"] or model["context_length"]
     lm.check_window(seq_len, model["context_length"])
-    show = prepare.Show(progress)
+    show = screen.Show(progress)
     rows = instructions.read(text["source"], cache=text["cache"], progress=progress)
     if text["source"].partition(":")[0] == "builtin":
         rows = mismatched(rows)
@@ -203,7 +203,7 @@ def mismatched(rows: Sequence[instructions.Row]) -> list[instructions.Row]:
 
 
 def both(
-    rows: Sequence[instructions.Row], name: str, empty: str, show: prepare.Show
+    rows: Sequence[instructions.Row], name: str, empty: str, show: screen.Show
 ) -> list[tuple[instructions.Row, instructions.Row]]:
     """Returns each row as two: with the chosen answer, and with the rejected one."""
     found, lost = [], []
@@ -231,7 +231,7 @@ def fitting(
     *,
     name: str,
     too_long: str,
-    show: prepare.Show,
+    show: screen.Show,
 ) -> list[Pair]:
     """Returns the pairs as they fit into a window of `seq_len` positions.
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpt_jax import chat, data, instructions, prepare, tokenizers
+from gpt_jax import chat, data, instructions, prepare, screen, tokenizers
 from gpt_jax.tasks import lm
 from gpt_jax.tasks.task import Task
 
@@ -73,7 +73,7 @@ def make(
     check("empty", empty, EMPTY)
     seq_len = text["seq_len"] or model["context_length"]
     lm.check_window(seq_len, model["context_length"])
-    show = prepare.Show(progress)
+    show = screen.Show(progress)
     rows = instructions.read(text["source"], cache=text["cache"], progress=progress)
     parts = instructions.split(
         rows,
@@ -121,7 +121,7 @@ def encode(
     template: str,
     *,
     learn: str,
-    show: prepare.Show,
+    show: screen.Show,
 ) -> list[Example]:
     """Returns each row's conversation as an Example."""
     talks = [chat.messages_of(row, template) for row in rows]
@@ -144,7 +144,7 @@ def fitting(
     *,
     name: str,
     too_long: str,
-    show: prepare.Show,
+    show: screen.Show,
 ) -> list[Example]:
     """Returns the examples as they fit into a window of `seq_len` positions.
 
