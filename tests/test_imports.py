@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 
 # Imports go down at least one floor. Doors (experiments) stand on top of all.
 FLOORS = (
-    "names files screen devices",
-    "model attention tokenizers chat corpora data losses adapters optimizer sharding "
+    "names files screen devices plaintext",
+    "model attention tokenizers chat rows corpora data losses adapters optimizer sharding "
     "programs processes checkpoint metrics signals",
     "prepare instructions sample runs plots tables classify pretrained",
     "tasks evaluate",
@@ -25,6 +25,7 @@ FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names.spl
 SIDEWAYS = {
     ("model", "attention"),
     ("checkpoint", "processes"),
+    ("corpora", "rows"),
     ("train", "step"),
 }
 # A worker's process gives its environment to the processes that it starts.
