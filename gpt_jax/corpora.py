@@ -2,7 +2,8 @@
 
 `open(source)` returns a Corpus, whose text is read as a stream of pieces, so a file
 of any size needs little memory. Text comes out as it is stored: only a byte order
-mark at the start of a file is left out.
+mark at the start of a file is left out. A file whose name says that it holds rows
+(`rows.READERS`) is never learnt as it stands: each of its rows is a document.
 
 `fetch(name)` returns a downloaded file out of the cache folder, downloading it when
 it is not there. Files that never change are checked against the sha256 in DOWNLOADS.
@@ -11,7 +12,6 @@ to time, and of TinyStories and Alpaca none is known here. These are trusted at 
 first use: their sha256 goes into `pins.json` in the cache and is checked from then on.
 """
 
-import gzip
 import io
 import itertools
 import json
@@ -22,21 +22,18 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-import zlib
-from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from glob import glob
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from gpt_jax import screen
-from gpt_jax.files import digest, digest_of, expand, sync, write
+from gpt_jax import paths, plaintext, rows, screen
+from gpt_jax.files import digest, digest_of, expand, shown, sync, write
 
 # A longer document is handed over in pieces, so that memory stays bounded.
 PIECE_CHARS = 1 << 20
-READ_BYTES = 1 << 20
+READ_BYTES = 1 << 17  # of a download
 UNPACKED_BYTES = 1 << 26  # the most that a file in an archive may have
 
 TRIES = 5  # of a download, each going on where the last one stopped
@@ -72,7 +69,7 @@ BUILTIN_SKIPS = {
     *("pydoc_data", "encodings"),  # a string literal and tables of bytes, not code
 }
 
-SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell it, UTF-8 cannot
+WEIGHT = re.compile(r"\s*(.+?)\s*\*\s*((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*")
 
 
 class Piece(NamedTuple):
@@ -141,18 +138,21 @@ def open(
 
     Args:
       source: "builtin" (the source of the running Python's standard library;
-        "builtin:json" is one folder of it), one of NAMES, a path or glob (.jsonl by
-        `field`, any other file is text; both may end in .gz),
-        "hf:<dataset>[:<config>][:<split>]", or a mixture "a*3 + b*1".
-      field: the field of a .jsonl or dataset row that holds its text.
+        "builtin:json" is one folder of it), one of NAMES, a file, a folder or a glob
+        (rows by `field`, any other file is text; see `plaintext` for packed ones),
+        "hf:<dataset>[:<config>][:<split>]", or a mixture "a*3 + b*1". Hidden files
+        of a folder or glob are not looked at; links are followed, and each file is
+        read once.
+      field: the field of a row that holds its text.
       cache: the folder where downloads are kept.
-      progress: show how far a download is.
-      bad: is told why a document of a file cannot be read, each time it is met; that
-        document is then left out. None: it is an error.
+      progress: show how far a download is, and say which links lead round.
+      bad: is told why a document or a file cannot be read, each time it is met; it is
+        then left out. None: it is an error.
 
     Raises:
       FileNotFoundError: there is no such file or corpus.
-      ValueError: the source cannot be used: empty, a folder, damaged, not text.
+      ValueError: the source cannot be used: empty, a run, damaged, not text.
+      OSError: a file cannot be read.
     """
     if not source.strip():
         raise ValueError(f"data.source is empty; name a file or one of {_names()}")
@@ -165,9 +165,9 @@ def open(
         ]
         return mixture(opened)
     if source in DATASETS:
-        return _dataset(source, DATASETS[source], field)
+        return _dataset(source, DATASETS[source], field, bad)
     if source.startswith("hf:"):
-        return _dataset(_short(source), source, field)
+        return _dataset(_short(source), source, field, bad)
     if source == "builtin" or source.startswith("builtin:"):
         return _builtin(source)
     if source in NAMES:
@@ -177,7 +177,7 @@ def open(
         return Corpus(
             source, identity, path.stat().st_size, lambda: read(path, source, field)
         )
-    return _local(source, field, bad)
+    return _local(source, field, bad, screen.Show(progress))
 
 
 def mixture(parts: list[tuple[Corpus, float]]) -> Corpus:
@@ -240,53 +240,144 @@ def _builtin(source: str) -> Corpus:
             "there; give data.source a text file of your own"
         )
     size = sum(path.stat().st_size for _, path in files)
-    return Corpus(_short(source), _identity(files), size, lambda: _files(files, ""))
+
+    def read() -> Iterator[Piece]:
+        for name, path in files:
+            yield from _file(path, name, "")
+
+    return Corpus(_short(source), _identity(files), size, read)
 
 
-def _local(source: str, field: str, bad: Callable | None) -> Corpus:
+def _local(source: str, field: str, bad: rows.Bad, show: screen.Show) -> Corpus:
     path = expand(source)
     if path.is_dir():
-        raise ValueError(f"{source} is a folder; give a glob, e.g. {source}/**/*.txt")
-    is_glob = not path.exists()
-    paths = [Path(p) for p in glob(str(path), recursive=True)] if is_glob else [path]
-    files = [(str(p), p) for p in sorted(paths) if p.is_file()]
-    if not files:
+        _refuse_run(source, path)
+        found = paths.matching(path / "**")
+    elif path.exists():
+        if why := paths.unreadable(path):
+            raise ValueError(why)
+        found = paths.Matches([path])
+    else:
+        found = paths.matching(path)
+    for why in found.unread:
+        rows.refuse(ValueError(why if bad else f"{why}; {SKIP}"), bad)
+    sources = _readable(found.files, bad)
+    if not sources and path.is_dir():
+        raise ValueError(f"{source} holds no file that can be read")
+    if not sources:
         raise FileNotFoundError(
             f"no file and no corpus is called {source!r}; corpora are: {_names()}"
         )
+    if found.again:
+        show.say(
+            f"{source}: links lead {found.again} times to what is read already; each "
+            "file is read once"
+        )
     # Empty files are common among many, but one that was asked for is a mistake.
-    files = [(name, p) for name, p in files if p.stat().st_size]
-    if not files:
+    sources = [one for one in sources if one.size]
+    if not sources:
         raise ValueError(f"{source} is empty; give a file that holds text")
-    packed = any(p.suffix == ".gz" for _, p in files)
-    size = None if packed else sum(p.stat().st_size for _, p in files)
-    name = _short(source if is_glob else path.name.removesuffix(".gz"))
+    packed = any(one.path.suffix.lower() in plaintext.PACKED for one in sources)
+    parts = [f"{one.path} {one.size} {one.sha256}" for one in sources]
+    # In 0.1 only these rows were documents: what it prepared of others is not meant.
+    others = [
+        one for one in sources if not re.search(r"\.jsonl(\.gz)?$", one.path.name)
+    ]
+    told = ["rows"] if any(rows.is_rows(one.path) for one in others) else []
+    name = path.resolve().name if path.is_dir() else path.name.removesuffix(".gz")
+
+    def read() -> Iterator[Piece]:
+        for one in sources:
+            try:
+                yield from _file(one.path, shown(one.path), field, bad)
+            except ValueError as error:
+                many = len(sources) > 1 or rows.is_rows(one.path)
+                raise ValueError(f"{error}; {SKIP}" if many else str(error)) from None
+            if _stamp(one.path) != one.stamp:
+                raise ValueError(
+                    f"{shown(one.path)} changed while it was read: begin again when "
+                    "nothing writes to it"
+                )
+
     return Corpus(
-        name, _identity(files, field), size, lambda: _files(files, field, bad)
+        name=_short(name if path.exists() else source),
+        fingerprint=_hash(*parts, field, *told),
+        size_hint=None if packed else sum(one.size for one in sources),
+        pieces=read,
     )
 
 
-def _files(
-    files: list[tuple[str, Path]], field: str, bad: Callable | None = None
-) -> Iterator[Piece]:
-    for name, path in files:
-        yield from _file(path, name, field, bad)
+SKIP = "data.skip_bad_docs=True leaves out what cannot be read"
 
 
-def _file(
-    path: Path, name: str, field: str, bad: Callable | None = None
-) -> Iterator[Piece]:
-    if path.name.removesuffix(".gz").endswith(".jsonl"):
-        for text in _rows(path, field, bad):
+class Source(NamedTuple):
+    """A file as it was found: its size, its sha256, and what tells that it changed."""
+
+    path: Path
+    size: int
+    sha256: str
+    stamp: tuple[int, int]
+
+
+def _readable(files: list[Path], bad: rows.Bad) -> list[Source]:
+    """Returns the files that can be read; raises OSError for others, or tells `bad`."""
+    found = []
+    for path in files:
+        try:
+            stamp = _stamp(path)
+            found.append(Source(path, stamp[0], digest_of(path), stamp))
+        except OSError as error:
+            if bad is None:
+                raise
+            bad(f"{shown(path)} cannot be read: {error.strerror}")
+    return found
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _refuse_run(source: str, path: Path) -> None:
+    if (path / "config.json").is_file() and (path / "checkpoints").is_dir():
+        raise ValueError(
+            f"{source} is a run folder, which holds no text to learn; to start from "
+            f"its weights set --config.init_from={source}"
+        )
+    if (path / "train" / "index.json").is_file():
+        raise ValueError(
+            f"{source} holds a text that was prepared from another source; name that "
+            "source, and it is found again"
+        )
+
+
+def _file(path: Path, name: str, field: str, bad: rows.Bad = None) -> Iterator[Piece]:
+    if rows.is_rows(path):
+        cure = "name the right one with data.field"
+        cure += ", or let the file's name end in .txt to learn it as it stands"
+        for text in _texts(rows.read(path, only={field}, bad=bad), field, cure, bad):
             yield from _cut([text], name)
     elif bad is None or _can_be_read(path, bad):
-        yield from _cut(_text(path), name)
+        yield from _cut(plaintext.chunks(path), name)
 
 
-def _can_be_read(path: Path, bad: Callable) -> bool:
+def _texts(
+    found: Iterator[rows.Row], field: str, cure: str, bad: rows.Bad
+) -> Iterator[str]:
+    """Yields the text of every row that has one; see `open` for `bad`."""
+    for row in found:
+        try:
+            text = row.text(field, cure)
+        except ValueError as error:
+            rows.refuse(error, bad)
+        else:
+            yield text
+
+
+def _can_be_read(path: Path, bad: Callable[[str], object]) -> bool:
     """Whether a file is text to its end; tells `bad` where it is not."""
     try:
-        for _ in _text(path):
+        for _ in plaintext.chunks(path):
             pass
     except ValueError as error:
         bad(str(error))
@@ -294,23 +385,17 @@ def _can_be_read(path: Path, bad: Callable) -> bool:
     return True
 
 
+# --- the text of files ----------------------------------------------------------------
+
+
 def _stories(path: Path, name: str, field: str) -> Iterator[Piece]:
     """Yields what stands between the separator lines of TinyStories."""
     del field
-    lines = _lines(_text(path))
+    lines = (plaintext.decoded(path, line) for line in plaintext.lines(path))
     for is_end, story in itertools.groupby(lines, lambda s: s.strip() == STORY_END):
         text = "" if is_end else "".join(story).strip("\n")
         if text:
             yield from _cut([text], name)
-
-
-def _lines(chunks: Iterable[str]) -> Iterator[str]:
-    held = ""
-    for chunk in chunks:
-        *lines, held = (held + chunk).split("\n")
-        yield from (line + "\n" for line in lines)
-    if held:
-        yield held
 
 
 def _cut(chunks: Iterable[str], name: str) -> Iterator[Piece]:
@@ -343,153 +428,22 @@ def _cut_at(text: str, limit: int) -> int:
     return found.start() if found else 0
 
 
-def _text(path: Path) -> Iterator[str]:
-    """Yields the decoded text of a file, a megabyte at a time.
-
-    Raises:
-      ValueError: a byte is not UTF-8, or packed data is damaged.
-    """
-    decoder = getincrementaldecoder("utf-8")()
-    offset = 0
-    for data in _bytes(path):
-        # The decoder may hold back up to three bytes of an unfinished character.
-        held = len(decoder.getstate()[0])
-        try:
-            text = decoder.decode(data, final=not data)
-        except UnicodeDecodeError as error:
-            raise _not_text(path, offset - held + error.start) from None
-        yield text.removeprefix("\ufeff") if offset == 0 else text
-        offset += len(data)
-
-
-def _rows(path: Path, field: str, bad: Callable | None = None) -> Iterator[str]:
-    """Yields the text of every row of a .jsonl file; see `open` for `bad`."""
-
-    def refuse(error: ValueError) -> None:
-        if bad is None:
-            raise error from None
-        bad(str(error))
-
-    offset = 0
-    for number, line in enumerate(_while_sound(_byte_lines(path), refuse), start=1):
-        text = None
-        try:
-            text = _row(line, f"{path}, line {number}", field, number == 1)
-        except UnicodeDecodeError as error:
-            refuse(_not_text(path, offset + error.start))
-        except ValueError as error:
-            refuse(error)
-        offset += len(line)
-        if text is not None:
-            yield text
-
-
-def _while_sound(lines: Iterator[bytes], refuse: Callable) -> Iterator[bytes]:
-    """Yields lines up to the place where their file turns out to be damaged."""
-    while True:
-        try:
-            line = next(lines, None)
-        except ValueError as error:
-            refuse(error)
-            return
-        if line is None:
-            return
-        yield line
-
-
-def _row(line: bytes, where: str, field: str, first: bool) -> str | None:
-    """Returns the text of a row, None for an empty line; ValueError says what it is."""
-    try:
-        text = line.decode("utf-8-sig" if first else "utf-8")
-        row = json.loads(text) if text.strip() else None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON: {error}") from None
-    if row is None:
-        return None
-    if not isinstance(row, dict) or not isinstance(row.get(field), str):
-        there = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(
-            f"{where} has no text in the field {field!r}; it has: {there}; name the "
-            "right one with data.field"
-        )
-    if SURROGATE.search(row[field]):
-        raise ValueError(
-            f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is "
-            "not text; remove it"
-        )
-    return row[field]
-
-
-def _bytes(path: Path) -> Iterator[bytes]:
-    """Yields the bytes of a file, unpacked, and then an empty one."""
-    try:
-        with _open_bytes(path) as file:
-            while data := file.read(READ_BYTES):
-                yield data
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is cut short or damaged: {error}") from None
-    yield b""
-
-
-def _byte_lines(path: Path) -> Iterator[bytes]:
-    held = b""
-    for data in _bytes(path):
-        *lines, held = (held + data).split(b"\n")
-        yield from (line + b"\n" for line in lines)
-    if held:
-        yield held
-
-
-def _open_bytes(path: Path) -> io.BufferedIOBase:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore
-
-
-def dataset(spec: str, *, streaming: bool) -> Any:
-    """Returns the rows of hf:<name>[:<config>][:<split>], of its train split without.
-
-    Raises:
-      ValueError: that names no dataset, or the package datasets is not installed.
-    """
-    path, config, split = _named(spec)
-    try:
-        import datasets
-    except ModuleNotFoundError:
-        raise ValueError(
-            f"reading {spec} needs the package datasets: pip install datasets"
-        ) from None
-    return datasets.load_dataset(path, config or None, split=split, streaming=streaming)
-
-
-def _named(spec: str) -> tuple[str, str, str]:
-    """Returns the name, configuration and split that hf:... means."""
-    _, *parts = spec.split(":")
-    if not parts[0] or len(parts) > 3:
-        raise ValueError(
-            f"{spec!r} does not name a dataset; write hf:<name>[:<config>][:<split>]"
-        )
-    path, config, split = (*parts, "", "")[:3]
-    return path, config, split or "train"
-
-
-def _dataset(name: str, spec: str, field: str) -> Corpus:
-    """Returns a streamed Hugging Face dataset; its code, if it has any, never runs."""
-    path, config, split = _named(spec)
+def _dataset(name: str, spec: str, field: str, bad: rows.Bad) -> Corpus:
+    """Returns a streamed Hugging Face dataset."""
+    path, config, split = rows.dataset_name(spec)
 
     def read() -> Iterator[Piece]:
-        for row in dataset(spec, streaming=True):
-            if not isinstance(row.get(field), str):
-                raise ValueError(
-                    f"{spec} has no text in the field {field!r}; its fields are: "
-                    f"{', '.join(row)}; name the right one with data.field"
-                )
-            yield from _cut([row[field]], path)
+        found = rows.dataset(spec, streaming=True, only={field}, bad=bad)
+        cure = "name the right one with data.field"
+        for text in _texts(found, field, cure, bad):
+            yield from _cut([text], path)
 
     return Corpus(name, _hash("dataset", path, config, split, field), None, read)
 
 
 def _weighted(part: str) -> tuple[str, float]:
     """Splits "name*3" into the name and its weight; a bare name weighs 1."""
-    match = re.fullmatch(r"\s*(.+?)\s*\*\s*(\d+\.?\d*)\s*", part)
+    match = WEIGHT.fullmatch(part)
     return (match[1], float(match[2])) if match else (part.strip(), 1.0)
 
 
@@ -499,7 +453,8 @@ def _identity(files: list[tuple[str, Path]], *more: str) -> str:
 
 
 def _hash(*parts: str) -> str:
-    return digest("\n".join(parts))
+    # A name of a file need not be UTF-8.
+    return digest("\n".join(parts).encode("utf-8", "surrogateescape"))
 
 
 def _is_text(path: Path) -> bool:
@@ -507,13 +462,6 @@ def _is_text(path: Path) -> bool:
         return bool(path.read_bytes().decode("utf-8"))
     except UnicodeDecodeError:
         return False
-
-
-def _not_text(path: Path, offset: int) -> ValueError:
-    return ValueError(
-        f"{path} is not UTF-8 text: the byte at offset {offset} is invalid; convert "
-        "the file to UTF-8"
-    )
 
 
 def _short(name: str) -> str:
@@ -651,7 +599,7 @@ def _resume(url: str, part: Path, progress: bool) -> None:
         what = url.rsplit("/", 1)[-1]
         with part.open("ab" if start else "wb") as file, show.bar(what, total) as bar:
             bar(start)
-            while data := reply.read(READ_BYTES // 8):
+            while data := reply.read(READ_BYTES):
                 file.write(data)
                 bar(len(data))
     if total is not None and part.stat().st_size < total:

@@ -7,13 +7,14 @@ told by what it begins with: some of them would pass for text, byte by byte.
 import bz2
 import gzip
 import lzma
-import os
 import re
 import zlib
 from codecs import getincrementaldecoder
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from gpt_jax.files import shown
 
 READ_BYTES = 1 << 20
 HEAD_BYTES = 512  # of a file, which tell what it is
@@ -189,11 +190,6 @@ def kind(value: Any) -> str:
     kinds = {str: "text", list: "a list", tuple: "a list", dict: "an object"}
     found = (name for of, name in kinds.items() if isinstance(value, of))
     return next(found, "neither text, number, list nor object")
-
-
-def shown(path: str | Path) -> str:
-    """Returns a path for people: a byte of it that is not UTF-8 is written as \\xff."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _refuse_formats(path: Path, head: bytes) -> None:

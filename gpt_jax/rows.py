@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt_jax import plaintext
-from gpt_jax.plaintext import Line, kind, refuse_half_pairs, shown
+from gpt_jax.files import shown
+from gpt_jax.plaintext import Line, kind, refuse_half_pairs
 
 CSV_FIELD = 1 << 30  # characters; Python's own limit is 131,072
 JSON_NAMES = (".jsonl", ".ndjson", ".json")
@@ -85,7 +86,7 @@ def read(
         try:
             yield checked(Row(where, number, find()), only)
         except ValueError as error:
-            _refuse(error, bad)
+            refuse(error, bad)
 
 
 def dataset(
@@ -129,7 +130,7 @@ def dataset(
         try:
             yield checked(row, only)
         except ValueError as error:
-            _refuse(error, bad)
+            refuse(error, bad)
 
 
 def dataset_name(spec: str) -> tuple[str, str, str]:
@@ -153,6 +154,13 @@ def checked(row: Row, only: Collection[str] = ()) -> Row:
     except RecursionError:
         raise ValueError(f"{row.where} is nested too deeply") from None
     return row
+
+
+def refuse(error: ValueError, bad: Bad) -> None:
+    """Raises an error, or tells `bad` about it; see `read`."""
+    if bad is None:
+        raise error from None
+    bad(str(error))
 
 
 # --- files ----------------------------------------------------------------------------
@@ -294,14 +302,8 @@ def _while_sound(found: Found, bad: Bad) -> Found:
         try:
             item = next(found, None)
         except ValueError as error:
-            _refuse(error, bad)
+            refuse(error, bad)
             return
         if item is None:
             return
         yield item
-
-
-def _refuse(error: ValueError, bad: Bad) -> None:
-    if bad is None:
-        raise error from None
-    bad(str(error))

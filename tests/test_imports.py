@@ -12,9 +12,10 @@ ROOT = Path(__file__).parents[1]
 
 # Imports go down at least one floor. Doors (experiments) stand on top of all.
 FLOORS = (
-    "names files screen devices plaintext",
-    "model attention tokenizers chat rows corpora data losses adapters optimizer sharding "
-    "programs processes checkpoint metrics signals",
+    "names files screen devices",
+    "plaintext paths",
+    "model attention tokenizers chat rows corpora data losses adapters optimizer "
+    "sharding programs processes checkpoint metrics signals",
     "prepare instructions sample runs plots tables classify pretrained",
     "tasks evaluate",
     "step train",

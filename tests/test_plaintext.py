@@ -176,10 +176,3 @@ def test_half_a_surrogate_pair_is_found_in_every_text_of_a_value():
             plaintext.refuse_half_pairs(value, "here")
     with pytest.raises(ValueError, match="here, in a name, holds half"):
         plaintext.refuse_half_pairs({"\udc00": 1}, "here")
-
-
-def test_a_name_that_is_not_utf_8_can_be_printed():
-    assert (
-        plaintext.shown(b"a\xff\xc3\xbc".decode("utf-8", "surrogateescape"))
-        == "a\\xffü"
-    )

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt_jax import corpora, data, files, prepare, screen, tokenizers
+from gpt_jax import corpora, data, files, plaintext, prepare, screen, tokenizers
 
 TEXT = "".join(f"line {i} of the text\n" for i in range(200))
 
@@ -149,7 +149,7 @@ def test_reading_in_pieces_does_not_change_one_id(
     (tmp_path / "a.py").write_text(source)
     whole = run(tmp_path / "a.py", tokenizer=tokenizer, folder=tmp_path / "whole")
     monkeypatch.setattr(corpora, "PIECE_CHARS", 200)
-    monkeypatch.setattr(corpora, "READ_BYTES", 64)
+    monkeypatch.setattr(plaintext, "READ_BYTES", 64)
     monkeypatch.setattr(prepare, "GROUP_CHARS", 500)
     # The tokenizer itself is the same, so that only the cuts differ.
     made = str(whole.folder / "tokenizer.json")
@@ -165,7 +165,7 @@ def test_the_number_of_workers_does_not_change_one_id(
     run, text_file, tmp_path, monkeypatch, workers
 ):
     monkeypatch.setattr(corpora, "PIECE_CHARS", 100)
-    monkeypatch.setattr(corpora, "READ_BYTES", 50)
+    monkeypatch.setattr(plaintext, "READ_BYTES", 50)
     monkeypatch.setattr(prepare, "GROUP_CHARS", 150)
     prepared = run(text_file, tokenizer="byte", workers=workers, val_fraction=0.5)
     np.testing.assert_array_equal(
