@@ -413,9 +413,14 @@ class Windows:
             )
         needed = 2 if tail else seq_len + 1
         if len(tokens) < needed:
+            has = f"has {len(tokens):,} token{'s' * (len(tokens) != 1)}"
             raise ValueError(
-                f"the text has {len(tokens):,} tokens but a window of seq_len "
-                f"{seq_len} needs {needed:,}; give more text or lower data.seq_len"
+                f"the text to validate with {has}, of which the second is the first "
+                "that can be predicted: raise data.val_fraction, or give more text"
+                if tail
+                else f"the text to learn from {has} but a window of seq_len {seq_len} "
+                f"needs {needed:,}; give more text, lower data.seq_len (0 = "
+                "model.context_length), or lower data.val_fraction"
             )
         self.tokens, self.seq_len, self.stride = tokens, seq_len, stride
         # Window i has a target as long as its second token is there.
