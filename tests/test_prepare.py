@@ -348,6 +348,14 @@ def test_documents_that_cannot_be_read_are_left_out_and_counted_if_wanted(
     assert len(reasons) == 6 and "b.txt is not UTF-8" in reasons[4]
 
 
+@pytest.mark.fault(34)
+def test_a_text_of_which_nothing_is_left_tells_why(run, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "a"}\n' * 9)
+    with pytest.raises(ValueError, match=r"no text .*; left out 9 .* no field 'text'"):
+        run(tmp_path / "a.jsonl", skip_bad_docs=True)
+    assert not list((tmp_path / "data").iterdir())
+
+
 def test_a_text_shorter_than_a_window_is_the_windows_error(run, tmp_path):
     (tmp_path / "short.txt").write_text("0123456789")
     prepared = run(tmp_path / "short.txt")
