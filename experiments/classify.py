@@ -110,8 +110,12 @@ def _report_on_table(run) -> None:
         part="",
         names=tuple(COLUMNS.value),
     )
-    rows = tables.read(LABELLED.value, columns, run.config.data.cache)
+    unread: list[str] = []
+    bad = unread.append if SKIP.value else None
+    rows = tables.read(LABELLED.value, columns, run.config.data.cache, bad)
     rows, left = tables.clean(rows, run.classes.labels, skip=SKIP.value)
+    if unread:
+        left[f"that cannot be read (the first: {unread[0]})"] = len(unread)
     for why, count in left.items():
         print(f"left out: {count} {why}", file=sys.stderr)
     found = _report(run, rows)
@@ -190,13 +194,18 @@ def _write_json(content) -> None:
 
 def _lines(path: str) -> list[str]:
     """Returns the lines of a file or of stdin."""
-    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    from gpt_jax import files, plaintext
+
+    if path != "-":
+        file = files.expand(path)
+        lines = (plaintext.decoded(file, line) for line in plaintext.lines(file))
+        return [line.rstrip("\r\n") for line in lines]
     try:
-        text = data.decode("utf-8-sig").removesuffix("\n")
+        text = sys.stdin.buffer.read().decode("utf-8-sig").removesuffix("\n")
         return [line.removesuffix("\r") for line in text.split("\n")]
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"--file={path} is not UTF-8 text (byte {error.start}); convert it"
+            f"--file=- is not UTF-8 text (byte {error.start}); convert it"
         ) from error
 
 

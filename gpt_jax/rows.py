@@ -38,22 +38,27 @@ class Row(NamedTuple):
     number: int
     fields: dict[str, Any]
 
-    def text(self, name: str, cure: str) -> str:
-        """Returns the text in a field; ValueError says what is there instead.
-
-        Args:
-          name: of the field.
-          cure: what to do where there is no such field.
-        """
-        if name not in self.fields:
-            there = ", ".join(map(str, self.fields)) or "nothing"
-            raise ValueError(
-                f"{self.where} has no field {name!r}; it has: {there}; {cure}"
-            )
-        value = self.fields[name]
+    def text(self, name: str, cure: str = "") -> str:
+        """Returns the text in a field; ValueError says what is there instead."""
+        value = self.value(name, cure)
         if not isinstance(value, str):
             raise ValueError(f"{self.where}: {name!r} is {kind(value)}, not text")
         return value
+
+    def value(self, name: str, cure: str = "") -> Any:
+        """Returns what is in a field.
+
+        Raises:
+          ValueError: there is no such field; the sentence ends with `cure`.
+        """
+        if name not in self.fields:
+            there = ", ".join(map(str, self.fields)) or "nothing"
+            there = there.encode("utf-8", "backslashreplace").decode()
+            cure = cure and f"; {cure}"
+            raise ValueError(
+                f"{self.where} has no field {name!r}; it has: {there}{cure}"
+            )
+        return self.fields[name]
 
 
 def is_rows(path: Path) -> bool:
@@ -161,6 +166,41 @@ def refuse(error: ValueError, bad: Bad) -> None:
     if bad is None:
         raise error from None
     bad(str(error))
+
+
+def usable(
+    source: str | Path,
+    find: Callable[[Bad], Iterator[Row]],
+    make: Callable[[Row], Any],
+    bad: Bad,
+) -> list[Any]:
+    """Returns what `make` makes of each row, without those that it refuses.
+
+    Args:
+      source: what the rows are from, for a sentence.
+      find: finds them, and tells the function that it is given as `read` tells `bad`.
+      make: raises ValueError for a row that cannot be used.
+      bad: see `read`.
+
+    Raises:
+      ValueError: a row cannot be used and `bad` is None, or none can.
+    """
+    made: list[Any] = []
+    lost: list[str] = []
+
+    def leave_out(why: str) -> None:
+        lost.append(why)
+        refuse(ValueError(why), bad)
+
+    for row in find(leave_out if bad else None):
+        try:
+            made.append(make(row))
+        except ValueError as error:
+            leave_out(str(error))
+    if not made:
+        why = f", the first of {len(lost)} because {lost[0]}" if lost else ""
+        raise ValueError(f"{source} has no rows that can be used{why}")
+    return made
 
 
 # --- files ----------------------------------------------------------------------------

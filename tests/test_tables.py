@@ -35,21 +35,25 @@ def many(spam=20, ham=50):
 
 # --- reading --------------------------------------------------------------------------
 
-ROWS = [("ham", 'he said "no", then left'), ("spam", "größer, €5\u2028now")]
-FILES = {
-    "a.tsv": "label\ttext\n" + "".join(f"{a}\t{b}\n" for a, b in ROWS),
-    "crlf.tsv": "label\ttext\r\n" + "".join(f"{a}\t{b}\r\n" for a, b in ROWS),
-    "a.csv": 'label,text\nham,"he said ""no"", then left"\n'
-    'spam,"größer, €5\u2028now"\n',
-    "a.jsonl": "".join(json.dumps({"text": b, "label": a}) + "\n\n" for a, b in ROWS),
-    "a.json": json.dumps([{"text": b, "label": a, "more": 1} for a, b in ROWS]),
-    "bom.tsv": "\ufefflabel\ttext\n" + "".join(f"{a}\t{b}\n" for a, b in ROWS),
-}
+ROWS = [("ham", "hello"), ("spam", "größer")]
+TSV = "label\ttext\n" + "".join(f"{a}\t{b}\n" for a, b in ROWS)
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
-    (tmp_path / name).write_bytes(FILES[name].encode())
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("a.tsv", TSV),
+        ("old.tsv", TSV.replace("\n", "\r")),
+        ("a.csv", TSV.replace("\t", ",")),
+        (
+            "a.JSONL",
+            "".join(json.dumps({"text": b, "label": a}) + "\n" for a, b in ROWS),
+        ),
+        ("a.json", json.dumps([{"text": b, "label": a, "more": 1} for a, b in ROWS])),
+    ],
+)
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, name, text):
+    (tmp_path / name).write_bytes(text.encode())
     rows = tables.read(str(tmp_path / name), PLAIN, "nowhere")
     assert [(row.label, row.text) for row in rows] == ROWS
     assert name in rows[0].where
@@ -63,22 +67,57 @@ def test_a_file_without_a_header_takes_the_names_that_it_is_given(tmp_path, name
     assert [row[:2] for row in rows] == [("hello", "ham"), ("win", "spam")]
 
 
-def test_labels_may_be_numbers_in_json(tmp_path):
+def test_labels_may_be_numbers_and_one_number_is_one_class(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "a", "label": 0}\n{"text": "b", "label": true}\n')
-    assert [r.label for r in tables.read(str(path), PLAIN, "")] == ["0", "True"]
+    labels = [0, True, 1, 1.0, 2.5, float("nan"), None, " a "]
+    path.write_text(
+        "".join(json.dumps({"text": "a", "label": x}) + "\n" for x in labels)
+    )
+    found = [row.label for row in tables.read(str(path), PLAIN, "")]
+    assert found == ["0", "True", "1", "1", "2.5", "", "", "a"]
+
+
+@pytest.mark.fault(34)
+def test_one_number_in_two_spellings_is_not_two_classes(tmp_path):
+    path = write(tmp_path / "a.tsv", [("1", "a"), ("1.0", "b"), ("0", "c")] * 9)
+    with pytest.raises(
+        ValueError, match=r"classes '1' and '1.0', which are one number"
+    ):
+        tables.load(source(path))
+    path = write(tmp_path / "a.tsv", [("7", "a"), ("007", "b")] * 40)  # codes, say
+    assert tables.load(source(path)).labels == ("007", "7")
+
+
+@pytest.mark.fault(34, injections=4)
+def test_rows_that_cannot_be_read_are_refused_or_counted(tmp_path):
+    rows = [json.dumps({"text": t, "label": label}) for label, t in many()]
+    bad = [r'{"text": "a \ud83d", "label": "ham"}', '{"text": 1, "label": "ham"}']
+    bad += ["{", '{"text": "a", "label": ["ham"]}']
+    (tmp_path / "a.jsonl").write_text("\n".join([*rows, *bad]))
+    with pytest.raises(
+        ValueError, match=r"a.jsonl, line 71: 'text' holds half of a sur"
+    ):
+        tables.load(source(tmp_path / "a.jsonl"))
+    found = tables.load(source(tmp_path / "a.jsonl", skip=True))
+    assert sum(map(len, found.parts)) == 70
+    assert "left out: 4 that cannot be read (the first: " in found.summary()
 
 
 @pytest.mark.parametrize(
     "name, text, message",
     [
-        ("a.tsv", "label\tmessage\nham\thi\n", "no column 'text'.*label, message"),
+        (
+            "a.tsv",
+            "label\tmessage\nham\thi\n",
+            "no field 'text'; .*label, message; name",
+        ),
         ("a.tsv", "label\ttext\nham\thi\tyou\n", "line 2 has 3 fields .* 2 columns"),
         ("a.csv", 'label,text\nham,"hi\n', "line 2"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text"\n', "line 2 is not JSON"),
-        ("a.jsonl", "[1]\n", "line 1 is not an object"),
-        ("a.jsonl", '{"text": 3, "label": 1}\n', "'text' is 3, not a text"),
-        ("a.json", '{"text": "a"}', "holds no list"),
+        ("a.jsonl", "[1]\n", "row 1 is the number 1, not an object"),
+        ("a.jsonl", '{"text": 3, "label": 1}\n', "'text' is the number 3, not text"),
+        ("a.json", '{"text": "a"}', "no field 'label'"),
+        ("a.json", '{"text": "a", "label": []}', "'label' is a list, not a text or"),
         ("a.tsv", "label\ttext\n", "has no rows"),
         ("a.txt", "hello", "must end in .tsv, .csv"),
     ],
@@ -178,7 +217,7 @@ def test_a_column_may_say_the_part(tmp_path):
     assert [len(part) for part in found.parts] == [16, 16, 8]
     assert {row.part for row in found.parts.test} == {"test"}
     write(path, [*rows, ("ham", "x", "holdout")], ("label", "text", "split"))
-    with pytest.raises(ValueError, match="'holdout' in the column"):
+    with pytest.raises(ValueError, match=r"task.split_column: 'holdout' is not one of"):
         tables.load(source(path, columns=columns))
 
 
@@ -189,7 +228,7 @@ def test_parts_may_be_tables_of_their_own(tmp_path):
     found = tables.load(source(train, **own, balance=True))
     assert [len(part) for part in found.parts] == [6, 6, 0]  # what is judged stays
     write(val, [("eggs", "x"), *many(1, 1)])
-    with pytest.raises(ValueError, match=r"val\.tsv line 2 .*unknown label 'eggs'"):
+    with pytest.raises(ValueError, match=r"val\.tsv, line 2 .*unknown label 'eggs'"):
         tables.load(source(train, **own))
     found = tables.load(source(train, **own, skip=True))
     assert found.skipped == {"with the unknown label 'eggs'": 1}
@@ -216,6 +255,9 @@ def test_rows_without_text_or_label_are_refused_or_counted(tmp_path, row, messag
         (many(spam=1), {}, "part has no row of the class spam"),
         (many(), {"labels": ("ham", "spam", "eggs")}, "no row of the class eggs"),
         (many(), {"labels": ("ham", "ham")}, "names a class twice"),
+        (many(), {"labels": ("ham",)}, "task.labels names one class, 'ham'"),
+        (many(), {"fractions": ("0.7", "0.1", "0.2")}, r"holds text \('0.7'\)"),
+        (many(), {"fractions": (True, 0, 0)}, r"task.fractions holds true"),
         (many(), {"fractions": (0.7, 0.1, 0.1)}, "task.fractions is"),
         (many(), {"fractions": (1.2, 0.1, -0.3)}, "task.fractions is"),
     ],

@@ -6,7 +6,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt_jax import classify, files, losses, prepare, screen, tables, tokenizers
+from gpt_jax import (
+    classify,
+    files,
+    losses,
+    names,
+    prepare,
+    screen,
+    tables,
+    tokenizers,
+)
 from gpt_jax.classify import POOLS
 from gpt_jax.model import GPT
 from gpt_jax.runs import Classes
@@ -150,16 +159,27 @@ def source_of(task: Mapping[str, Any], text: Mapping[str, Any]) -> tables.Source
             task["text_column"],
             task["label_column"],
             task["split_column"],
-            tuple(task["columns"]),
+            texts_of("task.columns", task["columns"]),
         ),
         val=task["val"],
         test=task["test"],
         fractions=tuple(task["fractions"]),
         seed=task["split_seed"],
         balance=task["balance"],
-        labels=tuple(task["labels"]),
+        labels=texts_of("task.labels", task["labels"]),
         skip=task["skip"],
     )
+
+
+def texts_of(key: str, values: Sequence[Any]) -> tuple[str, ...]:
+    """Returns names as texts: numbers too, and those of "a,b", as flags write it.
+
+    Raises:
+      ValueError: one is neither a text nor a number; names the key.
+    """
+    if len(values) == 1 and isinstance(values[0], str):
+        values = values[0].split(",")
+    return tuple(tables.plain(value, f"{key}: one of its names") for value in values)
 
 
 def fingerprint(
@@ -177,10 +197,13 @@ def fingerprint(
 
 
 def _check(pool: str, buckets: Sequence[int]) -> None:
-    if pool not in POOLS:
-        raise ValueError(f"task.pool {pool!r} is not one of: {', '.join(POOLS)}")
-    if any(size < 1 for size in buckets):
-        raise ValueError(f"task.buckets is {buckets}: give numbers of tokens")
+    names.choose("task.pool", pool, POOLS)
+    for size in buckets:
+        if type(size) is not int or size < 1:
+            raise ValueError(
+                f"task.buckets holds {size!r}: give whole numbers of tokens, as in "
+                '--config.task.buckets="(32, 64)"'
+            )
     if buckets and pool == "end":
         raise ValueError(
             "task.pool=end reads the last position of rows that are all of one width: "
@@ -199,7 +222,8 @@ def _tokenizer(
     """Returns the tokenizer that is named, trained on the texts to learn from."""
     spec = text["tokenizer"]
     ready = prepare.ready_tokenizer(spec, text["cache"], progress)
-    return ready or tokenizers.train(spec, (row.text for row in parts.train))
+    texts = (row.text for row in parts.train)
+    return ready or prepare.train_tokenizer(spec, texts, screen.Show(progress))
 
 
 def _model(
