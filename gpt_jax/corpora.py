@@ -356,7 +356,7 @@ def _file(path: Path, name: str, field: str, bad: rows.Bad = None) -> Iterator[P
         cure = "name the right one with data.field"
         cure += ", or let the file's name end in .txt to learn it as it stands"
         for text in _texts(rows.read(path, only={field}, bad=bad), field, cure, bad):
-            yield from _cut([text], name)
+            yield from _cut(_slices(text), name)
     elif bad is None or _can_be_read(path, bad):
         yield from _cut(plaintext.chunks(path), name)
 
@@ -395,7 +395,7 @@ def _stories(path: Path, name: str, field: str) -> Iterator[Piece]:
     for is_end, story in itertools.groupby(lines, lambda s: s.strip() == STORY_END):
         text = "" if is_end else "".join(story).strip("\n")
         if text:
-            yield from _cut([text], name)
+            yield from _cut(_slices(text), name)
 
 
 def _cut(chunks: Iterable[str], name: str) -> Iterator[Piece]:
@@ -418,6 +418,11 @@ def _cut(chunks: Iterable[str], name: str) -> Iterator[Piece]:
         yield Piece(held, name, start, ends=True)
 
 
+def _slices(text: str) -> Iterator[str]:
+    """Yields a text as files are read, so that one of any length is cut in its time."""
+    return (text[i : i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS))
+
+
 def _cut_at(text: str, limit: int) -> int:
     """Returns the last place before `limit` where text may be cut, else the first."""
     for begin in (max(limit - 4096, 0), 0):
@@ -436,7 +441,7 @@ def _dataset(name: str, spec: str, field: str, bad: rows.Bad) -> Corpus:
         found = rows.dataset(spec, streaming=True, only={field}, bad=bad)
         cure = "name the right one with data.field"
         for text in _texts(found, field, cure, bad):
-            yield from _cut([text], path)
+            yield from _cut(_slices(text), path)
 
     return Corpus(name, _hash("dataset", path, config, split, field), None, read)
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import types
 from pathlib import Path
 
@@ -254,6 +255,19 @@ def test_text_without_any_space_is_still_read_in_pieces(tmp_path, monkeypatch):
     corpus = corpora.open(str(tmp_path / "a.txt"), field="", cache="unused")
     assert max(len(piece.text) for piece in corpus.pieces()) <= 40
     assert list(corpus.documents()) == ["x" * 95]
+
+
+@pytest.mark.fault(34)
+def test_a_row_of_any_length_is_read_in_proportion_to_it(tmp_path, monkeypatch):
+    """As a row of a gigabyte that is cut into pieces of a megabyte."""
+    monkeypatch.setattr(corpora, "PIECE_CHARS", 1000)
+    text = "x" * 1_000_000
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
+    corpus = corpora.open(str(tmp_path / "a.jsonl"), field="text", cache="unused")
+    began = time.process_time()
+    pieces = list(corpus.pieces())
+    assert time.process_time() - began < 3  # each would be looked for in all the rest
+    assert len(pieces) > 990 and "".join(piece.text for piece in pieces) == text
 
 
 # --- identity -------------------------------------------------------------------------
