@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt_jax import chat, corpora, files, names, rows
+from gpt_jax import chat, corpora, downloads, files, names, rows
 from gpt_jax.rows import Bad, Row
 
 PARTS = ("train", "test", "val")
@@ -66,7 +66,7 @@ def _found(source: str, cache: str | Path, progress: bool, bad: Bad) -> Iterator
     if source.partition(":")[0] == "builtin":
         return _docstrings(source, corpora.open(source, field="", cache=cache))
     if source in NAMES:
-        return rows.read(corpora.fetch(source, cache, progress), bad=bad)
+        return rows.read(downloads.fetch(source, cache, progress), bad=bad)
     path = files.expand(source)
     if not path.is_file():
         what = "is a folder, not" if path.is_dir() else "is not there, as"

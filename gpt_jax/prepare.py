@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpt_jax import corpora, data, files, screen, tokenizers
+from gpt_jax import corpora, data, downloads, files, screen, tokenizers
 from gpt_jax.tokenizers import Tokenizer
 
 FORMAT = 1  # of the prepared folder; part of its name
@@ -252,8 +252,8 @@ def ready_tokenizer(spec: str, cache: str | Path, progress: bool) -> Tokenizer |
       FileNotFoundError: it is neither a kind of tokenizer nor the path of one.
     """
     if spec == "gpt2":
-        encoder = corpora.fetch("gpt2_encoder", cache, progress)
-        return tokenizers.gpt2(encoder, corpora.fetch("gpt2_bpe", cache, progress))
+        encoder = downloads.fetch("gpt2_encoder", cache, progress)
+        return tokenizers.gpt2(encoder, downloads.fetch("gpt2_bpe", cache, progress))
     if spec.partition(":")[0] in ("char", "word", "byte", "bpe"):
         return None
     path = files.expand(spec)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # Imports go down at least one floor. Doors (experiments) stand on top of all.
 FLOORS = (
     "names files screen devices",
-    "plaintext paths",
+    "plaintext paths downloads",
     "model attention tokenizers chat rows corpora data losses adapters optimizer "
     "sharding programs processes checkpoint metrics signals",
     "prepare instructions sample runs plots tables classify pretrained",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt_jax import corpora, files, names, rows
+from gpt_jax import corpora, downloads, files, names, rows
 from gpt_jax.plaintext import kind
 from gpt_jax.rows import READERS, Bad
 
@@ -99,7 +99,7 @@ def _records(
     if source.startswith("builtin:"):
         return _lines_of_code(source)
     if source in DOWNLOADS:
-        path, header = corpora.fetch(source, cache), header or DOWNLOADS[source]
+        path, header = downloads.fetch(source, cache), header or DOWNLOADS[source]
     else:
         path = files.expand(source)
     if not path.is_file():
