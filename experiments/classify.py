@@ -100,11 +100,11 @@ def _label(run, texts: list[str]) -> None:
 
 
 def _report_on_table(run) -> None:
-    from gpt_jax import tables
+    from gpt_jax import labelled
 
     task = run.config.task
     # How rows are divided is the business of training's own table, not of this one.
-    columns = tables.Columns(
+    columns = labelled.Columns(
         text=TEXT_COLUMN.value or task.text_column,
         label=LABEL_COLUMN.value or task.label_column,
         part="",
@@ -112,8 +112,8 @@ def _report_on_table(run) -> None:
     )
     unread: list[str] = []
     bad = unread.append if SKIP.value else None
-    rows = tables.read(LABELLED.value, columns, run.config.data.cache, bad)
-    rows, left = tables.clean(rows, run.classes.labels, skip=SKIP.value)
+    rows = labelled.read(LABELLED.value, columns, run.config.data.cache, bad)
+    rows, left = labelled.clean(rows, run.classes.labels, skip=SKIP.value)
     if unread:
         left[f"that cannot be read (the first: {unread[0]})"] = len(unread)
     for why, count in left.items():
@@ -124,11 +124,11 @@ def _report_on_table(run) -> None:
 
 
 def _report_on_test(run) -> None:
-    from gpt_jax import tables
+    from gpt_jax import labelled
     from gpt_jax.tasks import classify
 
     config = run.config
-    found = tables.load(classify.source_of(config.task.to_dict(), config.data))
+    found = labelled.load(classify.source_of(config.task.to_dict(), config.data))
     told = json.loads((run.folder / "data.json").read_text(encoding="utf-8"))
     length = run.classes.length
     if classify.fingerprint(found, run.tokenizer, length) != told["fingerprint"]:

@@ -16,7 +16,7 @@ FLOORS = (
     "plaintext paths downloads",
     "model attention tokenizers chat rows corpora data losses adapters optimizer "
     "sharding programs processes checkpoint metrics signals",
-    "prepare instructions sample runs plots tables classify pretrained",
+    "prepare instructions sample runs plots labelled classify pretrained",
     "tasks evaluate",
     "step train",
     "population serve",

@@ -18,9 +18,9 @@ import pytest
 from configs import common
 from gpt_jax import corpora, data, downloads, instructions, pretrained, runs, tokenizers
 from gpt_jax.checkpoint import Checkpoints, Damaged
+from gpt_jax.labelled import files
 from gpt_jax.model import GPTConfig
 from gpt_jax.sweep import space
-from gpt_jax.tables import files
 from tests.golden import make_run
 
 CANARY = "canary"

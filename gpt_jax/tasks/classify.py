@@ -9,11 +9,11 @@ import numpy as np
 from gpt_jax import (
     classify,
     files,
+    labelled,
     losses,
     names,
     prepare,
     screen,
-    tables,
     tokenizers,
 )
 from gpt_jax.classify import POOLS
@@ -87,7 +87,7 @@ def make(
       ValueError: an option, the table, or the model and the texts do not fit.
     """
     _check(pool, buckets)
-    found = tables.load(source_of(table, text))
+    found = labelled.load(source_of(table, text))
     tokenizer = _tokenizer(text, found.parts, progress)
     gpt = _model(model, tokenizer, found.labels)
     limit = text["seq_len"] or gpt.cfg.context_length
@@ -150,12 +150,12 @@ def make_loss(model: GPT, *, pool: str, causal: bool, dropout: Collection[str]):
     return loss
 
 
-def source_of(task: Mapping[str, Any], text: Mapping[str, Any]) -> tables.Source:
+def source_of(task: Mapping[str, Any], text: Mapping[str, Any]) -> labelled.Source:
     """Returns the table that `config.task` and `config.data` name."""
-    return tables.Source(
+    return labelled.Source(
         source=text["source"],
         cache=text["cache"],
-        columns=tables.Columns(
+        columns=labelled.Columns(
             task["text_column"],
             task["label_column"],
             task["split_column"],
@@ -179,11 +179,11 @@ def texts_of(key: str, values: Sequence[Any]) -> tuple[str, ...]:
     """
     if len(values) == 1 and isinstance(values[0], str):
         values = values[0].split(",")
-    return tuple(tables.plain(value, f"{key}: one of its names") for value in values)
+    return tuple(labelled.plain(value, f"{key}: one of its names") for value in values)
 
 
 def fingerprint(
-    found: tables.Table, tokenizer: tokenizers.Tokenizer, length: int
+    found: labelled.Table, tokenizer: tokenizers.Tokenizer, length: int
 ) -> str:
     """Returns the sha256 of all that a run's examples are made of, its test included.
 
@@ -217,7 +217,7 @@ def _check(pool: str, buckets: Sequence[int]) -> None:
 
 
 def _tokenizer(
-    text: Mapping[str, Any], parts: tables.Parts, progress: bool
+    text: Mapping[str, Any], parts: labelled.Parts, progress: bool
 ) -> tokenizers.Tokenizer:
     """Returns the tokenizer that is named, trained on the texts to learn from."""
     spec = text["tokenizer"]
@@ -237,5 +237,7 @@ def _model(
     return lm.make_model({**model, "n_classes": len(labels)}, tokenizer)
 
 
-def _numbers(rows: Sequence[tables.Row], labels: Sequence[str]) -> np.ndarray:
+def _numbers(
+    rows: Sequence[labelled.LabelledText], labels: Sequence[str]
+) -> np.ndarray:
     return np.array([labels.index(row.label) for row in rows], np.int32)

@@ -16,19 +16,19 @@ from typing import NamedTuple
 import numpy as np
 
 from gpt_jax.files import digest
+from gpt_jax.labelled.files import PARTS, Columns, LabelledText, plain, read
 from gpt_jax.plaintext import kind
-from gpt_jax.tables.files import PARTS, Columns, Row, plain, read
 
-__all__ = ["Columns", "Parts", "Row", "Source", "Table", "balanced", "clean", "cut"]
-__all__ += ["load", "plain", "read"]
+__all__ = ["Columns", "LabelledText", "Parts", "Source", "Table", "balanced"]
+__all__ += ["clean", "cut", "load", "plain", "read"]
 
 
 class Parts(NamedTuple):
     """The rows to learn from, to choose by, and to be judged with once."""
 
-    train: list[Row]
-    val: list[Row]
-    test: list[Row]
+    train: list[LabelledText]
+    val: list[LabelledText]
+    test: list[LabelledText]
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def load(wanted: Source) -> Table:
         )
     skipped: Counter[str] = Counter()
 
-    def usable(rows: Sequence[Row]) -> list[Row]:
+    def usable(rows: Sequence[LabelledText]) -> list[LabelledText]:
         kept, left = clean(rows, labels, skip=wanted.skip)
         skipped.update(left)
         return kept
@@ -182,8 +182,8 @@ def refuse_one_number_twice(labels: Sequence[str], source: str) -> None:
 
 
 def clean(
-    rows: Sequence[Row], labels: Sequence[str], *, skip: bool
-) -> tuple[list[Row], Counter[str]]:
+    rows: Sequence[LabelledText], labels: Sequence[str], *, skip: bool
+) -> tuple[list[LabelledText], Counter[str]]:
     """Returns the rows that can be used, and how many others there are, by reason.
 
     Raises:
@@ -208,7 +208,9 @@ def clean(
     return kept, left
 
 
-def balanced(rows: Sequence[Row], generator: np.random.Generator) -> list[Row]:
+def balanced(
+    rows: Sequence[LabelledText], generator: np.random.Generator
+) -> list[LabelledText]:
     """Returns as many rows of each class as the rarest has, drawn at random."""
     places = defaultdict(list)
     for i, row in enumerate(rows):
@@ -219,7 +221,9 @@ def balanced(rows: Sequence[Row], generator: np.random.Generator) -> list[Row]:
 
 
 def cut(
-    rows: Sequence[Row], fractions: Sequence[float], generator: np.random.Generator
+    rows: Sequence[LabelledText],
+    fractions: Sequence[float],
+    generator: np.random.Generator,
 ) -> Parts:
     """Returns the rows in a random order: shares of train and val, the rest is test."""
     mixed = [rows[i] for i in generator.permutation(len(rows))]
@@ -229,8 +233,8 @@ def cut(
     return Parts(mixed[:first], mixed[first:second], mixed[second:])
 
 
-def _by_column(rows: Sequence[Row]) -> Parts:
-    parts: dict[str, list[Row]] = {name: [] for name in PARTS}
+def _by_column(rows: Sequence[LabelledText]) -> Parts:
+    parts: dict[str, list[LabelledText]] = {name: [] for name in PARTS}
     for row in rows:
         parts[row.part].append(row)
     return Parts(**parts)

@@ -28,7 +28,7 @@ CURE = (
 )
 
 
-class Row(NamedTuple):
+class LabelledText(NamedTuple):
     """A text, its label as text, its part ("" = none is told), and where it stands."""
 
     text: str
@@ -56,21 +56,21 @@ class Columns:
 
 def read(
     source: str, columns: Columns, cache: str | Path, bad: Bad = None
-) -> list[Row]:
+) -> list[LabelledText]:
     """Returns all rows of a table; see `load` for the errors, `rows.read` for `bad`."""
     used = tuple(filter(None, (columns.text, columns.label, columns.part)))
 
     def find(bad: Bad) -> Iterator[rows.Row]:
         return _records(source, columns.names, used, cache, bad)
 
-    def make(row: rows.Row) -> Row:
+    def make(row: rows.Row) -> LabelledText:
         text = "" if row.value(columns.text, CURE) is None else row.text(columns.text)
         label = plain(row.value(columns.label, CURE), f"{row.where}: {columns.label!r}")
         if not columns.part:
-            return Row(text, label, "", row.where)
+            return LabelledText(text, label, "", row.where)
         what = f"{row.where}, in the column of task.split_column:"
         told = plain(row.value(columns.part, CURE), what).lower()
-        return Row(text, label, names.choose(what, told, SPELLINGS), row.where)
+        return LabelledText(text, label, names.choose(what, told, SPELLINGS), row.where)
 
     return rows.usable(source, find, make, bad)
 
