@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from gpt_jax import downloads, paths, plaintext, rows, screen
+from gpt_jax import downloads, names, paths, plaintext, rows, screen
 from gpt_jax.files import digest, digest_of, expand, shown
 
 # A longer document is handed over in pieces, so that memory stays bounded.
@@ -116,7 +116,9 @@ def open(
       OSError: a file cannot be read.
     """
     if not source.strip():
-        raise ValueError(f"data.source is empty; name a file or one of {_names()}")
+        raise ValueError(
+            f"data.source is empty; name a file or one of: {', '.join(NAMES)}"
+        )
     is_file = expand(source).exists()
     if " + " in source and not is_file:
         parts = [_weighted(part) for part in source.split(" + ")]
@@ -170,10 +172,10 @@ def mixture(parts: list[tuple[Corpus, float]]) -> Corpus:
                 ends = piece.ends
                 yield piece
 
-    names = [f"{corpus.fingerprint}*{weight:g}" for corpus, weight in parts]
+    identity = [f"{corpus.fingerprint}*{weight:g}" for corpus, weight in parts]
     return Corpus(
         name=_short("-".join(corpus.name for corpus, _ in parts)),
-        fingerprint=_hash("mixture", *names),
+        fingerprint=_hash("mixture", *identity),
         size_hint=None,
         pieces=read,
     )
@@ -226,8 +228,12 @@ def _local(source: str, field: str, bad: rows.Bad, show: screen.Show) -> Corpus:
     if not sources and path.is_dir():
         raise ValueError(f"{source} holds no file that can be read")
     if not sources:
+        near = names.did_you_mean(source, NAMES)
+        if not near and "+" in source:
+            near = "; a mixture is written with spaces: 'a*3 + b*1'"
         raise FileNotFoundError(
-            f"no file and no corpus is called {source!r}; corpora are: {_names()}"
+            f"no file and no corpus is called {shown(source)!r}; corpora are: "
+            f"{', '.join(NAMES)}{near}"
         )
     if found.again:
         show.say(
@@ -434,7 +440,3 @@ def _short(name: str) -> str:
     """Returns a name that is fit for a folder."""
     name = re.sub(r"\.(txt|md|jsonl)$", "", name.removeprefix("hf:"))
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.")[-40:] or "text"
-
-
-def _names() -> str:
-    return ", ".join(NAMES)

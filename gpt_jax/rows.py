@@ -7,6 +7,7 @@ A file is read by the end of its name, in any letters, packed or not: .tsv and .
 a header, and JSON (.jsonl, .ndjson, .json): a list of objects, or an object a line.
 """
 
+import contextlib
 import csv
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -113,19 +114,22 @@ def dataset(
         raise ValueError(
             f"reading {spec} needs the package datasets: pip install datasets"
         ) from None
-    try:
+    with _loading(spec):
         found = datasets.load_dataset(
             path, config or None, split=split, streaming=streaming
         )
-    except Exception as error:  # what it raises depends on the dataset and the network
-        reason = " ".join(str(error).split()) or "no reason given"
-        raise ValueError(f"{spec} cannot be loaded: {reason}") from error
     classes = {
         name: feature.names
         for name, feature in (getattr(found, "features", None) or {}).items()
         if isinstance(feature, datasets.ClassLabel)
     }
-    for number, fields in enumerate(found, start=1):
+    fields_of, number = iter(found), 0
+    while True:
+        with _loading(spec):
+            fields = next(fields_of, None)
+        if fields is None:
+            return
+        number += 1
         told = {
             name: classes[name][value] if value >= 0 else None
             for name, value in fields.items()
@@ -136,6 +140,16 @@ def dataset(
             yield checked(row, only)
         except ValueError as error:
             refuse(error, bad)
+
+
+@contextlib.contextmanager
+def _loading(spec: str) -> Iterator[None]:
+    """Makes a sentence of what the package raises, which may be anything."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or "no reason given"
+        raise ValueError(f"{spec} cannot be loaded: {reason}") from error
 
 
 def dataset_name(spec: str) -> tuple[str, str, str]:

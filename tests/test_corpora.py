@@ -425,6 +425,10 @@ def test_damaged_files_are_named(
 def test_a_source_that_does_not_exist_is_told_with_the_names_that_do(tmp_path, read):
     with pytest.raises(FileNotFoundError, match=r"'shakspere'.*tinyshakespeare"):
         read("shakspere")
+    with pytest.raises(FileNotFoundError, match=r"did you mean tinyshakespeare\?"):
+        read("tinyshakspeare")
+    with pytest.raises(FileNotFoundError, match=r"with spaces: 'a\*3 \+ b\*1'"):
+        read("builtin*3+austen*1")
     with pytest.raises(ValueError, match="holds no file that can be read"):
         read(tmp_path)
     with pytest.raises(ValueError, match=r"source is empty"):

@@ -162,6 +162,8 @@ def hub(monkeypatch):
         asked.append((args, options))
         if args[0] == "absent":
             raise RuntimeError("no such\n dataset")
+        if args[0] == "torn":
+            return (1 / 0 for _ in "a")
         texts = ["one", "two", "\ud83d"]
         return Table({"text": t, "label": i - 1} for i, t in enumerate(texts))
 
@@ -183,6 +185,8 @@ def test_rows_of_a_dataset_name_their_classes_and_are_checked_too(hub):
 def test_a_dataset_that_cannot_be_loaded_is_told_in_a_sentence(hub, monkeypatch):
     with pytest.raises(ValueError, match="hf:absent cannot be loaded: no such dataset"):
         list(rows.dataset("hf:absent", streaming=True))
+    with pytest.raises(ValueError, match="hf:torn cannot be loaded: division by zero"):
+        list(rows.dataset("hf:torn", streaming=True))
     with pytest.raises(ValueError, match="does not name a dataset; write hf:<name>"):
         list(rows.dataset("hf:", streaming=True))
     monkeypatch.setitem(sys.modules, "datasets", None)
