@@ -106,7 +106,7 @@ def _text(folder: str) -> str:
     from pathlib import Path
 
     from configs import common
-    from gpt_jax import corpora
+    from gpt_jax import downloads
 
     if TOY.value:
         from gpt_jax.bench import texts
@@ -114,8 +114,8 @@ def _text(folder: str) -> str:
         path = Path(folder) / "toy.txt"
         texts.write_text(path, 30_000, "builtin:json")
         return str(path)
-    if TEXT.value in corpora.DOWNLOADS:
-        return str(corpora.fetch(TEXT.value, common.base().data.cache))
+    if TEXT.value in downloads.DOWNLOADS:
+        return str(downloads.fetch(TEXT.value, common.base().data.cache))
     if not Path(TEXT.value).is_file():
         raise ValueError(f"--text={TEXT.value} is neither a file nor a known corpus")
     return str(Path(TEXT.value).resolve())

@@ -271,7 +271,8 @@ def save(talk: Talk, path: str) -> None:
             f"the conversation has {'an empty' if answers else 'no'} answer: nothing "
             "could be learnt from it"
         )
-    row = {"messages": [message._asdict() for message in talk.messages]}
+    turns = [{"role": m.role, "content": m.content} for m in talk.messages]
+    row = {"messages": turns}
     text = json.dumps([row], ensure_ascii=False, indent=1) + "\n"
     content = text.encode()  # what cannot be written is refused before there is a file
     with Path(path).open("xb") as file:  # never over another file

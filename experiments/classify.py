@@ -100,18 +100,22 @@ def _label(run, texts: list[str]) -> None:
 
 
 def _report_on_table(run) -> None:
-    from gpt_jax import tables
+    from gpt_jax import labelled
 
     task = run.config.task
     # How rows are divided is the business of training's own table, not of this one.
-    columns = tables.Columns(
+    columns = labelled.Columns(
         text=TEXT_COLUMN.value or task.text_column,
         label=LABEL_COLUMN.value or task.label_column,
         part="",
         names=tuple(COLUMNS.value),
     )
-    rows = tables.read(LABELLED.value, columns, run.config.data.cache)
-    rows, left = tables.clean(rows, run.classes.labels, skip=SKIP.value)
+    unread: list[str] = []
+    bad = unread.append if SKIP.value else None
+    rows = labelled.read(LABELLED.value, columns, run.config.data.cache, bad)
+    rows, left = labelled.clean(rows, run.classes.labels, skip=SKIP.value)
+    if unread:
+        left[f"that cannot be read (the first: {unread[0]})"] = len(unread)
     for why, count in left.items():
         print(f"left out: {count} {why}", file=sys.stderr)
     found = _report(run, rows)
@@ -120,11 +124,11 @@ def _report_on_table(run) -> None:
 
 
 def _report_on_test(run) -> None:
-    from gpt_jax import tables
+    from gpt_jax import labelled
     from gpt_jax.tasks import classify
 
     config = run.config
-    found = tables.load(classify.source_of(config.task.to_dict(), config.data))
+    found = labelled.load(classify.source_of(config.task.to_dict(), config.data))
     told = json.loads((run.folder / "data.json").read_text(encoding="utf-8"))
     length = run.classes.length
     if classify.fingerprint(found, run.tokenizer, length) != told["fingerprint"]:
@@ -190,13 +194,18 @@ def _write_json(content) -> None:
 
 def _lines(path: str) -> list[str]:
     """Returns the lines of a file or of stdin."""
-    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    from gpt_jax import files, plaintext
+
+    if path != "-":
+        file = files.expand(path)
+        lines = (plaintext.decoded(file, line) for line in plaintext.lines(file))
+        return [line.rstrip("\r\n") for line in lines]
     try:
-        text = data.decode("utf-8-sig").removesuffix("\n")
+        text = sys.stdin.buffer.read().decode("utf-8-sig").removesuffix("\n")
         return [line.removesuffix("\r") for line in text.split("\n")]
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"--file={path} is not UTF-8 text (byte {error.start}); convert it"
+            f"--file=- is not UTF-8 text (byte {error.start}); convert it"
         ) from error
 
 

@@ -231,7 +231,9 @@ def _rows():
     from gpt_jax.evaluate import answers, compare
 
     judge = _judge() if JUDGE.value else None
-    test = instructions.read_file(ROWS.value)
+    lost: list[str] = []
+    leave_out = lost.append if SKIP_BAD_ROWS.value else None
+    test = instructions.read_file(ROWS.value, leave_out)
     test = test[: LIMIT.value or len(test)]
     found, scored = {}, {}
     for name, run in _opened():
@@ -244,6 +246,7 @@ def _rows():
             context=run.model.cfg.context_length,
             skip=SKIP_BAD_ROWS.value,
         )
+        skipped |= {"unreadable": len(lost)} if lost else {}
         with screen.counted(f"{name}: answers", len(asked)) as show:
             said = answers.answer(
                 run,
@@ -327,15 +330,14 @@ def _judged(who, name: str, said: list[dict]):
 
 def _choices():
     """Picks a choice for every question, with every run."""
-    from gpt_jax import instructions, screen
+    from gpt_jax import screen
     from gpt_jax.evaluate import choices, compare, likelihood
 
-    questions = []
-    for number, row in enumerate(instructions.read_file(CHOICES.value), start=1):
-        try:
-            questions.append(choices.question(row))
-        except ValueError as error:
-            raise ValueError(f"{CHOICES.value}, row {number}: {error}") from error
+    lost: list[str] = []
+    leave_out = lost.append if SKIP_BAD_ROWS.value else None
+    questions = choices.read(CHOICES.value, leave_out)
+    if lost:
+        print(f"left out: {len(lost)} rows, the first because {lost[0]}")
     questions = questions[: LIMIT.value or len(questions)]
     total = sum(len(question.choices) for question in questions)
     found = {}

@@ -19,6 +19,7 @@ CONFIG = door.define_config("configs/quickstart.py")
 
 def main(_: list[str]) -> None:
     """Prepares the config's text and prints where it is and what it holds."""
+    from gpt_jax import screen
     from gpt_jax.prepare import prepare
 
     options = CONFIG.value.data.to_dict()
@@ -34,7 +35,7 @@ def main(_: list[str]) -> None:
         print(
             f"{name:<11} {characters:,} characters, {len(tokens):,} tokens "
             f"({characters / len(tokens):.2f} characters each), "
-            f"{index.documents:,} documents"
+            f"{screen.count(index.documents, 'document')}"
         )
     shown = [tokenizer.decode([i]) for i in prepared.train[:16].tolist()]
     print(f"begins      {' '.join(map(repr, shown))}")

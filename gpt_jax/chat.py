@@ -21,19 +21,27 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt_jax import files
+from gpt_jax import files, names
+from gpt_jax.plaintext import kind
 
 ROLES = ("system", "user", "assistant")
 # What a template that asks for the date is told, always: what is learnt today must be
 # learnt tomorrow, or a run could not be resumed. The date that Llama 3's falls back to.
 DATE = date(2024, 7, 26)
+MARK = "\uf8ff"  # for private use: put where a template writes a text, to find it again
+# What others' conversations may ask for and no template here writes or no task learns.
+ASKED = ("tool_calls", "function_call", "tool_call_id", "train")
 
 
 class Message(NamedTuple):
-    """One turn of a conversation; the role is one of ROLES."""
+    """One turn of a conversation; the role is one of ROLES.
+
+    An answer of weight 0 is a part of what is answered later, and not learnt itself.
+    """
 
     role: str
     content: str
+    weight: int = 1
 
 
 class Template(NamedTuple):
@@ -126,17 +134,21 @@ def messages_of(row: Mapping[str, Any], template: str) -> list[Message]:
     """Returns the conversation of a row of data.
 
     Args:
-      row: {"messages": [{"role", "content"}, ...]}, or {"instruction", "output"} with
-        or without "input" (Alpaca); without "output" there is no answer at the end.
+      row: {"messages": [{"role", "content"}, ...]}, where a "weight" of 0 keeps an
+        answer from being learnt (OpenAI's form), or {"instruction", "output"} with or
+        without "input" (Alpaca); without "output" there is no answer at the end.
       template: the way an instruction and its input are joined is a part of it.
 
     Raises:
       ValueError: a column is missing or something is not text; names it.
     """
-    if "messages" in row:
+    if row.get("messages") is not None:
         turns = row["messages"]
         if not isinstance(turns, list) or not turns:
-            raise ValueError("its messages are not a list of role and content")
+            empty = "an empty list" if turns == [] else kind(turns)
+            raise ValueError(
+                f"its messages are {empty}, not a list of role and content"
+            )
         return [_message(turn) for turn in turns]
     if "instruction" not in row:
         raise ValueError(
@@ -146,7 +158,7 @@ def messages_of(row: Mapping[str, Any], template: str) -> list[Message]:
     texts = {name: row.get(name) for name in ("instruction", "input", "output")}
     for name, text in texts.items():
         if text is not None and not isinstance(text, str):
-            raise ValueError(f"its {name} is {type(text).__name__}, not text")
+            raise ValueError(f"its {name} is {kind(text)}, not text")
     join = TEMPLATES[template].input if template in TEMPLATES else "\n"
     request = join.join(filter(None, (texts["instruction"], texts["input"])))
     messages = [Message("user", request)]
@@ -176,23 +188,22 @@ def render(
         that could end an answer.
     """
     for message in messages:
-        if message.role not in ROLES:
-            raise ValueError(f"role {message.role!r} is not one of: {', '.join(ROLES)}")
+        names.choose("role", message.role, ROLES)
     if not messages:
         raise ValueError("a conversation needs at least one message")
     guard = _unused("".join(message.content for message in messages))
     safe = [
-        Message(message.role, _broken(message.content, tokenizer, guard))
+        message._replace(content=_broken(message.content, tokenizer, guard))
         for message in messages
     ]
     written = _by_name if template in TEMPLATES else _by_jinja
     text, spans = written(safe, tokenizer, template, reply)
     ids = list(tokenizer.opening) if template in TEMPLATES else []
     answer = [0] * len(ids)
-    for part, is_answer in _parts(text, spans, tokenizer):
+    for part, weight in _parts(text, spans, tokenizer):
         found = _encode(part, tokenizer, guard)
         ids += found
-        answer += [is_answer * (not reply)] * len(found)
+        answer += [weight * (not reply)] * len(found)
     return ids, answer
 
 
@@ -261,25 +272,26 @@ def template_of(folder: str | Path) -> str | None:
 
 
 def _by_name(messages, tokenizer, name: str, reply: bool):
-    """Returns the text of a conversation and where its answers begin and end."""
+    """Returns the text of a conversation and its answers: (begin, end, weight)."""
     template, (end, _) = TEMPLATES[name], _end(tokenizer, name)
     if template.preamble and messages[0].role != "system":
         messages = [Message("system", template.preamble), *messages]
     text, spans = "", []
-    for number, (role, content) in enumerate(messages):
+    for number, (role, content, weight) in enumerate(messages):
         text += (template.between if number else "") + getattr(template, role)
         start = len(text)
         text += content + (end if role == "assistant" else template.close)
         if role == "assistant":
-            spans.append((start, len(text)))
+            spans.append((start, len(text), weight))
     return text + (template.between + template.assistant) * reply, spans
 
 
 def _by_jinja(messages, tokenizer, template: str, reply: bool):
-    """Returns the text of a conversation and where its answers begin and end.
+    """Returns the text of a conversation and its answers: (begin, end, weight).
 
     An answer begins where the prompt for it ends, which is found by rendering what
-    precedes it, and ends behind the template's end token.
+    precedes it, and ends behind the template's end token. Nothing precedes one that
+    comes first: it begins where its text does.
     """
     text = _fill(template, tokenizer, messages, reply)
     end, own = _end(tokenizer, template)
@@ -287,7 +299,11 @@ def _by_jinja(messages, tokenizer, template: str, reply: bool):
     for number, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        before = _fill(template, tokenizer, messages[:number], True) if number else ""
+        if number:
+            before = _fill(template, tokenizer, messages[:number], True)
+        else:
+            marked = [message._replace(content=MARK), *messages[1:]]
+            before = _fill(template, tokenizer, marked, reply).partition(MARK)[0]
         stop = _behind(message.content.strip(), text, len(before), end if own else "")
         if stop is None or not text.startswith(before):
             if reply:  # no such conversation was ever learnt
@@ -299,7 +315,7 @@ def _by_jinja(messages, tokenizer, template: str, reply: bool):
             )
         written += text[taken : len(before)]
         answer = text[len(before) : stop] + ("" if own else end)
-        spans.append((len(written), len(written) + len(answer)))
+        spans.append((len(written), len(written) + len(answer), message.weight))
         written, taken = written + answer, stop
     return written + text[taken:], spans
 
@@ -347,7 +363,7 @@ def _fill(template: str, tokenizer, messages, reply: bool) -> str:
     others = [n for n in ("<bos>", "<s>", "<|begin_of_text|>") if n in names.values()]
     try:
         return _compiled(template).render(
-            messages=[message._asdict() for message in messages],
+            messages=[{"role": m.role, "content": m.content} for m in messages],
             add_generation_prompt=reply,
             bos_token=next(iter(opening + others), names.get(tokenizer.eos_id, "")),
             eos_token=names.get(tokenizer.eos_id, ""),
@@ -417,16 +433,16 @@ def _broken(content: str, tokenizer, guard: str) -> str:
 
 
 def _parts(text: str, spans, tokenizer):
-    """Yields (part of the text, 1 in a span and 0 between them).
+    """Yields (part of the text, its weight in a span and 0 between them).
 
     A span takes the whitespace behind it where the special token at its end does.
     """
     last = 0
-    for start, stop in spans:
+    for start, stop, weight in spans:
         yield text[last:start], 0
         ends = [m for m in _pattern(tokenizer).finditer(text, start) if m.end() >= stop]
         last = ends[0].end() if ends and ends[0].start() < stop else stop
-        yield text[start:last], 1
+        yield text[start:last], weight
     yield text[last:], 0
 
 
@@ -457,14 +473,31 @@ def _pattern(tokenizer) -> re.Pattern[str]:
 
 
 def _message(turn: Any) -> Message:
-    if not isinstance(turn, Mapping) or not {"role", "content"} <= turn.keys():
-        raise ValueError(f"the message {turn!r:.80} lacks a role or a content")
-    role, content = turn["role"], turn["content"]
-    if role not in ROLES:
-        raise ValueError(f"role {role!r} is not one of: {', '.join(ROLES)}")
+    if not isinstance(turn, Mapping):
+        raise ValueError(f"a message is {kind(turn)}, not an object")
+    for name in ("role", "content"):
+        if name not in turn:
+            there = ", ".join(map(repr, turn)) or "nothing"
+            raise ValueError(f"a message lacks its {name}; it has: {there}")
+    for name in ASKED:
+        if turn.get(name) is not None:
+            raise ValueError(f"a message has {name!r}, which nothing here does")
+    role, content, weight = turn["role"], turn["content"], turn.get("weight")
+    names.choose("role", role, ROLES)
     if not isinstance(content, str):
-        raise ValueError(f"the content of a message is {type(content).__name__}")
-    return Message(role, content)
+        raise ValueError(f"the content of a message is {kind(content)}, not text")
+    if weight is None:
+        return Message(role, content)
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise ValueError(
+            f"the weight of a message is {weight!r}: 1 learns an answer, 0 does not"
+        )
+    if weight and role != "assistant":
+        raise ValueError(
+            f"a message of the role {role} has the weight 1, but answers alone are "
+            "learnt: remove the weight"
+        )
+    return Message(role, content, int(weight))
 
 
 def _json(path: Path) -> dict:

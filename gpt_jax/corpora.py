@@ -2,47 +2,23 @@
 
 `open(source)` returns a Corpus, whose text is read as a stream of pieces, so a file
 of any size needs little memory. Text comes out as it is stored: only a byte order
-mark at the start of a file is left out.
-
-`fetch(name)` returns a downloaded file out of the cache folder, downloading it when
-it is not there. Files that never change are checked against the sha256 in DOWNLOADS.
-Three sources publish none: Project Gutenberg (austen) builds its files anew from time
-to time, and of TinyStories and Alpaca none is known here. These are trusted at their
-first use: their sha256 goes into `pins.json` in the cache and is checked from then on.
+mark at the start of a file is left out. A file whose name says that it holds rows
+(`rows.READERS`) is never learnt as it stands: each of its rows is a document.
 """
 
-import gzip
-import io
 import itertools
-import json
-import os
 import re
 import sysconfig
-import time
-import urllib.error
-import urllib.request
-import zipfile
-import zlib
-from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from glob import glob
-from http.client import HTTPException
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from gpt_jax import screen
-from gpt_jax.files import digest, digest_of, expand, sync, write
+from gpt_jax import downloads, names, paths, plaintext, rows, screen
+from gpt_jax.files import digest, digest_of, expand, shown
 
 # A longer document is handed over in pieces, so that memory stays bounded.
 PIECE_CHARS = 1 << 20
-READ_BYTES = 1 << 20
-UNPACKED_BYTES = 1 << 26  # the most that a file in an archive may have
-
-TRIES = 5  # of a download, each going on where the last one stopped
-RETRY_SECONDS = 0.5  # before the second try; doubled for each further one
-TIMEOUT_SECONDS = 60.0  # the longest silence of a server
-
 # Where a long document is cut: behind a letter or digit, before a space or line break.
 # No token of the character, byte and word tokenizers spans such a place, nor does one
 # of GPT-2's rule or its descendants, so the ids are those of the whole document.
@@ -72,7 +48,7 @@ BUILTIN_SKIPS = {
     *("pydoc_data", "encodings"),  # a string literal and tables of bytes, not code
 }
 
-SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell it, UTF-8 cannot
+WEIGHT = re.compile(r"\s*(.+?)\s*\*\s*((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*")
 
 
 class Piece(NamedTuple):
@@ -111,24 +87,6 @@ class Corpus:
                 parts = []
 
 
-class Download(NamedTuple):
-    """What can be downloaded.
-
-    Attributes:
-      urls: the addresses of its parts, most often one.
-      names: how its file may be called in a cache; a download takes the first.
-      sha256: of the finished file; None where none is known.
-      finish: makes the file's bytes out of those of its parts, where that is needed.
-      changes: the download need not have that sha256; it is pinned at its first use.
-    """
-
-    urls: tuple[str, ...]
-    names: tuple[str, ...]
-    sha256: str | None
-    finish: Callable[[list[bytes]], bytes] | None = None
-    changes: bool = False
-
-
 def open(
     source: str,
     *,
@@ -141,21 +99,26 @@ def open(
 
     Args:
       source: "builtin" (the source of the running Python's standard library;
-        "builtin:json" is one folder of it), one of NAMES, a path or glob (.jsonl by
-        `field`, any other file is text; both may end in .gz),
-        "hf:<dataset>[:<config>][:<split>]", or a mixture "a*3 + b*1".
-      field: the field of a .jsonl or dataset row that holds its text.
+        "builtin:json" is one folder of it), one of NAMES, a file, a folder or a glob
+        (rows by `field`, any other file is text; see `plaintext` for packed ones),
+        "hf:<dataset>[:<config>][:<split>]", or a mixture "a*3 + b*1". Hidden files
+        of a folder or glob are not looked at; links are followed, and each file is
+        read once.
+      field: the field of a row that holds its text.
       cache: the folder where downloads are kept.
-      progress: show how far a download is.
-      bad: is told why a document of a file cannot be read, each time it is met; that
-        document is then left out. None: it is an error.
+      progress: show how far a download is, and say which links lead round.
+      bad: is told why a document or a file cannot be read, each time it is met; it is
+        then left out. None: it is an error.
 
     Raises:
       FileNotFoundError: there is no such file or corpus.
-      ValueError: the source cannot be used: empty, a folder, damaged, not text.
+      ValueError: the source cannot be used: empty, a run, damaged, not text.
+      OSError: a file cannot be read.
     """
     if not source.strip():
-        raise ValueError(f"data.source is empty; name a file or one of {_names()}")
+        raise ValueError(
+            f"data.source is empty; name a file or one of: {', '.join(NAMES)}"
+        )
     is_file = expand(source).exists()
     if " + " in source and not is_file:
         parts = [_weighted(part) for part in source.split(" + ")]
@@ -165,19 +128,19 @@ def open(
         ]
         return mixture(opened)
     if source in DATASETS:
-        return _dataset(source, DATASETS[source], field)
+        return _dataset(source, DATASETS[source], field, bad)
     if source.startswith("hf:"):
-        return _dataset(_short(source), source, field)
+        return _dataset(_short(source), source, field, bad)
     if source == "builtin" or source.startswith("builtin:"):
         return _builtin(source)
     if source in NAMES:
-        path = fetch(source, cache, progress=progress)
+        path = downloads.fetch(source, cache, progress=progress)
         identity = _identity([(source, path)])
         read = _stories if source == "tinystories" else _file
         return Corpus(
             source, identity, path.stat().st_size, lambda: read(path, source, field)
         )
-    return _local(source, field, bad)
+    return _local(source, field, bad, screen.Show(progress))
 
 
 def mixture(parts: list[tuple[Corpus, float]]) -> Corpus:
@@ -209,10 +172,10 @@ def mixture(parts: list[tuple[Corpus, float]]) -> Corpus:
                 ends = piece.ends
                 yield piece
 
-    names = [f"{corpus.fingerprint}*{weight:g}" for corpus, weight in parts]
+    identity = [f"{corpus.fingerprint}*{weight:g}" for corpus, weight in parts]
     return Corpus(
         name=_short("-".join(corpus.name for corpus, _ in parts)),
-        fingerprint=_hash("mixture", *names),
+        fingerprint=_hash("mixture", *identity),
         size_hint=None,
         pieces=read,
     )
@@ -240,53 +203,148 @@ def _builtin(source: str) -> Corpus:
             "there; give data.source a text file of your own"
         )
     size = sum(path.stat().st_size for _, path in files)
-    return Corpus(_short(source), _identity(files), size, lambda: _files(files, ""))
+
+    def read() -> Iterator[Piece]:
+        for name, path in files:
+            yield from _file(path, name, "")
+
+    return Corpus(_short(source), _identity(files), size, read)
 
 
-def _local(source: str, field: str, bad: Callable | None) -> Corpus:
+def _local(source: str, field: str, bad: rows.Bad, show: screen.Show) -> Corpus:
     path = expand(source)
     if path.is_dir():
-        raise ValueError(f"{source} is a folder; give a glob, e.g. {source}/**/*.txt")
-    is_glob = not path.exists()
-    paths = [Path(p) for p in glob(str(path), recursive=True)] if is_glob else [path]
-    files = [(str(p), p) for p in sorted(paths) if p.is_file()]
-    if not files:
+        _refuse_run(source, path)
+        found = paths.matching(path / "**")
+    elif path.exists():
+        if why := paths.unreadable(path):
+            raise ValueError(why)
+        found = paths.Matches([path])
+    else:
+        found = paths.matching(path)
+    for why in found.unread:
+        rows.refuse(ValueError(why if bad else f"{why}; {SKIP}"), bad)
+    sources = _readable(found.files, bad)
+    if not sources and path.is_dir():
+        raise ValueError(f"{source} holds no file that can be read")
+    if not sources:
+        near = names.did_you_mean(source, NAMES)
+        if not near and "+" in source:
+            near = "; a mixture is written with spaces: 'a*3 + b*1'"
         raise FileNotFoundError(
-            f"no file and no corpus is called {source!r}; corpora are: {_names()}"
+            f"no file and no corpus is called {shown(source)!r}; corpora are: "
+            f"{', '.join(NAMES)}{near}"
+        )
+    if found.again:
+        show.say(
+            f"{source}: links lead {found.again} times to what is read already; each "
+            "file is read once"
         )
     # Empty files are common among many, but one that was asked for is a mistake.
-    files = [(name, p) for name, p in files if p.stat().st_size]
-    if not files:
+    sources = [one for one in sources if one.size]
+    if not sources:
         raise ValueError(f"{source} is empty; give a file that holds text")
-    packed = any(p.suffix == ".gz" for _, p in files)
-    size = None if packed else sum(p.stat().st_size for _, p in files)
-    name = _short(source if is_glob else path.name.removesuffix(".gz"))
+    packed = any(one.path.suffix.lower() in plaintext.PACKED for one in sources)
+    parts = [f"{one.path} {one.size} {one.sha256}" for one in sources]
+    # In 0.1 only these rows were documents: what it prepared of others is not meant.
+    others = [
+        one for one in sources if not re.search(r"\.jsonl(\.gz)?$", one.path.name)
+    ]
+    told = ["rows"] if any(rows.is_rows(one.path) for one in others) else []
+    name = path.resolve().name if path.is_dir() else path.name.removesuffix(".gz")
+
+    def read() -> Iterator[Piece]:
+        for one in sources:
+            try:
+                yield from _file(one.path, shown(one.path), field, bad)
+            except ValueError as error:
+                many = len(sources) > 1 or rows.is_rows(one.path)
+                raise ValueError(f"{error}; {SKIP}" if many else str(error)) from None
+            if _stamp(one.path) != one.stamp:
+                raise ValueError(
+                    f"{shown(one.path)} changed while it was read: begin again when "
+                    "nothing writes to it"
+                )
+
     return Corpus(
-        name, _identity(files, field), size, lambda: _files(files, field, bad)
+        name=_short(name if path.exists() else source),
+        fingerprint=_hash(*parts, field, *told),
+        size_hint=None if packed else sum(one.size for one in sources),
+        pieces=read,
     )
 
 
-def _files(
-    files: list[tuple[str, Path]], field: str, bad: Callable | None = None
-) -> Iterator[Piece]:
-    for name, path in files:
-        yield from _file(path, name, field, bad)
+SKIP = "data.skip_bad_docs=True leaves out what cannot be read"
 
 
-def _file(
-    path: Path, name: str, field: str, bad: Callable | None = None
-) -> Iterator[Piece]:
-    if path.name.removesuffix(".gz").endswith(".jsonl"):
-        for text in _rows(path, field, bad):
-            yield from _cut([text], name)
+class Source(NamedTuple):
+    """A file as it was found: its size, its sha256, and what tells that it changed."""
+
+    path: Path
+    size: int
+    sha256: str
+    stamp: tuple[int, int]
+
+
+def _readable(files: list[Path], bad: rows.Bad) -> list[Source]:
+    """Returns the files that can be read; raises OSError for others, or tells `bad`."""
+    found = []
+    for path in files:
+        try:
+            stamp = _stamp(path)
+            found.append(Source(path, stamp[0], digest_of(path), stamp))
+        except OSError as error:
+            if bad is None:
+                raise
+            bad(f"{shown(path)} cannot be read: {error.strerror}")
+    return found
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _refuse_run(source: str, path: Path) -> None:
+    if (path / "config.json").is_file() and (path / "checkpoints").is_dir():
+        raise ValueError(
+            f"{source} is a run folder, which holds no text to learn; to start from "
+            f"its weights set --config.init_from={source}"
+        )
+    if (path / "train" / "index.json").is_file():
+        raise ValueError(
+            f"{source} holds a text that was prepared from another source; name that "
+            "source, and it is found again"
+        )
+
+
+def _file(path: Path, name: str, field: str, bad: rows.Bad = None) -> Iterator[Piece]:
+    if rows.is_rows(path):
+        cure = "name the right one with data.field"
+        cure += ", or let the file's name end in .txt to learn it as it stands"
+        for text in _texts(rows.read(path, only={field}, bad=bad), field, cure, bad):
+            yield from _cut(_slices(text), name)
     elif bad is None or _can_be_read(path, bad):
-        yield from _cut(_text(path), name)
+        yield from _cut(plaintext.chunks(path), name)
 
 
-def _can_be_read(path: Path, bad: Callable) -> bool:
+def _texts(
+    found: Iterator[rows.Row], field: str, cure: str, bad: rows.Bad
+) -> Iterator[str]:
+    """Yields the text of every row that has one; see `open` for `bad`."""
+    for row in found:
+        try:
+            text = row.text(field, cure)
+        except ValueError as error:
+            rows.refuse(error, bad)
+        else:
+            yield text
+
+
+def _can_be_read(path: Path, bad: Callable[[str], object]) -> bool:
     """Whether a file is text to its end; tells `bad` where it is not."""
     try:
-        for _ in _text(path):
+        for _ in plaintext.chunks(path):
             pass
     except ValueError as error:
         bad(str(error))
@@ -294,23 +352,17 @@ def _can_be_read(path: Path, bad: Callable) -> bool:
     return True
 
 
+# --- the text of files ----------------------------------------------------------------
+
+
 def _stories(path: Path, name: str, field: str) -> Iterator[Piece]:
     """Yields what stands between the separator lines of TinyStories."""
     del field
-    lines = _lines(_text(path))
+    lines = (plaintext.decoded(path, line) for line in plaintext.lines(path))
     for is_end, story in itertools.groupby(lines, lambda s: s.strip() == STORY_END):
         text = "" if is_end else "".join(story).strip("\n")
         if text:
-            yield from _cut([text], name)
-
-
-def _lines(chunks: Iterable[str]) -> Iterator[str]:
-    held = ""
-    for chunk in chunks:
-        *lines, held = (held + chunk).split("\n")
-        yield from (line + "\n" for line in lines)
-    if held:
-        yield held
+            yield from _cut(_slices(text), name)
 
 
 def _cut(chunks: Iterable[str], name: str) -> Iterator[Piece]:
@@ -333,6 +385,11 @@ def _cut(chunks: Iterable[str], name: str) -> Iterator[Piece]:
         yield Piece(held, name, start, ends=True)
 
 
+def _slices(text: str) -> Iterator[str]:
+    """Yields a text as files are read, so that one of any length is cut in its time."""
+    return (text[i : i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS))
+
+
 def _cut_at(text: str, limit: int) -> int:
     """Returns the last place before `limit` where text may be cut, else the first."""
     for begin in (max(limit - 4096, 0), 0):
@@ -343,153 +400,22 @@ def _cut_at(text: str, limit: int) -> int:
     return found.start() if found else 0
 
 
-def _text(path: Path) -> Iterator[str]:
-    """Yields the decoded text of a file, a megabyte at a time.
-
-    Raises:
-      ValueError: a byte is not UTF-8, or packed data is damaged.
-    """
-    decoder = getincrementaldecoder("utf-8")()
-    offset = 0
-    for data in _bytes(path):
-        # The decoder may hold back up to three bytes of an unfinished character.
-        held = len(decoder.getstate()[0])
-        try:
-            text = decoder.decode(data, final=not data)
-        except UnicodeDecodeError as error:
-            raise _not_text(path, offset - held + error.start) from None
-        yield text.removeprefix("\ufeff") if offset == 0 else text
-        offset += len(data)
-
-
-def _rows(path: Path, field: str, bad: Callable | None = None) -> Iterator[str]:
-    """Yields the text of every row of a .jsonl file; see `open` for `bad`."""
-
-    def refuse(error: ValueError) -> None:
-        if bad is None:
-            raise error from None
-        bad(str(error))
-
-    offset = 0
-    for number, line in enumerate(_while_sound(_byte_lines(path), refuse), start=1):
-        text = None
-        try:
-            text = _row(line, f"{path}, line {number}", field, number == 1)
-        except UnicodeDecodeError as error:
-            refuse(_not_text(path, offset + error.start))
-        except ValueError as error:
-            refuse(error)
-        offset += len(line)
-        if text is not None:
-            yield text
-
-
-def _while_sound(lines: Iterator[bytes], refuse: Callable) -> Iterator[bytes]:
-    """Yields lines up to the place where their file turns out to be damaged."""
-    while True:
-        try:
-            line = next(lines, None)
-        except ValueError as error:
-            refuse(error)
-            return
-        if line is None:
-            return
-        yield line
-
-
-def _row(line: bytes, where: str, field: str, first: bool) -> str | None:
-    """Returns the text of a row, None for an empty line; ValueError says what it is."""
-    try:
-        text = line.decode("utf-8-sig" if first else "utf-8")
-        row = json.loads(text) if text.strip() else None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON: {error}") from None
-    if row is None:
-        return None
-    if not isinstance(row, dict) or not isinstance(row.get(field), str):
-        there = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(
-            f"{where} has no text in the field {field!r}; it has: {there}; name the "
-            "right one with data.field"
-        )
-    if SURROGATE.search(row[field]):
-        raise ValueError(
-            f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is "
-            "not text; remove it"
-        )
-    return row[field]
-
-
-def _bytes(path: Path) -> Iterator[bytes]:
-    """Yields the bytes of a file, unpacked, and then an empty one."""
-    try:
-        with _open_bytes(path) as file:
-            while data := file.read(READ_BYTES):
-                yield data
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is cut short or damaged: {error}") from None
-    yield b""
-
-
-def _byte_lines(path: Path) -> Iterator[bytes]:
-    held = b""
-    for data in _bytes(path):
-        *lines, held = (held + data).split(b"\n")
-        yield from (line + b"\n" for line in lines)
-    if held:
-        yield held
-
-
-def _open_bytes(path: Path) -> io.BufferedIOBase:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore
-
-
-def dataset(spec: str, *, streaming: bool) -> Any:
-    """Returns the rows of hf:<name>[:<config>][:<split>], of its train split without.
-
-    Raises:
-      ValueError: that names no dataset, or the package datasets is not installed.
-    """
-    path, config, split = _named(spec)
-    try:
-        import datasets
-    except ModuleNotFoundError:
-        raise ValueError(
-            f"reading {spec} needs the package datasets: pip install datasets"
-        ) from None
-    return datasets.load_dataset(path, config or None, split=split, streaming=streaming)
-
-
-def _named(spec: str) -> tuple[str, str, str]:
-    """Returns the name, configuration and split that hf:... means."""
-    _, *parts = spec.split(":")
-    if not parts[0] or len(parts) > 3:
-        raise ValueError(
-            f"{spec!r} does not name a dataset; write hf:<name>[:<config>][:<split>]"
-        )
-    path, config, split = (*parts, "", "")[:3]
-    return path, config, split or "train"
-
-
-def _dataset(name: str, spec: str, field: str) -> Corpus:
-    """Returns a streamed Hugging Face dataset; its code, if it has any, never runs."""
-    path, config, split = _named(spec)
+def _dataset(name: str, spec: str, field: str, bad: rows.Bad) -> Corpus:
+    """Returns a streamed Hugging Face dataset."""
+    path, config, split = rows.dataset_name(spec)
 
     def read() -> Iterator[Piece]:
-        for row in dataset(spec, streaming=True):
-            if not isinstance(row.get(field), str):
-                raise ValueError(
-                    f"{spec} has no text in the field {field!r}; its fields are: "
-                    f"{', '.join(row)}; name the right one with data.field"
-                )
-            yield from _cut([row[field]], path)
+        found = rows.dataset(spec, streaming=True, only={field}, bad=bad)
+        cure = "name the right one with data.field"
+        for text in _texts(found, field, cure, bad):
+            yield from _cut(_slices(text), path)
 
     return Corpus(name, _hash("dataset", path, config, split, field), None, read)
 
 
 def _weighted(part: str) -> tuple[str, float]:
     """Splits "name*3" into the name and its weight; a bare name weighs 1."""
-    match = re.fullmatch(r"\s*(.+?)\s*\*\s*(\d+\.?\d*)\s*", part)
+    match = WEIGHT.fullmatch(part)
     return (match[1], float(match[2])) if match else (part.strip(), 1.0)
 
 
@@ -499,7 +425,8 @@ def _identity(files: list[tuple[str, Path]], *more: str) -> str:
 
 
 def _hash(*parts: str) -> str:
-    return digest("\n".join(parts))
+    # A name of a file need not be UTF-8.
+    return digest("\n".join(parts).encode("utf-8", "surrogateescape"))
 
 
 def _is_text(path: Path) -> bool:
@@ -509,286 +436,7 @@ def _is_text(path: Path) -> bool:
         return False
 
 
-def _not_text(path: Path, offset: int) -> ValueError:
-    return ValueError(
-        f"{path} is not UTF-8 text: the byte at offset {offset} is invalid; convert "
-        "the file to UTF-8"
-    )
-
-
 def _short(name: str) -> str:
     """Returns a name that is fit for a folder."""
     name = re.sub(r"\.(txt|md|jsonl)$", "", name.removeprefix("hf:"))
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.")[-40:] or "text"
-
-
-def _names() -> str:
-    return ", ".join(NAMES)
-
-
-# --- downloads ------------------------------------------------------------------------
-
-
-def fetch(name: str, cache: str | Path, progress: bool = True) -> Path:
-    """Returns the file of a download; see DOWNLOADS for the names.
-
-    A file in the cache with the right sha256 is used as it is. An interrupted download
-    goes on where it stopped, if the server can do that.
-
-    Args:
-      name: a key of DOWNLOADS.
-      cache: the folder where downloads are kept; made when missing.
-      progress: show how far the download is.
-
-    Raises:
-      ValueError: the name is unknown, or what arrived is not the expected file, which
-        is then kept beside the cache's own under a name that ends in .bad.
-      FileNotFoundError: it is not in the cache and cannot be downloaded.
-    """
-    if name not in DOWNLOADS:
-        raise ValueError(f"{name!r} is not one of: {', '.join(DOWNLOADS)}")
-    item, cache = DOWNLOADS[name], expand(cache)
-    pinned = _pins(cache).get(name) if item.changes else None
-    right = {item.sha256, pinned} - {None}
-    for path in filter(Path.is_file, (cache / file for file in item.names)):
-        digest = digest_of(path)
-        if not right:
-            _pin(cache, name, digest, progress)
-        if not right or digest in right:
-            return path
-    path = cache / item.names[0]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    parts = [path.with_name(f"{path.name}.{i}.part") for i in range(len(item.urls))]
-    for url, part in zip(item.urls, parts, strict=True):
-        _download(url, part, name=name, path=path, progress=progress)
-    whole = path.with_name(f"{path.name}.whole") if item.finish else parts[0]
-    if item.finish:
-        try:
-            whole.write_bytes(item.finish([part.read_bytes() for part in parts]))
-        except (ValueError, zipfile.BadZipFile) as error:
-            _remove(parts)  # else the next try would go on with what is wrong
-            raise ValueError(
-                f"what was downloaded as {name} from {', '.join(item.urls)} is not "
-                f"what was expected: {error}; try again, or put the right file at "
-                f"{path}"
-            ) from error
-    digest = digest_of(whole)
-    if item.changes and not pinned:
-        _pin(cache, name, digest, progress)
-    elif digest not in right:
-        aside = path.with_name(f"{path.name}.bad")
-        os.replace(whole, aside)
-        _remove(parts)
-        cure = f"delete {name} from {cache / 'pins.json'} to accept it"
-        raise ValueError(
-            f"the download of {name} has sha256 {digest} instead of "
-            f"{pinned or item.sha256} and is kept as {aside}; look at it, then "
-            f"{cure if item.changes else 'try again, or put the right file there'}"
-        )
-    if path.exists():
-        os.replace(path, path.with_name(f"{path.name}.bad"))
-    sync(whole)
-    os.replace(whole, path)
-    sync(path.parent)
-    _remove(parts)
-    return path
-
-
-def _download(url: str, part: Path, *, name: str, path: Path, progress: bool) -> None:
-    """Downloads a URL to `part`, going on after interruptions."""
-    failure: Exception | None = None
-    for attempt in range(TRIES):
-        if attempt:
-            time.sleep(RETRY_SECONDS * 2**attempt)
-        try:
-            return _resume(url, part, progress)
-        except (
-            urllib.error.URLError,
-            HTTPException,
-            ConnectionError,
-            TimeoutError,
-        ) as e:
-            failure = e
-            if isinstance(e, urllib.error.HTTPError) and e.code < 500:
-                break
-    raise FileNotFoundError(
-        f"{name} is not in the cache and {url} cannot be downloaded ({failure}); check "
-        f"the connection, or put the file at {path}"
-    )
-
-
-def _resume(url: str, part: Path, progress: bool) -> None:
-    """Downloads what is missing of `part`.
-
-    The server's ETag is kept beside it, so that a file which changed meanwhile is
-    downloaded from its start and never put together from two versions.
-    """
-    have = part.stat().st_size if part.exists() else 0
-    tag = part.with_suffix(".etag")
-    headers = {"User-Agent": "gpt_jax"}
-    if have:
-        headers["Range"] = f"bytes={have}-"
-    if have and tag.exists():
-        headers["If-Range"] = tag.read_text(encoding="utf-8")
-    request = urllib.request.Request(url, headers=headers)
-    try:
-        reply = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
-    except urllib.error.HTTPError as error:
-        if error.code != 416:
-            raise
-        if error.headers.get("Content-Range") == f"bytes */{have}":
-            return  # it had arrived whole
-        part.unlink()
-        raise ConnectionError("the server has a shorter file now") from None
-    with reply:
-        start = have if reply.status == 206 else 0
-        length = reply.headers.get("Content-Length")
-        total = None if length is None else start + int(length)
-        etag = reply.headers.get("ETag", "")
-        write(tag, etag) if etag[:1] == '"' else tag.unlink(missing_ok=True)
-        show = screen.Show(progress)
-        show.say(f"downloading {url}")
-        what = url.rsplit("/", 1)[-1]
-        with part.open("ab" if start else "wb") as file, show.bar(what, total) as bar:
-            bar(start)
-            while data := reply.read(READ_BYTES // 8):
-                file.write(data)
-                bar(len(data))
-    if total is not None and part.stat().st_size < total:
-        raise ConnectionError(f"the connection closed at {part.stat().st_size} bytes")
-
-
-def _pins(cache: Path) -> dict[str, str]:
-    path = cache / "pins.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError:
-        raise ValueError(f"{path} is not JSON; repair or delete it") from None
-
-
-def _pin(cache: Path, name: str, digest: str, progress: bool) -> None:
-    pins = json.dumps({**_pins(cache), name: digest}, indent=1)
-    write(cache / "pins.json", pins + "\n")
-    screen.Show(progress).say(
-        f"{name} has no known sha256: this copy is trusted and pinned from now on "
-        f"({digest}, {cache / 'pins.json'})"
-    )
-
-
-def _remove(parts: Iterable[Path]) -> None:
-    for part in parts:
-        part.unlink(missing_ok=True)
-        part.with_suffix(".etag").unlink(missing_ok=True)
-
-
-def _gutenberg(books: list[bytes]) -> bytes:
-    """Joins books of Project Gutenberg, without what stands around the text itself."""
-    texts = []
-    for data in books:
-        text = data.decode("utf-8-sig").replace("\r\n", "\n")
-        match = re.search(
-            r"\*\*\* ?START OF TH[^\n]*\n(.*)\*\*\* ?END OF TH", text, flags=re.DOTALL
-        )
-        if not match:
-            raise ValueError(
-                f"a Project Gutenberg book lacks its START and END lines; it begins "
-                f"with {text[:60]!r}"
-            )
-        texts.append(match[1].strip("\n") + "\n")
-    return "\n\n".join(texts).encode()
-
-
-def _member(name: str) -> Callable[[list[bytes]], bytes]:
-    """Returns what takes one file out of a zip archive."""
-
-    def finish(parts: list[bytes]) -> bytes:
-        with zipfile.ZipFile(io.BytesIO(parts[0])) as archive:
-            if name not in archive.namelist():
-                raise ValueError(f"{name} is not in the archive")
-            size = archive.getinfo(name).file_size
-            if size > UNPACKED_BYTES:  # an archive from a stranger may be a bomb
-                raise ValueError(f"{name} would unpack to {size:,} bytes")
-            return archive.read(name)
-
-    return finish
-
-
-_BOOK = "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main"
-_GPT2 = "https://openaipublic.blob.core.windows.net/gpt-2/models/124M"
-_HUB = "https://huggingface.co/datasets"
-# Sense and Sensibility, Pride and Prejudice, Mansfield Park, Emma, Northanger Abbey,
-# Persuasion.
-_AUSTEN = (161, 1342, 141, 158, 121, 105)
-
-DOWNLOADS = {
-    "tinyshakespeare": Download(
-        urls=(
-            "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
-            "tinyshakespeare/input.txt",
-        ),
-        names=("tinyshakespeare.txt", "input.txt"),
-        sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-    ),
-    "the_verdict": Download(
-        urls=(f"{_BOOK}/ch02/01_main-chapter-code/the-verdict.txt",),
-        names=("the-verdict.txt", "the_verdict.txt"),
-        sha256="b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f",
-    ),
-    # The sha256 is that of the texts as packed in the R package janeaustenr.
-    "austen": Download(
-        urls=tuple(
-            f"https://www.gutenberg.org/cache/epub/{i}/pg{i}.txt" for i in _AUSTEN
-        ),
-        names=("austen.txt",),
-        sha256="32432b75ad045648fc586b923f9d38cddee6ecfa14cfe8968b9a028c36a19c23",
-        finish=_gutenberg,
-        changes=True,
-    ),
-    "tinystories": Download(
-        urls=(
-            f"{_HUB}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt",
-        ),
-        names=("TinyStoriesV2-GPT4-train.txt", "tinystories.txt"),
-        sha256=None,
-        changes=True,
-    ),
-    "gpt2_encoder": Download(
-        urls=(f"{_GPT2}/encoder.json",),
-        names=("gpt2_tokenizer/encoder.json", "encoder.json"),
-        sha256="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-    ),
-    "gpt2_bpe": Download(
-        urls=(f"{_GPT2}/vocab.bpe",),
-        names=("gpt2_tokenizer/vocab.bpe", "vocab.bpe"),
-        sha256="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-    ),
-    "sms_spam": Download(
-        urls=("https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip",),
-        names=("sms_spam.tsv", "SMSSpamCollection"),
-        sha256="7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d",
-        finish=_member("SMSSpamCollection"),
-    ),
-    "instructions": Download(
-        urls=(f"{_BOOK}/ch07/01_main-chapter-code/instruction-data.json",),
-        names=("instruction-data.json",),
-        sha256="7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944",
-    ),
-    # Stanford's 52,002 instructions (Taori et al. 2023).
-    "alpaca": Download(
-        urls=(
-            "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/"
-            "alpaca_data.json",
-        ),
-        names=("alpaca_data.json",),
-        sha256=None,
-        changes=True,
-    ),
-    "preferences": Download(
-        urls=(
-            f"{_BOOK}/ch07/04_preference-tuning-with-dpo/"
-            "instruction-data-with-preference.json",
-        ),
-        names=("instruction-data-with-preference.json",),
-        sha256="305315abf14f65fa42c01a0877572f832606571c2a7d49f152ac1d758b16756e",
-    ),
-}

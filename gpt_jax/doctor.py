@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 
 from gpt_jax import (
     checkpoint,
-    corpora,
+    downloads,
     files,
     metrics,
     model,
@@ -215,7 +215,7 @@ def cache(folder: str) -> Finding:
 def downloaded(folder: Path) -> Iterator[Finding]:
     """Yields which downloads are there, and those that are not what they should be."""
     sound = 0
-    for name, item in corpora.DOWNLOADS.items():
+    for name, item in downloads.DOWNLOADS.items():
         for path in (folder / file for file in item.names):
             if not path.is_file():
                 continue

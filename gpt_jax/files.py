@@ -66,6 +66,11 @@ def shortened(name: str, room: int = 0) -> str:
     return f"{kept}-{digest(data)[:12]}"
 
 
+def shown(path: str | Path) -> str:
+    r"""Returns a path for people: a byte of it that is not UTF-8 is written as \xff."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 # --- whole files and folders ----------------------------------------------------------
 
 

@@ -5,90 +5,80 @@ chat messages. Other columns stay in the row, for those who know them.
 """
 
 import ast
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from gpt_jax import chat, corpora, files
+from gpt_jax import chat, corpora, downloads, files, names, rows
+from gpt_jax.rows import Bad, Row
 
-Row = dict[str, Any]
 PARTS = ("train", "test", "val")
 SPLITS = ("fraction", "documents")
 NAMES = ("instructions", "preferences", "alpaca")
 
 
-def read(source: str, *, cache: str | Path, progress: bool) -> list[Row]:
+def read(
+    source: str, *, cache: str | Path, progress: bool, bad: Bad = None
+) -> list[Row]:
     """Returns every row of a file or dataset, each one a conversation.
 
     Args:
-      source: one of NAMES (downloaded once), a .json file (a list of rows), a .jsonl
-        file (a row a line), hf:<dataset>[:<config>][:<split>], or "builtin" (what the
-        functions of Python's library do, by their docstrings; "builtin:json" is one
-        folder of it).
+      source: one of NAMES (downloaded once), a file of rows (see `rows`),
+        hf:<dataset>[:<config>][:<split>], or "builtin" (what the functions of Python's
+        library do, by their docstrings; "builtin:json" is one folder of it).
       cache: the folder where downloads are kept.
       progress: show how far a download is.
+      bad: is told why a row cannot be used, which is then left out. None: it is an
+        error.
 
     Raises:
       FileNotFoundError: there is no such file, or it cannot be downloaded.
       ValueError: it is not rows of conversations; names the first row that is not.
     """
-    if source.startswith("hf:"):
-        rows = list(corpora.dataset(source, streaming=False))
-    elif source.partition(":")[0] == "builtin":
-        rows = _docstrings(corpora.open(source, field="", cache=cache))
-    elif source in NAMES:
-        rows = read_file(corpora.fetch(source, cache, progress))
-    else:
-        path = files.expand(source)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"there is no file {path} of instructions, and none of these is called "
-                f"so: {', '.join(NAMES)}"
-            )
-        rows = read_file(path)
-    if not rows:
-        raise ValueError(f"{source} has no rows; give a file of instructions")
-    for number, row in enumerate(rows, start=1):
-        try:
-            chat.messages_of(row, "plain")
-        except ValueError as error:
-            raise ValueError(f"{source}, row {number}: {error}") from None
-    return rows
+    return rows.usable(
+        source, lambda bad: _found(source, cache, progress, bad), _conversation, bad
+    )
 
 
-def read_file(path: str | Path) -> list[Row]:
-    """Returns the objects of a JSON list, or of a file with one object a line.
+def read_file(path: str | Path, bad: Bad = None) -> list[Row]:
+    """Returns the rows of a file, whatever is in them; see `rows.read`.
 
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: it holds something else, or nothing; names the line, or the row.
     """
-    path = Path(path)
+    file = files.expand(path)
+    return rows.usable(path, lambda bad: rows.read(file, bad=bad), lambda row: row, bad)
+
+
+def _conversation(row: Row) -> Row:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text: the byte at offset {error.start} is invalid"
-        ) from None
-    if text.lstrip().startswith("["):
-        rows = _parsed(text, str(path))
-    else:
-        # Not splitlines: JSON text may hold U+2028 and the like as they are.
-        lines = enumerate(text.split("\n"), start=1)
-        rows = [_parsed(t, f"{path}, line {n}") for n, t in lines if t.strip()]
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, row {number}: {row!r:.40} is not an object")
-    if not rows:
-        raise ValueError(f"{path} holds no rows")
-    return rows
+        chat.messages_of(row.fields, "plain")
+    except ValueError as error:
+        raise ValueError(f"{row.where}: {error}") from None
+    return row
+
+
+def _found(source: str, cache: str | Path, progress: bool, bad: Bad) -> Iterator[Row]:
+    if source.startswith("hf:"):
+        return rows.dataset(source, streaming=False, bad=bad)
+    if source.partition(":")[0] == "builtin":
+        return _docstrings(source, corpora.open(source, field="", cache=cache))
+    if source in NAMES:
+        return rows.read(downloads.fetch(source, cache, progress), bad=bad)
+    path = files.expand(source)
+    if not path.is_file():
+        what = "is a folder, not" if path.is_dir() else "is not there, as"
+        raise FileNotFoundError(
+            f"{path} {what} a file of instructions, and none of these is called so: "
+            f"{', '.join(NAMES)}{names.did_you_mean(source, NAMES)}"
+        )
+    return rows.read(path, bad=bad)
 
 
 def split(
-    rows: Sequence[Row], *, how: str, val_fraction: float, test_fraction: float
+    found: Sequence[Row], *, how: str, val_fraction: float, test_fraction: float
 ) -> dict[str, list[Row]]:
     """Returns the rows of "train", "test" and "val", in this order of the file.
 
@@ -96,7 +86,7 @@ def split(
     a Large Language Model (From Scratch), section 7.2: train and test are rounded down.
 
     Args:
-      rows: all of them.
+      found: all of them.
       how: "fraction" cuts the rows as they stand; "documents" shuffles them first,
         always in the same way.
       val_fraction: the share of "val".
@@ -105,48 +95,38 @@ def split(
     Raises:
       ValueError: a number is out of its range, or train or val would be empty.
     """
-    if how not in SPLITS:
-        raise ValueError(f"data.split {how!r} is not one of: {', '.join(SPLITS)}")
+    names.choose("data.split", how, SPLITS)
     fractions = f"data.val_fraction {val_fraction} and task.test_fraction"
     if not (0 < val_fraction < 1 and 0 <= test_fraction < 1 - val_fraction):
         raise ValueError(
             f"{fractions} {test_fraction} must leave rows to train on: the first above "
             "0, the second at least 0, their sum below 1"
         )
-    order = np.arange(len(rows))
+    order = np.arange(len(found))
     if how == "documents":
         order = np.random.default_rng(0).permutation(order)
     # Shares are decimal fractions, which binary ones miss by less than this.
-    train = int(len(rows) * (1 - val_fraction - test_fraction) + 1e-6)
-    test = int(len(rows) * test_fraction + 1e-6)
-    if not 0 < train < len(rows) - test:
+    train = int(len(found) * (1 - val_fraction - test_fraction) + 1e-6)
+    test = int(len(found) * test_fraction + 1e-6)
+    if not 0 < train < len(found) - test:
         raise ValueError(
-            f"{len(rows)} rows are too few for {fractions} {test_fraction}: no row "
+            f"{len(found)} rows are too few for {fractions} {test_fraction}: no row "
             "would be left to train on or to validate with"
         )
     cut = np.split(order, [train, train + test])
-    return {name: [rows[i] for i in part] for name, part in zip(PARTS, cut)}
+    return {name: [found[i] for i in part] for name, part in zip(PARTS, cut)}
 
 
-def _docstrings(corpus: corpora.Corpus) -> list[Any]:
-    """Returns a row for every function and class that says what it does."""
-    rows = []
+def _docstrings(source: str, corpus: corpora.Corpus) -> Iterator[Row]:
+    """Yields a row for every function and class that says what it does."""
+    number = 0
     for text in corpus.documents():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 does = (ast.get_docstring(node) or "").partition("\n\n")[0]
                 kind = "class" if isinstance(node, ast.ClassDef) else "function"
                 ask = f"What does this {kind} do?"
-                row = {"instruction": ask, "input": node.name, "output": does}
-                rows += [row] if does else []
-    return rows
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{where} is not JSON, of which a file holds a list of rows, or a row a "
-            f"line: {error}"
-        ) from None
+                if does:
+                    number += 1
+                    row = {"instruction": ask, "input": node.name, "output": does}
+                    yield Row(f"{source}, row {number}", number, row)

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpt_jax import corpora, data, files, screen, tokenizers
+from gpt_jax import corpora, data, downloads, files, screen, tokenizers
 from gpt_jax.tokenizers import Tokenizer
 
 FORMAT = 1  # of the prepared folder; part of its name
@@ -73,7 +73,7 @@ def prepare(
 
     Args:
       source: see corpora.open.
-      field: the field of a .jsonl or dataset row that holds its text.
+      field: the field of a row that holds its text.
       tokenizer: char, word, byte, bpe:<size>, gpt2, or the path of a tokenizer.json.
         A BPE tokenizer is trained on the training part only (at most SAMPLE_CHARS,
         taken evenly where the size of the text is known); characters and words are
@@ -84,9 +84,9 @@ def prepare(
       split: "fraction" cuts the text at that share of its characters; "documents"
         keeps every n-th document for validation, in one pass.
       workers: groups of text that are encoded at the same time; 0 = choose.
-      skip_bad_docs: leave out documents that cannot be read (a file that is not UTF-8
-        or cut short, a row that is not JSON or has no text) and say how many; without
-        it the first one is an error.
+      skip_bad_docs: leave out documents that cannot be read (a file that is no text,
+        cut short or forbidden, a row that is not JSON or has no text) and say how many;
+        without it the first one is an error.
       progress: show how far it is.
 
     Raises:
@@ -120,7 +120,7 @@ def prepare(
         show.say(f"using the prepared text {target}: {_counts(prepared)}")
         return prepared
     started = time.monotonic()
-    with files.draft_folder(target) as partial:
+    with files.draft_folder(target) as partial, _telling(bad):
         size = _size(corpus, show) if split == "fraction" else None
         parts = functools.partial(SPLITS[split], corpus, val_fraction, size)
         made = ready or _train(tokenizer, corpus, parts, size, val_fraction, show)
@@ -129,13 +129,29 @@ def prepare(
         total = size.bytes if size else corpus.size_hint
         _encode(parts(), made, partial, meta, workers, show, total)
         if bad:
-            why = f"the first because {next(iter(bad))}"
-            show.say(f"left out {len(bad)} that cannot be read, {why}")
+            show.say(_left_out(bad))
             (partial / LEFT_OUT).write_text("\n".join(bad) + "\n", "utf-8")
     prepared = load(target)
     seconds = time.monotonic() - started
     show.say(f"prepared {target} in {seconds:.1f} s: {_counts(prepared)}")
     return prepared
+
+
+@contextlib.contextmanager
+def _telling(bad: Mapping[str, None]) -> Iterator[None]:
+    """Adds to an error what was left out, of which too little text may come."""
+    try:
+        yield
+    except ValueError as error:
+        if not bad:
+            raise
+        raise ValueError(f"{error}; {_left_out(bad)}") from None
+
+
+def _left_out(bad: Mapping[str, None]) -> str:
+    return (
+        f"left out {len(bad)} that cannot be read, the first because {next(iter(bad))}"
+    )
 
 
 def check(*, split: str, val_fraction: float, workers: int) -> None:
@@ -236,8 +252,8 @@ def ready_tokenizer(spec: str, cache: str | Path, progress: bool) -> Tokenizer |
       FileNotFoundError: it is neither a kind of tokenizer nor the path of one.
     """
     if spec == "gpt2":
-        encoder = corpora.fetch("gpt2_encoder", cache, progress)
-        return tokenizers.gpt2(encoder, corpora.fetch("gpt2_bpe", cache, progress))
+        encoder = downloads.fetch("gpt2_encoder", cache, progress)
+        return tokenizers.gpt2(encoder, downloads.fetch("gpt2_bpe", cache, progress))
     if spec.partition(":")[0] in ("char", "word", "byte", "bpe"):
         return None
     path = files.expand(spec)
@@ -249,6 +265,18 @@ def ready_tokenizer(spec: str, cache: str | Path, progress: bool) -> Tokenizer |
     return tokenizers.load(path)
 
 
+def train_tokenizer(spec: str, texts: Iterable[str], show: screen.Show) -> Tokenizer:
+    """Returns a tokenizer trained on texts, and shows for how long; see `tokenizers`.
+
+    Raises:
+      ValueError: the spec is none that can be trained, or there is no text.
+    """
+    show.say(f"training the tokenizer {spec}")
+    what = f"training {spec}"
+    with screen.counted(what, None, unit=screen.clock, wanted=show.wanted) as tick:
+        return tokenizers.train(spec, texts, tick=tick)
+
+
 def _train(
     spec: str,
     corpus: corpora.Corpus,
@@ -257,13 +285,13 @@ def _train(
     val_fraction: float,
     show: screen.Show,
 ) -> Tokenizer:
-    show.say(f"training the tokenizer {spec}")
     if not spec.startswith("bpe"):
-        return tokenizers.train(spec, (piece.text for piece in corpus.pieces()))
+        return train_tokenizer(spec, (piece.text for piece in corpus.pieces()), show)
     total = size.characters if size else corpus.size_hint
     train_chars = total * (1 - val_fraction) if total else SAMPLE_CHARS
     texts = (part.piece.text for part in parts() if part.part == 0)
-    return tokenizers.train(spec, _sample(texts, SAMPLE_CHARS / max(train_chars, 1)))
+    sample = _sample(texts, SAMPLE_CHARS / max(train_chars, 1))
+    return train_tokenizer(spec, sample, show)
 
 
 def _sample(texts: Iterable[str], share: float) -> Iterator[str]:

@@ -455,7 +455,7 @@ def counted(
     *,
     unit: Callable[[float], str] = "{:,.0f}".format,
     wanted: bool = True,
-) -> Iterator[Callable[[int], None]]:
+) -> Iterator[Callable[[float], None]]:
     """Shows how many of `total` things are done, while the block runs.
 
     Yields:

@@ -7,9 +7,12 @@ dropped in silence, and streamed text never holds half a character.
 """
 
 import codecs
+import concurrent.futures
 import json
 import os
 import re
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -34,6 +37,12 @@ CLOSE_UP = tuple(",.:;?!\"()'")
 CUT = re.compile(r"(?<=[\w.,;:!?。])(?=[ \n])")
 CUT_CHARS = 1 << 12  # encodes a sixth faster than 1 << 16: the work stays in the cache
 GROUP_CHARS = 1 << 22
+# What has no such place for so long is cut anywhere before a BPE is trained on it, and
+# words longer than any of a language (DNA, lines of dashes) count as several: the time
+# to find their pairs grows with the square of their length.
+UNCUT_CHARS = 1 << 16
+WORD_BYTES, WORD_PART_BYTES = 1 << 10, 1 << 7
+TICK_SECONDS = 0.1  # between two signs of life of a training
 HELD = 8  # tokens: whoever waits for the rest of a character gives up after so many
 
 
@@ -410,7 +419,9 @@ class WindowStream:
         return after[len(before) :]
 
 
-def train(spec: str, texts: Iterable[str]) -> Tokenizer:
+def train(
+    spec: str, texts: Iterable[str], *, tick: Callable[[float], object] = lambda s: None
+) -> Tokenizer:
     """Returns a tokenizer trained on texts.
 
     Args:
@@ -419,6 +430,8 @@ def train(spec: str, texts: Iterable[str]) -> Tokenizer:
         `<|endoftext|>`; reads no text) or "bpe:<size>" (byte-level BPE of at most
         that many tokens, `<|endoftext|>` the last).
       texts: the training texts, read once.
+      tick: is told, while pairs are counted and merged for a BPE, how many seconds
+        went by since it was told last; what it raises ends the training.
 
     Raises:
       ValueError: the spec is none of these, or there is no text.
@@ -436,7 +449,7 @@ def train(spec: str, texts: Iterable[str]) -> Tokenizer:
             f"tokenizer {spec!r}: the size must be a whole number, at least 257 "
             f"(256 bytes and {EOS})"
         )
-    return train_bpe(texts, size=int(size))
+    return train_bpe(texts, size=int(size), tick=tick)
 
 
 def train_char(texts: Iterable[str]) -> Tokenizer:
@@ -480,18 +493,61 @@ def train_byte(texts: Iterable[str]) -> Tokenizer:
     return _byte_level(models.BPE(_byte_values(), []), "byte")
 
 
-def train_bpe(texts: Iterable[str], *, size: int) -> Tokenizer:
-    """Returns a byte-level BPE tokenizer of at most `size` tokens."""
+def train_bpe(
+    texts: Iterable[str], *, size: int, tick: Callable[[float], object] = lambda s: None
+) -> Tokenizer:
+    """Returns a byte-level BPE tokenizer of at most `size` tokens; see `train`."""
     backend = hf.Tokenizer(models.BPE())
-    backend.pre_tokenizer = PRE_TOKENIZERS["bpe"]()
+    # Words are found by the rule that the tokenizer will have, and then cut where they
+    # are too long. No word of an ordinary text is, so its tokens are what they were.
+    parts = hf.Regex(rf"\A.{{1,{WORD_BYTES}}}\z|.{{1,{WORD_PART_BYTES}}}")
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [PRE_TOKENIZERS["bpe"](), pre_tokenizers.Split(parts, "isolated")]
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=size - 1,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    pieces = (piece for text in _nonempty(texts) for piece in _cut(text))
-    backend.train_from_iterator(pieces, trainer)
+    pieces = (
+        piece for text in _nonempty(texts) for piece in _cut(text, uncut=UNCUT_CHARS)
+    )
+    _apart(lambda going: backend.train_from_iterator(going(pieces), trainer), tick)
     return _byte_level(backend.model, "bpe")
+
+
+def _apart(work: Callable[[Callable], object], tick: Callable[[float], object]) -> None:
+    """Does one long call in a thread, so that this one is free to hear Ctrl-C.
+
+    Args:
+      work: is given what ends an iterator early when nobody waits any more.
+      tick: see `train`.
+    """
+    done: concurrent.futures.Future = concurrent.futures.Future()
+    left = threading.Event()
+
+    def going(items: Iterable) -> Iterator:
+        for item in items:
+            if left.is_set():
+                return
+            yield item
+
+    def run() -> None:
+        try:
+            done.set_result(work(going))
+        except BaseException as error:  # the edge of the thread: raised by who waits
+            done.set_exception(error)
+
+    # A daemon: whoever leaves the program does not wait for it.
+    threading.Thread(target=run, name="gpt_jax-bpe", daemon=True).start()
+    try:
+        now = time.monotonic()
+        while not concurrent.futures.wait([done], TICK_SECONDS).done:
+            before, now = now, time.monotonic()
+            tick(now - before)
+    finally:
+        left.set()
+    done.result()
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
@@ -646,15 +702,21 @@ def _nonempty(texts: Iterable[str]) -> Iterator[str]:
         raise ValueError("there is no text to train a tokenizer on; check the corpus")
 
 
-def _cut(text: str) -> Iterator[str]:
-    """Yields the parts of a text, cut where no token spans."""
+def _cut(text: str, *, uncut: int = 0) -> Iterator[str]:
+    """Yields the parts of a text, cut where no token spans.
+
+    Where there is no such place within `uncut` characters it is cut after so many; 0
+    leaves it whole, however long it is.
+    """
     start = 0
     while len(text) - start > CUT_CHARS:
-        place = CUT.search(text, start + CUT_CHARS)
-        if place is None:
+        limit = start + CUT_CHARS + uncut if uncut else len(text)
+        place = CUT.search(text, start + CUT_CHARS, limit)
+        if place is None and limit >= len(text):
             break
-        yield text[start : place.start()]
-        start = place.start()
+        end = place.start() if place else limit
+        yield text[start:end]
+        start = end
     yield text[start:]
 
 

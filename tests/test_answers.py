@@ -7,6 +7,7 @@ import pytest
 
 from gpt_jax import chat, files, runs, sample, screen
 from gpt_jax.evaluate import answers, compare
+from gpt_jax.rows import Row
 from tests import runs_to_evaluate
 
 PLAIN = {
@@ -31,6 +32,7 @@ def quiet(more: int) -> None:
 
 
 def asked(found=TEST, skip=False, context=64):
+    found = [Row(f"row {n}", n, fields) for n, fields in enumerate(found, start=1)]
     return answers.ask(found, BYTES, "plain", context=context, skip=skip)
 
 

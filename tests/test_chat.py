@@ -104,6 +104,29 @@ def test_every_answer_and_its_end_are_learnt_and_nothing_else(template, tokenize
 
 
 @pytest.mark.parametrize("template", ALL)
+def test_of_an_answer_that_comes_first_nothing_before_it_is_learnt(template):
+    """Not even where it is what the template writes before every answer."""
+    end = MARKED.decode(chat.stop_ids(MARKED, template)[:1])
+    for first in ("Welcome.", "assistant", "<|im_start|>assistant"):
+        talk = [Message("assistant", first), *TALK]
+        wanted = [f"{first}{end}", f"Hello!{end}", f"So long.{end}"]
+        assert answers_of(talk, template) == wanted
+
+
+@pytest.mark.parametrize("template", ALL)
+def test_an_answer_of_weight_0_is_not_learnt_and_changes_no_id(template):
+    turns = [turn(role="user"), turn(weight=0), turn(role="user"), turn(weight=1)]
+    talk = chat.messages_of({"messages": turns}, template)
+    end = MARKED.decode(chat.stop_ids(MARKED, template)[:1])
+    assert answers_of(talk, template) == [f"a{end}"]
+    ids, answer = chat.render(talk, MARKED, template, reply=False)
+    other = [message._replace(weight=1) for message in talk]
+    whole, both = chat.render(other, MARKED, template, reply=False)
+    assert ids == whole and sum(both) == 2 * sum(answer)
+    assert answer[: len(ids) // 2] == [0] * (len(ids) // 2)
+
+
+@pytest.mark.parametrize("template", ALL)
 @pytest.mark.parametrize("tokenizer", [BYTE, MARKED], ids=["bare", "marked"])
 def test_the_prompt_for_an_answer_is_the_beginning_of_what_was_learnt(
     template, tokenizer
@@ -247,15 +270,31 @@ def test_a_run_tells_its_template(tmp_path):
         chat.template_of(tmp_path)
 
 
+def turn(**changes):
+    return {"role": "assistant", "content": "a", **changes}
+
+
 @pytest.mark.parametrize(
     "row, words",
     [
         ({"text": "a"}, "columns 'text', but wanted are 'messages', or 'instruction'"),
-        ({"instruction": 1}, "instruction is int, not text"),
-        ({"messages": []}, "not a list of role and content"),
-        ({"messages": [{"role": "user"}]}, "lacks a role or a content"),
+        ({"instruction": 1}, "instruction is the number 1, not text"),
+        ({"messages": []}, "are an empty list, not a list of role and content"),
+        ({"messages": "Hi"}, "are text, not a list of role and content"),
+        ({"messages": None}, "has the columns 'messages', but wanted"),
+        ({"messages": ["Hi"]}, "a message is text, not an object"),
+        ({"messages": [{"role": "user"}]}, "lacks its content; it has: 'role'"),
+        ({"messages": [{"role": "User", "content": ""}]}, "did you mean user"),
+        ({"messages": [{"role": [], "content": ""}]}, r"role \[\] is not one of"),
         ({"messages": [{"role": "me", "content": ""}]}, "role 'me' is not one of"),
-        ({"messages": [{"role": "user", "content": 3}]}, "content of a message is int"),
+        (
+            {"messages": [{"role": "user", "content": 3}]},
+            "message is the number 3, not",
+        ),
+        ({"messages": [turn(weight=0.5)]}, "weight of a message is 0.5: 1 learns an"),
+        ({"messages": [turn(weight=True)]}, "weight of a message is True: 1 learns"),
+        ({"messages": [turn(role="user", weight=1)]}, "answers alone are learnt"),
+        ({"messages": [turn(tool_calls=[{}])]}, "has 'tool_calls', which nothing"),
     ],
 )
 def test_a_row_that_is_no_conversation_is_refused(row, words):

@@ -221,7 +221,16 @@ def test_filling_of_a_batch_counts_for_nothing(folder):
     "change, message",
     [
         ({"task": {"pool": "best"}}, "task.pool 'best' is not one of: last, first"),
-        ({"task": {"buckets": (0,)}}, "task.buckets is"),
+        ({"task": {"buckets": (0,)}}, "task.buckets holds 0"),
+        ({"task": {"buckets": (1.5,)}}, "task.buckets holds 1.5: give whole numbers"),
+        ({"task": {"buckets": ("8",)}}, "task.buckets holds '8': give whole numbers"),
+        ({"task": {"fractions": ("a", 0, 1)}}, r"task.fractions holds text \('a'\)"),
+        (
+            {"task": {"labels": ((1, 2), "b")}},
+            "task.labels: one of its names is a list",
+        ),
+        ({"task": {"labels": ("good",)}}, "task.labels names one class, 'good'"),
+        ({"task": {"labels": (0, 1)}}, r"unknown label '\w+' \(the classes are 0, 1\)"),
         ({"task": {"buckets": (8,), "pool": "end"}}, "leave task.buckets empty"),
         ({"data": {"seq_len": 33}}, "seq_len 33 is more than model.context_length 32"),
         ({"data": {"seq_len": -5}}, "data.seq_len is -5: give a number of tokens"),
@@ -236,6 +245,19 @@ def test_what_does_not_fit_is_refused(folder, change, message):
         config[part].update(values)
     with pytest.raises(ValueError, match=message):
         make(config)
+
+
+@pytest.mark.parametrize(
+    ("written", "names"),
+    [
+        (("a,b",), ("a", "b")),  # --config.task.labels=a,b
+        (("a", "b,c"), ("a", "b,c")),
+        ((0, 1.0, 2.5), ("0", "1", "2.5")),
+        ((), ()),
+    ],
+)
+def test_names_may_be_written_as_flags_write_them(written, names):
+    assert tasks.classify.texts_of("task.labels", written) == names
 
 
 def test_a_classifier_writes_no_samples(folder, tmp_path):

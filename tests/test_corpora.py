@@ -1,19 +1,21 @@
 """Corpora: what is read, in which order, and what a download survives."""
 
-import functools
 import gzip
 import hashlib
-import http.server
 import itertools
 import json
+import os
+import re
+import subprocess
 import sys
-import threading
+import tempfile
+import time
 import types
+from pathlib import Path
 
 import pytest
 
-from gpt_jax import corpora
-from gpt_jax.corpora import Download
+from gpt_jax import corpora, plaintext
 
 
 @pytest.fixture
@@ -67,17 +69,170 @@ def test_every_row_of_a_jsonl_file_is_a_document(tmp_path, read):
     assert read(path) == ["one\ntwo", "three"]
 
 
+def test_a_folder_is_all_that_is_visible_below_it(tmp_path, read):
+    for name in ("b.txt", "a/c.md", "a/.d.txt", ".git/e.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert read(tmp_path) == ["a/c.md", "b.txt"]
+    assert read(f"{tmp_path}/a/.*") == ["a/.d.txt"]
+
+
+ROWS = [{"text": "one\ntwo"}, {"text": "three", "id": 3}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.JSONL", "\n".join(map(json.dumps, ROWS))),
+        ("a.ndjson", "\n".join(map(json.dumps, ROWS))),
+        ("a.json", json.dumps(ROWS)),
+        ("a.csv", 'id,text\n1,"one\ntwo"\n3,three\n'),
+    ],
+)
+def test_rows_of_every_kind_are_documents_and_never_learnt_as_they_stand(
+    tmp_path, read, name, text
+):
+    (tmp_path / name).write_text(text)
+    assert read(tmp_path / name) == ["one\ntwo", "three"]
+    with pytest.raises(ValueError, match=r"no field 'body'.*name end in .txt to learn"):
+        read(tmp_path / name, field="body")
+    (tmp_path / name).rename(tmp_path / "a.txt")
+    assert read(tmp_path / "a.txt") == [text]
+
+
+def test_rows_that_0_1_learnt_as_text_are_another_text_now(tmp_path):
+    """So that what it prepared of them is not found again."""
+    for name in ("a.jsonl", "a.csv"):
+        path, rows = tmp_path / name, b'{"text": "a"}'
+        path.write_bytes(rows)
+        sha256 = hashlib.sha256(rows).hexdigest()
+        told = f"{path} {len(rows)} {sha256}\ntext"
+        was = hashlib.sha256(told.encode()).hexdigest()
+        assert (fingerprint(path) == was) == (name == "a.jsonl")
+
+
+@pytest.mark.fault(34)
+def test_each_real_file_is_read_once_whatever_links_lead_to_it(tmp_path, capfd):
+    (tmp_path / "texts" / "a").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    for name in ("texts/x.txt", "texts/a/y.txt", "other/z.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "texts/a/up").symlink_to("..")
+    (tmp_path / "texts/more").symlink_to("../other")
+    (tmp_path / "texts/a/again").symlink_to("../../other")
+    (tmp_path / "texts/0.txt").symlink_to("x.txt")
+    found = corpora.open(f"{tmp_path}/texts/**/*.txt", field="", cache="unused")
+    wanted = ["texts/a/y.txt", "other/z.txt", "texts/x.txt"]
+    assert sorted(found.documents()) == sorted(wanted)
+    names = [piece.source.removeprefix(f"{tmp_path}/") for piece in found.pieces()]
+    assert names == ["texts/a/y.txt", "texts/more/z.txt", "texts/x.txt"]
+    shown = " ".join("".join(capfd.readouterr()).split())
+    assert "links lead 3 times to what is read already" in shown
+
+
+@pytest.mark.fault(34)
+def test_a_file_whose_name_is_not_utf_8_is_read_like_any_other(tmp_path, read):
+    (tmp_path / "a.txt").write_text("one")
+    name = b"b\xff.txt".decode("utf-8", "surrogateescape")
+    (tmp_path / name).write_text("two")
+    assert read(f"{tmp_path}/*.txt") == ["one", "two"]
+    corpus = corpora.open(str(tmp_path / name), field="", cache="unused")
+    assert [piece.source for piece in corpus.pieces()] == [f"{tmp_path}/b\\xff.txt"]
+    (tmp_path / name).write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"b\\xff.txt is not UTF-8"):
+        read(tmp_path / name)
+
+
+@pytest.mark.fault(34)
+def test_what_cannot_be_opened_is_named_or_left_out(tmp_path, read):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.txt").symlink_to("nowhere")
+    (tmp_path / "c.txt").symlink_to("c.txt")
+    os.mkfifo(tmp_path / "d.txt")
+    with pytest.raises(ValueError, match=r"b.txt is a link to nothing; data.skip_bad"):
+        read(f"{tmp_path}/*.txt")
+    with pytest.raises(ValueError, match=r"d.txt is a pipe or a device: give a file"):
+        read(tmp_path / "d.txt")
+    told: list[str] = []
+    corpus = corpora.open(
+        str(tmp_path), field="", cache="unused", bad=told.append, progress=False
+    )
+    assert list(corpus.documents()) == ["one"]
+    assert [re.findall(r"(.)\.txt", why)[0] for why in told] == ["b", "c", "d"]
+
+
+FORBIDDEN = """
+import os, sys
+from gpt_jax import corpora
+if os.getuid() == 0:
+    os.setuid(65534)
+folder, told = sys.argv[1], []
+for source in (folder, folder + "/b.txt"):
+    try:
+        corpora.open(source, field="", cache="unused")
+    except (ValueError, PermissionError) as error:
+        print(error)
+corpus = corpora.open(folder, field="", cache="unused", bad=told.append)
+print(list(corpus.documents()), told)
+"""
+
+
+@pytest.mark.fault(34)
+def test_what_may_not_be_read_is_named_or_left_out():
+    with tempfile.TemporaryDirectory() as name:  # others can see it
+        folder = Path(name)
+        (folder / "a.txt").write_text("one")
+        (folder / "b.txt").write_text("two")
+        (folder / "inner").mkdir()
+        for path, mode in (("b.txt", 0), ("inner", 0), (".", 0o755)):
+            (folder / path).chmod(mode)
+        done = subprocess.run(
+            [sys.executable, "-c", FORBIDDEN, name],
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+        )
+        (folder / "inner").chmod(0o755)
+    assert done.returncode == 0, done.stderr
+    first, second, last = done.stdout.splitlines()
+    assert "inner cannot be read: Permission denied; data.skip_bad_docs=True" in first
+    assert "Permission denied" in second and "b.txt" in second
+    assert last.startswith("['one'] [") and last.count("Permission denied") == 2
+
+
+def test_a_file_that_changes_while_it_is_read_is_told(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.txt").write_text("two")
+    corpus = corpora.open(f"{tmp_path}/*.txt", field="", cache="unused")
+    assert list(corpus.documents()) == ["one", "two"]
+    with (tmp_path / "b.txt").open("a") as file:
+        file.write(" and more")
+    with pytest.raises(ValueError, match=r"b.txt changed while it was read: begin aga"):
+        list(corpus.documents())
+
+
+def test_a_run_folder_is_no_text_and_neither_is_a_prepared_one(tmp_path, read):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is a run folder.*--config.init_from="):
+        read(tmp_path / "run")
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    (tmp_path / "data" / "train" / "index.json").write_text("{}")
+    with pytest.raises(ValueError, match="prepared from another source"):
+        read(tmp_path / "data")
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
 def test_the_read_size_does_not_change_the_text(tmp_path, read, monkeypatch, size):
     text = "aé☃𝄞\n<|endoftext|>\nb\n" * 5
     (tmp_path / "a.txt").write_bytes(text.encode())
-    monkeypatch.setattr(corpora, "READ_BYTES", size)
+    monkeypatch.setattr(plaintext, "READ_BYTES", size)
     assert read(tmp_path / "a.txt") == [text]
 
 
 def test_a_long_document_is_cut_only_behind_words(tmp_path, monkeypatch):
     monkeypatch.setattr(corpora, "PIECE_CHARS", 20)
-    monkeypatch.setattr(corpora, "READ_BYTES", 16)
+    monkeypatch.setattr(plaintext, "READ_BYTES", 16)
     text = "def f():\n    return 1\n\n\nx = 2 \ny = é\nz_ = 4\nprint(x, y, z)\n\n" * 4
     (tmp_path / "a.py").write_text(text)
     corpus = corpora.open(str(tmp_path / "a.py"), field="", cache="unused")
@@ -96,6 +251,19 @@ def test_text_without_any_space_is_still_read_in_pieces(tmp_path, monkeypatch):
     corpus = corpora.open(str(tmp_path / "a.txt"), field="", cache="unused")
     assert max(len(piece.text) for piece in corpus.pieces()) <= 40
     assert list(corpus.documents()) == ["x" * 95]
+
+
+@pytest.mark.fault(34)
+def test_a_row_of_any_length_is_read_in_proportion_to_it(tmp_path, monkeypatch):
+    """As a row of a gigabyte that is cut into pieces of a megabyte."""
+    monkeypatch.setattr(corpora, "PIECE_CHARS", 1000)
+    text = "x" * 1_000_000
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
+    corpus = corpora.open(str(tmp_path / "a.jsonl"), field="text", cache="unused")
+    began = time.process_time()
+    pieces = list(corpus.pieces())
+    assert time.process_time() - began < 3  # each would be looked for in all the rest
+    assert len(pieces) > 990 and "".join(piece.text for piece in pieces) == text
 
 
 # --- identity -------------------------------------------------------------------------
@@ -165,6 +333,17 @@ def test_a_mixture_keeps_the_shares_of_text_to_within_a_document(tmp_path, read)
     assert len(set(mixed)) == len(mixed) == 120  # a runs out: b is not carried on
 
 
+@pytest.mark.parametrize(
+    ("weight", "count"), [(".5", 150), ("5e-1", 150), ("1e1", 1000), ("2.", 600)]
+)
+def test_weights_of_a_mixture_are_written_as_numbers_are(tmp_path, read, weight, count):
+    (tmp_path / "long.txt").write_text("L" * 300)
+    rows = [json.dumps({"text": "s" * 10}) for _ in range(100)]
+    (tmp_path / "short.jsonl").write_text("\n".join(rows))
+    mixed = "".join(read(f"{tmp_path}/long.txt + {tmp_path}/short.jsonl*{weight}"))
+    assert mixed.count("s") == count
+
+
 def test_a_mixture_weighs_text_not_documents(tmp_path, read):
     (tmp_path / "long.txt").write_text("L" * 300)
     rows = [json.dumps({"text": "s" * 10}) for _ in range(100)]
@@ -180,7 +359,7 @@ def test_a_dataset_is_streamed_by_name_config_and_split(read, monkeypatch):
         asked.append((args, options))
         return iter([{"body": "one", "id": 1}, {"body": "two", "id": 2}])
 
-    module = types.SimpleNamespace(load_dataset=load_dataset)
+    module = types.SimpleNamespace(load_dataset=load_dataset, ClassLabel=type)
     monkeypatch.setitem(sys.modules, "datasets", module)
     assert read("hf:some/data:small:validation", field="body") == ["one", "two"]
     assert read("fineweb-edu", field="body") == ["one", "two"]
@@ -191,7 +370,7 @@ def test_a_dataset_is_streamed_by_name_config_and_split(read, monkeypatch):
             asked[0][1] | {"split": "train"},
         ),
     ]
-    with pytest.raises(ValueError, match=r"no text in the field 'text'.*body, id"):
+    with pytest.raises(ValueError, match=r"row 1 has no field 'text'.*body, id"):
         read("hf:some/data")
 
 
@@ -210,7 +389,7 @@ def test_a_missing_datasets_package_is_named(read, monkeypatch):
     [
         ("bad.txt", b"ab\xff cd", r"bad.txt is not UTF-8 text.* offset 2 "),
         ("late.txt", b"x" * 10 + b"\xc3", r"late.txt is not UTF-8.* offset 10 "),
-        ("utf16.txt", "hi".encode("utf-16"), r"offset 0 .*convert"),
+        ("utf16.txt", "hi".encode("utf-16"), r"utf16.txt is UTF-16 text.*convert"),
         ("empty.txt", b"", r"empty.txt is empty"),
         (
             "cut.txt.gz",
@@ -219,12 +398,16 @@ def test_a_missing_datasets_package_is_named(read, monkeypatch):
         ),
         ("not.txt.gz", b"plain", r"not.txt.gz is cut short or damaged"),
         ("a.jsonl", b'{"text": "x"}\n{"text"', r"a.jsonl, line 2 is not JSON"),
-        ("b.jsonl", b'{"body": 1}', r"line 1 has no text in the field 'text'.*body"),
-        ("c.jsonl", b"[1]", r"line 1 has no text in the field 'text'; it has: list"),
+        (
+            "b.jsonl",
+            b'{"body": 1}',
+            r"line 1 has no field 'text'; it has: body; .*data",
+        ),
+        ("c.jsonl", b"[1]", r"c.jsonl, row 1 is the number 1, not an obj"),
         (
             "e.jsonl",
             b'{"text": "\\ud800"}',
-            r"e.jsonl, line 1 holds half of a surrogate",
+            r"e.jsonl, line 1: 'text' holds half of a surrogate",
         ),
         ("d.jsonl", b'{"text": "x"}\n\xff\n', r"d.jsonl is not UTF-8.* offset 14 "),
     ],
@@ -233,7 +416,7 @@ def test_a_missing_datasets_package_is_named(read, monkeypatch):
 def test_damaged_files_are_named(
     tmp_path, read, monkeypatch, size, name, data, message
 ):
-    monkeypatch.setattr(corpora, "READ_BYTES", size)
+    monkeypatch.setattr(plaintext, "READ_BYTES", size)
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=message):
         read(tmp_path / name)
@@ -242,7 +425,11 @@ def test_damaged_files_are_named(
 def test_a_source_that_does_not_exist_is_told_with_the_names_that_do(tmp_path, read):
     with pytest.raises(FileNotFoundError, match=r"'shakspere'.*tinyshakespeare"):
         read("shakspere")
-    with pytest.raises(ValueError, match="is a folder; give a glob"):
+    with pytest.raises(FileNotFoundError, match=r"did you mean tinyshakespeare\?"):
+        read("tinyshakspeare")
+    with pytest.raises(FileNotFoundError, match=r"with spaces: 'a\*3 \+ b\*1'"):
+        read("builtin*3+austen*1")
+    with pytest.raises(ValueError, match="holds no file that can be read"):
         read(tmp_path)
     with pytest.raises(ValueError, match=r"source is empty"):
         read(" ")
@@ -250,199 +437,6 @@ def test_a_source_that_does_not_exist_is_told_with_the_names_that_do(tmp_path, r
         read("hf:a:b:c:d")
     with pytest.raises(ValueError, match=r"weight of builtin .* above 0"):
         read("builtin*0 + builtin*1")
-    with pytest.raises(ValueError, match="'nothing' is not one of: tinyshakespeare"):
-        corpora.fetch("nothing", tmp_path)
-
-
-# --- downloads ------------------------------------------------------------------------
-
-PAGE = b"".join(b"line %d\n" % i for i in range(20_000))
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """One page on a free loopback port, and what its clients asked for."""
-
-    page, etag, resumes = PAGE, '"1"', True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.drops: list[int] = []
-        self.ranges: list[str | None] = []
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves `server.page`, or its Range; `server.drops` says when to hang up."""
-
-    def do_GET(self):
-        server = self.server
-        assert isinstance(server, Server)
-        wanted, start = self.headers.get("Range"), 0
-        server.ranges.append(wanted)
-        fresh = self.headers.get("If-Range") in (None, server.etag)
-        if wanted and server.resumes and fresh:
-            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
-        if start >= len(server.page):
-            self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(server.page)}")
-            self.end_headers()
-            return
-        body = server.page[start:]
-        self.send_response(206 if start else 200)
-        self.send_header("ETag", server.etag)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        drop = server.drops.pop(0) if server.drops else len(body)
-        self.wfile.write(body[:drop])
-
-    def log_message(self, format, *args):
-        pass
-
-
-@pytest.fixture
-def server():
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-@pytest.fixture
-def fetch(server, tmp_path, monkeypatch):
-    """Returns fetch("page"), with one download in the table, served on loopback."""
-    monkeypatch.setattr(corpora, "RETRY_SECONDS", 0.0)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    item = Download(
-        urls=(f"http://127.0.0.1:{server.server_port}/page.txt",),
-        names=("page.txt", "other.txt"),
-        sha256=hashlib.sha256(PAGE).hexdigest(),
-    )
-
-    def use(**changes):
-        monkeypatch.setitem(corpora.DOWNLOADS, "page", item._replace(**changes))
-
-    use()
-    run = functools.partial(corpora.fetch, "page", tmp_path, progress=False)
-    return types.SimpleNamespace(run=run, use=use)
-
-
-def test_a_download_arrives_whole_and_the_second_fetch_asks_nobody(server, fetch):
-    path = fetch.run()
-    assert path.read_bytes() == PAGE
-    assert fetch.run() == path and len(server.ranges) == 1
-    assert [p.name for p in path.parent.iterdir()] == ["page.txt"]
-
-
-def test_a_file_under_another_known_name_is_used_instead_of_the_network(
-    server, fetch, tmp_path
-):
-    (tmp_path / "other.txt").write_bytes(PAGE)
-    assert fetch.run() == tmp_path / "other.txt" and not server.ranges
-
-
-def test_a_dropped_connection_goes_on_where_it_stopped(server, fetch):
-    server.drops = [70_000, 0, 50_000]
-    assert fetch.run().read_bytes() == PAGE
-    starts = [int(r[6:-1]) if r else 0 for r in server.ranges]
-    assert starts == [0, 70_000, 70_000, 120_000]
-
-
-def test_a_later_process_goes_on_where_an_earlier_one_gave_up(server, fetch):
-    server.drops = [10_000] * corpora.TRIES
-    with pytest.raises(FileNotFoundError, match="connection closed at 50000 bytes"):
-        fetch.run()
-    assert fetch.run().read_bytes() == PAGE
-    assert server.ranges[-1] == "bytes=50000-"
-
-
-def test_a_part_that_had_arrived_whole_is_not_downloaded_again(server, fetch, tmp_path):
-    (tmp_path / "page.txt.0.part").write_bytes(PAGE)
-    assert fetch.run().read_bytes() == PAGE
-    assert server.ranges == [f"bytes={len(PAGE)}-"]
-
-
-def test_a_file_that_changed_meanwhile_is_downloaded_from_its_start(server, fetch):
-    server.page = PAGE[::-1]
-    server.drops = [10_000] * corpora.TRIES
-    with pytest.raises(FileNotFoundError):
-        fetch.run()
-    server.page, server.etag = PAGE, '"2"'
-    assert fetch.run().read_bytes() == PAGE
-
-
-def test_a_server_that_cannot_resume_is_asked_from_the_start(server, fetch):
-    server.resumes, server.drops = False, [70_000]
-    assert fetch.run().read_bytes() == PAGE
-
-
-def test_a_wrong_download_is_refused_and_kept_aside(server, fetch, tmp_path):
-    server.page = PAGE[:-1] + b"x"
-    with pytest.raises(
-        ValueError, match=r"the download of page has sha256 .*page.txt.bad"
-    ):
-        fetch.run()
-    assert (tmp_path / "page.txt.bad").read_bytes() == server.page
-    assert not (tmp_path / "page.txt").exists()
-
-
-def test_a_damaged_cache_file_is_downloaded_again(server, fetch, tmp_path):
-    (tmp_path / "page.txt").write_bytes(PAGE[:-1])
-    assert fetch.run().read_bytes() == PAGE and len(server.ranges) == 1
-
-
-def test_a_download_that_changes_is_pinned_at_first_use_and_checked_after(
-    server, fetch, tmp_path
-):
-    fetch.use(sha256=None, changes=True)
-    path = fetch.run()
-    pins = json.loads((tmp_path / "pins.json").read_text())
-    assert pins == {"page": hashlib.sha256(PAGE).hexdigest()}
-    path.write_bytes(b"edited")
-    assert fetch.run().read_bytes() == PAGE
-    path.unlink()
-    server.page, server.etag = b"another edition", '"2"'
-    with pytest.raises(ValueError, match=r"delete page from .*pins.json to accept it"):
-        fetch.run()
-
-
-def test_a_download_of_several_parts_is_put_together(server, fetch):
-    whole = b"[" + PAGE + b"|" + PAGE + b"]"
-    fetch.use(
-        urls=corpora.DOWNLOADS["page"].urls * 2,
-        sha256=hashlib.sha256(whole).hexdigest(),
-        finish=lambda parts: b"[" + b"|".join(parts) + b"]",
-    )
-    path = fetch.run()
-    assert path.read_bytes() == whole
-    assert [p.name for p in path.parent.iterdir()] == ["page.txt"]
-
-
-def test_what_is_no_archive_is_told_and_does_not_stand_in_the_way(server, fetch):
-    fetch.use(finish=corpora._member("a.txt"))
-    for _ in range(2):  # a second try begins anew
-        with pytest.raises(ValueError, match=r"downloaded as page .*not a zip file"):
-            fetch.run()
-
-
-def test_an_unreachable_server_is_told_with_what_to_do(server, fetch, tmp_path):
-    fetch.use(urls=("http://127.0.0.1:9/page.txt",))
-    with pytest.raises(FileNotFoundError, match=r"put the file at .*page.txt"):
-        fetch.run()
-
-
-def test_the_text_of_a_gutenberg_book_stands_between_its_marks():
-    page = (
-        "\ufeffThe Project Gutenberg eBook of Emma\r\n\r\n"
-        "*** START OF THE PROJECT GUTENBERG EBOOK EMMA ***\r\n\r\nCHAPTER I\r\n\r\n"
-        "Emma ***\r\n\r\n*** END OF THE PROJECT GUTENBERG EBOOK EMMA ***\r\nLicence"
-    ).encode()
-    assert corpora._gutenberg([page, page]) == b"CHAPTER I\n\nEmma ***\n" + (
-        b"\n\nCHAPTER I\n\nEmma ***\n"
-    )
-    with pytest.raises(ValueError, match="lacks its START and END lines"):
-        corpora._gutenberg([b"<html>"])
 
 
 def test_tinystories_are_split_into_stories(tmp_path, read, monkeypatch):
@@ -451,7 +445,7 @@ def test_tinystories_are_split_into_stories(tmp_path, read, monkeypatch):
         "\nOnce.\n\nThe end.\n<|endoftext|>\n\nTwice.\n<|endoftext|>\n<|endoftext|>\n"
     )
     (tmp_path / "cache" / "tinystories.txt").write_text(text)
-    monkeypatch.setattr(corpora, "READ_BYTES", 5)
+    monkeypatch.setattr(plaintext, "READ_BYTES", 5)
     assert read("tinystories") == ["Once.\n\nThe end.", "Twice."]
 
 

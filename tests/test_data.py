@@ -286,6 +286,9 @@ def test_with_a_tail_every_target_is_predicted_exactly_once(length):
 def test_too_little_text_for_a_window_is_told_with_the_numbers():
     with pytest.raises(ValueError, match=r"has 8 tokens .* seq_len 8 needs 9"):
         data.Windows(np.arange(8), seq_len=8, stride=8, tail=False)
+    # Shorter windows would not help here.
+    with pytest.raises(ValueError, match=r"validate with has 1 token, .*val_fraction"):
+        data.Windows(np.arange(1), seq_len=8, stride=8, tail=True)
     with pytest.raises(ValueError, match="stride is 0"):
         data.Windows(np.arange(8), seq_len=2, stride=0, tail=False)
     with pytest.raises(IndexError):

@@ -8,6 +8,7 @@ import pytest
 
 from configs import common
 from gpt_jax import checkpoint, metrics, model, runs, train
+from gpt_jax.rows import Row
 from gpt_jax.tasks import dpo
 
 VERBS = ("run", "walk", "sing", "read", "swim", "jump", "cook", "draw", "type", "sail")
@@ -89,15 +90,54 @@ def test_of_a_conversation_only_the_answers_that_differ_count(home, tmp_path):
 
 
 def test_pairs_without_preferences_take_the_next_answer_as_rejected():
-    rows = [{"instruction": "a", "output": "1"}, {"instruction": "b", "output": "2"}]
-    assert [row["rejected"] for row in dpo.mismatched(rows)] == ["2", "1"]
+    rows = [Row("", n, {"instruction": "a", "output": f"{n}"}) for n in (1, 2)]
+    found = [row.fields["rejected"] for row in dpo.mismatched(rows)]
+    assert found == ["2", "1"]
+
+
+def answered(**changes):
+    """A row whose messages end with an answer, as many published ones do."""
+    turns = [("user", "Hi!"), ("assistant", "Aye.")]
+    told = [{"role": role, "content": text} for role, text in turns]
+    return {"messages": told, "chosen": "Aye.", "rejected": "No.", **changes}
+
+
+@pytest.mark.fault(34, injections=2)
+def test_an_answer_that_the_messages_end_with_is_learnt_once(home, tmp_path, caplog):
+    task = task_of(configure(home), tmp_path, [answered()] * 10)
+    said = "the messages of 7 of 7 pairs (train) end with the chosen answer"
+    assert said in caplog.text
+    pair, end = task.train[0], task.tokenizer.eos_id
+    for side, answer in enumerate(("Aye.", "No.")):
+        learnt = pair["targets"][side][pair["mask"][side] == 1].tolist()
+        assert learnt == [*task.tokenizer.encode(answer), end]
+        start = int(np.argmax(pair["mask"][side]))
+        assert task.tokenizer.decode(pair["tokens"][side][: start + 1]) == "Hi!\n"
+    rows = [answered()] * 3 + [answered(chosen="Nay.")] * 7
+    with pytest.raises(ValueError, match=r"json, row 4: its messages end with an ans"):
+        task_of(configure(home), tmp_path, rows)
+
+
+@pytest.mark.fault(34)
+def test_rows_that_cannot_be_read_are_left_out_where_that_is_wanted(
+    home, tmp_path, capfd
+):
+    config = configure(home)
+    rows = [{**ROWS[0], "rejected": "cut \ud83d"}, *ROWS]
+    with pytest.raises(ValueError, match=r"row 1: 'rejected' holds half of a"):
+        task_of(config, tmp_path, rows)
+    config.data.skip_bad_docs = True
+    assert len(task_of(config, tmp_path, rows).train) == 14
+    assert "1 row left out that cannot be read, the first:" in "".join(
+        capfd.readouterr()
+    )
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"rejected": None}, "no text 'rejected'; its columns are"),
-        ({"output": None}, "no text 'chosen'"),
+        ({"rejected": None}, "no field 'rejected'; it has: .*wanted"),
+        ({"output": None}, "row 1 has no field 'chosen'"),
         ({"output": 3}, "not text"),
         ({"rejected": " "}, "1 of 14 pairs .* have an empty answer.*drop"),
         ({"output": "long " * 9}, "1 of 14 pairs .* longer than the window of 32"),

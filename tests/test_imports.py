@@ -13,9 +13,10 @@ ROOT = Path(__file__).parents[1]
 # Imports go down at least one floor. Doors (experiments) stand on top of all.
 FLOORS = (
     "names files screen devices weights",
-    "model attention tokenizers chat corpora data losses adapters optimizer sharding "
-    "programs processes checkpoint metrics signals",
-    "prepare instructions sample runs plots tables classify pretrained",
+    "plaintext paths downloads",
+    "model attention tokenizers chat rows corpora data losses adapters optimizer "
+    "sharding programs processes checkpoint metrics signals",
+    "prepare instructions sample runs plots labelled classify pretrained",
     "tasks evaluate",
     "step train",
     "population serve",
@@ -25,6 +26,7 @@ FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names.spl
 SIDEWAYS = {
     ("model", "attention"),
     ("checkpoint", "processes"),
+    ("corpora", "rows"),
     ("train", "step"),
 }
 # A worker's process gives its environment to the processes that it starts.

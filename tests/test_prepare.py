@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt_jax import corpora, data, files, prepare, screen, tokenizers
+from gpt_jax import corpora, data, files, plaintext, prepare, screen, tokenizers
 
 TEXT = "".join(f"line {i} of the text\n" for i in range(200))
 
@@ -149,7 +149,7 @@ def test_reading_in_pieces_does_not_change_one_id(
     (tmp_path / "a.py").write_text(source)
     whole = run(tmp_path / "a.py", tokenizer=tokenizer, folder=tmp_path / "whole")
     monkeypatch.setattr(corpora, "PIECE_CHARS", 200)
-    monkeypatch.setattr(corpora, "READ_BYTES", 64)
+    monkeypatch.setattr(plaintext, "READ_BYTES", 64)
     monkeypatch.setattr(prepare, "GROUP_CHARS", 500)
     # The tokenizer itself is the same, so that only the cuts differ.
     made = str(whole.folder / "tokenizer.json")
@@ -165,7 +165,7 @@ def test_the_number_of_workers_does_not_change_one_id(
     run, text_file, tmp_path, monkeypatch, workers
 ):
     monkeypatch.setattr(corpora, "PIECE_CHARS", 100)
-    monkeypatch.setattr(corpora, "READ_BYTES", 50)
+    monkeypatch.setattr(plaintext, "READ_BYTES", 50)
     monkeypatch.setattr(prepare, "GROUP_CHARS", 150)
     prepared = run(text_file, tokenizer="byte", workers=workers, val_fraction=0.5)
     np.testing.assert_array_equal(
@@ -346,6 +346,14 @@ def test_documents_that_cannot_be_read_are_left_out_and_counted_if_wanted(
     assert "left out 6 that cannot be read" in said and "line 2 is not JSON" in said
     reasons = (done.folder / "left_out.txt").read_text().splitlines()
     assert len(reasons) == 6 and "b.txt is not UTF-8" in reasons[4]
+
+
+@pytest.mark.fault(34)
+def test_a_text_of_which_nothing_is_left_tells_why(run, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "a"}\n' * 9)
+    with pytest.raises(ValueError, match=r"no text .*; left out 9 .* no field 'text'"):
+        run(tmp_path / "a.jsonl", skip_bad_docs=True)
+    assert not list((tmp_path / "data").iterdir())
 
 
 def test_a_text_shorter_than_a_window_is_the_windows_error(run, tmp_path):

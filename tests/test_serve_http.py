@@ -234,6 +234,33 @@ def test_harmless_keys_of_other_servers_are_passed_over(client):
         model="tiny", prompt="x", user="me", best_of=1, logit_bias={}, max_tokens=1
     )
     assert done.usage.completion_tokens == 1
+    done = client.chat.completions.create(
+        model="chatty",
+        messages=[{"role": "user", "content": "x"}],
+        tools=[],
+        tool_choice="none",
+        parallel_tool_calls=True,
+        max_tokens=1,
+    )
+    assert done.usage.completion_tokens == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"tool_choice": "required"}, "tool_choice is not supported by this server"),
+        ({"tools": [{}]}, "tools is not supported by this server"),
+        ({"best_of": True}, "best_of is not supported by this server"),
+        ({"parallel_tool_calls": 1}, "parallel_tool_calls is not supported"),
+        ({"seed": 2**70}, "to 18446744073709551616, not 1180591620717411303424"),
+        ({"temperature": [1]}, "temperature must be a number, not a list"),
+        ({"stream": "yes"}, 'stream must be true or false, not "yes"'),
+        ({"temperature": True}, "temperature must be a number, not true"),
+    ],
+)
+def test_what_asks_for_something_else_is_refused_in_words_of_json(live, fields, words):
+    status, answer, _ = live.ask("/v1/completions", {"prompt": "x", **fields})
+    assert status == 400 and words in answer["error"]["message"]
 
 
 def test_health_and_numbers_and_the_page_are_there(live):

@@ -39,6 +39,7 @@ def make(tmp_path, rows=ROWS, **changes):
     config = common.tiny(common.base())
     config.model.context_length = changes.pop("context", 160)
     config.data.source = str(write(tmp_path, rows))
+    config.data.skip_bad_docs = changes.pop("skip_bad_docs", False)
     task = {**common.task_sft(), "template": "chatml", **changes}
     return tasks.make(
         **task,
@@ -77,6 +78,33 @@ def test_every_answer_of_a_conversation_is_learnt(tmp_path):
     task = make(tmp_path, rows=[TALK] * 9, template="plain")
     (text,) = {text for i in range(2) for text in learnt(task, task.train[i])}
     assert text == "Hello.<|endoftext|>Bye.<|endoftext|>"
+
+
+def weighted(*weights):
+    """TALK with these weights of its two answers."""
+    turns = [dict(turn) for turn in TALK["messages"]]
+    for turn, weight in zip((turns[2], turns[4]), weights, strict=True):
+        turn["weight"] = weight
+    return {"messages": turns}
+
+
+def test_an_answer_of_weight_0_is_not_learnt(tmp_path):
+    task = make(tmp_path, rows=[weighted(0, 1)] * 9, template="plain", pack=False)
+    assert learnt(task, task.train[0]) == ["Bye.<|endoftext|>"]
+    with pytest.raises(ValueError, match=r"8 of 8 rows .* none to learn.*row 1"):
+        make(tmp_path, rows=[weighted(0, 0)] * 10)
+    with pytest.raises(ValueError, match=r"row 1: an answer has the weight 0, but"):
+        make(tmp_path, rows=[weighted(0, 1)] * 9, learn="all")
+
+
+@pytest.mark.fault(34)
+def test_rows_that_cannot_be_read_are_left_out_where_that_is_wanted(tmp_path, capfd):
+    rows = [{"instruction": "cut", "output": "yes \ud83d"}, *ROWS]
+    with pytest.raises(ValueError, match=r"row 1: 'output' holds half of a surrogate"):
+        make(tmp_path, rows=rows)
+    task = make(tmp_path, rows=rows, pack=False, skip_bad_docs=True)
+    assert len(task.train) == 24
+    assert "1 row left out that cannot be read" in "".join(capfd.readouterr())
 
 
 def test_all_tokens_but_the_first_can_be_learnt(tmp_path):

@@ -1,9 +1,15 @@
 """Facts about tokenizers: exact ids, nothing dropped, nothing becomes special."""
 
 import hashlib
+import itertools
 import json
 import pickle
+import random
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from gpt_jax import tokenizers
+from gpt_jax import corpora, tokenizers
 
 TEXT = (
     'First Citizen:\nBefore we proceed, hear me -- (all) "speak"! It\'s été, 日本 🙂\n'
@@ -104,6 +110,109 @@ def test_the_sha256_is_that_of_the_saved_file(tmp_path):
 
 def test_byte_names_are_those_of_byte_level_vocabularies():
     assert set(tokenizers._byte_values()) == set(pre_tokenizers.ByteLevel.alphabet())
+
+
+# --- training a BPE -------------------------------------------------------------------
+
+
+def unbounded(texts, size):
+    """The merges that Hugging Face's trainer finds, which takes words of any length."""
+    backend = hf.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    options = {"initial_alphabet": alphabet, "show_progress": False}
+    trainer = hf.trainers.BpeTrainer(vocab_size=size, **options)
+    backend.train_from_iterator(texts, trainer)
+    return json.loads(backend.to_str())["model"]["merges"]
+
+
+def merges(tokenizer):
+    return json.loads(tokenizer.json)["model"]["merges"]
+
+
+def test_the_tokens_of_ordinary_text_are_those_of_words_of_any_length():
+    library = corpora.open("builtin:json", field="", cache="unused")
+    texts = [*library.documents(), "-" * 300 + "\n", " " * 1000 + "x " + "y" * 1000]
+    found = tokenizers.train("bpe:900", texts)
+    assert merges(found) == unbounded(texts, 899)
+    assert len(merges(found)) == 899 - 256
+
+
+@pytest.mark.parametrize("name", ["tinyshakespeare.txt", "sms_spam.tsv"])
+def test_the_tokens_of_real_texts_are_those_of_words_of_any_length(corpus_file, name):
+    text = corpus_file(name).read_text(encoding="utf-8")
+    assert merges(tokenizers.train("bpe:2000", [text])) == unbounded([text], 1999)
+
+
+def unspaced(kind, size):
+    """Texts without white space, or of nothing else."""
+    rng = random.Random(0)
+    make = {
+        "DNA": lambda: rng.choices("ACGT", k=size),
+        "Chinese": lambda: map(chr, rng.choices(range(0x4E00, 0x5000), k=size)),
+        "a log": lambda: map("{0:x},level=INFO;".format, range(size // 16)),
+        "line breaks": lambda: ["\n"] * size,
+    }[kind]
+    return "".join(make())
+
+
+@pytest.mark.parametrize("kind", ["DNA", "Chinese", "a log", "line breaks"])
+def test_text_without_white_space_is_trained_on_in_proportion_to_its_length(kind):
+    took = []
+    for size in (40_000, 160_000):
+        text, began = unspaced(kind, size), time.process_time()
+        tokenizer = tokenizers.train("bpe:300", [text])
+        took.append(time.process_time() - began)
+        assert tokenizer.decode(tokenizer.encode(text[:9999])) == text[:9999]
+        assert len(tokenizer.encode(text[:9999])) < 0.7 * len(text[:9999].encode())
+    assert took[1] < 8 * took[0] + 0.5  # 16 times as much where time is quadratic
+
+
+@pytest.mark.slow
+def test_20_megabytes_without_white_space_take_about_20_times_one_megabyte():
+    took = []
+    for size in (1_000_000, 20_000_000):
+        text, began = unspaced("DNA", size), time.process_time()
+        tokenizers.train("bpe:1000", [text])
+        took.append(time.process_time() - began)
+    assert took[1] < 40 * took[0]
+
+
+LONG_TRAINING = """
+import random
+from gpt_jax import tokenizers
+text = "".join(random.Random(0).choices("ACGT", k=3_000_000))
+tokenizers.train("bpe:4000", [text], tick=lambda seconds: print(seconds, flush=True))
+print("trained")
+"""
+
+
+@pytest.mark.fault(33)
+def test_ctrl_c_ends_the_training_of_a_bpe():
+    command = [sys.executable, "-c", LONG_TRAINING]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout and 0.1 <= float(process.stdout.readline()) < 5
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT and "KeyboardInterrupt" in err
+    assert "trained" not in out
+
+
+def test_what_goes_wrong_in_the_texts_or_while_waiting_ends_the_training():
+    def texts():
+        yield TEXT
+        raise OSError(5, "Input/output error", "a disk")
+
+    with pytest.raises(OSError, match="a disk"):
+        tokenizers.train("bpe:310", texts())
+
+    def refuse(seconds):
+        raise InterruptedError(f"after {seconds:.0f} s")
+
+    with pytest.raises(InterruptedError):
+        tokenizers.train("bpe:310", itertools.repeat(TEXT), tick=refuse)
 
 
 # --- round trips ----------------------------------------------------------------------

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from configs import common
-from gpt_jax import corpora, data, instructions, pretrained, runs, tokenizers
+from gpt_jax import corpora, data, downloads, instructions, pretrained, runs, tokenizers
 from gpt_jax.checkpoint import Checkpoints, Damaged
+from gpt_jax.labelled import files
 from gpt_jax.model import GPTConfig
 from gpt_jax.sweep import space
-from gpt_jax.tables import files
 from tests.golden import make_run
 
 CANARY = "canary"
@@ -188,15 +188,15 @@ def test_an_archive_writes_nothing_by_the_names_in_it():
         for name in (f"../{CANARY}", f"/tmp/{CANARY}", f"..\\{CANARY}", CANARY):
             archive.writestr(name, "slipped")
         archive.writestr("wanted", "text")
-    assert corpora._member("wanted")([packed.getvalue()]) == b"text"
+    assert downloads._member("wanted")([packed.getvalue()]) == b"text"
     with pytest.raises(ValueError, match="is not in the archive"):
-        corpora._member("absent")([packed.getvalue()])
+        downloads._member("absent")([packed.getvalue()])
 
 
 @pytest.mark.fault(30)
 def test_an_archive_that_would_fill_the_memory_is_refused():
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("wanted", b"0" * (corpora.UNPACKED_BYTES + 1))
+        archive.writestr("wanted", b"0" * (downloads.UNPACKED_BYTES + 1))
     with pytest.raises(ValueError, match="would unpack to"):
-        corpora._member("wanted")([packed.getvalue()])
+        downloads._member("wanted")([packed.getvalue()])

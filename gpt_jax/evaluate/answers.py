@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from gpt_jax import chat, checkpoint, files, sample
 from gpt_jax.evaluate import scores
+from gpt_jax.rows import Row
 from gpt_jax.runs import Run
 
 
@@ -16,7 +17,7 @@ class Asked(NamedTuple):
 
     Attributes:
       number: where the row stands in the file, from 1.
-      row: the row as it stands there.
+      row: its fields as they stand there.
       question: what its last user asks.
       prompt: its ids, up to where an answer begins.
       reference: the answer that the row holds.
@@ -46,7 +47,7 @@ class Answers(NamedTuple):
 
 
 def ask(
-    found: Sequence[dict[str, Any]],
+    found: Sequence[Row],
     tokenizer,
     template: str,
     *,
@@ -66,13 +67,13 @@ def ask(
       ValueError: a row cannot be used (names it), or none can; or the template fails.
     """
     asked, skipped = [], Counter()
-    for number, row in enumerate(found, start=1):
+    for row in found:
         try:
-            asked.append(_asked(number, row, tokenizer, template, context))
+            asked.append(_asked(row, tokenizer, template, context))
         except _Unusable as error:
             if not skip:
                 raise ValueError(
-                    f"row {number}: {error.args[1]}; mend it, or leave such rows out "
+                    f"{row.where}: {error.args[1]}; mend it, or leave such rows out "
                     "with --skip_bad_rows"
                 ) from error
             skipped[error.args[0]] += 1
@@ -195,9 +196,9 @@ class _Unusable(ValueError):
     """Args: the reason in a few words, the sentence."""
 
 
-def _asked(number: int, row, tokenizer, template: str, context: int) -> Asked:
+def _asked(row: Row, tokenizer, template: str, context: int) -> Asked:
     try:
-        messages = chat.messages_of(row, template)
+        messages = chat.messages_of(row.fields, template)
     except ValueError as error:
         raise _Unusable("unusable", str(error)) from error
     *before, last = messages
@@ -209,7 +210,7 @@ def _asked(number: int, row, tokenizer, template: str, context: int) -> Asked:
     if len(ids) >= context:
         what = f"its prompt has {len(ids)} tokens, the model's context is {context}"
         raise _Unusable("too long", what)
-    return Asked(number, row, before[-1].content, ids, last.content)
+    return Asked(row.number, row.fields, before[-1].content, ids, last.content)
 
 
 def _row(one: Asked, completion: sample.Completion, tokenizer) -> dict[str, Any]:

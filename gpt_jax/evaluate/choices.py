@@ -1,9 +1,12 @@
 """Multiple-choice questions, answered by what the model finds likeliest."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from gpt_jax import files, rows
 from gpt_jax.evaluate import likelihood, scores
+from gpt_jax.plaintext import kind
 
 
 class Question(NamedTuple):
@@ -31,6 +34,24 @@ class Pick(NamedTuple):
     normed: int
 
 
+def read(path: str | Path, bad: rows.Bad = None) -> list[Question]:
+    """Returns the questions of a file of rows; see `rows.read` and `question`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: a row is no question, or none is.
+    """
+
+    def make(row: rows.Row) -> Question:
+        try:
+            return question(row.fields)
+        except ValueError as error:
+            raise ValueError(f"{row.where}: {error}") from None
+
+    file = files.expand(path)
+    return rows.usable(path, lambda bad: rows.read(file, bad=bad), make, bad)
+
+
 def question(row: dict[str, Any]) -> Question:
     """Returns a row {"context", "choices", "answer"} as a question.
 
@@ -47,7 +68,10 @@ def question(row: dict[str, Any]) -> Question:
     choices, answer = row["choices"], row["answer"]
     texts = isinstance(choices, list) and all(isinstance(c, str) and c for c in choices)
     if not texts or len(choices) < 2 or not isinstance(row["context"], str):
-        raise ValueError("context must be a text and choices two texts or more")
+        raise ValueError(
+            "context must be a text and choices two texts or more; they are "
+            f"{kind(row['context'])} and {kind(choices)}"
+        )
     if isinstance(answer, str) and choices.count(answer) == 1:
         answer = choices.index(answer)
     if type(answer) is not int or not 0 <= answer < len(choices):

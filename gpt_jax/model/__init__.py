@@ -150,10 +150,10 @@ class GPT(nn.Module):
 
     def embed(self, tokens_BT, positions_BT=None, *, dropout: Dropout | None = None):
         """Returns the residual stream [B, T, D] before the first layer."""
-        cfg, T = self.cfg, tokens_BT.shape[1]
-        if T > cfg.context_length:
+        cfg, length = self.cfg, tokens_BT.shape[1]
+        if length > cfg.context_length:
             raise ValueError(
-                f"{T} tokens are more than context_length {cfg.context_length}; "
+                f"{length} tokens are more than context_length {cfg.context_length}; "
                 "pass fewer or build the model with a longer context"
             )
         x_BTD = self.table(tokens_BT)
@@ -161,7 +161,7 @@ class GPT(nn.Module):
             x_BTD = x_BTD * jnp.asarray(cfg.embed_scale, x_BTD.dtype)
         if cfg.position == "learned":
             if positions_BT is None:
-                x_BTD = x_BTD + self.positions(slice(0, T))
+                x_BTD = x_BTD + self.positions(slice(0, length))
             else:
                 x_BTD = x_BTD + self.positions(positions_BT)
         if cfg.embed_norm:

@@ -109,7 +109,7 @@ def _shared(limits: Limits, names: list[str]) -> Schema:
         "max_tokens": _or_null("integer", minimum=0, maximum=most),
         "ignore_eos": _or_null("boolean"),
     }
-    fields |= {name: {"enum": [none, [], {}, None]} for name, none in NOTHING.items()}
+    fields |= {name: {"enum": [*none, None]} for name, none in NOTHING.items()}
     return fields | {name: {} for name in PASSED.split()}
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gpt_jax import sample
+from gpt_jax import plaintext, sample
 from gpt_jax.serve.batch import TOP
 from gpt_jax.serve.texts import Spelling, Token
 
@@ -115,15 +115,21 @@ SHARED = "model temperature top_k top_p min_p repetition_penalty seed stop n str
 SHARED += "stream_options max_tokens logprobs ignore_eos"
 # Told by clients of others; they change no text here.
 PASSED = "user metadata store service_tier safety_identifier prompt_cache_key"
-# What other servers do and this one does not, and the value that asks for nothing.
-NOTHING = {
-    "frequency_penalty": 0,
-    "presence_penalty": 0,
-    "logit_bias": {},
-    "best_of": 1,
-    "suffix": "",
-    "tools": [],
-    "response_format": {"type": "text"},
+# What other servers do and this one does not, and the values that ask for nothing.
+NOTHING: dict[str, list[Any]] = {
+    "frequency_penalty": [0, [], {}],
+    "presence_penalty": [0, [], {}],
+    "logit_bias": [{}, []],
+    "best_of": [1, [], {}],
+    "suffix": ["", [], {}],
+    "tools": [[], {}],
+    "functions": [[]],
+    # Without tools there is nothing to choose.
+    "tool_choice": ["none", "auto"],
+    "function_call": ["none", "auto"],
+    "parallel_tool_calls": [False, True],
+    "modalities": [["text"]],
+    "response_format": [{"type": "text"}, [], {}],
 }
 COMPLETION = {*f"{SHARED} {PASSED} prompt echo".split(), *NOTHING}
 CHAT = {*f"{SHARED} {PASSED} messages top_logprobs".split(), *NOTHING}
@@ -189,9 +195,10 @@ def _known(fields, names: set[str]) -> None:
             close = difflib.get_close_matches(name[:40], names, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise _bad(f"{name[:40]!r} is not a key that this server knows{hint}")
-    for name, nothing in NOTHING.items():
-        truth = isinstance(fields.get(name), bool)  # to Python False is 0
-        if name in fields and (truth or fields[name] not in (nothing, [], {})):
+    for name in NOTHING.keys() & fields.keys():
+        # To Python False is 0 and True is 1.
+        truth, value = isinstance(fields[name], bool), fields[name]
+        if not any(isinstance(x, bool) == truth and x == value for x in NOTHING[name]):
             raise _bad(f"{name} is not supported by this server: leave it out")
 
 
@@ -292,9 +299,9 @@ def _bytes(text: str) -> int:
 
 
 def _shown(value: Any) -> str:
-    text = (
-        repr(value) if isinstance(value, str | float | bool) else type(value).__name__
-    )
+    if not isinstance(value, str | int | float):
+        return plaintext.kind(value)
+    text = json.dumps(value)
     return text if len(text) < 40 else f"{text[:40]}..."
 
 

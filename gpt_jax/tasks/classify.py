@@ -6,7 +6,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt_jax import classify, files, losses, prepare, screen, tables, tokenizers
+from gpt_jax import (
+    classify,
+    files,
+    labelled,
+    losses,
+    names,
+    prepare,
+    screen,
+    tokenizers,
+)
 from gpt_jax.classify import POOLS
 from gpt_jax.model import GPT, logits
 from gpt_jax.runs import Classes
@@ -78,7 +87,7 @@ def make(
       ValueError: an option, the table, or the model and the texts do not fit.
     """
     _check(pool, buckets)
-    found = tables.load(source_of(table, text))
+    found = labelled.load(source_of(table, text))
     tokenizer = _tokenizer(text, found.parts, progress)
     gpt = _model(model, tokenizer, found.labels)
     limit = text["seq_len"] or gpt.cfg.context_length
@@ -142,29 +151,40 @@ def make_loss(model: GPT, *, pool: str, causal: bool, dropout: Collection[str]):
     return loss
 
 
-def source_of(task: Mapping[str, Any], text: Mapping[str, Any]) -> tables.Source:
+def source_of(task: Mapping[str, Any], text: Mapping[str, Any]) -> labelled.Source:
     """Returns the table that `config.task` and `config.data` name."""
-    return tables.Source(
+    return labelled.Source(
         source=text["source"],
         cache=text["cache"],
-        columns=tables.Columns(
+        columns=labelled.Columns(
             task["text_column"],
             task["label_column"],
             task["split_column"],
-            tuple(task["columns"]),
+            texts_of("task.columns", task["columns"]),
         ),
         val=task["val"],
         test=task["test"],
         fractions=tuple(task["fractions"]),
         seed=task["split_seed"],
         balance=task["balance"],
-        labels=tuple(task["labels"]),
+        labels=texts_of("task.labels", task["labels"]),
         skip=task["skip"],
     )
 
 
+def texts_of(key: str, values: Sequence[Any]) -> tuple[str, ...]:
+    """Returns names as texts: numbers too, and those of "a,b", as flags write it.
+
+    Raises:
+      ValueError: one is neither a text nor a number; names the key.
+    """
+    if len(values) == 1 and isinstance(values[0], str):
+        values = values[0].split(",")
+    return tuple(labelled.plain(value, f"{key}: one of its names") for value in values)
+
+
 def fingerprint(
-    found: tables.Table, tokenizer: tokenizers.Tokenizer, length: int
+    found: labelled.Table, tokenizer: tokenizers.Tokenizer, length: int
 ) -> str:
     """Returns the sha256 of all that a run's examples are made of, its test included.
 
@@ -178,10 +198,13 @@ def fingerprint(
 
 
 def _check(pool: str, buckets: Sequence[int]) -> None:
-    if pool not in POOLS:
-        raise ValueError(f"task.pool {pool!r} is not one of: {', '.join(POOLS)}")
-    if any(size < 1 for size in buckets):
-        raise ValueError(f"task.buckets is {buckets}: give numbers of tokens")
+    names.choose("task.pool", pool, POOLS)
+    for size in buckets:
+        if type(size) is not int or size < 1:
+            raise ValueError(
+                f"task.buckets holds {size!r}: give whole numbers of tokens, as in "
+                '--config.task.buckets="(32, 64)"'
+            )
     if buckets and pool == "end":
         raise ValueError(
             "task.pool=end reads the last position of rows that are all of one width: "
@@ -195,12 +218,13 @@ def _check(pool: str, buckets: Sequence[int]) -> None:
 
 
 def _tokenizer(
-    text: Mapping[str, Any], parts: tables.Parts, progress: bool
+    text: Mapping[str, Any], parts: labelled.Parts, progress: bool
 ) -> tokenizers.Tokenizer:
     """Returns the tokenizer that is named, trained on the texts to learn from."""
     spec = text["tokenizer"]
     ready = prepare.ready_tokenizer(spec, text["cache"], progress)
-    return ready or tokenizers.train(spec, (row.text for row in parts.train))
+    texts = (row.text for row in parts.train)
+    return ready or prepare.train_tokenizer(spec, texts, screen.Show(progress))
 
 
 def _model(
@@ -214,5 +238,7 @@ def _model(
     return lm.make_model({**model, "n_classes": len(labels)}, tokenizer)
 
 
-def _numbers(rows: Sequence[tables.Row], labels: Sequence[str]) -> np.ndarray:
+def _numbers(
+    rows: Sequence[labelled.LabelledText], labels: Sequence[str]
+) -> np.ndarray:
     return np.array([labels.index(row.label) for row in rows], np.int32)

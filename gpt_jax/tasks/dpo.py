@@ -5,6 +5,7 @@ compares what the model gives the two answers with what the weights that it star
 from gave them. Those are held once, in `frozen`; with LoRA they are the base itself.
 """
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,8 +18,12 @@ from gpt_jax.model import GPT, hidden, logits
 from gpt_jax.tasks import lm, sft
 from gpt_jax.tasks.task import Task, dropout_of, with_own
 
+log = logging.getLogger(__name__)
+
 LOGPS = ("sum", "mean")
 WITHOUT_REFERENCE = ("orpo",)
+CHOSEN = ("chosen", "output")  # columns of the better answer, the first that is there
+WANTED = "wanted are 'rejected', and 'chosen' or 'output'"
 
 
 class Pair(NamedTuple):
@@ -53,7 +58,8 @@ def make(
     Args:
       model: the fields of `GPTConfig`; vocab_size 0 takes the tokenizer's.
       text: the keys of `config.data`; source is as `instructions.read` takes it, and
-        each row has the columns "rejected" and "chosen" (or "output") as well.
+        each row has the columns "rejected" and "chosen" (or "output") as well. Chat
+        messages end before the answer, or with the chosen one, which counts once.
       template: see `chat.render`.
       variant: see `losses.preference`.
       logp: see `losses.preference`.
@@ -76,7 +82,7 @@ def make(
     seq_len = text["seq_len"] or model["context_length"]
     lm.check_window(seq_len, model["context_length"])
     show = screen.Show(progress)
-    rows = instructions.read(text["source"], cache=text["cache"], progress=progress)
+    rows = sft.rows_of(text, show, progress)
     if text["source"].partition(":")[0] == "builtin":
         rows = mismatched(rows)
     parts = instructions.split(
@@ -103,6 +109,7 @@ def make(
     width = min(seq_len, -(-longest // 8) * 8)
     ready = {name: Pairs(part, width) for name, part in encoded.items()}
     counts = ", ".join(f"{len(part)} ({name})" for name, part in ready.items())
+    test = [row.fields for row in parts["test"]]
     show.say(f"pairs of answers: {counts}, {len(parts['test'])} kept for a test")
     return Task(
         model=gpt,
@@ -118,9 +125,9 @@ def make(
         train=ready["train"],
         evals={"val": ready["val"]},
         tokens=2 * width,
-        fingerprint=sft.fingerprint(encoded, tokenizer, parts["test"]),
+        fingerprint=sft.fingerprint(encoded, tokenizer, test),
         reference=variant not in WITHOUT_REFERENCE,
-        test=parts["test"],
+        test=test,
         prompt=partial(sft.prompt_ids, tokenizer=tokenizer, template=template),
         stop=tuple(chat.stop_ids(tokenizer, template)),
     )
@@ -197,7 +204,7 @@ def mismatched(rows: Sequence[instructions.Row]) -> list[instructions.Row]:
     """Returns rows without preferences as if the next row's answer were rejected."""
     others = [*rows[1:], *rows[:1]]
     return [
-        {**row, "rejected": other["output"]}
+        row._replace(fields={**row.fields, "rejected": other.fields["output"]})
         for row, other in zip(rows, others, strict=True)
     ]
 
@@ -206,20 +213,29 @@ def both(
     rows: Sequence[instructions.Row], name: str, empty: str, show: screen.Show
 ) -> list[tuple[instructions.Row, instructions.Row]]:
     """Returns each row as two: with the chosen answer, and with the rejected one."""
-    found, lost = [], []
+    found, lost, answered = [], [], []
     for row in rows:
-        chosen = _answer(row, "chosen", row.get("chosen", row.get("output")))
-        rejected = _answer(row, "rejected", row.get("rejected"))
-        pair = (_with_answer(row, chosen), _with_answer(row, rejected))
+        given = (name for name in CHOSEN if row.fields.get(name) is not None)
+        chosen = row.text(next(given, CHOSEN[0]), WANTED)
+        rejected = row.text("rejected", WANTED)
+        asked = _asked(row, chosen)
+        answered += [row] * (asked is not row)
+        pair = (_with_answer(asked, chosen), _with_answer(asked, rejected))
         (found if chosen.strip() and rejected.strip() else lost).append(pair)
     share = f"{len(lost)} of {len(rows)} pairs ({name})"
     if lost and empty == "refuse":
         raise ValueError(
-            f"{share} have an empty answer, the first: {lost[0]!s:.160}; mend them, or "
-            "leave them out with --config.task.empty=drop"
+            f"{share} have an empty answer, the first: {lost[0][0].where}; mend them, "
+            "or leave them out with --config.task.empty=drop"
         )
     if lost:
         show.say(f"{share} left out: an answer is empty")
+    if answered:
+        log.warning(
+            "the messages of %d of %d pairs (%s) end with the chosen answer, first in "
+            "%s: it counts once",
+            *(len(answered), len(rows), name, answered[0].where),
+        )
     if not found:
         raise ValueError(f"no pair ({name}) has two answers to compare")
     return found
@@ -292,21 +308,25 @@ class Pairs:
         return arrays
 
 
-def _answer(row: instructions.Row, what: str, answer: Any) -> str:
-    if not isinstance(answer, str):
+def _asked(row: instructions.Row, chosen: str) -> instructions.Row:
+    """Returns a row whose messages end before the answer that is to be given."""
+    turns = row.fields.get("messages") or []
+    if not turns or turns[-1]["role"] != "assistant":
+        return row
+    if turns[-1]["content"].strip() != chosen.strip():
         raise ValueError(
-            f"a row has no text {what!r}; its columns are {', '.join(map(repr, row))}, "
-            "and wanted are 'rejected', and 'chosen' or 'output'"
+            f"{row.where}: its messages end with an answer that is not the chosen one; "
+            "let them end before the answers that are compared"
         )
-    return answer
+    return row._replace(fields={**row.fields, "messages": turns[:-1]})
 
 
 def _with_answer(row: instructions.Row, answer: str) -> instructions.Row:
     """Returns a row as `chat.messages_of` reads it, with this answer at its end."""
-    if "messages" in row:
+    if turns := row.fields.get("messages"):
         last = {"role": "assistant", "content": answer}
-        return {"messages": [*row["messages"], last]}
-    return {**row, "output": answer}
+        return row._replace(fields={"messages": [*turns, last]})
+    return row._replace(fields={**row.fields, "output": answer})
 
 
 def _last(example: sft.Example) -> sft.Example:

@@ -74,7 +74,7 @@ def make(
     seq_len = text["seq_len"] or model["context_length"]
     lm.check_window(seq_len, model["context_length"])
     show = screen.Show(progress)
-    rows = instructions.read(text["source"], cache=text["cache"], progress=progress)
+    rows = rows_of(text, show, progress)
     parts = instructions.split(
         rows,
         how=text["split"],
@@ -85,20 +85,19 @@ def make(
     gpt = lm.make_model(model, tokenizer)
     encoded = {}
     for name in ("train", "val"):
-        kept = _answered(parts[name], name, template, empty, show)
+        kept = _answered(parts[name], name, template, learn, empty, show)
         found = encode(kept, tokenizer, template, learn=learn, show=show)
         encoded[name] = fitting(found, seq_len, name=name, too_long=too_long, show=show)
     longest = max(example.size for part in encoded.values() for example in part)
     width = seq_len if pack else min(seq_len, -(-longest // 8) * 8)
-    rows_of = pack_rows if pack else one_a_row
-    ready = {
-        name: Packed(rows_of(part, width), width) for name, part in encoded.items()
-    }
+    packed = pack_rows if pack else one_a_row
+    ready = {name: Packed(packed(part, width), width) for name, part in encoded.items()}
     counts = ", ".join(
         f"{len(encoded[name])} in {len(ready[name])} rows ({name})" for name in encoded
     )
     show.say(f"conversations: {counts}, {len(parts['test'])} kept for a test")
     alone = {name: one_a_row(part, width) for name, part in encoded.items()}
+    test = [row.fields for row in parts["test"]]
     return Task(
         model=gpt,
         tokenizer=tokenizer,
@@ -108,11 +107,28 @@ def make(
         train=ready["train"],
         evals={"val": ready["val"]},
         tokens=width,
-        fingerprint=fingerprint(alone, tokenizer, parts["test"]),
-        test=parts["test"],
+        fingerprint=fingerprint(alone, tokenizer, test),
+        test=test,
         prompt=partial(prompt_ids, tokenizer=tokenizer, template=template),
         stop=tuple(chat.stop_ids(tokenizer, template)),
     )
+
+
+def rows_of(
+    text: Mapping[str, Any], show: screen.Show, progress: bool
+) -> list[instructions.Row]:
+    """Returns the rows of `config.data`; says how many skip_bad_docs leaves out."""
+    lost: list[str] = []
+    found = instructions.read(
+        text["source"],
+        cache=text["cache"],
+        progress=progress,
+        bad=lost.append if text["skip_bad_docs"] else None,
+    )
+    if lost:
+        many = screen.count(len(lost), "row")
+        show.say(f"{many} left out that cannot be read, the first: {lost[0]}")
+    return found
 
 
 def encode(
@@ -124,7 +140,7 @@ def encode(
     show: screen.Show,
 ) -> list[Example]:
     """Returns each row's conversation as an Example."""
-    talks = [chat.messages_of(row, template) for row in rows]
+    talks = [chat.messages_of(row.fields, template) for row in rows]
     sizes = [sum(len(message.content) for message in talk) for talk in talks]
     examples = []
     with show.bar("encoding", sum(sizes)) as advance:
@@ -246,18 +262,34 @@ class Packed:
         return arrays
 
 
-def _answered(rows, name: str, template: str, empty: str, show) -> list:
+def _answered(
+    rows: Sequence[instructions.Row],
+    name: str,
+    template: str,
+    learn: str,
+    empty: str,
+    show: screen.Show,
+) -> list[instructions.Row]:
     """Returns the rows whose every answer says something; see `make`."""
     kept, lost = [], []
     for row in rows:
-        talk = chat.messages_of(row, template)
-        answers = [m.content.strip() for m in talk if m.role == "assistant"]
+        talk = chat.messages_of(row.fields, template)
+        said = [message for message in talk if message.role == "assistant"]
+        if learn == "all" and not all(message.weight for message in said):
+            raise ValueError(
+                f"{row.where}: an answer has the weight 0, but task.learn=all learns "
+                "everything: take --config.task.learn=answers"
+            )
+        answers = [
+            m.content.strip() for m in talk if m.role == "assistant" and m.weight
+        ]
         (kept if answers and all(answers) else lost).append(row)
     share = f"{len(lost)} of {len(rows)} rows ({name})"
     if lost and empty == "refuse":
         raise ValueError(
-            f"{share} have an empty answer, or none, the first: {lost[0]!s:.120}; "
-            "mend them, or leave them out with --config.task.empty=drop"
+            f"{share} have an empty answer, or none to learn, the first: "
+            f"{lost[0].where}; mend them, or leave them out with "
+            "--config.task.empty=drop"
         )
     if lost:
         show.say(f"{share} left out: their answer is empty")
@@ -266,14 +298,20 @@ def _answered(rows, name: str, template: str, empty: str, show) -> list:
     return kept
 
 
-def tokenizer_of(text, rows, template: str, progress: bool) -> tokenizers.Tokenizer:
+def tokenizer_of(
+    text: Mapping[str, Any],
+    rows: Sequence[instructions.Row],
+    template: str,
+    progress: bool,
+) -> tokenizers.Tokenizer:
     """Returns the tokenizer of `config.data`, trained on `rows` where it must be."""
     spec = text["tokenizer"]
     ready = prepare.ready_tokenizer(spec, text["cache"], progress)
     if ready is not None:
         return ready
-    talks = (chat.messages_of(row, template) for row in rows)
-    return tokenizers.train(spec, (m.content for talk in talks for m in talk))
+    talks = (chat.messages_of(row.fields, template) for row in rows)
+    texts = (message.content for talk in talks for message in talk)
+    return prepare.train_tokenizer(spec, texts, screen.Show(progress))
 
 
 def prompt_ids(text: str, *, tokenizer, template: str) -> list[int]:

@@ -1,12 +1,13 @@
 """Labelled texts: read from a table, cleaned, balanced and split.
 
-A table is a file (.tsv, .csv, .jsonl, .json), a named download, a Hugging Face dataset
+A table is a file of rows (see `rows`), a named download, a Hugging Face dataset
 ("hf:<name>[:<config>][:<split>]"), or "builtin:<folder>": every line of a folder of
 Python's own library, labelled with the file that it stands in. Which rows are left, and
 in which part they are, depends on the rows and the settings alone.
 """
 
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,27 +16,19 @@ from typing import NamedTuple
 import numpy as np
 
 from gpt_jax.files import digest
-from gpt_jax.tables.files import Columns, Row, read
+from gpt_jax.labelled.files import PARTS, Columns, LabelledText, plain, read
+from gpt_jax.plaintext import kind
 
-__all__ = ["Columns", "Parts", "Row", "Source", "Table", "balanced", "clean", "cut"]
-__all__ += ["load", "read"]
-
-PARTS = ("train", "val", "test")
-# What the column that names a row's part may hold.
-SPELLINGS = {
-    **{name: name for name in PARTS},
-    **dict.fromkeys(("training",), "train"),
-    **dict.fromkeys(("valid", "validation", "dev"), "val"),
-    **dict.fromkeys(("testing",), "test"),
-}
+__all__ = ["Columns", "LabelledText", "Parts", "Source", "Table", "balanced"]
+__all__ += ["clean", "cut", "load", "plain", "read"]
 
 
 class Parts(NamedTuple):
     """The rows to learn from, to choose by, and to be judged with once."""
 
-    train: list[Row]
-    val: list[Row]
-    test: list[Row]
+    train: list[LabelledText]
+    val: list[LabelledText]
+    test: list[LabelledText]
 
 
 @dataclass(frozen=True)
@@ -69,6 +62,12 @@ class Source:
 
     def __post_init__(self):
         shares = self.fractions
+        for share in shares:
+            if isinstance(share, bool) or not isinstance(share, int | float):
+                raise ValueError(
+                    f"task.fractions holds {kind(share)} ({share!r}): give three "
+                    "numbers, the shares of train, val and test"
+                )
         if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
             raise ValueError(
                 f"task.fractions is {shares}: give the shares of train, val and test, "
@@ -81,6 +80,11 @@ class Source:
             )
         if len(set(self.labels)) != len(self.labels):
             raise ValueError(f"task.labels {self.labels} names a class twice")
+        if len(self.labels) == 1:
+            raise ValueError(
+                f"task.labels names one class, {self.labels[0]!r}: a classifier needs "
+                "at least two, as in --config.task.labels=ham,spam"
+            )
 
 
 @dataclass(frozen=True)
@@ -121,8 +125,11 @@ def load(wanted: Source) -> Table:
         a row to learn from or to choose by.
       FileNotFoundError: there is no such table.
     """
-    rows = read(wanted.source, wanted.columns, wanted.cache)
+    unread: list[str] = []
+    bad = unread.append if wanted.skip else None
+    rows = read(wanted.source, wanted.columns, wanted.cache, bad)
     labels = wanted.labels or tuple(sorted({row.label for row in rows} - {""}))
+    refuse_one_number_twice(labels, wanted.source)
     if len(labels) < 2:
         raise ValueError(
             f"{wanted.source} has {len(labels)} class ({', '.join(labels) or 'none'}): "
@@ -130,7 +137,7 @@ def load(wanted: Source) -> Table:
         )
     skipped: Counter[str] = Counter()
 
-    def usable(rows: Sequence[Row]) -> list[Row]:
+    def usable(rows: Sequence[LabelledText]) -> list[LabelledText]:
         kept, left = clean(rows, labels, skip=wanted.skip)
         skipped.update(left)
         return kept
@@ -140,7 +147,7 @@ def load(wanted: Source) -> Table:
         parts = _by_column(rows)
     elif wanted.val or wanted.test:
         own = {
-            name: usable(read(source, wanted.columns, wanted.cache))
+            name: usable(read(source, wanted.columns, wanted.cache, bad))
             for name, source in (("val", wanted.val), ("test", wanted.test))
             if source
         }
@@ -156,12 +163,27 @@ def load(wanted: Source) -> Table:
         parts = parts._replace(train=balanced(parts.train, generator))
     _refuse_empty_classes(parts, labels)
     content = [labels, [[row[:2] for row in rows] for rows in parts]]
+    if unread:
+        skipped[f"that cannot be read (the first: {unread[0]})"] = len(unread)
     return Table(parts, labels, dict(skipped), digest(json.dumps(content)))
 
 
+def refuse_one_number_twice(labels: Sequence[str], source: str) -> None:
+    """Raises ValueError where two classes are one number, as the texts 1 and 1.0."""
+    seen: dict[float, str] = {}
+    for label in labels:
+        if not re.fullmatch(r"[+-]?(0|[1-9]\d*)(\.\d*)?", label):
+            continue  # a word; or a code as 007, which another one than 7 may be
+        if (other := seen.setdefault(float(label), label)) != label:
+            raise ValueError(
+                f"{source} has the classes {other!r} and {label!r}, which are one "
+                "number: write them alike"
+            )
+
+
 def clean(
-    rows: Sequence[Row], labels: Sequence[str], *, skip: bool
-) -> tuple[list[Row], Counter[str]]:
+    rows: Sequence[LabelledText], labels: Sequence[str], *, skip: bool
+) -> tuple[list[LabelledText], Counter[str]]:
     """Returns the rows that can be used, and how many others there are, by reason.
 
     Raises:
@@ -186,7 +208,9 @@ def clean(
     return kept, left
 
 
-def balanced(rows: Sequence[Row], generator: np.random.Generator) -> list[Row]:
+def balanced(
+    rows: Sequence[LabelledText], generator: np.random.Generator
+) -> list[LabelledText]:
     """Returns as many rows of each class as the rarest has, drawn at random."""
     places = defaultdict(list)
     for i, row in enumerate(rows):
@@ -197,7 +221,9 @@ def balanced(rows: Sequence[Row], generator: np.random.Generator) -> list[Row]:
 
 
 def cut(
-    rows: Sequence[Row], fractions: Sequence[float], generator: np.random.Generator
+    rows: Sequence[LabelledText],
+    fractions: Sequence[float],
+    generator: np.random.Generator,
 ) -> Parts:
     """Returns the rows in a random order: shares of train and val, the rest is test."""
     mixed = [rows[i] for i in generator.permutation(len(rows))]
@@ -207,16 +233,10 @@ def cut(
     return Parts(mixed[:first], mixed[first:second], mixed[second:])
 
 
-def _by_column(rows: Sequence[Row]) -> Parts:
-    parts: dict[str, list[Row]] = {name: [] for name in PARTS}
+def _by_column(rows: Sequence[LabelledText]) -> Parts:
+    parts: dict[str, list[LabelledText]] = {name: [] for name in PARTS}
     for row in rows:
-        name = SPELLINGS.get(row.part.lower())
-        if name is None:
-            raise ValueError(
-                f"{row.where} has {row.part!r} in the column of task.split_column, "
-                f"which is not one of: {', '.join(SPELLINGS)}"
-            )
-        parts[name].append(row)
+        parts[row.part].append(row)
     return Parts(**parts)
 
 
