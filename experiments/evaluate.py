@@ -202,7 +202,7 @@ def _validation(run):
     Raises:
       ValueError: there is none, or it is no longer the same.
     """
-    from gpt_jax import prepare
+    from gpt_jax import checks, prepare
     from gpt_jax.evaluate import text
 
     told = run.folder / "data.json"  # weights that were converted have none
@@ -211,7 +211,7 @@ def _validation(run):
     keys = dict(run.config.data)
     for key in ("seq_len", "stride"):
         keys.pop(key)
-    if run.config.init_from:  # it learnt in the tokens of the run that it started from
+    if checks.begins(run.config) != checks.RANDOM:  # it learnt in the tokens of the run that it started from
         keys["tokenizer"] = str(run.folder / "tokenizer.json")
     prepared = prepare.prepare(**keys, progress=True)
     if prepared.fingerprint != json.loads(told.read_text())["fingerprint"]:

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gpt_jax import names, settings
+
 # Leaves beside a kernel, which model.Dense reads.
 LEAVES, SCALE = ("lora_a", "lora_b", "lora_scale"), "kernel_scale"
 HEAVY = r"(kernel|embedding)$"  # what frozen weights keep in another dtype
@@ -93,9 +95,7 @@ def lora(
         raise ValueError(
             f"adapter.rank is {rank} and adapter.alpha {alpha}: both must be above 0"
         )
-    if base_dtype not in BASE_DTYPES:
-        known = ", ".join(map(repr, BASE_DTYPES))
-        raise ValueError(f"adapter.base_dtype {base_dtype!r} is not one of: {known}")
+    names.choose("adapter.base_dtype", base_dtype, BASE_DTYPES)
 
     def split(weights, key):
         flat = _flat(weights)
@@ -204,6 +204,7 @@ def unmerge(weights: Any) -> Any:
 
 
 TABLE: dict[str, Callable[..., Adapter]] = {"full": full, "only": only, "lora": lora}
+READS: dict[str, tuple[str, ...]] = {"lora": ("dropout_adapter",)}  # of Hyper
 
 
 def make(*, name: str, **options: Any) -> Adapter:
@@ -212,14 +213,16 @@ def make(*, name: str, **options: Any) -> Adapter:
     Raises:
       ValueError: there is no adapter of that name, or its options cannot be.
     """
-    if name not in TABLE:
-        raise ValueError(f"adapter.name {name!r} is not one of: {', '.join(TABLE)}")
+    adapter = names.choose("adapter.name", name, TABLE)
+    advice = (
+        ": an adapter's keys come with the config's option, as in "
+        f"--config=configs/sft.py:adapter={name} (in Python, "
+        f"config.adapter = configs.common.adapter_{name}())"
+    )
+    settings.fit("adapter", options, settings.declared(adapter), advice)
     for key in {"targets", "train"} & options.keys():
-        for pattern in options[key]:
-            if not isinstance(pattern, str):
-                raise ValueError(f"adapter.{key} has {pattern!r}, not a pattern")
-            _matches([pattern], "")
-    return TABLE[name](**options)
+        _matches(options[key], "")
+    return adapter(**options)
 
 
 def _kernels(flat: Mapping[str, Any], targets: Sequence[str]) -> list[str]:

@@ -58,6 +58,7 @@ ADDED = {
     "spike_window": 0,
     "optimizer.moment_dtype": "float32",
 }
+TUNED = ("sft", "dpo", "grpo")  # tasks that say so where they begin at random weights
 # What a run says of its data, where it has such data.
 OF_DATA = ("classes.json", "test.json", "test_report.json", "test_report.png")
 PARTS = ("data", "model", "task", "adapter", "optimizer")  # of every config
@@ -242,6 +243,8 @@ def read_config(folder: str | Path) -> ConfigDict:
         for name, value in ADDED.items():
             part, _, key = name.rpartition(".")
             (tree.get(part, {}) if part else tree).setdefault(key, value)
+        if tree.get("task", {}).get("name") in TUNED and not tree.get("init_from"):
+            tree["init_from"] = "random"  # which "" meant for every task
         if absent := [part for part in PARTS if not isinstance(tree.get(part), dict)]:
             raise ValueError(f"it has no {', '.join(absent)}")
         return as_config(tree)

@@ -26,13 +26,13 @@ from ml_collections import ConfigDict
 from gpt_jax import (
     adapters,
     checkpoint,
+    checks,
     data,
     evaluate,
     metrics,
     model,
     optimizer,
     plots,
-    prepare,
     pretrained,
     processes,
     programs,
@@ -48,24 +48,6 @@ from gpt_jax.step import TrainState, averaged, start, train_step
 ADAPTER = 1  # folded into the key of the first weights, for an adapter's own
 EVAL_TOKENS = 16_384  # tokens in an evaluation batch, when the config does not say
 ROLLOUT = 2**32 - 1  # folded into a run's key: no step has that number
-
-# The ranges of the numbers that no other module checks.
-AT_LEAST_1 = (
-    *("batch_size", "accumulate", "log_every", "keep", "max_skipped"),
-    "heartbeat_timeout_seconds",
-)
-NOT_NEGATIVE = (
-    *("steps", "max_tokens", "max_seconds", "patience", "sample_every", "grace_s"),
-    "spike_window",
-    *("eval_every", "eval_windows", "eval_batch_size", "checkpoint_every", "seed"),
-)
-LONGEST_S = 30 * 24 * 3600  # a wait that Python can count; no run means a longer one
-ON_SAVE_ERROR = ("stop", "continue")
-BELOW_1 = (
-    *("dropout_embed", "dropout_attn", "dropout_residual", "dropout_adapter"),
-    "label_smoothing",
-    *("beta1", "beta2", "momentum", "ema_decay"),
-)
 
 
 class Parts(NamedTuple):
@@ -363,66 +345,13 @@ def open_run(
     return job, state, totals
 
 
-def check(config: ConfigDict) -> None:
-    """Refuses what no run can have, before any text is read and any device is used.
+def check(config: ConfigDict, recipe: ConfigDict | None = None) -> None:
+    """Refuses what no run can have; see `checks.check`.
 
     Raises:
       ValueError: names the key, what it may be and the value found.
     """
-    for key in AT_LEAST_1:
-        if config[key] < 1:
-            raise ValueError(f"{key} is {config[key]}: it must be at least 1")
-    for key in NOT_NEGATIVE:
-        if not config[key] >= 0:  # also NaN
-            raise ValueError(f"{key} is {config[key]}: it must not be negative")
-    for key in ("seq_len", "stride"):
-        if config.data[key] < 0:
-            raise ValueError(
-                f"data.{key} is {config.data[key]}: give a number of tokens, or 0 to "
-                "have it chosen"
-            )
-    if not 0 < config.data_timeout_s <= LONGEST_S:
-        raise ValueError(
-            f"data_timeout_s is {config.data_timeout_s}: it must be above 0 seconds "
-            f"and at most {LONGEST_S:,}"
-        )
-    if config.grace_s > LONGEST_S:
-        raise ValueError(
-            f"grace_s is {config.grace_s}: it must be at most {LONGEST_S:,} seconds"
-        )
-    if config.spike_window == 1:
-        raise ValueError("spike_window is 1: give 2 losses or more, or 0 for no guard")
-    if config.seed >= 2**63:
-        raise ValueError(f"seed is {config.seed}: it must be below 2^63")
-    if config.on_save_error not in ON_SAVE_ERROR:
-        raise ValueError(
-            f"on_save_error {config.on_save_error!r} is not one of: "
-            f"{', '.join(ON_SAVE_ERROR)}"
-        )
-    if config.batch_size % config.accumulate:
-        raise ValueError(
-            f"batch_size {config.batch_size} is not a multiple of accumulate "
-            f"{config.accumulate}"
-        )
-    check_hyper(config)
-    check_choices(config)
-
-
-def check_hyper(config: ConfigDict) -> None:
-    """Refuses traced numbers outside their ranges; raises ValueError."""
-    for key, value in config.hyper.items():
-        if not 0 <= value <= float(np.finfo(np.float32).max):
-            raise ValueError(
-                f"hyper.{key} is {value}: it must be a float32 number >= 0"
-            )
-    for key in BELOW_1:
-        if config.hyper[key] >= 1:
-            raise ValueError(f"hyper.{key} is {config.hyper[key]}: it must be below 1")
-    if config.hyper.dropout_adapter and config.adapter.name != "lora":
-        raise ValueError(
-            f"hyper.dropout_adapter is {config.hyper.dropout_adapter}, but the adapter "
-            f"{config.adapter.name!r} drops nothing: set it to 0 or take lora"
-        )
+    checks.check(config.to_dict(), recipe.to_dict() if recipe else None)
 
 
 def check_alike(config: ConfigDict) -> None:
@@ -444,31 +373,10 @@ def check_alike(config: ConfigDict) -> None:
     processes.in_turn(compare)
 
 
-def check_choices(config: ConfigDict) -> None:
-    """Refuses what the parts of a run would refuse, some only after reading the text.
-
-    Raises:
-      ValueError: as the part that was asked says it.
-    """
-    fields = config.model.to_dict()
-    try:  # 1 stands for the size that the tokenizer will give
-        model.GPTConfig(**{**fields, "vocab_size": fields["vocab_size"] or 1})
-    except (TypeError, ArithmeticError) as error:
-        raise ValueError(f"config.model: {error}") from error
-    text = ("split", "val_fraction", "workers")
-    prepare.check(**{key: config.data[key] for key in text})
-    tasks.check(config.task.name)
-    adapters.make(**config.adapter)
-    optimizer.make(**{k: v for k, v in config.optimizer.items() if k != "ema"})
-    sharding.check(**config.mesh)
-    if config.sample_every:
-        sample.check(**sample_settings(config))
-
-
 def make_task(config: ConfigDict, workdir: Path) -> tasks.Task:
     """Returns the config's task; its examples are prepared or found prepared."""
     text = config.data.to_dict()
-    if config.init_from:  # weights only fit the vocabulary that they learnt
+    if checks.begins(config) != checks.RANDOM:  # weights only fit the vocabulary that they learnt
         text["tokenizer"] = str(first_tokenizer(config, workdir))
     hyper = config.hyper
     task = tasks.make(
@@ -502,12 +410,6 @@ def check_rollouts(config: ConfigDict, task: tasks.Task) -> None:
             f"mesh.strategy is {config.mesh.strategy}: task {config.task.name} needs "
             "mesh, since it draws its batches on the devices"
         )
-    for key in ("steps", "eval_every", "checkpoint_every"):
-        if config[key] % task.updates:
-            raise ValueError(
-                f"{key} {config[key]} is not a multiple of task.updates "
-                f"{task.updates}: so many steps share a rollout, which is not saved"
-            )
 
 
 def first_tokenizer(config: ConfigDict, workdir: Path) -> Path:
@@ -563,7 +465,7 @@ def restore(
 
 def begin(config: ConfigDict, parts: Parts, key: jax.Array) -> TrainState:
     """Returns the state of a new run: `init_from`'s weights, or random ones."""
-    if not config.init_from:
+    if checks.begins(config) == checks.RANDOM:
         return parts.first(key)
     cfg = parts.task.model.cfg
     if published := hugging_face(config):
@@ -867,19 +769,6 @@ def eval_batches(job: Job, examples) -> Iterator[tasks.Batch]:
     )
 
 
-def sample_settings(config: ConfigDict) -> dict[str, Any]:
-    """Returns how the samples of a run are drawn, as `sample.texts` wants it."""
-    chosen = config.sample
-    return {
-        "temperature": chosen.temperature,
-        "top_k": chosen.top_k,
-        "top_p": chosen.top_p,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "max_new": chosen.max_new_tokens,
-    }
-
-
 def sample_now(job: Job, state: TrainState, step: int, wanted: bool) -> None:
     """Writes samples to samples.md and shows them, when wanted."""
     if not (wanted and job.config.sample_every) or job.stop:
@@ -895,7 +784,7 @@ def sample_now(job: Job, state: TrainState, step: int, wanted: bool) -> None:
         count=job.config.sample.count,
         seed=job.config.seed,
         stop=job.task.stop,
-        **sample_settings(job.config),
+        **checks.sample_settings(job.config.sample),
     )
     prompt += "\n" if ids else ""
     if processes.index() == 0:

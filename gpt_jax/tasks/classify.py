@@ -2,19 +2,38 @@
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from gpt_jax import classify, losses, prepare, tables, tokenizers
+from gpt_jax import classify, losses, names, prepare, settings, tables, tokenizers
 from gpt_jax.classify import POOLS
 from gpt_jax.model import GPT
 from gpt_jax.runs import Classes
 from gpt_jax.tasks import lm
-from gpt_jax.tasks.task import Task, dropout_of
+from gpt_jax.tasks.task import OF_THE_LOSS, OF_THE_MODEL, Kind, Task, dropout_of
 
 HEAD, LM_HEAD = "^classifier/", "^head/"
+
+
+class Options(NamedTuple):
+    """The keys of `config.task`: see configs/common.py."""
+
+    text_column: str
+    label_column: str
+    columns: Sequence[str]
+    labels: Sequence[str]
+    skip: bool
+    balance: bool
+    split_column: str
+    val: str
+    test: str
+    fractions: tuple[float, float, float]
+    split_seed: int
+    pool: str
+    causal: bool
+    buckets: Sequence[int]
 
 
 class Texts:
@@ -78,7 +97,11 @@ def make(
     Raises:
       ValueError: an option, the table, or the model and the texts do not fit.
     """
-    _check(pool, buckets)
+    if buckets and jax.process_count() > 1:
+        raise ValueError(
+            f"{jax.process_count()} processes would pad a batch to different widths: "
+            "leave task.buckets empty"
+        )
     found = tables.load(source_of(table, text))
     tokenizer = _tokenizer(text, found.parts, progress)
     gpt = _model(model, tokenizer, found.labels)
@@ -177,9 +200,11 @@ def fingerprint(
     return hashlib.sha256(words.encode()).hexdigest()
 
 
-def _check(pool: str, buckets: Sequence[int]) -> None:
-    if pool not in POOLS:
-        raise ValueError(f"task.pool {pool!r} is not one of: {', '.join(POOLS)}")
+def check(options: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    """Raises ValueError for options that cannot be; see `make`."""
+    source_of(options, text)
+    pool, buckets = options["pool"], options["buckets"]
+    names.choose("task.pool", pool, [*POOLS])
     if any(size < 1 for size in buckets):
         raise ValueError(f"task.buckets is {buckets}: give numbers of tokens")
     if buckets and pool == "end":
@@ -187,11 +212,13 @@ def _check(pool: str, buckets: Sequence[int]) -> None:
             "task.pool=end reads the last position of rows that are all of one width: "
             "leave task.buckets empty, or pool the last token of the text"
         )
-    if buckets and jax.process_count() > 1:
-        raise ValueError(
-            f"{jax.process_count()} processes would pad a batch to different widths: "
-            "leave task.buckets empty"
-        )
+
+
+def idle(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the keys that do nothing where a column, or tables, make the parts."""
+    if options["split_column"]:
+        return ("fractions",) if options["balance"] else ("fractions", "split_seed")
+    return ()
 
 
 def _tokenizer(
@@ -216,3 +243,16 @@ def _model(
 
 def _numbers(rows: Sequence[tables.Row], labels: Sequence[str]) -> np.ndarray:
     return np.array([labels.index(row.label) for row in rows], np.int32)
+
+
+KIND = Kind(
+    make=make,
+    options=settings.declared(Options),
+    check=check,
+    reads=lambda options: (
+        *(*OF_THE_MODEL, *OF_THE_LOSS, "model.n_classes"),
+        *("data.source", "data.tokenizer", "data.seq_len"),
+    ),
+    config="configs/classify.py",
+    idle=idle,
+)
