@@ -211,7 +211,9 @@ def _validation(run):
     keys = dict(run.config.data)
     for key in ("seq_len", "stride"):
         keys.pop(key)
-    if checks.begins(run.config) != checks.RANDOM:  # it learnt in the tokens of the run that it started from
+    if (
+        checks.begins(run.config) != checks.RANDOM
+    ):  # it learnt in the tokens of the run that it started from
         keys["tokenizer"] = str(run.folder / "tokenizer.json")
     prepared = prepare.prepare(**keys, progress=True)
     if prepared.fingerprint != json.loads(told.read_text())["fingerprint"]:

@@ -28,6 +28,7 @@ Batch = dict[str, np.ndarray]
 FORMAT = 1  # of index.json and of the files that it names
 FLUSH_TOKENS = 1 << 20  # written at once
 PREFETCH = 8  # batches made ahead of the one in use
+DIGESTED = 64  # examples hashed at once
 SHUFFLE_ROUNDS = 4  # of grain's index shuffle: its own choice
 JOIN_SECONDS = 1.0  # the longest wait for the thread that makes batches to end
 
@@ -563,6 +564,16 @@ def once(examples: Examples, *, batch_size: int, at_most: int = 0) -> Iterator[B
         if len(chosen) < batch_size:
             stacked = {key: _fill(x, batch_size) for key, x in stacked.items()}
         yield {key: x[None] for key, x in stacked.items()}
+
+
+def digest(examples: Examples, *, at_most: int = 0) -> str:
+    """Returns the sha256 of the examples that `once` goes through."""
+    total = hashlib.sha256()
+    for batch in once(examples, batch_size=DIGESTED, at_most=at_most):
+        for name, x in sorted(batch.items()):
+            total.update(f"{name} {x.dtype} {x.shape}\n".encode())
+            total.update(np.ascontiguousarray(x).tobytes())
+    return total.hexdigest()
 
 
 class Batches:

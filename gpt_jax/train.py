@@ -6,7 +6,9 @@ loop. What happens to the weights at a step is in step.py.
 
 import contextlib
 import gc
+import hashlib
 import json
+import logging
 import math
 import re
 import time
@@ -56,6 +58,7 @@ class Parts(NamedTuple):
     Attributes:
       fresh: (weights, key) -> the state before the first step.
       first: jitted, key -> the state that a new run with random weights begins with.
+      measured: the digest of what evaluations measure on, see `measured_on`.
     """
 
     task: tasks.Task
@@ -66,6 +69,7 @@ class Parts(NamedTuple):
     step_fn: Callable
     eval_fn: Callable
     rollout_fn: Callable | None
+    measured: str
 
 
 class Job(NamedTuple):
@@ -97,15 +101,21 @@ class Totals(NamedTuple):
     best: float = math.inf
     stale: int = 0  # evaluations since the best one
     evaluated: int = -1  # the step of the last evaluation that was not interrupted
+    measured: str = ""  # what the best was measured on; "" = an older run does not say
+    since: int = 0  # the first step whose evaluations were measured on that
 
 
 class Result(NamedTuple):
-    """How a run ended: why, after which step, with which last numbers."""
+    """How a run ended: why, after which step, with which last numbers.
+
+    `trained` is whether there was anything to do: a run at its end is left as it is.
+    """
 
     reason: str
     step: int
     numbers: dict[str, float]
     exit_code: int
+    trained: bool = True
 
 
 def train(
@@ -134,6 +144,8 @@ def train(
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(signals.watch(config.grace_s))
         job, state, totals = build(config, workdir, stop, stack)
+        if at_end(config, job.task, totals, step := int(job.strategy.view(state.step))):
+            return Result(ends_by(config, job.task), step, {}, 0, trained=False)
         # What was built stays: walking it takes the garbage collector a tenth of a
         # second, in the middle of some step.
         gc.freeze()
@@ -166,6 +178,8 @@ def loop(
         numbers, totals = evaluate_now(job, state, totals, step)
     if step == 0:
         sample_now(job, state, step, due(step, config.sample_every))
+    if end == 0 == step:  # nothing but a start, which can be sampled and gone on with
+        save(job, state, totals, step, numbers.get("val_loss"))
     while step < end and not (reason := reason or ended(job, totals, step)):
         rolled = roll(state, step, batch)
         state, sums, info = job.step_fn(state, rolled, job.key, job.hyper)
@@ -201,8 +215,8 @@ def loop(
     if 0 < step < end:
         save(job, state, totals, step, None)
     if not reason:
-        done = "steps" if end == config.steps else "max_tokens"
-        reason = "signal" if job.stop and totals.evaluated < step else done
+        cut = job.stop and totals.evaluated < step
+        reason = "signal" if cut else ends_by(config, job.task)
     return finish(job, step, reason, numbers)
 
 
@@ -220,6 +234,11 @@ def build(
     axes = {key: value for key, value in mesh.items() if key != "strategy"}
     sharding.set_cpu_devices(micro_batch, **axes, processes=processes.count())
     check_alike(config)
+    if processes.count() > 1 and config.on_save_error != "stop":
+        raise ValueError(
+            f"on_save_error is {config.on_save_error}: one of several processes cannot "
+            "go on alone; set it to stop"
+        )
     task = processes.in_turn(lambda: make_task(config, workdir))
     processes.check_same("the fingerprint of the training data", task.fingerprint)
     strategy = sharding.make(micro_batch, **mesh)
@@ -228,7 +247,8 @@ def build(
     stop = processes.together(stop)
     others = processes.index() > 0  # the first process speaks for all
     job, state, totals = open_run(config, workdir, parts, stop, stack, quiet=others)
-    job.bar.print(describe(job, state))
+    if not at_end(config, task, totals, int(state.step)):
+        job.bar.print(describe(job, state))
     return job, strategy.place(state), totals
 
 
@@ -264,7 +284,21 @@ def make_parts(
         ),
         eval_fn=evaluate.compile(task.loss, strategy.mesh),
         rollout_fn=compile_rollout(task, adapter.join, strategy),
+        measured=measured_on(task, config.eval_windows),
     )
+
+
+def measured_on(task: tasks.Task, eval_windows: int) -> str:
+    """Returns the sha256 of all examples that evaluations go through."""
+    total = hashlib.sha256()
+    for name, examples in task.evals.items():
+        what = (
+            name,
+            task.tokenizer.sha256,
+            data.digest(examples, at_most=eval_windows),
+        )
+        total.update(f"{what}\n".encode())
+    return total.hexdigest()
 
 
 def open_run(
@@ -290,9 +324,10 @@ def open_run(
             workdir, config, task.tokenizer, task.fingerprint, task.classes
         )
 
-    if processes.first(saves.steps):
+    if there := bool(processes.first(saves.steps)):
         processes.in_turn(create_or_check)
         state, totals, frozen = restore(saves, parts, init_key)
+        totals, news = resumed(config, workdir, parts, totals, int(state.step))
     elif lost := saves.damaged():  # starting over would hide that a run was lost
         raise ValueError(
             f"no checkpoint of {workdir} is sound; damaged: "
@@ -300,14 +335,18 @@ def open_run(
             "from elsewhere, or remove these folders to start over"
         )
     else:  # weights that do not fit are refused before there is a run
-        state, totals = begin(config, parts, init_key), Totals()
+        state, totals = begin(config, parts, init_key), Totals(measured=parts.measured)
         if processes.count() > 1:  # what other processes read and save with this one
             state = parts.strategy.place(state)
         processes.in_turn(create_or_check)
         frozen = saves.save_frozen(state.frozen) if state.frozen else ""
-    runs.keep_test(workdir, task.test)
+        news = too_short(config, task)
     writer = bar = metrics.Silence()
-    if processes.index() == 0:
+    ended = at_end(config, task, totals, int(state.step))
+    if processes.index() == 0 and not ended:  # a run at its end is left as it is
+        if there:
+            runs.go_on(workdir, config, task.fingerprint)
+        runs.keep_test(workdir, task.test)
         writer = metrics.Writer(
             workdir,
             tensorboard=config.tensorboard,
@@ -319,6 +358,11 @@ def open_run(
     if not quiet:
         bar = metrics.Progress(total=last_step(config, task), start=int(state.step))
         stack.callback(bar.close)
+    for line in news if processes.index() == 0 and not ended else ():
+        if quiet:
+            logging.getLogger(__name__).warning("%s: %s", workdir, line)
+        else:
+            bar.print(line)
 
     def compiled(text: str) -> None:
         bar.print(text)
@@ -376,7 +420,9 @@ def check_alike(config: ConfigDict) -> None:
 def make_task(config: ConfigDict, workdir: Path) -> tasks.Task:
     """Returns the config's task; its examples are prepared or found prepared."""
     text = config.data.to_dict()
-    if checks.begins(config) != checks.RANDOM:  # weights only fit the vocabulary that they learnt
+    if (
+        checks.begins(config) != checks.RANDOM
+    ):  # weights only fit the vocabulary that they learnt
         text["tokenizer"] = str(first_tokenizer(config, workdir))
     hyper = config.hyper
     task = tasks.make(
@@ -463,6 +509,61 @@ def restore(
     return state, Totals(**meta["totals"]), meta.get("frozen", "")
 
 
+def resumed(
+    config: ConfigDict, workdir: Path, parts: Parts, totals: Totals, step: int
+) -> tuple[Totals, list[str]]:
+    """Returns the totals that a run goes on with after `step`, and what to tell of it.
+
+    Where evaluations are of something else now, the best loss begins anew.
+    """
+    read = lambda: runs.read_config(workdir).to_json()  # noqa: E731
+    old = runs.as_config(json.loads(processes.first(read)))
+    told = rate_moves(old, config, parts.task, step)
+    if not totals.measured:  # an older run: as far as its folder can tell
+        noted = processes.first(lambda: runs.fingerprint_of(workdir))
+        same = noted in (None, parts.task.fingerprint)
+        if same and old.eval_windows == config.eval_windows:
+            totals = totals._replace(measured=parts.measured)
+    if totals.measured != parts.measured:
+        if totals.best < math.inf:
+            told.append(
+                "evaluations are of other data or windows now: the best loss, "
+                f"{totals.best:.4f} until here, begins anew"
+            )
+        totals = totals._replace(
+            best=math.inf, stale=0, measured=parts.measured, since=step + 1
+        )
+    return totals, told
+
+
+def rate_moves(
+    old: ConfigDict, new: ConfigDict, task: tasks.Task, step: int
+) -> list[str]:
+    """Returns a line where the rate of a resumed run is not what it was to be."""
+    hypers = [make_hyper(config, task) for config in (old, new)]
+    factor = optimizer.SCHEDULES[new.optimizer.schedule]
+    before, now = (float(factor(step, hyper) * hyper.lr) for hyper in hypers)
+    if math.isclose(before, now, rel_tol=1e-3):
+        return []
+    ends, end = (int(hyper.decay_steps) for hyper in hypers)
+    return [
+        f"the schedule ends at step {end:,} now, not at {ends:,}: at step {step:,} the "
+        f"learning rate goes from {before:.2g} to {now:.2g} "
+        f"(--config.hyper.decay_steps={ends} keeps it as it was)"
+    ]
+
+
+def too_short(config: ConfigDict, task: tasks.Task) -> list[str]:
+    """Returns a line where a run ends before its warm-up does."""
+    end, warm = last_step(config, task), config.hyper.warmup_steps
+    if not 0 < end <= warm:
+        return []
+    return [
+        f"the warm-up of {warm:,.0f} steps is as long as the run of {end:,}, or "
+        "longer: the learning rate does not come to hyper.lr"
+    ]
+
+
 def begin(config: ConfigDict, parts: Parts, key: jax.Array) -> TrainState:
     """Returns the state of a new run: `init_from`'s weights, or random ones."""
     if checks.begins(config) == checks.RANDOM:
@@ -475,11 +576,23 @@ def begin(config: ConfigDict, parts: Parts, key: jax.Array) -> TrainState:
         weights = runs.open(config.init_from).params
     weights = model.stack(weights, cfg) if cfg.scan_layers else weights
     weights = adopt(weights, parts.task, key)
+    check_positions(weights, cfg.context_length)
     checkpoint.check_same(jax.eval_shape(partial(model.init, cfg), key), weights)
     layout = parts.strategy.layout
     weights = sharding.lay_out(weights, layout(weights))
     places = layout(jax.eval_shape(parts.fresh, weights, key))
     return jax.jit(parts.fresh, out_shardings=places)(weights, key)
+
+
+def check_positions(weights: Any, context_length: int) -> None:
+    """Refuses learned positions that are not as many as the context is long."""
+    learned = weights.get("positions", {}).get("embedding")
+    if learned is not None and len(learned) != context_length:
+        raise ValueError(
+            f"model.context_length is {context_length}, but init_from learnt vectors "
+            f"for {len(learned)} positions: take {len(learned)}, and shorter windows "
+            "with data.seq_len; only models with rope can be given a longer context"
+        )
 
 
 def adopt(weights: Any, task: tasks.Task, key: jax.Array) -> Any:
@@ -513,6 +626,17 @@ def last_step(config: ConfigDict, task: tasks.Task) -> int:
         return config.steps
     steps = math.ceil(config.max_tokens / tokens_per_step(config, task))
     return min(config.steps, math.ceil(steps / task.updates) * task.updates)
+
+
+def at_end(config: ConfigDict, task: tasks.Task, totals: Totals, step: int) -> bool:
+    """Whether a run that has come to `step` has nothing left to do."""
+    end = last_step(config, task)
+    return step > end or (step == end and totals.evaluated >= step)
+
+
+def ends_by(config: ConfigDict, task: tasks.Task) -> str:
+    """Returns which key ends a run at its last step."""
+    return "steps" if last_step(config, task) == config.steps else "max_tokens"
 
 
 def tokens_per_step(config: ConfigDict, task: tasks.Task) -> int:
@@ -656,12 +780,16 @@ def log(job: Job, totals: Totals, step: int, pending: list) -> dict[str, float]:
         if said.get("spike"):
             loss = part["loss"] / part["weight"]
             job.bar.print(f"step {at}: loss {loss:.4f} is a spike; update skipped")
+        elif said["skipped_in_a_row"]:
+            job.bar.print(f"step {at}: not finite; update skipped")
     info: dict = {name: float(value) for name, value in infos[-1].items()}
     in_a_row = [int(info["skipped_in_a_row"]) for info in infos]
     info.pop("spike", None)
     del info["skipped_in_a_row"]
     info["skipped"] = int(info["skipped"])
     if (worst := max(in_a_row)) >= job.config.max_skipped:
+        raise give_up(job, worst, first + in_a_row.index(worst))
+    if info["skipped"] >= step == last_step(job.config, job.task):
         raise give_up(job, worst, first + in_a_row.index(worst))
     finite = [part for part in sums if math.isfinite(part["loss"])]
     numbers = dict(info)
@@ -745,7 +873,8 @@ def record(job: Job, totals: Totals, step: int, numbers: dict[str, float]) -> To
         stale=0 if better else totals.stale + 1,
         evaluated=step,
     )
-    write(job, totals, step, numbers)
+    since = {"evaluated_since": totals.since} if totals.since else {}
+    write(job, totals, step, numbers | since)
     job.bar.print(
         f"step {step}: "
         + ", ".join(f"{key} {value:.4f}" for key, value in numbers.items())
@@ -821,7 +950,7 @@ def save(
     with save_errors(job):
         job.saves.wait()
     with save_errors(job):
-        job.saves.save(step, view, metric=metric, meta=meta)
+        job.saves.save(step, view, metric=metric, meta=meta, since=totals.since)
 
 
 @contextlib.contextmanager
