@@ -159,6 +159,8 @@ def answer(talk: Talk, text: str) -> None:
     from gpt_jax import chat, sample
 
     run, prompt, stop = talk.run, text, []
+    if not talk.template and (told := sample.advice(text, run.tokenizer)):
+        tell(f"[{told}]")
     messages = [*talk.messages, chat.Message("user", text)]
     if talk.template:
         context = run.model.cfg.context_length

@@ -13,7 +13,8 @@ import re
 import runpy
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -62,7 +63,11 @@ def config_name() -> str:
 def command(without: tuple[str, ...]) -> str:
     """Returns the running command, less the flags that begin with one of `without`."""
     module = Path(sys.argv[0]).stem
-    kept = [word for word in sys.argv[1:] if not word.startswith(without)]
+    kept, behind = [], False  # a flag that is left out, without its value
+    for word in sys.argv[1:]:
+        out = word.startswith(without) or (behind and not word.startswith("-"))
+        kept += [] if out else [word]
+        behind = out and word.startswith("-") and "=" not in word
     return shlex.join(["python", "-m", f"experiments.{module}", *kept])
 
 
@@ -103,6 +108,45 @@ def run(main: Callable[[list[str]], object], doc: str | None) -> None:
     finally:
         # Else Python walks all that JAX made once more before it leaves: 0.3 s.
         gc.freeze()
+
+
+def only_with(chosen: str, reads: Mapping[str, Collection[str]]) -> None:
+    """Refuses flags that were given and that what was chosen does not read.
+
+    Args:
+      chosen: the flag that says what is done.
+      reads: for each flag that could have been chosen, the flags that go with it.
+
+    Raises:
+      ValueError: names the flag, and those that it goes with.
+    """
+    others = {flag for flags_of in reads.values() for flag in flags_of}
+    for name in sorted(others - {*reads[chosen]}):
+        if flags.FLAGS[name].present:
+            goes = " or ".join(f"--{flag}" for flag in reads if name in reads[flag])
+            raise ValueError(f"--{name} goes with {goes}, not with --{chosen}")
+
+
+def check_writable(flag: str, path: str, *, folder: bool = False) -> None:
+    """Refuses a file, or a folder, that could not be written; makes neither.
+
+    Raises:
+      ValueError: names the flag and what stands in the way.
+    """
+    target = Path(path)
+    there = next(each for each in (target, *target.absolute().parents) if each.exists())
+    if there.is_dir() != (folder or there != target):
+        what = "folder" if there.is_dir() else "file"
+        raise ValueError(f"--{flag}={path}: {there} is a {what}; name another")
+    try:
+        if there.is_dir():
+            tempfile.TemporaryFile(dir=there).close()
+        else:
+            there.open("ab").close()
+    except OSError as error:
+        raise ValueError(
+            f"--{flag}={path} cannot be written: {error.strerror} ({there})"
+        ) from error
 
 
 def recipe():

@@ -91,6 +91,20 @@ LEAST = flags.DEFINE_multi_integer(
 LM_EVAL = flags.DEFINE_list("lm_eval", [], "Tasks of the harness, with commas.")
 LM_EVAL_TASKS = flags.DEFINE_string("lm_eval_tasks", "", "Folder of your own tasks.")
 
+# Which flags each of the measures reads, besides --run, --step, --weights and --seed.
+OF_ANSWERS = ("max_new_tokens", "temperature")
+READS = {
+    "text": ("field", "cache", "window", "stride"),
+    "rows": ("template", "skip_bad_rows", "limit", "judge", *OF_ANSWERS),
+    "choices": ("limit",),
+    "copied_from": ("field", "cache", "prompt", "count", "least", *OF_ANSWERS),
+    "lm_eval": ("lm_eval_tasks", "limit"),
+}
+OF_THE_JUDGE = tuple(
+    f"judge_{name}"
+    for name in ("model", "prompt", "key_env", "tries", "wait_s", "timeout_s", "prose")
+)
+
 PROMPT_OF_THE_JUDGE = """\
 You grade an answer to an instruction, on a scale from 0 to 100, where 100 is best.
 
@@ -117,14 +131,20 @@ def main(_: list[str]) -> None:
         (COPIED_FROM, _copied),
         (LM_EVAL, _harness),
     )
-    given = [measure for flag, measure in kinds if flag.value]
+    given = [(flag.name, measure) for flag, measure in kinds if flag.value]
     if len(given) != 1:
         names = ", ".join(f"--{flag.name}" for flag, _ in kinds)
         raise ValueError(f"give one of {names} (see --help)")
+    (name, measure) = given[0]
+    door.only_with(name, READS)
+    if not JUDGE.value:
+        door.only_with(name, {name: (), "judge": OF_THE_JUDGE})
+    if OUT.value or ROWS.value:
+        door.check_writable("out", str(_out()), folder=True)
 
     from gpt_jax.evaluate import rows
 
-    heads, lines, details = given[0]()
+    heads, lines, details = measure()
     table = rows.table(heads, lines)
     print(table)
     if OUT.value or ROWS.value:

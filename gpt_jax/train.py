@@ -341,6 +341,9 @@ def open_run(
         processes.in_turn(create_or_check)
         frozen = saves.save_frozen(state.frozen) if state.frozen else ""
         news = too_short(config, task)
+        if config.sample_every and not task.prompt:
+            told = sample.advice(config.sample.prompt, task.tokenizer)
+            news += [f"sample.prompt: {told}"] if told else []
     writer = bar = metrics.Silence()
     ended = at_end(config, task, totals, int(state.step))
     if processes.index() == 0 and not ended:  # a run at its end is left as it is
