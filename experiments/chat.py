@@ -30,6 +30,7 @@ from typing import Any
 from absl import flags
 
 from experiments import door
+from gpt_jax import names
 
 RUN = flags.DEFINE_string("run", "", "Run folder.")
 SYSTEM = flags.DEFINE_string("system", "", "System message: how to answer.")
@@ -231,7 +232,8 @@ def obey(talk: Talk, line: str) -> bool:
         with _told():
             save(talk, argument)
     else:
-        tell(f"{name} is not one of: {COMMANDS}")
+        near = names.did_you_mean(name, COMMANDS.replace(",", "").split())
+        tell(f"{name} is not one of: {COMMANDS}{near}")
     return True
 
 

@@ -75,10 +75,11 @@ def step(text: str) -> str | int | None:
     """Returns what `runs.open` calls the checkpoint that --step names."""
     if text.isdecimal():
         return int(text)
-    names = {"": None, "best": "best", "newest": "latest", "latest": "latest"}
-    if text not in names:
-        raise ValueError(f"--step={text} is not best, newest or a step number")
-    return names[text]
+    known = {"": None, "best": "best", "newest": "latest", "latest": "latest"}
+    if text not in known:
+        near = names.did_you_mean(text, known)
+        raise ValueError(f"--step={text} is not best, newest or a step number{near}")
+    return known[text]
 
 
 def run(main: Callable[[list[str]], object], doc: str | None) -> None:

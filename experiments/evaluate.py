@@ -232,7 +232,7 @@ def _validation(run):
     for key in ("seq_len", "stride"):
         keys.pop(key)
     if (
-        checks.begins(run.config) != checks.RANDOM
+        checks.begins(run.config.init_from) != checks.RANDOM
     ):  # it learnt in the tokens of the run that it started from
         keys["tokenizer"] = str(run.folder / "tokenizer.json")
     prepared = prepare.prepare(**keys, progress=True)

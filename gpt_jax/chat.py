@@ -21,6 +21,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gpt_jax import names
+
 ROLES = ("system", "user", "assistant")
 # What a template that asks for the date is told, always: what is learnt today must be
 # learnt tomorrow, or a run could not be resumed. The date that Llama 3's falls back to.
@@ -115,7 +117,7 @@ def check(template: str) -> None:
     if "{{" not in template and "{%" not in template:
         raise ValueError(
             f"template {template!r} is not one of: {', '.join(TEMPLATES)}, nor the "
-            "text of a Jinja template"
+            f"text of a Jinja template{names.did_you_mean(template, TEMPLATES)}"
         )
     _compiled(template)
 
@@ -174,8 +176,7 @@ def render(
         that could end an answer.
     """
     for message in messages:
-        if message.role not in ROLES:
-            raise ValueError(f"role {message.role!r} is not one of: {', '.join(ROLES)}")
+        names.choose("role", message.role, ROLES)
     if not messages:
         raise ValueError("a conversation needs at least one message")
     guard = _unused("".join(message.content for message in messages))
@@ -458,8 +459,7 @@ def _message(turn: Any) -> Message:
     if not isinstance(turn, Mapping) or not {"role", "content"} <= turn.keys():
         raise ValueError(f"the message {turn!r:.80} lacks a role or a content")
     role, content = turn["role"], turn["content"]
-    if role not in ROLES:
-        raise ValueError(f"role {role!r} is not one of: {', '.join(ROLES)}")
+    names.choose("role", role, ROLES)
     if not isinstance(content, str):
         raise ValueError(f"the content of a message is {type(content).__name__}")
     return Message(role, content)

@@ -35,7 +35,7 @@ AT_LEAST_1 = (
     "heartbeat_timeout_seconds",
 )
 NOT_NEGATIVE = (
-    *("steps", "max_tokens", "max_seconds", "patience", "sample_every", "grace_s"),
+    *("steps", "max_tokens", "max_seconds", "patience", "sample_every"),
     "spike_window",
     *("eval_every", "eval_windows", "eval_batch_size", "checkpoint_every", "seed"),
 )
@@ -301,7 +301,8 @@ def unread(config: Tree) -> dict[str, str]:
     """
     task, rule = config["task"], config["optimizer"]
     kind = tasks.TABLE[task["name"]]
-    variant = f" ({task['variant']})" if "variant" in task else ""
+    variant = task.get("variant", task["name"])
+    variant = f" ({variant})" if variant != task["name"] else ""
     found = dict.fromkeys(
         {*SHARED} - {*kind.reads(task)}, f"task {task['name']}{variant}"
     )
@@ -341,7 +342,7 @@ def _unread_of_the_model(config: Tree) -> dict[str, str]:
         found["model.norm_bias"] = "model.norm rmsnorm"
     if not fields["norm_scale"]:
         found["model.norm_offset"] = "a model without norm_scale"
-    if begins(config) != RANDOM:
+    if begins(config["init_from"]) != RANDOM:
         found["data.tokenizer"] = (
             "a run that starts from init_from, with its tokenizer,"
         )
@@ -350,9 +351,9 @@ def _unread_of_the_model(config: Tree) -> dict[str, str]:
     return found
 
 
-def begins(config: Tree) -> str:
-    """Returns where a new run's weights come from: "random", or init_from."""
-    return config["init_from"] or RANDOM
+def begins(init_from: str) -> str:
+    """Returns where a new run's weights come from: "random", or what is named."""
+    return init_from or RANDOM
 
 
 def _at(config: Tree, key: str) -> Any:

@@ -24,7 +24,7 @@ import numpy as np
 from rich import progress as bars
 from rich.console import Console
 
-from gpt_jax import corpora, data, tokenizers
+from gpt_jax import corpora, data, names, tokenizers
 from gpt_jax.tokenizers import Tokenizer
 
 FORMAT = 1  # of the prepared folder; part of its name
@@ -150,8 +150,7 @@ def prepare(
 
 def check(*, split: str, val_fraction: float, workers: int) -> None:
     """Raises ValueError for settings that no text can be prepared with."""
-    if split not in SPLITS:
-        raise ValueError(f"data.split {split!r} is not one of: {', '.join(SPLITS)}")
+    names.choose("data.split", split, SPLITS)
     if not 0 < val_fraction < 1:
         raise ValueError(
             f"data.val_fraction is {val_fraction}; it must be above 0 and below 1"

@@ -107,7 +107,8 @@ def _is_a(value: Any, hint: Any) -> bool:
         return hint is Any
     if isinstance(value, bool) and hint in NUMBERS:
         return False
-    fits = isinstance(value, NUMBERS.get(hint, hint))
+    kind: Any = NUMBERS.get(hint, hint)
+    fits = isinstance(value, kind)
     return fits and (hint is not float or _finite(value))
 
 

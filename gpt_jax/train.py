@@ -424,7 +424,7 @@ def make_task(config: ConfigDict, workdir: Path) -> tasks.Task:
     """Returns the config's task; its examples are prepared or found prepared."""
     text = config.data.to_dict()
     if (
-        checks.begins(config) != checks.RANDOM
+        checks.begins(config.init_from) != checks.RANDOM
     ):  # weights only fit the vocabulary that they learnt
         text["tokenizer"] = str(first_tokenizer(config, workdir))
     hyper = config.hyper
@@ -569,7 +569,7 @@ def too_short(config: ConfigDict, task: tasks.Task) -> list[str]:
 
 def begin(config: ConfigDict, parts: Parts, key: jax.Array) -> TrainState:
     """Returns the state of a new run: `init_from`'s weights, or random ones."""
-    if checks.begins(config) == checks.RANDOM:
+    if checks.begins(config.init_from) == checks.RANDOM:
         return parts.first(key)
     cfg = parts.task.model.cfg
     if published := hugging_face(config):

@@ -300,7 +300,7 @@ def test_sizes_of_memory_are_read_and_bad_ones_refused():
     for bad in ("", "80 apples", "-1GB", "0GB", "GB"):
         with pytest.raises(ValueError, match="not a size such as 80GB"):
             devices.parse(bad)
-    with pytest.raises(ValueError, match="--device=h1000 is not one of"):
+    with pytest.raises(ValueError, match="--device 'h1000' is not one of"):
         estimate.find("h1000", "")
     for name in devices.DEVICES:
         found = estimate.find(name, "")

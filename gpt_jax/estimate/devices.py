@@ -3,7 +3,7 @@
 import re
 from typing import NamedTuple
 
-from gpt_jax import metrics
+from gpt_jax import metrics, names
 
 
 class Device(NamedTuple):
@@ -59,9 +59,7 @@ def find(name: str, memory: str) -> Device:
     Raises:
       ValueError: no such device, or no such size.
     """
-    if name not in DEVICES and name not in PLATFORMS:
-        known = ", ".join([*DEVICES, *PLATFORMS])
-        raise ValueError(f"--device={name} is not one of: {known}")
+    names.choose("--device", name, [*DEVICES, *PLATFORMS])
     platform, gigabytes, kind = DEVICES.get(name, (name, None, ""))
     own = gigabytes * 1000**3 if gigabytes else None
     peak = metrics.peak_flops(kind) if kind else None

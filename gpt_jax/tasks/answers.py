@@ -181,8 +181,8 @@ def parts(
 
 def check(options: Mapping[str, Any], text: Mapping[str, Any]) -> None:
     """Raises ValueError for options that cannot be; see `parts`."""
-    wanted = (options[key] for key in ("kind", "shortest", "longest"))
-    open_source(*wanted, text["val_fraction"])
+    shortest, longest = options["shortest"], options["longest"]
+    open_source(options["kind"], shortest, longest, text["val_fraction"])
     for key, least in {"problems": 1, "held_out": 1, "max_new_tokens": 0}.items():
         if options[key] < least:
             raise ValueError(
