@@ -426,8 +426,8 @@ def options(arg: str | None, **defaults: str) -> dict[str, str]:
         if not equals:
             meant = "size" if "size" in defaults else next(iter(defaults))
             raise ValueError(
-                f"config option {part!r} has no name: write {meant}={part}; the options "
-                f"are {known}"
+                f"config option {part!r} has no name: write {meant}={part}; the "
+                f"options are {known}"
             )
         if key not in defaults:
             near = names.did_you_mean(key, defaults)
