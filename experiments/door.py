@@ -122,7 +122,7 @@ def only_with(chosen: str, reads: Mapping[str, Collection[str]]) -> None:
       ValueError: names the flag, and those that it goes with.
     """
     others = {flag for flags_of in reads.values() for flag in flags_of}
-    for name in sorted(others - {*reads[chosen]}):
+    for name in sorted(others - {chosen, *reads[chosen]}):
         if flags.FLAGS[name].present:
             goes = " or ".join(f"--{flag}" for flag in reads if name in reads[flag])
             raise ValueError(f"--{name} goes with {goes}, not with --{chosen}")

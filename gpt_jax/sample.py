@@ -12,6 +12,7 @@ N blocks of the vocabulary  M tokens in a block
 """
 
 import math
+import re
 import zlib
 from collections.abc import Generator, Sequence
 from dataclasses import replace
@@ -695,20 +696,15 @@ def advice(prompt: str, tokenizer) -> str:
     "" where it does not. Where a word and the space before it are one token, a model
     has hardly ever seen a space alone before a word, and writes what does follow one.
     """
-    if not prompt.endswith(" "):
+    bare = prompt.rstrip(" ")
+    if bare == prompt or tokenizer.encode(bare) == tokenizer.encode(prompt):
         return ""
-    ids = tokenizer.encode(prompt)
-    for letter in "aeinst":
-        try:
-            longer = tokenizer.encode(prompt + letter)
-        except ValueError:  # a letter that the tokenizer never saw
-            continue
-        if longer[: len(ids)] != ids:
-            return (
-                "the prompt ends in a space, but here a word and the space before it "
-                "are one token: leave the space off"
-            )
-    return ""
+    if not any(re.match(r"[ Ġ▁]\w", token) for token in tokenizer.vocab):
+        return ""
+    return (
+        "the prompt ends in a space, but here a word and the space before it are one "
+        "token: leave the space off"
+    )
 
 
 def _bucket(length: int, limit: int) -> int:

@@ -449,6 +449,8 @@ def test_a_prompt_that_ends_in_a_space_is_told_where_words_begin_with_theirs():
     bpe = tokenizers.train("bpe:300", ["the cat sat on the mat and the hat " * 9])
     assert "leave the space off" in sample.advice("the cat ", bpe)
     assert sample.advice("the cat", bpe) == "" == sample.advice("the cat ", BYTES)
+    words = tokenizers.train("word", ["the cat"])  # to which spaces are nothing
+    assert sample.advice("the cat ", words) == ""
 
 
 def test_stop_strings_and_stop_tokens_end_a_text_and_are_cut_off(byte_model):
