@@ -401,6 +401,11 @@ def check(config: ConfigDict, recipe: ConfigDict | None = None) -> None:
     checks.check(config.to_dict(), recipe.to_dict() if recipe else None)
 
 
+def unread(config: ConfigDict) -> dict[str, str]:
+    """Returns the keys that nothing of a run reads; see `checks.unread`."""
+    return checks.unread(config.to_dict())
+
+
 def check_alike(config: ConfigDict) -> None:
     """Refuses processes of one run whose configs differ.
 
