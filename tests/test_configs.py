@@ -50,7 +50,7 @@ def known(config):
 def test_a_config_has_the_keys_of_common_and_makes_a_model(name):
     config = get(name)
     assert sorted(keys(config)) == known(config)
-    train.check(config)
+    train.check(config, config)
     fields = {**config.model, "vocab_size": config.model.vocab_size or 50257}
     cfg = model.GPTConfig(**fields)
     assert cfg.d_model % cfg.n_heads == 0
@@ -70,6 +70,10 @@ def test_an_unknown_option_is_refused_with_the_known_ones(name):
         get(f"{name}:colour=red")
     with pytest.raises(ValueError, match="is not one of"):
         get(f"{name}:size=gigantic")
+    with pytest.raises(ValueError, match="'tiny' has no name: write size=tiny"):
+        get(f"{name}:tiny")
+    with pytest.raises(ValueError, match=r"did you mean size\?"):
+        get(f"{name}:sise=tiny")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -123,8 +127,18 @@ def test_a_run_from_before_a_key_was_there_gets_its_default(folder):
     assert config.model.qk_norm is False and config.model.position == "rope"
 
 
-def test_no_run_leaves_a_config_as_it_is():
+def test_no_run_leaves_a_config_as_it_is_and_none_begins_at_random():
     assert common.from_run(common.base(), "") == common.base()
+    assert common.from_run(common.base(), "none").init_from == "random"
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "grpo:stage=rl"])
+def test_a_recipe_for_tuning_wants_a_run_or_none_on_purpose(name):
+    option = "," if ":" in name else ":"
+    with pytest.raises(ValueError, match="run=none begins at random weights"):
+        train.check(get(name))
+    train.check(get(f"{name}{option}run=none"))
+    train.check(get(f"{name}{option}size=tiny"))
 
 
 @pytest.mark.parametrize(
@@ -144,4 +158,6 @@ def test_what_is_no_run_is_refused_in_a_sentence(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         common.from_run(common.base(), str(tmp_path))
     with pytest.raises(ValueError, match="does not exist"):
-        common.from_run(common.base(), str(tmp_path / "none"))
+        common.from_run(common.base(), str(tmp_path / "absent"))
+    with pytest.raises(ValueError, match="it is a file"):
+        common.from_run(common.base(), "README.md")
