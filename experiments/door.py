@@ -135,18 +135,19 @@ def check_writable(flag: str, path: str, *, folder: bool = False) -> None:
       ValueError: names the flag and what stands in the way.
     """
     target = Path(path)
-    there = next(each for each in (target, *target.absolute().parents) if each.exists())
-    if there.is_dir() != (folder or there != target):
-        what = "folder" if there.is_dir() else "file"
-        raise ValueError(f"--{flag}={path}: {there} is a {what}; name another")
     try:
+        places = (target, *target.absolute().parents)
+        there = next(place for place in places if place.exists())
+        if there.is_dir() != (folder or there != target):
+            what = "folder" if there.is_dir() else "file"
+            raise ValueError(f"--{flag}={path}: {there} is a {what}; name another")
         if there.is_dir():
             tempfile.TemporaryFile(dir=there).close()
         else:
             there.open("ab").close()
     except OSError as error:
         raise ValueError(
-            f"--{flag}={path} cannot be written: {error.strerror} ({there})"
+            f"--{flag}={path} cannot be written: {error.strerror}"
         ) from error
 
 

@@ -96,8 +96,8 @@ def main(_: list[str]) -> int:
         print(f"done: {result.reason} reached after step {result.step}")
     else:
         print(
-            f"nothing to do: {workdir} has {result.step} steps, and the run that was "
-            f"asked for ends at step {min(config.steps, result.step)}"
+            f"nothing to do: {workdir} has {result.step} steps, and no more were "
+            "asked for"
         )
     if skipped := result.numbers.get("skipped"):
         print(f"  skipped          {skipped:,.0f} updates: not finite, or spikes")

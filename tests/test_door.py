@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from experiments import door
+
 DOOR = """
 '''Help that teaches.
 
@@ -152,6 +154,28 @@ def test_every_key_refuses_every_text_that_is_not_of_its_type():
         name = case.partition("=")[0].rpartition(".")[2]
         assert (code, said.count("\n")) == (2, 1), (case, said)
         assert said.startswith("error: ") and name in said, (case, said)
+
+
+def test_a_command_is_told_again_without_some_flags_and_their_values(monkeypatch):
+    words = ["--config=a.py", "--config.steps", "5", "--workdir=x"]
+    words += ["--config.seed", "3", "--debug"]
+    monkeypatch.setattr(sys, "argv", ["experiments/train.py", *words])
+    told = door.command(("--config.steps", "--workdir"))
+    assert told.endswith("--config=a.py --config.seed 3 --debug")
+
+
+def test_a_file_that_cannot_be_written_is_refused_and_not_made(tmp_path):
+    (tmp_path / "file").write_text("a")
+    door.check_writable("out", str(tmp_path / "new" / "a.json"))
+    door.check_writable("out", str(tmp_path / "new"), folder=True)
+    door.check_writable("out", str(tmp_path / "file"))
+    for path, folder in (("file/a", False), ("file", True), (".", False)):
+        with pytest.raises(ValueError, match="name another"):
+            door.check_writable("out", str(tmp_path / path), folder=folder)
+    with pytest.raises(ValueError, match="cannot be written: File name too long"):
+        door.check_writable("out", str(tmp_path / ("a" * 300)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+    assert (tmp_path / "file").read_text() == "a"
 
 
 def test_a_bug_keeps_its_traceback_and_exit_code_1():
