@@ -26,6 +26,7 @@ The judge's API key is read from the environment variable that --judge_key_env n
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -287,7 +288,7 @@ def _rows():
     return *compare.table(found), found
 
 
-def _settings(temperature: float) -> dict[str, float]:
+def _settings(temperature: float) -> dict[str, Any]:
     return {
         "temperature": TEMPERATURE.value if TEMPERATURE.value >= 0 else temperature,
         "top_k": 0,

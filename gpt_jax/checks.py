@@ -6,7 +6,8 @@ what one module alone decides is asked of that module.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -53,7 +54,8 @@ SWITCHES = (
 )
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True)
+class Run:
     """The keys of a config that are in no group: see configs/common.py."""
 
     seed: int
@@ -83,7 +85,8 @@ class Run(NamedTuple):
     grace_s: float
 
 
-class Data(NamedTuple):
+@dataclass(frozen=True)
+class Data:
     """The keys of config.data."""
 
     source: str
@@ -99,7 +102,8 @@ class Data(NamedTuple):
     skip_bad_docs: bool
 
 
-class Samples(NamedTuple):
+@dataclass(frozen=True)
+class Samples:
     """The keys of config.sample."""
 
     prompt: str
