@@ -13,13 +13,15 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from gpt_jax import names
+
 
 def base() -> ConfigDict:
     """Returns a fresh config holding every key with its default value."""
     config = ConfigDict()
     config.seed = 1337  # one root for weights, data order, dropout and sampling
     # Whose weights this run starts from: a run folder, or hf:<folder or id> from
-    # Hugging Face
+    # Hugging Face; "random" = none, "" = none where the task is not for tuning a model
     config.init_from = ""
     # Go on with a run though its data is not what it was; --allow-data-change sets it
     config.allow_data_change = False
@@ -364,16 +366,20 @@ def from_run(config: ConfigDict, folder: str) -> ConfigDict:
 
     A task whose template is "" takes the run's. Call it last, and change the model's
     shape after it only in what the task needs. With "" (no such run) the config stays
-    as it is.
+    as it is; with "none" its weights are random, on purpose.
 
     Raises:
       ValueError: the folder is no run, or its config.json cannot be read.
     """
     if not folder:
         return config
+    if folder == "none":
+        config.init_from = "random"
+        return config
     path = Path(folder).expanduser() / "config.json"
     if not path.is_file():
         what = "has no config.json" if path.parent.is_dir() else "does not exist"
+        what = "is a file" if path.parent.is_file() else what
         raise ValueError(
             f"run={folder} is not a run folder: it {what}. A run is made by, for "
             "example, python -m experiments.train --config=configs/quickstart.py"
@@ -416,18 +422,23 @@ def options(arg: str | None, **defaults: str) -> dict[str, str]:
     chosen = dict(defaults)
     for part in filter(None, (arg or "").split(",")):
         key, equals, value = part.partition("=")
-        if not equals or key not in defaults:
-            known = ", ".join(f"{k}={v}" for k, v in defaults.items())
-            raise ValueError(f"config option {part!r} is not one of: {known}")
+        known = ", ".join(f"{k}={v}" for k, v in defaults.items())
+        if not equals:
+            meant = "size" if "size" in defaults else next(iter(defaults))
+            raise ValueError(
+                f"config option {part!r} has no name: write {meant}={part}; the "
+                f"options are {known}"
+            )
+        if key not in defaults:
+            near = names.did_you_mean(key, defaults)
+            raise ValueError(f"config option {part!r} is not one of: {known}{near}")
         chosen[key] = value
     return chosen
 
 
 def choose(table: dict, key: str, what: str):
     """Returns `table[key]`; the error of a wrong key names the choices."""
-    if key not in table:
-        raise ValueError(f"{what} {key!r} is not one of: {', '.join(table)}")
-    return table[key]
+    return names.choose(what, key, table)
 
 
 def tiny(config: ConfigDict) -> ConfigDict:

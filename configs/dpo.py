@@ -3,10 +3,11 @@ r"""Preferences: a tuned model learns which of two answers people like better.
 What: direct preference optimisation (DPO, Rafailov et al. 2023) of an instruction-tuned
   run, on the 1,100 pairs of chapter 7's bonus of Raschka's "Build a Large Language
   Model (From Scratch)", where the rejected answers are impolite; the same rows train
-  as in sft.py. `run=` is the tuned run, whose template is used; `adapter=lora` trains
-  thin matrices and needs no second copy of the weights; `variant=ipo` and `orpo` are
-  other losses. Your own file: --config.data.source=FILE.json or FILE.jsonl, with the
-  columns instruction, input, rejected, and chosen or output.
+  as in sft.py. `run=` is the tuned run, whose template is used (`none` = random
+  weights, to try things out); `adapter=lora` trains thin matrices and needs no second
+  copy of the weights; `variant=ipo` and `orpo` are other losses. Your own file:
+  --config.data.source=FILE.json or FILE.jsonl, with the columns instruction, input,
+  rejected, and chosen or output.
 Expected: the first loss is log(2) = 0.6931, the validation loss falls below 0.66, and
   the margin between the rewards of chosen and rejected answers grows (margins.png).
 Time: minutes on 2 CPU cores for a model of 5M parameters.
@@ -47,7 +48,8 @@ def get_config(arg: str | None = None):
     config.hyper.update(weight_decay=0.0, beta2=0.99, warmup_steps=20.0)
     sizes = {"run": lambda config: config, "tiny": tiny}
     config = common.choose(sizes, options["size"], "size")(config)
-    config = common.from_run(config, options["run"])
+    run = options["run"] or ("none" if options["size"] == "tiny" else "")
+    config = common.from_run(config, run)
     config.task.template = config.task.template or "alpaca"
     return config
 

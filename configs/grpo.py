@@ -1,8 +1,9 @@
 """Learning to reverse letters from nothing but being told whether it was right (GRPO).
 
 What: first a short supervised start (`stage=start`), which gets a few answers in a
-  hundred right; then rewards alone (`stage=rl,run=<the start>`). Problems are made on
-  the fly: config.task.kind may also be sort, copy, upper or add.
+  hundred right; then rewards alone (`stage=rl,run=<the start>`; `run=none` is random
+  weights, which are never right). Problems are made on the fly: config.task.kind may
+  also be sort, copy, upper or add.
 Expected: exact match on held-out questions of 0.1 to 0.2 after the start, 0.9 to 1
   after 1,000 steps of rewards (docs/guide/11-rewards.md has three seeds).
 Time: seconds for the start, then 0.2 seconds a step on 2 CPU cores.
@@ -45,4 +46,5 @@ def get_config(arg: str | None = None):
     common.choose(STAGES, stage, "stage")(config)
     sizes = {"small": lambda: config, "tiny": lambda: common.tiny(config)}
     config = common.choose(sizes, options["size"], "size")()
-    return common.from_run(config, options["run"])
+    random = "none" if options["size"] == "tiny" and stage == "rl" else ""
+    return common.from_run(config, options["run"] or random)

@@ -3,11 +3,11 @@ r"""Instruction tuning: a pretrained model learns to answer.
 What: chapter 7 of Raschka's "Build a Large Language Model (From Scratch)": 1,100
   instructions, the first 85 % to train on, the next 10 % for a test, the rest for
   validation; the loss counts answers only, and their end is learnt. `run=` is the run
-  folder of the base model, `adapter=lora` trains thin matrices beside frozen weights,
-  `template=` is alpaca, phi3, chatml, plain or the path of a Jinja chat template.
-  `set=alpaca` is Stanford's 52,002 instructions (needs a network once, 23 MB). Your own
-  file: --config.data.source=FILE.json or FILE.jsonl, with the columns instruction,
-  input and output, or messages.
+  folder of the base model (`none` = random weights, to try things out), `adapter=lora`
+  trains thin matrices beside frozen weights, `template=` is alpaca, phi3, chatml, plain
+  or the path of a Jinja chat template. `set=alpaca` is Stanford's 52,002 instructions
+  (needs a network once, 23 MB). Your own file: --config.data.source=FILE.json or
+  FILE.jsonl, with the columns instruction, input and output, or messages.
 Expected: from austen_15m.py:size=small with a context of 256, the loss of the
   validation answers falls from 7.9 to 3.1, and nearly all test answers end by
   themselves.
@@ -64,4 +64,5 @@ def get_config(arg: str | None = None):
         config.data.val_fraction = 0.2
         config.model.context_length = 320
         config.task.too_long = "cut"
-    return common.from_run(config, options["run"])
+    run = options["run"] or ("none" if options["size"] == "tiny" else "")
+    return common.from_run(config, run)

@@ -23,6 +23,7 @@ import tempfile
 from absl import flags
 
 from experiments import door
+from gpt_jax import names
 
 ROWS = flags.DEFINE_list("rows", [], "Which rows; none = all of them.")
 OUT = door.define_path("out", "", "Append a JSON line for each row and shape.")
@@ -47,6 +48,10 @@ PLOT = door.define_path("plot", "", "Draw loss against wall time into this PNG."
 
 def main(_: list[str]) -> int:
     """Measures rows, or shows what was measured; returns the exit code."""
+    for flag in (OUT, PAGE, PLOT):
+        if flag.value:
+            door.check_writable(flag.name, flag.value)
+
     from gpt_jax.bench import report
 
     lines = report.read(TABLE.value) if TABLE.value else _measure()
@@ -65,28 +70,27 @@ def _measure() -> list[dict]:
     from gpt_jax.bench import machine, match, report
 
     table = cpu.ROWS | serving.ROWS | gpu.ROWS
-    unknown = [name for name in ROWS.value if name not in table]
-    if unknown:
-        raise ValueError(f"--rows={unknown[0]} is not one of: {', '.join(table)}")
+    for name in ROWS.value:
+        names.choose("--rows", name, table)
     numbers = [("repeats", REPEATS.value), ("seeds", SEEDS.value)]
     for name, value in [*numbers, *(("eval_every", x) for x in EVAL_EVERY.value)]:
         if value < 1:
             raise ValueError(f"--{name}={value} must be at least 1")
-    names = ROWS.value or list(table)
+    wanted = ROWS.value or list(table)
     lines = []
     with tempfile.TemporaryDirectory(prefix="gpt_jax-bench-") as folder:
         print("measuring the machine", flush=True)
         ceilings = machine.ceilings(toy=TOY.value, limit_s=LIMIT_S.value)
         setting = Setting(
             folder=folder,
-            text=_text(folder) if any("time_to_loss" in x for x in names) else "",
+            text=_text(folder) if any("time_to_loss" in x for x in wanted) else "",
             toy=TOY.value,
             eval_every=tuple(EVAL_EVERY.value),
             seeds=SEEDS.value,
             megabytes=0.2 if TOY.value else MEGABYTES.value,
             seconds=0.0 if TOY.value else SECONDS.value,
         )
-        for one in [one for name in names for one in table[name](setting)]:
+        for one in [one for name in wanted for one in table[name](setting)]:
             line = match.play(
                 one,
                 repeats=REPEATS.value,

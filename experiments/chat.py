@@ -30,7 +30,7 @@ from typing import Any
 from absl import flags
 
 from experiments import door
-from gpt_jax import screen, signals
+from gpt_jax import names, screen, signals
 
 RUN = door.define_path("run", "", "Run folder.")
 SYSTEM = flags.DEFINE_string("system", "", "System message: how to answer.")
@@ -163,6 +163,8 @@ def answer(talk: Talk, text: str) -> None:
     from gpt_jax import chat, sample
 
     run, prompt, stop = talk.run, text, []
+    if not talk.template and (told := sample.advice(text, run.tokenizer)):
+        tell(f"[{told}]")
     messages = [*talk.messages, chat.Message("user", text)]
     if talk.template:
         context = run.model.cfg.context_length
@@ -236,7 +238,8 @@ def obey(talk: Talk, line: str) -> bool:
         with _told():
             save(talk, argument)
     else:
-        tell(f"{name} is not one of: {COMMANDS}")
+        near = names.did_you_mean(name, COMMANDS.replace(",", "").split())
+        tell(f"{name} is not one of: {COMMANDS}{near}")
     return True
 
 

@@ -44,6 +44,15 @@ STEP = flags.DEFINE_string(
 )
 
 
+# Which flags go with what is asked for, besides --run and --json.
+READS = {
+    "text": ("file", "skip", "step"),
+    "file": ("text", "skip", "step"),
+    "labelled": ("text_column", "label_column", "columns", "skip", "image", "step"),
+    "test": ("image", "step"),
+}
+
+
 def main(_: list[str]) -> None:
     """Labels or reports; raises ValueError for what the user can mend."""
     if not RUN.value:
@@ -55,11 +64,21 @@ def main(_: list[str]) -> None:
             "give texts (--text, --file), or a table (--labelled), or --test: "
             "one of the three"
         )
-    if IMAGE.value and asked[0]:
-        raise ValueError("--image draws a report: it goes with --labelled or --test")
+    flags_of = {"text": TEXT, "file": FILE, "labelled": LABELLED, "test": TEST}
+    door.only_with(next(name for name in READS if flags_of[name].value), READS)
+    for flag in (JSON, IMAGE):
+        if flag.value:
+            door.check_writable(flag.name, flag.value)
     if TEST.value and (kept := Path(RUN.value) / "test_report.json").is_file():
+        numbers = json.loads(kept.read_text(encoding="utf-8"))
+        if STEP.value and step != numbers["step"]:
+            raise ValueError(
+                f"--step={STEP.value}: the test part was read once, with step "
+                f"{numbers['step']}, and is not read again"
+            )
         print(f"the test part was read before; this is what {kept} keeps")
-        _show(json.loads(kept.read_text(encoding="utf-8")))
+        _draw(_report_of(numbers), IMAGE.value)
+        _show(numbers)
         return
     texts = [*TEXT.value, *(_lines(FILE.value) if FILE.value else [])]
 
@@ -171,11 +190,16 @@ def _probabilities(run, texts: list[str]):
 
 def _show(numbers: dict) -> None:
     """Prints a report and writes it where --json says."""
+    print(_report_of(numbers).text())
+    _write_json(numbers)
+
+
+def _report_of(numbers: dict):
+    """Returns the report that its numbers were written from."""
     from gpt_jax import classify
 
     fields = {key: value for key, value in numbers.items() if key != "step"}
-    print(classify.Report(**fields).text())
-    _write_json(numbers)
+    return classify.Report(**fields)
 
 
 def _draw(found, path: str) -> None:

@@ -33,6 +33,8 @@ def main(_: list[str]) -> None:
     if not folders:
         raise ValueError("--runs is missing, e.g. --runs=runs/quickstart,runs/mine")
 
+    door.check_writable("out", OUT.value, folder=True)
+
     from gpt_jax.report import compare
 
     found = compare.compare(

@@ -46,6 +46,16 @@ WEIGHTS = flags.DEFINE_enum(
 )
 
 
+# Which flags go with each way, besides --run.
+OF_A_RUN = ("step", "weights")
+READS = {
+    "from_hf": ("param_dtype",),
+    "to_hf": ("shard_gb", *OF_A_RUN),
+    "to_gguf": OF_A_RUN,
+    "to_stablehlo": OF_A_RUN,
+}
+
+
 def main(_: list[str]) -> None:
     """Converts once; raises ValueError for what the user can mend."""
     if not RUN.value:
@@ -55,6 +65,7 @@ def main(_: list[str]) -> None:
         raise ValueError(
             "give one of --from_hf, --to_hf, --to_gguf, --to_stablehlo (see --help)"
         )
+    door.only_with(ways[0].name, READS)
     (import_hf if FROM_HF.value else export)()
 
 
@@ -65,6 +76,7 @@ def import_hf() -> None:
     workdir = Path(RUN.value)
     if workdir.exists():
         raise FileExistsError(f"{workdir} exists already; name a new --run")
+    door.check_writable("run", RUN.value, folder=True)
     source = pretrained.find(FROM_HF.value)
     config = common.base()
     config.model.update(pretrained.fields(source), param_dtype=PARAM_DTYPE.value)
@@ -89,6 +101,10 @@ def export() -> None:
     target = Path(TO_HF.value or TO_GGUF.value or TO_STABLEHLO.value)
     if target.exists():
         raise FileExistsError(f"{target} exists already; name a new one, or remove it")
+    way = next(flag for flag in (TO_HF, TO_GGUF, TO_STABLEHLO) if flag.value)
+    door.check_writable(way.name, way.value, folder=not TO_GGUF.value)
+    if not 0 < SHARD_GB.value < float("inf"):
+        raise ValueError(f"--shard_gb={SHARD_GB.value}: it must be above 0")
     run = runs.open(RUN.value, step=door.step(STEP.value), weights=WEIGHTS.value)
     what = (run.params, run.model.cfg, run.tokenizer)
     if TO_HF.value:

@@ -7,23 +7,33 @@ does not come), and anything else, with a traceback, because that is a bug of ou
 screen that fails changes none of them; see gpt_jax/screen.py.
 """
 
+import ast
 import gc
+import re
 import runpy
 import shlex
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
 from absl import flags
 from ml_collections import config_flags
 
-from gpt_jax import files, screen, signals
+from gpt_jax import files, names, screen, signals
 
 MISTAKES = (
     *(ValueError, FileNotFoundError, FileExistsError),
     *(IsADirectoryError, NotADirectoryError, PermissionError),
 )
+
+KINDS = {  # of flags, by absl's words: what their values must be
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "True or False",
+    "tuple": "a tuple, as in \"('a', 'b')\"",
+}
 
 DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of a mistake too.")
 flags.disclaim_key_flags()  # what the functions below define is the calling door's
@@ -55,7 +65,11 @@ def config_name() -> str:
 def command(without: tuple[str, ...]) -> str:
     """Returns the running command, less the flags that begin with one of `without`."""
     module = Path(sys.argv[0]).stem
-    kept = [word for word in sys.argv[1:] if not word.startswith(without)]
+    kept, behind = [], False  # a flag that is left out, without its value
+    for word in sys.argv[1:]:
+        out = word.startswith(without) or (behind and not word.startswith("-"))
+        kept += [] if out else [word]
+        behind = out and word.startswith("-") and "=" not in word
     return shlex.join(["python", "-m", f"experiments.{module}", *kept])
 
 
@@ -63,10 +77,11 @@ def step(text: str) -> str | int | None:
     """Returns what `runs.open` calls the checkpoint that --step names."""
     if text.isdecimal():
         return int(text)
-    names = {"": None, "best": "best", "newest": "latest", "latest": "latest"}
-    if text not in names:
-        raise ValueError(f"--step={text} is not best, newest or a step number")
-    return names[text]
+    known = {"": None, "best": "best", "newest": "latest", "latest": "latest"}
+    if text not in known:
+        near = names.did_you_mean(text, known)
+        raise ValueError(f"--step={text} is not best, newest or a step number{near}")
+    return known[text]
 
 
 def run(
@@ -132,6 +147,51 @@ class _Paths(flags.ListParser):
         return [_Path().parse(word) for word in super().parse(argument)]
 
 
+def only_with(chosen: str, reads: Mapping[str, Collection[str]]) -> None:
+    """Refuses flags that were given and that what was chosen does not read.
+
+    Args:
+      chosen: the flag that says what is done.
+      reads: for each flag that could have been chosen, the flags that go with it.
+
+    Raises:
+      ValueError: names the flag, and those that it goes with.
+    """
+    others = {flag for flags_of in reads.values() for flag in flags_of}
+    for name in sorted(others - {chosen, *reads[chosen]}):
+        if flags.FLAGS[name].present:
+            goes = " or ".join(f"--{flag}" for flag in reads if name in reads[flag])
+            raise ValueError(f"--{name} goes with {goes}, not with --{chosen}")
+
+
+def check_writable(flag: str, path: str, *, folder: bool = False) -> None:
+    """Refuses a file, or a folder, that could not be written; makes neither.
+
+    Raises:
+      ValueError: names the flag and what stands in the way.
+    """
+    target = Path(path)
+    try:
+        places = (target, *target.absolute().parents)
+        there = next(place for place in places if place.exists())
+        if there.is_dir() != (folder or there != target):
+            what = "folder" if there.is_dir() else "file"
+            raise ValueError(f"--{flag}={path}: {there} is a {what}; name another")
+        if there.is_dir():
+            tempfile.TemporaryFile(dir=there).close()
+        else:
+            there.open("ab").close()
+    except OSError as error:
+        raise ValueError(
+            f"--{flag}={path} cannot be written: {error.strerror}"
+        ) from error
+
+
+def recipe():
+    """Returns the config of --config as its file has it, without --config.KEY=VALUE."""
+    return load_config(config_file())
+
+
 def given(config, example: str = "configs/quickstart.py"):
     """Returns the config of --config; raises ValueError where there is none."""
     if config is None:
@@ -169,19 +229,105 @@ def _parse() -> None:
     """Parses sys.argv and forces the config, so that mistakes show before any work."""
     try:
         if config_file():  # run by itself: ml_collections hides its errors in text
-            load_config(config_file())
+            _check_overrides(load_config(config_file()))
+        elif "config" in flags.FLAGS and flags.FLAGS["config"].default is None:
+            _check_none()
+        sys.argv[1:] = _config_first(sys.argv[1:])  # or its overrides are none
         rest = flags.FLAGS(sys.argv)[1:]
         if "config" in flags.FLAGS and flags.FLAGS["config"].present:
             _ = flags.FLAGS["config"].value
+    except flags.UnrecognizedFlagError as error:
+        near = names.nearest(error.flagname, _own_flags())
+        meant = f"; did you mean --{near[0]}?" if near else ""
+        told = f"there is no flag --{error.flagname}{meant} (see --help)"
+        raise ValueError(told) from error
     except Exception as error:  # absl and config files raise whatever they like
         if "--debug" in sys.argv:
             raise
-        words = " ".join(_sentence(error).split())
+        words = _of_a_kind(error) or " ".join(_sentence(error).split())
         raise ValueError(f"{words} (see --help)") from error
     if rest:
         raise ValueError(
             f"{rest[0]!r} is not a flag: flags are written --name=value (see --help)"
         )
+
+
+def _overrides() -> Iterator[tuple[str, str | None]]:
+    """Yields (key, text) of every --config.KEY=TEXT; None where no = follows."""
+    for word in sys.argv[1:]:
+        if found := re.fullmatch(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", word, re.S):
+            yield found[1], found[2]
+
+
+def _check_overrides(config) -> None:
+    """Refuses overrides of keys that the config does not have, or not as one.
+
+    Raises:
+      ValueError: names the nearest key.
+    """
+    known = dict(_keys(config))
+    for key, text in _overrides():
+        plain = re.sub(r"\[\d+\].*", "", key)  # a part of a tuple
+        if any(name.startswith(f"{plain}.") for name in known):
+            first = next(name for name in known if name.startswith(f"{plain}."))
+            raise ValueError(
+                f"--config.{key} is a group of settings: set them one by one, as in "
+                f"--config.{first}=..."
+            )
+        if plain not in known:
+            near = names.did_you_mean(plain, known)
+            raise ValueError(f"there is no config key {plain!r}{near}")
+        if text and isinstance(known[plain], tuple) and not _is_tuple(text):
+            raise ValueError(f"--config.{key}={text}: it must be {KINDS['tuple']}")
+
+
+def _check_none() -> None:
+    if found := next(_overrides(), None):
+        raise ValueError(
+            f"--config.{found[0]} is given and --config is not, e.g. "
+            "--config=configs/quickstart.py"
+        )
+
+
+def _keys(config, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yields (dotted key, value) of a config."""
+    for key, value in config.items():
+        if hasattr(value, "items"):
+            yield from _keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _is_tuple(text: str) -> bool:
+    """Whether a text is a tuple, or one part of it as it stands."""
+    try:
+        ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return "," not in text
+    return True
+
+
+def _config_first(words: list[str]) -> list[str]:
+    """Returns the words of a command with --config before its overrides."""
+    for at, word in enumerate(words):
+        if re.match("--?config(=|$)", word):
+            end = at + 1 + (word in ("--config", "-config"))
+            return [*words[at:end], *words[:at], *words[end:]]
+    return words
+
+
+def _of_a_kind(error: Exception) -> str:
+    """Returns what a flag's value must be, when it cannot be read; else ""."""
+    found = re.match(r"flag --([^=]+)=(.*?): ", str(error), re.S)
+    if not found or not isinstance(error, flags.IllegalFlagValueError):
+        return ""
+    parser = flags.FLAGS[found[1]].parser if found[1] in flags.FLAGS else None
+    if choices := getattr(parser, "enum_values", None):
+        shown = ", ".join(choice or "''" for choice in choices)
+        near = names.did_you_mean(found[2], choices)
+        return f"--{found[1]}={found[2]} is not one of: {shown}{near}"
+    kind = KINDS.get(parser.flag_type()) if parser else None
+    return f"--{found[1]}={found[2]}: it must be {kind}" if kind else ""
 
 
 def _sentence(error: BaseException) -> str:
@@ -196,10 +342,15 @@ def _sentence(error: BaseException) -> str:
 
 
 def _flags_help() -> str:
+    """Returns the flags of the running door, with what they are for."""
+    lines = []
+    for flag in _own_flags().values():
+        lines.append(f"  --{flag.name}: {flag.help} (default: {flag.default})")
+    return "\n".join(lines)
+
+
+def _own_flags() -> dict[str, flags.Flag]:
     """Returns the flags of the running door, not those of the libraries it uses."""
     own = flags.FLAGS.flags_by_module_dict()
-    lines = []
-    for module in (sys.argv[0], __name__):
-        for flag in own.get(module, []):
-            lines.append(f"  --{flag.name}: {flag.help} (default: {flag.default})")
-    return "\n".join(lines)
+    found = [flag for module in (sys.argv[0], __name__) for flag in own.get(module, [])]
+    return {flag.name: flag for flag in found}

@@ -58,8 +58,10 @@ def main(_: list[str]) -> None:
 
     import jax
 
-    from gpt_jax import estimate
+    from gpt_jax import estimate, train
     from gpt_jax.estimate import dry, table
+
+    train.check(config, door.recipe())
 
     jax.config.update("jax_platforms", "cpu")  # no accelerator's memory is taken
     if DRY_RUN.value:

@@ -26,6 +26,7 @@ The judge's API key is read from the environment variable that --judge_key_env n
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -91,6 +92,20 @@ LEAST = flags.DEFINE_multi_integer(
 LM_EVAL = flags.DEFINE_list("lm_eval", [], "Tasks of the harness, with commas.")
 LM_EVAL_TASKS = door.define_path("lm_eval_tasks", "", "Folder of your own tasks.")
 
+# Which flags each of the measures reads, besides --run, --step, --weights and --seed.
+OF_ANSWERS = ("max_new_tokens", "temperature")
+READS = {
+    "text": ("field", "cache", "window", "stride"),
+    "rows": ("template", "skip_bad_rows", "limit", "judge", *OF_ANSWERS),
+    "choices": ("limit",),
+    "copied_from": ("field", "cache", "prompt", "count", "least", *OF_ANSWERS),
+    "lm_eval": ("lm_eval_tasks", "limit"),
+}
+OF_THE_JUDGE = tuple(
+    f"judge_{name}"
+    for name in ("model", "prompt", "key_env", "tries", "wait_s", "timeout_s", "prose")
+)
+
 PROMPT_OF_THE_JUDGE = """\
 You grade an answer to an instruction, on a scale from 0 to 100, where 100 is best.
 
@@ -117,14 +132,20 @@ def main(_: list[str]) -> None:
         (COPIED_FROM, _copied),
         (LM_EVAL, _harness),
     )
-    given = [measure for flag, measure in kinds if flag.value]
+    given = [(flag.name, measure) for flag, measure in kinds if flag.value]
     if len(given) != 1:
         names = ", ".join(f"--{flag.name}" for flag, _ in kinds)
         raise ValueError(f"give one of {names} (see --help)")
+    (name, measure) = given[0]
+    door.only_with(name, READS)
+    if not JUDGE.value:
+        door.only_with(name, {name: (), "judge": OF_THE_JUDGE})
+    if OUT.value or ROWS.value:
+        door.check_writable("out", str(_out()), folder=True)
 
     from gpt_jax import files, screen
 
-    heads, lines, details = given[0]()
+    heads, lines, details = measure()
     table = screen.table(heads, lines)
     kept = ""
     if OUT.value or ROWS.value:  # before it is shown, which may fail
@@ -203,7 +224,7 @@ def _validation(run):
     Raises:
       ValueError: there is none, or it is no longer the same.
     """
-    from gpt_jax import prepare
+    from gpt_jax import checks, prepare
     from gpt_jax.evaluate import text
 
     told = run.folder / "data.json"  # weights that were converted have none
@@ -212,7 +233,9 @@ def _validation(run):
     keys = dict(run.config.data)
     for key in ("seq_len", "stride"):
         keys.pop(key)
-    if run.config.init_from:  # it learnt in the tokens of the run that it started from
+    if (
+        checks.begins(run.config.init_from) != checks.RANDOM
+    ):  # it learnt in the tokens of the run that it started from
         keys["tokenizer"] = str(run.folder / "tokenizer.json")
     prepared = prepare.prepare(**keys, progress=True)
     if prepared.fingerprint != json.loads(told.read_text("utf-8"))["fingerprint"]:
@@ -269,7 +292,7 @@ def _rows():
     return *compare.table(found), found
 
 
-def _settings(temperature: float) -> dict[str, float]:
+def _settings(temperature: float) -> dict[str, Any]:
     return {
         "temperature": TEMPERATURE.value if TEMPERATURE.value >= 0 else temperature,
         "top_k": 0,

@@ -49,6 +49,8 @@ def main(_: list[str]) -> int:
     data = Path(DATA.value).resolve() if DATA.value else None
     if data and not data.is_dir():
         raise ValueError(f"--data={DATA.value} is not a folder")
+    if PAGE.value:
+        door.check_writable("page", PAGE.value)
 
     from experiments.targets import Place, exact, learning, tuning
     from gpt_jax import files, screen

@@ -9,6 +9,7 @@
 One prompt with --count=1 appears as it is written; otherwise each completion follows a
 header. Why a text ended is told on stderr: end of text, a stop string, enough new
 tokens, or a full context (the model sees no further back, so it writes no further).
+--beyond_context goes on there: the model then sees the last half of its context only.
 
 Without a prompt the model begins with its end-of-text token, or with a newline. The
 same seed gives the same text; completion number k of a prompt depends on the seed, the
@@ -46,12 +47,17 @@ COUNT = flags.DEFINE_integer("count", 1, "Completions of each prompt.")
 STOP = flags.DEFINE_multi_string(
     "stop", [], r"Text at which to stop, cut off (\n is a newline); repeatable."
 )
+BEYOND_CONTEXT = flags.DEFINE_bool(
+    "beyond_context", False, "When the context is full, go on from its last half."
+)
 STEP = flags.DEFINE_string(
     "step", "", "Checkpoint: best, newest, a step number; empty = best, else newest."
 )
 WEIGHTS = flags.DEFINE_enum(
     "weights", "", ["", "params", "ema"], "Which weights; empty = ema where kept."
 )
+
+GOES_ON = "--beyond_context goes on when the context is full"
 
 
 def main(_: list[str]) -> None:
@@ -77,12 +83,16 @@ def main(_: list[str]) -> None:
     sample.check(**settings)  # before the weights are read
     run = runs.open(RUN.value, step=step, weights=WEIGHTS.value)
     programs.use_cache(run.config.compile_cache)
+    for prompt in prompts:
+        if told := sample.advice(prompt, run.tokenizer):
+            print(f"[{told}]", file=sys.stderr)
     options = {
         "model": run.model,
         "params": run.params,
         "tokenizer": run.tokenizer,
         "seed": SEED.value,
         "stop": [text.replace("\\n", "\n") for text in STOP.value],
+        "beyond_context": BEYOND_CONTEXT.value,
         **settings,
     }
     if len(prompts) == 1 and COUNT.value == 1:
@@ -98,6 +108,8 @@ def main(_: list[str]) -> None:
         words = screen.Words()
         words.write(f"{completion.prompt}{completion.text}")
         words.end()
+    if any(map(_is_full, done)):
+        print(f"[{GOES_ON}]", file=sys.stderr)
 
 
 def _show(pieces, prompt: str) -> None:
@@ -111,8 +123,15 @@ def _show(pieces, prompt: str) -> None:
             words.write(next(pieces))
         except StopIteration as end:
             words.end()
-            print(f"[stopped: {end.value.detail}]", file=sys.stderr)
+            more = f"; {GOES_ON}" if _is_full(end.value) else ""
+            print(f"[stopped: {end.value.detail}{more}]", file=sys.stderr)
             return
+
+
+def _is_full(completion) -> bool:
+    """Whether a text ended before its time because the context was full."""
+    short = len(completion.ids) < MAX_NEW_TOKENS.value
+    return completion.reason == "length" and short and not BEYOND_CONTEXT.value
 
 
 def _read(path: str) -> str:

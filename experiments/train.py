@@ -17,6 +17,7 @@ The run folder (--workdir, default runs/<config name>) holds config.json,
 tokenizer.json, metrics.jsonl, loss.png, samples.md and checkpoints/.
 """
 
+import itertools
 from pathlib import Path
 
 from absl import flags
@@ -62,8 +63,8 @@ def main(_: list[str]) -> int:
 
     from gpt_jax import processes, train
 
+    train.check(config, door.recipe())
     if DISTRIBUTED.value:
-        train.check(config)
         beat = config.heartbeat_timeout_seconds
         processes.join(**place, heartbeat_timeout_seconds=beat)
     try:
@@ -85,19 +86,39 @@ def main(_: list[str]) -> int:
     answers = "template" in config.task
     if answers:
         use = f"talk with it     python -m experiments.chat --run={workdir}"
-    here = ("--workdir", "--distributed", "--coordinator", "--process")
-    longer = door.command(("--config.steps", *here)) + f" --workdir={workdir}"
-    mine = door.command(("--config.data.source", *here)) + " --workdir=runs/mine"
-    print(f"done: {result.reason} reached after step {result.step}")
-    curve = "reward.png" if config.task.name == "grpo" else "loss.png"
-    print(f"  the curve        {workdir}/{curve}")
+    # Whatever started several processes starts them again.
+    same = "" if not DISTRIBUTED.value else "the same, with"
+    longer = same or door.command(("--config.steps", "--workdir"))
+    mine = same or door.command(("--config.data.source", "--workdir"))
+    if result.trained:
+        print(f"done: {result.reason} reached after step {result.step}")
+    else:
+        print(
+            f"nothing to do: {workdir} has {result.step} steps, and no more were "
+            "asked for"
+        )
+    if skipped := result.numbers.get("skipped"):
+        print(f"  skipped          {skipped:,.0f} updates: not finite, or spikes")
+    curves = (Path(workdir) / f"{name}.png" for name in ("margins", "reward", "loss"))
+    if curve := next((curve for curve in curves if curve.is_file()), None):
+        print(f"  the curve        {curve}")
     print(f"  {use}")
     if result.reason == "steps":
-        print(f"  train longer     {longer} --config.steps={2 * result.step}")
+        steps = 2 * max(result.step, 1)
+        print(f"  train longer     {longer} --workdir={workdir} --config.steps={steps}")
     file = "rows    " if answers else "text    "
     if config.task.name not in ("answers", "grpo"):  # they make their own problems
-        print(f"  your own {file}{mine} --config.data.source=FILE")
+        new = f"--workdir={_unused('runs/mine')} --config.data.source=FILE"
+        print(f"  your own {file}{mine} {new}")
     return result.exit_code
+
+
+def _unused(folder: str) -> str:
+    """Returns the name of a folder that is not there yet: runs/mine, runs/mine2, ..."""
+    names = (f"{folder}{number}" for number in itertools.count(2))
+    return next(
+        name for name in itertools.chain([folder], names) if not Path(name).exists()
+    )
 
 
 if __name__ == "__main__":

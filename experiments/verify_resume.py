@@ -80,12 +80,13 @@ def command(run: Path) -> list[str]:
     end = config.hyper.decay_steps or float(config.steps)
     changes = {
         "steps": STEPS.value,
-        "hyper.decay_steps": end,  # the schedule of the whole run
         "checkpoint_every": interval(),
         "log_every": 1,
         "tensorboard": False,
         "wandb": "",
     }
+    if config.optimizer.schedule != "constant":
+        changes["hyper.decay_steps"] = end  # the schedule of the whole run
     words = [f"--config.{key}={value}" for key, value in changes.items()]
     return [
         *(sys.executable, "-m", "experiments.train"),

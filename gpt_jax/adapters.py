@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gpt_jax import names, settings
 from gpt_jax.weights import Declared, Weight, at
 
 # Leaves beside a kernel, which model.Dense reads.
@@ -108,9 +109,7 @@ def lora(
         raise ValueError(
             f"adapter.rank is {rank} and adapter.alpha {alpha}: both must be above 0"
         )
-    if base_dtype not in BASE_DTYPES:
-        known = ", ".join(map(repr, BASE_DTYPES))
-        raise ValueError(f"adapter.base_dtype {base_dtype!r} is not one of: {known}")
+    names.choose("adapter.base_dtype", base_dtype, BASE_DTYPES)
 
     def split(weights, key):
         flat = _flat(weights)
@@ -242,6 +241,7 @@ def unmerge(weights: Any) -> Any:
 
 
 TABLE: dict[str, Callable[..., Adapter]] = {"full": full, "only": only, "lora": lora}
+READS: dict[str, tuple[str, ...]] = {"lora": ("dropout_adapter",)}  # of Hyper
 
 
 def make(declared: Declared, *, name: str, **options: Any) -> Adapter:
@@ -250,14 +250,17 @@ def make(declared: Declared, *, name: str, **options: Any) -> Adapter:
     Raises:
       ValueError: there is no adapter of that name, or its options cannot be.
     """
-    if name not in TABLE:
-        raise ValueError(f"adapter.name {name!r} is not one of: {', '.join(TABLE)}")
+    adapter = names.choose("adapter.name", name, TABLE)
+    advice = (
+        ": an adapter's keys come with the config's option, as in "
+        f"--config=configs/sft.py:adapter={name} (in Python, "
+        f"config.adapter = configs.common.adapter_{name}())"
+    )
+    wanted = settings.declared(adapter, without=("declared",))
+    settings.fit("adapter", options, wanted, advice)
     for key in {"targets", "train"} & options.keys():
-        for pattern in options[key]:
-            if not isinstance(pattern, str):
-                raise ValueError(f"adapter.{key} has {pattern!r}, not a pattern")
-            _matches([pattern], "")
-    return TABLE[name](declared, **options)
+        _matches(options[key], "")
+    return adapter(declared, **options)
 
 
 def _kernels(

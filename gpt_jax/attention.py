@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt_jax import names, settings
+
 log = logging.getLogger(__name__)
 
 HIDDEN = -1e30  # the score of a key that may not be seen; finite, so no NaN
@@ -42,11 +44,16 @@ class RopeScaling:
     original_context: int = 0
 
     def __post_init__(self):
-        if self.kind not in ("linear", "llama3"):
-            raise ValueError(f"rope_scaling kind {self.kind!r} is not linear or llama3")
+        settings.fit("rope_scaling", vars(self), settings.declared(RopeScaling))
+        names.choose("rope_scaling kind", self.kind, ("linear", "llama3"))
         if self.factor <= 0:
             raise ValueError(f"rope_scaling factor {self.factor} must be above 0")
         if self.kind == "linear":
+            if self.low_freq_factor or self.high_freq_factor or self.original_context:
+                raise ValueError(
+                    "rope_scaling linear reads its factor alone: leave "
+                    "low_freq_factor, high_freq_factor and original_context out"
+                )
             return
         if not 0 < self.low_freq_factor < self.high_freq_factor:
             raise ValueError(

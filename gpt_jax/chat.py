@@ -125,7 +125,7 @@ def check(template: str) -> None:
     if "{{" not in template and "{%" not in template:
         raise ValueError(
             f"template {template!r} is not one of: {', '.join(TEMPLATES)}, nor the "
-            "text of a Jinja template"
+            f"text of a Jinja template{names.did_you_mean(template, TEMPLATES)}"
         )
     _compiled(template)
 

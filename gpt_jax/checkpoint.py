@@ -7,7 +7,7 @@ damaged. Layout, for a run folder `runs/a`:
 
     runs/a/checkpoints/500/params/...      the weights, readable without the rest
     runs/a/checkpoints/500/state/...       every other key of the saved tree
-    runs/a/checkpoints/500/manifest.json   step, metric, meta, leaves, files
+    runs/a/checkpoints/500/manifest.json   step, metric, since, meta, leaves, files
     runs/a/checkpoints/aside-750/750/...   set aside by `rewind`
     runs/a/checkpoints/damaged-500/...     set aside by `restore`
     runs/a/frozen/<digest>/...             weights that never change, stored once
@@ -104,12 +104,25 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """Returns the step of the lowest metric (the earliest of equals), or None."""
-        metrics = {step: self._metric(step) for step in self.steps()}
+        """Returns the step of the lowest metric (the earliest of equals), or None.
+
+        Metrics of steps before the latest `since` take no part: see `save`.
+        """
+        notes = {step: self._note(step) for step in self.steps()}
+        since = max((note.get("since", 0) for note in notes.values()), default=0)
+        metrics = {s: note.get("metric") for s, note in notes.items() if s >= since}
         known = {step: value for step, value in metrics.items() if value is not None}
         return min(known, key=lambda step: (known[step], step), default=None)
 
-    def save(self, step: int, tree: Any, *, metric: float | None, meta: dict) -> bool:
+    def save(
+        self,
+        step: int,
+        tree: Any,
+        *,
+        metric: float | None,
+        meta: dict,
+        since: int = 0,
+    ) -> bool:
         """Copies `tree` to the host, then writes it in the background.
 
         The copy is complete when this returns, so the arrays may be donated at once.
@@ -120,6 +133,8 @@ class Checkpoints:
             Numpy arrays are not copied: leave them as they are until `wait`.
           metric: what `best` minimises; None (or not finite) when there is none.
           meta: anything JSON can hold; comes back from `restore`.
+          since: the first step whose metric was measured as this one is, on the same
+            data: others do not compare with it.
 
         Returns:
           False when the step is finished already; then nothing is written.
@@ -135,6 +150,7 @@ class Checkpoints:
             return False
         target = self.folder / str(int(step))
         note = {"step": int(step), "metric": _finite_or_none(metric), "meta": meta}
+        note |= {"since": int(since)} if since else {}
         json.dumps(note)  # a meta that cannot be written is refused here, not later
         table, items = leaves(tree), _snapshot(_grouped(tree))
         try:
@@ -348,11 +364,12 @@ class Checkpoints:
             except OSError as error:
                 log.warning("an old checkpoint could not be removed: %s", error)
 
-    def _metric(self, step: int) -> float | None:
+    def _note(self, step: int) -> dict[str, Any]:
+        """Returns the manifest of a step; {} when it cannot be read."""
         try:
-            return _manifest(self.folder / str(step))["metric"]
+            return _manifest(self.folder / str(step))
         except (FileNotFoundError, Damaged):
-            return None
+            return {}
 
 
 def digest(tree: Any) -> str:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt_jax import names
 from gpt_jax.model import GPT, Dropout, hidden
 from gpt_jax.model import logits as head
 
@@ -231,8 +232,8 @@ def report(right: Sequence[str], given: Sequence[str], labels: Sequence[str]) ->
     if not right:
         raise ValueError("there is no text to report on")
     number: Mapping[str, int] = {label: i for i, label in enumerate(labels)}
-    if unknown := sorted({*right, *given} - number.keys()):
-        raise ValueError(f"the class {unknown[0]!r} is not one of: {', '.join(labels)}")
+    for label in sorted({*right, *given}):
+        names.choose("the class", label, labels)
     table_CC = np.zeros((len(labels), len(labels)), int)
     for truth, answer in zip(right, given, strict=True):
         table_CC[number[truth], number[answer]] += 1

@@ -95,13 +95,8 @@ def split(
     Raises:
       ValueError: a number is out of its range, or train or val would be empty.
     """
-    names.choose("data.split", how, SPLITS)
+    check_split(how=how, val_fraction=val_fraction, test_fraction=test_fraction)
     fractions = f"data.val_fraction {val_fraction} and task.test_fraction"
-    if not (0 < val_fraction < 1 and 0 <= test_fraction < 1 - val_fraction):
-        raise ValueError(
-            f"{fractions} {test_fraction} must leave rows to train on: the first above "
-            "0, the second at least 0, their sum below 1"
-        )
     order = np.arange(len(found))
     if how == "documents":
         order = np.random.default_rng(0).permutation(order)
@@ -115,6 +110,17 @@ def split(
         )
     cut = np.split(order, [train, train + test])
     return {name: [found[i] for i in part] for name, part in zip(PARTS, cut)}
+
+
+def check_split(*, how: str, val_fraction: float, test_fraction: float) -> None:
+    """Raises ValueError for numbers by which no rows can be split."""
+    names.choose("data.split", how, SPLITS)
+    if not (0 < val_fraction < 1 and 0 <= test_fraction < 1 - val_fraction):
+        raise ValueError(
+            f"data.val_fraction {val_fraction} and task.test_fraction {test_fraction} "
+            "must leave rows to train on: the first above 0, the second at least 0, "
+            "their sum below 1"
+        )
 
 
 def _docstrings(source: str, corpus: corpora.Corpus) -> Iterator[Row]:

@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class Writer:
         other means that the task's loss knows, as train_reward, beside it.
       val_loss, val_perplexity, val_bpb: of the validation set: nats per target, its
         exponential, and bits per byte of text. Other sets: their name for "val".
+      evaluated_since: where evaluations are of other data or windows than they were:
+        the first step whose numbers compare with those of this line.
       lr: learning rate.
       grad_norm: global norm of the gradient before clipping.
       tokens_per_second: training only, over all devices.
@@ -194,6 +196,11 @@ def read(folder: str | Path) -> list[dict[str, Any]]:
             ) from error
         rows.append(row)
     return rows
+
+
+def since(rows: Sequence[Mapping[str, Any]]) -> int:
+    """Returns the first step of a record whose evaluations compare with the last."""
+    return max((int(row.get("evaluated_since", 0)) for row in rows), default=0)
 
 
 class Throughput:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gpt_jax import weights
+from gpt_jax import names, settings, weights
 from gpt_jax.weights import Declared
 
 # Shape legend: N matrices, R rows, C columns.
@@ -86,7 +86,7 @@ def make(
     *,
     name: str,
     schedule: str,
-    decay: Sequence[tuple[str, float]],
+    decay: Sequence[tuple[str, bool | float]],
     rates: Sequence[tuple[str, float]],
     freeze: Sequence[str],
     muon: Sequence[str],
@@ -116,18 +116,15 @@ def make(
         constraint over N here divides the work that devices would otherwise repeat.
 
     Raises:
-      ValueError: an unknown name here; in `init`, a weight without a decay rule, a
-        pattern without a weight, or a Muon weight that is not a matrix.
+      ValueError: an unknown name or a table that cannot be here; in `init`, a weight
+        without a decay rule, a pattern without a weight, or a Muon weight that is not
+        a matrix.
     """
-    dtype = _choose(MOMENT_DTYPES, moment_dtype, "optimizer.moment_dtype")
-    rules = _choose(OPTIMIZERS, name, "optimizer.name")(
-        dtype, _Matrices(declared, spread)
-    )
-    factor_at = _choose(SCHEDULES, schedule, "optimizer.schedule")
-    for key, table in {"decay": decay, "rates": rates}.items():
-        _check_pairs(f"optimizer.{key}", table)
-    for key, patterns in {"freeze": freeze, "muon": muon}.items():
-        _check_pairs(f"optimizer.{key}", [(pattern, 1) for pattern in patterns])
+    _check_tables(decay=decay, rates=rates, freeze=freeze, muon=muon)
+    dtype = names.choose("optimizer.moment_dtype", moment_dtype, MOMENT_DTYPES)
+    matrices = _Matrices(declared, spread)
+    rules = names.choose("optimizer.name", name, OPTIMIZERS)(dtype, matrices)
+    factor_at = names.choose("optimizer.schedule", schedule, SCHEDULES)
 
     def places(paths: Iterable[str]) -> dict[str, Place]:
         return _places(paths, declared, tuple(rules), decay, rates, freeze, muon)
@@ -304,6 +301,23 @@ OPTIMIZERS = {
     },
 }
 MOMENT_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+# What each optimizer and each schedule reads of Hyper, besides clip.
+ADAMW_READS = ("lr", "weight_decay", "beta1", "beta2", "eps")
+READS = {
+    "adamw": ADAMW_READS,
+    "lion": ("lr", "weight_decay", "beta1", "beta2"),
+    "sgd": ("lr", "weight_decay", "momentum"),
+    "adafactor": ("lr", "weight_decay"),
+    "muon": (*ADAMW_READS, "matrix_lr", "momentum"),
+}
+WARM_UP = ("warmup_steps", "initial_lr_ratio")
+SCHEDULE_READS = {
+    "constant": WARM_UP,
+    "cosine": (*WARM_UP, "decay_steps", "final_lr_ratio"),
+    "linear": (*WARM_UP, "decay_steps", "final_lr_ratio"),
+    "wsd": (*WARM_UP, "decay_steps", "final_lr_ratio", "decay_fraction"),
+}
 
 
 # ---- Muon ----
@@ -482,15 +496,18 @@ def _first(table: Sequence[tuple[str, float]], path: str) -> float | None:
     return next((value for pattern, value in table if _found(pattern, path)), None)
 
 
-def _check_pairs(key: str, table: Sequence) -> None:
-    """Raises ValueError unless a table has rows (regular expression, number)."""
-    for row in table:
-        pair = isinstance(row, tuple | list) and len(row) == 2
-        if not pair or not isinstance(row[0], str):
-            raise ValueError(f"{key} has {row!r}, where a regular expression is wanted")
-        if not isinstance(row[1], int | float):
-            raise ValueError(f"{key} has {row!r}, whose factor is no number")
-        _found(row[0], "")
+def _check_tables(**tables: Sequence) -> None:
+    """Raises ValueError for a table that is none, a bad regex, a negative factor."""
+    kinds = settings.declared(make)
+    settings.fit("optimizer", tables, {key: kinds[key] for key in tables})
+    for key, table in tables.items():
+        for row in table:
+            pattern, factor = (row, 1) if isinstance(row, str) else row
+            _found(pattern, "")
+            if factor < 0:  # it would climb, or grow what should decay
+                raise ValueError(
+                    f"optimizer.{key} has {row!r}: its factor must be at least 0"
+                )
 
 
 def _found(pattern: str, path: str) -> bool:
@@ -524,9 +541,3 @@ def _clip(slopes: dict[str, jax.Array], norm, limit) -> dict[str, jax.Array]:
     share = limit / jnp.where(norm > 0, norm, 1.0)
     shrink = jnp.where((limit > 0) & (norm > limit), share, 1.0)
     return {path: slope * shrink for path, slope in slopes.items()}
-
-
-def _choose(table: dict[str, Any], key: str, what: str):
-    if key not in table:
-        raise ValueError(f"{what} {key!r} is not one of: {', '.join(table)}")
-    return table[key]

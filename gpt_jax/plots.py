@@ -54,7 +54,7 @@ def loss(folder: str | Path) -> Picture | None:
     figure = _figure(height=5)
     axes = figure.add_subplot()
     _draw_train(axes, *train)
-    _draw_val(axes, *val)
+    _draw_val(axes, *val, since=metrics.since(rows))
     _dress(axes, rows, folder.resolve().name)
     return _save(figure, folder / "loss.png")
 
@@ -228,7 +228,11 @@ def _draw_train(
     axes.plot(middle, smooth, color=TRAIN, lw=1.8, label=f"{label} (moving average)")
 
 
-def _draw_val(axes, steps: np.ndarray, values: np.ndarray) -> None:
+def _draw_val(axes, steps: np.ndarray, values: np.ndarray, since: int) -> None:
+    """Draws the losses; those before `since`, of other data, faintly and as no best."""
+    old = steps < since
+    axes.plot(steps[old], values[old], color=BEST, lw=0.8, alpha=0.4)
+    steps, values = steps[~old], values[~old]
     if not np.isfinite(values).any():
         return
     best = int(np.nanargmin(values))

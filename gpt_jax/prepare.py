@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpt_jax import corpora, data, downloads, files, screen, tokenizers
+from gpt_jax import corpora, data, downloads, files, names, screen, tokenizers
 from gpt_jax.tokenizers import Tokenizer
 
 FORMAT = 1  # of the prepared folder; part of its name
@@ -156,8 +156,7 @@ def _left_out(bad: Mapping[str, None]) -> str:
 
 def check(*, split: str, val_fraction: float, workers: int) -> None:
     """Raises ValueError for settings that no text can be prepared with."""
-    if split not in SPLITS:
-        raise ValueError(f"data.split {split!r} is not one of: {', '.join(SPLITS)}")
+    names.choose("data.split", split, SPLITS)
     if not 0 < val_fraction < 1:
         raise ValueError(
             f"data.val_fraction is {val_fraction}; it must be above 0 and below 1"

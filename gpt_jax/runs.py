@@ -43,7 +43,7 @@ WHERE = (
 # other keys decide the weights, and would make two runs of one.
 RESUMABLE = (
     *WHERE,
-    r"steps|max_tokens|max_seconds|max_skipped|patience",
+    r"steps|max_tokens|max_seconds|max_skipped|patience|hyper\.decay_steps",
     r"eval_.*|task\.loss_chunk|model\.(remat|attention)",
 )
 # What may change with the data, where allow_data_change says that it may.
@@ -59,6 +59,7 @@ ADDED = {
     "spike_window": 0,
     "optimizer.moment_dtype": "float32",
 }
+TUNED = ("sft", "dpo", "grpo")  # tasks that say so where they begin at random weights
 # What a run says of its data, where it has such data.
 OF_DATA = ("classes.json", "test.json", "test_report.json", "test_report.png")
 PARTS = ("data", "model", "task", "adapter", "optimizer")  # of every config
@@ -209,10 +210,10 @@ def create_or_check(
     """Makes a new run folder, or checks that this config may go on in an old one.
 
     A folder whose run ended before its first checkpoint holds nothing to protect: it
-    is made anew.
+    is made anew. Of a run that is there nothing changes; `go_on` does that.
 
     Returns:
-      True when the run was there; config.json then holds the new config.
+      True when the run was there.
 
     Raises:
       ValueError: the config (beyond RESUMABLE), tokenizer or training data changed, or
@@ -234,8 +235,19 @@ def create_or_check(
         create(workdir, config, tokenizer, classes)
         return False
     _refuse_changes(workdir, config, tokenizer, fingerprint)
-    files.write(workdir / "config.json", _text(config))
     return True
+
+
+def go_on(workdir: str | Path, config: ConfigDict, fingerprint: str) -> None:
+    """Writes down what a run that was there goes on with."""
+    files.write(Path(workdir) / "data.json", json.dumps({"fingerprint": fingerprint}))
+    files.write(Path(workdir) / "config.json", _text(config))
+
+
+def fingerprint_of(workdir: str | Path) -> str | None:
+    """Returns the fingerprint of a run's data; None where the run has none noted."""
+    path = Path(workdir) / "data.json"
+    return _noted(path, "fingerprint")[0] if path.is_file() else None
 
 
 def read_config(folder: str | Path) -> ConfigDict:
@@ -250,6 +262,7 @@ def read_config(folder: str | Path) -> ConfigDict:
     path = folder / "config.json"
     if not path.is_file():
         what = "has no config.json" if folder.is_dir() else "does not exist"
+        what = "is a file" if folder.is_file() else what
         raise ValueError(
             f"{folder} is not a run folder: it {what}. A run is made by, for example, "
             "python -m experiments.train --config=configs/quickstart.py"
@@ -259,6 +272,8 @@ def read_config(folder: str | Path) -> ConfigDict:
         for name, value in ADDED.items():
             part, _, key = name.rpartition(".")
             (tree.get(part, {}) if part else tree).setdefault(key, value)
+        if tree.get("task", {}).get("name") in TUNED and not tree.get("init_from"):
+            tree["init_from"] = "random"  # which "" meant for every task
         if absent := [part for part in PARTS if not isinstance(tree.get(part), dict)]:
             raise ValueError(f"it has no {', '.join(absent)}")
         return as_config(tree)
@@ -448,8 +463,7 @@ def _refuse_changes(workdir, config: ConfigDict, tokenizer, fingerprint: str) ->
             f"{old.vocab_size} tokens) than this one ({tokenizer.kind}, "
             f"{tokenizer.vocab_size} tokens); use another --workdir"
         )
-    path = workdir / "data.json"
-    stated = _noted(path, "fingerprint")[0] if path.is_file() else None
+    stated = fingerprint_of(workdir)
     if stated == fingerprint:
         return
     found = f"its fingerprint was {stated} and is {fingerprint} now"
@@ -459,7 +473,6 @@ def _refuse_changes(workdir, config: ConfigDict, tokenizer, fingerprint: str) ->
             "back, use another --workdir, or go on with --allow-data-change"
         )
     log.warning("%s goes on with other training data: %s", workdir, found)
-    files.write(path, json.dumps({"fingerprint": fingerprint}))
 
 
 def _plain(config: ConfigDict) -> dict:

@@ -12,9 +12,11 @@ N blocks of the vocabulary  M tokens in a block
 """
 
 import math
+import re
 import zlib
 from collections.abc import Generator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -347,6 +349,7 @@ def texts(
     count: int,
     seed: int,
     stop: Sequence[str | int],
+    beyond_context: bool = False,
     **settings,
 ) -> list[Completion]:
     """Continues every prompt `count` times; all samples of a prompt stand together.
@@ -363,6 +366,9 @@ def texts(
       count: samples of each prompt.
       seed: any integer.
       stop: strings that end a completion and are cut off, or ids of tokens that do.
+      beyond_context: a row whose context is full goes on, and sees from there on the
+        last half of it, again and again; else it ends. (nanoGPT drops the first token
+        for every new one, and reads the whole context again each time.)
       **settings: temperature, top_k, top_p, min_p, repetition_penalty and max_new,
         all of them; see `Sampling`.
 
@@ -385,7 +391,9 @@ def texts(
         group = jobs[first : first + ROWS]
         padding = 0 if len(jobs) <= ROWS else ROWS - len(group)
         chunks = _decode(
-            model, params, tokenizer, group, seed, stop, settings, TEXT_STEPS, padding
+            *(model, params, tokenizer, group, seed, stop, settings, TEXT_STEPS),
+            padding,
+            beyond_context,
         )
         done += _last(chunks)
     return done
@@ -399,6 +407,7 @@ def stream(
     prompt: str | Sequence[int],
     seed: int,
     stop: Sequence[str | int],
+    beyond_context: bool = False,
     **settings,
 ) -> Generator[str, None, Completion]:
     """Yields the text of one completion piece by piece, whole characters only.
@@ -412,7 +421,9 @@ def stream(
     row = _Row(prompt, prompt_ids(prompt, tokenizer, model.cfg), 0)
     model, params = laid_out(model, params, rows=1)
     chunks = _decode(
-        model, params, tokenizer, [row], seed, stop, settings, STREAM_STEPS, 0
+        *(model, params, tokenizer, [row], seed, stop, settings, STREAM_STEPS),
+        0,
+        beyond_context,
     )
     return _pieces(chunks)
 
@@ -476,6 +487,9 @@ def row_keys(seed, prompt_B, number_B):
     fold = jax.random.fold_in
     root = jax.random.key(seed)
     return jax.vmap(lambda p, n: fold(fold(root, p), n))(prompt_B, number_B)
+
+
+_next_keys = jax.jit(jax.vmap(partial(jax.random.fold_in, data=1)))
 
 
 class Transcript:
@@ -542,17 +556,18 @@ class _Row(NamedTuple):
     number: int  # among the samples of its prompt
 
 
-def _decode(model, params, tokenizer, rows, seed, stop, settings, steps, padding):
-    """Yields each row's new text after every few steps; returns the Completions."""
-    context = model.cfg.context_length
-    lengths = np.array([len(row.ids) for row in rows] + [1] * padding, np.int32)
-    longest = int(lengths.max())
-    max_length = _bucket(longest + settings["max_new"], context)
-    tokens_BT = np.zeros((len(lengths), _bucket(longest, max_length)), np.int32)
-    for tokens_T, row in zip(tokens_BT, rows, strict=False):
-        tokens_T[: len(row.ids)] = row.ids
-    idle = {**settings, "max_new": 0}
-    sampling = rows_of([settings] * len(rows) + [idle] * padding)
+def _decode(
+    model, params, tokenizer, rows, seed, stop, settings, steps, padding, beyond
+):
+    """Yields each row's new text after every few steps; returns the Completions.
+
+    With `beyond`, rows whose context is full go on from the last half of it.
+    """
+    context, eos_id = model.cfg.context_length, tokenizer.eos_id
+    stop = list(stop) if eos_id is None else [*stop, eos_id]
+    scribes = [Transcript(tokenizer, row.ids, stop) for row in rows]
+    windows = [row.ids for row in rows] + [[0]] * padding
+    left = [settings["max_new"]] * len(rows) + [0] * padding
     hashes = [zlib.crc32(np.asarray(row.ids, "<i4").tobytes()) for row in rows]
     numbers = [row.number for row in rows] + [0] * padding
     key_B = row_keys(
@@ -560,45 +575,67 @@ def _decode(model, params, tokenizer, rows, seed, stop, settings, steps, padding
         np.array(hashes + [0] * padding, np.uint32),
         np.array(numbers, np.uint32),
     )
-    eos_id = tokenizer.eos_id
-    stop = list(stop) if eos_id is None else [*stop, eos_id]
-    scribes = [Transcript(tokenizer, row.ids, stop) for row in rows]
-    fixed = {"model": model, "stop_id": -1 if eos_id is None else eos_id}
-    with sharding.in_sight(params):
-        state = _start(
-            params, tokens_BT, lengths, sampling, key_B, max_length=max_length, **fixed
-        )
-    read = lengths.copy()
     while True:
-        tokens, length, reason = jax.device_get(
-            (state.tokens_BS, state.length_B, state.reason_B)
-        )
-        reason = reason.copy()
-        pieces = []
-        for i, scribe in enumerate(scribes):
-            piece = ""
-            for token in tokens[i, read[i] : length[i]].tolist():
-                if scribe.stopped_by is None:
-                    piece += scribe.push(token)
-            if scribe.stopped_by is not None:
-                reason[i] = STOP
-            if reason[i] != RUNNING:
-                piece += scribe.flush()
-            pieces.append(piece)
-        yield pieces
-        read = length
-        if (reason != RUNNING).all():
+        fixed = {"model": model, "stop_id": -1 if eos_id is None else eos_id}
+        decoding = _window(params, windows, left, settings, key_B, steps, fixed)
+        reason, read = None, np.array([len(ids) for ids in windows])
+        while True:
+            tokens, length, reason = decoding.send(reason)
+            pieces = []
+            for i, scribe in enumerate(scribes):
+                new, piece = tokens[i, read[i] : length[i]].tolist(), ""
+                windows[i], left[i] = windows[i] + new, left[i] - len(new)
+                for token in new:
+                    if scribe.stopped_by is None:
+                        piece += scribe.push(token)
+                if scribe.stopped_by is not None:
+                    reason[i], left[i] = STOP, 0
+                if reason[i] != RUNNING and not (beyond and left[i]):
+                    piece += scribe.flush()
+                pieces.append(piece)
+            yield pieces
+            read = length
+            if (reason != RUNNING).all():
+                break
+        if not (beyond and any(left)):
             break
-        state = state._replace(reason_B=jnp.asarray(reason))
-        with sharding.in_sight(params):
-            state = _advance(params, state, sampling, key_B, steps, **fixed)
+        windows = [ids[-max(1, context // 2) :] for ids in windows]
+        key_B = _next_keys(key_B)  # places are counted anew
     return [
-        _completion(row, scribe, settings["max_new"], context, eos_id)
+        _completion(row, scribe, settings["max_new"], context, eos_id, beyond)
         for row, scribe in zip(rows, scribes, strict=True)
     ]
 
 
-def _completion(row, scribe, max_new, context, eos_id):
+def _window(params, windows, left, settings, key_B, steps, fixed):
+    """Decodes rows until all have ended or their context is full.
+
+    Yields (tokens, lengths, reasons) after every few steps, and takes the reasons
+    back: of a row that is to end one that says so.
+    """
+    lengths = np.array([len(ids) for ids in windows], np.int32)
+    longest, context = int(lengths.max()), fixed["model"].cfg.context_length
+    max_length = _bucket(longest + max(left), context)
+    tokens_BT = np.zeros((len(windows), _bucket(longest, max_length)), np.int32)
+    for tokens_T, ids in zip(tokens_BT, windows, strict=True):
+        tokens_T[: len(ids)] = ids
+    sampling = rows_of([{**settings, "max_new": max_new} for max_new in left])
+    with sharding.in_sight(params):
+        state = _start(
+            params, tokens_BT, lengths, sampling, key_B, max_length=max_length, **fixed
+        )
+    while True:
+        tokens, length, reason = jax.device_get(
+            (state.tokens_BS, state.length_B, state.reason_B)
+        )
+        state = state._replace(
+            reason_B=jnp.asarray((yield tokens, length, reason.copy()))
+        )
+        with sharding.in_sight(params):
+            state = _advance(params, state, sampling, key_B, steps, **fixed)
+
+
+def _completion(row, scribe, max_new, context, eos_id, beyond):
     stopped_by = scribe.stopped_by
     if stopped_by is not None:
         reason = "stop"
@@ -606,7 +643,7 @@ def _completion(row, scribe, max_new, context, eos_id):
         detail = "end of text" if stopped_by == eos_id else f"{what} {stopped_by!r}"
     else:
         reason = "length"
-        full = len(row.ids) + len(scribe.ids) >= context
+        full = not beyond and len(row.ids) + len(scribe.ids) >= context
         detail = f"the context of {context} tokens is full"
         detail = detail if full else f"{max_new} new tokens"
     return Completion(row.prompt, scribe.text, scribe.ids, reason, detail)
@@ -652,6 +689,23 @@ def prompt_ids(prompt: str | Sequence[int], tokenizer, cfg) -> list[int]:
             f"{cfg.context_length}; shorten the prompt"
         )
     return ids
+
+
+def advice(prompt: str, tokenizer) -> str:
+    """Returns a sentence on a prompt that ends in a space which ought to begin a token.
+
+    "" where it does not. Where a word and the space before it are one token, a model
+    has hardly ever seen a space alone before a word, and writes what does follow one.
+    """
+    bare = prompt.rstrip(" ")
+    if bare == prompt or tokenizer.encode(bare) == tokenizer.encode(prompt):
+        return ""
+    if not any(re.match(r"[ Ġ▁]\w", token) for token in tokenizer.vocab):
+        return ""
+    return (
+        "the prompt ends in a space, but here a word and the space before it are one "
+        "token: leave the space off"
+    )
 
 
 def _bucket(length: int, limit: int) -> int:

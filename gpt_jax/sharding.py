@@ -19,7 +19,7 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gpt_jax import files, weights
+from gpt_jax import files, names, weights
 from gpt_jax.weights import Declared
 
 AXES = ("data", "fsdp", "tensor")
@@ -387,10 +387,7 @@ def check(
     strategy: str, *, data: int, fsdp: int, tensor: int, cpu_devices: int
 ) -> None:
     """Raises ValueError for a mesh that no machine has; looks at no device."""
-    if strategy not in TABLE:
-        raise ValueError(
-            f"mesh.strategy {strategy!r} is not one of: {', '.join(TABLE)}"
-        )
+    names.choose("mesh.strategy", strategy, TABLE)
     for name, axis in {"fsdp": fsdp, "tensor": tensor}.items():
         if axis < 1:
             raise ValueError(f"mesh.{name} is {axis}: it must be at least 1")

@@ -6,7 +6,9 @@ loop. What happens to the weights at a step is in step.py.
 
 import contextlib
 import gc
+import hashlib
 import json
+import logging
 import math
 import re
 import time
@@ -26,6 +28,7 @@ from ml_collections import ConfigDict
 from gpt_jax import (
     adapters,
     checkpoint,
+    checks,
     data,
     devices,
     evaluate,
@@ -34,7 +37,6 @@ from gpt_jax import (
     model,
     optimizer,
     plots,
-    prepare,
     pretrained,
     processes,
     programs,
@@ -52,24 +54,6 @@ ADAPTER = 1  # folded into the key of the first weights, for an adapter's own
 EVAL_TOKENS = 16_384  # tokens in an evaluation batch, when the config does not say
 ROLLOUT = 2**32 - 1  # folded into a run's key: no step has that number
 
-# The ranges of the numbers that no other module checks.
-AT_LEAST_1 = (
-    *("batch_size", "accumulate", "log_every", "keep", "max_skipped"),
-    "heartbeat_timeout_seconds",
-)
-NOT_NEGATIVE = (
-    *("steps", "max_tokens", "max_seconds", "patience", "sample_every", "grace_s"),
-    "spike_window",
-    *("eval_every", "eval_windows", "eval_batch_size", "checkpoint_every", "seed"),
-)
-LONGEST_S = 30 * 24 * 3600  # a wait that Python can count; no run means a longer one
-ON_SAVE_ERROR = ("stop", "continue")
-BELOW_1 = (
-    *("dropout_embed", "dropout_attn", "dropout_residual", "dropout_adapter"),
-    "label_smoothing",
-    *("beta1", "beta2", "momentum", "ema_decay"),
-)
-
 
 class Parts(NamedTuple):
     """What runs that differ in traced numbers alone can share; see `make_parts`.
@@ -77,6 +61,7 @@ class Parts(NamedTuple):
     Attributes:
       fresh: (weights, key) -> the state before the first step.
       first: jitted, key -> the state that a new run with random weights begins with.
+      measured: the digest of what evaluations measure on, see `measured_on`.
     """
 
     task: tasks.Task
@@ -87,6 +72,7 @@ class Parts(NamedTuple):
     step_fn: Callable
     eval_fn: Callable
     rollout_fn: Callable | None
+    measured: str
 
 
 class Job(NamedTuple):
@@ -118,15 +104,21 @@ class Totals(NamedTuple):
     best: float = math.inf
     stale: int = 0  # evaluations since the best one
     evaluated: int = -1  # the step of the last evaluation that was not interrupted
+    measured: str = ""  # what the best was measured on; "" = an older run does not say
+    since: int = 0  # the first step whose evaluations were measured on that
 
 
 class Result(NamedTuple):
-    """How a run ended: why, after which step, with which last numbers."""
+    """How a run ended: why, after which step, with which last numbers.
+
+    `trained` is whether there was anything to do: a run at its end is left as it is.
+    """
 
     reason: str
     step: int
     numbers: dict[str, float]
     exit_code: int
+    trained: bool = True
 
 
 def train(
@@ -157,6 +149,8 @@ def train(
         alone = processes.count() == 1  # one of several that leaves costs all of them
         with signals.at_once() if alone else contextlib.nullcontext():
             job, state, totals = build(config, workdir, stop, stack)
+        if at_end(config, job.task, totals, step := int(job.strategy.view(state.step))):
+            return Result(ends_by(config, job.task), step, {}, 0, trained=False)
         # What was built stays: walking it takes the garbage collector a tenth of a
         # second, in the middle of some step.
         gc.freeze()
@@ -189,6 +183,8 @@ def loop(
         numbers, totals = evaluate_now(job, state, totals, step)
     if step == 0:
         sample_now(job, state, step, due(step, config.sample_every))
+    if end == 0 == step:  # nothing but a start, which can be sampled and gone on with
+        save(job, state, totals, step, numbers.get("val_loss"))
     while step < end and not (reason := reason or ended(job, totals, step)):
         rolled = roll(state, step, batch)
         state, sums, info = job.step_fn(state, rolled, job.key, job.hyper)
@@ -224,8 +220,8 @@ def loop(
     if 0 < step < end:
         save(job, state, totals, step, None)
     if not reason:
-        done = "steps" if end == config.steps else "max_tokens"
-        reason = "signal" if job.stop and totals.evaluated < step else done
+        cut = job.stop and totals.evaluated < step
+        reason = "signal" if cut else ends_by(config, job.task)
     return finish(job, step, reason, numbers)
 
 
@@ -243,6 +239,11 @@ def build(
     axes = {key: value for key, value in mesh.items() if key != "strategy"}
     sharding.set_cpu_devices(micro_batch, **axes, processes=processes.count())
     check_alike(config)
+    if processes.count() > 1 and config.on_save_error != "stop":
+        raise ValueError(
+            f"on_save_error is {config.on_save_error}: one of several processes cannot "
+            "go on alone; set it to stop"
+        )
     task = processes.in_turn(lambda: make_task(config, workdir))
     processes.check_same("the fingerprint of the training data", task.fingerprint)
     adapter = adapters.make(model.declared(task.model.cfg), **config.adapter)
@@ -252,7 +253,8 @@ def build(
     stop = processes.together(stop)
     others = processes.index() > 0  # the first process speaks for all
     job, state, totals = open_run(config, workdir, parts, stop, stack, quiet=others)
-    job.bar.print(describe(job, state))
+    if not at_end(config, task, totals, int(state.step)):
+        job.bar.print(describe(job, state))
     return job, strategy.place(state), totals
 
 
@@ -288,7 +290,21 @@ def make_parts(
         ),
         eval_fn=evaluate.compile(task.loss, strategy.mesh),
         rollout_fn=compile_rollout(task, adapter.join, strategy),
+        measured=measured_on(task, config.eval_windows),
     )
+
+
+def measured_on(task: tasks.Task, eval_windows: int) -> str:
+    """Returns the sha256 of all examples that evaluations go through."""
+    total = hashlib.sha256()
+    for name, examples in task.evals.items():
+        what = (
+            name,
+            task.tokenizer.sha256,
+            data.digest(examples, at_most=eval_windows),
+        )
+        total.update(f"{what}\n".encode())
+    return total.hexdigest()
 
 
 def open_run(
@@ -314,9 +330,10 @@ def open_run(
             workdir, config, task.tokenizer, task.fingerprint, task.classes
         )
 
-    if processes.first(saves.steps):
+    if there := bool(processes.first(saves.steps)):
         processes.in_turn(create_or_check)
         state, totals, frozen = restore(saves, parts, init_key)
+        totals, news = resumed(config, workdir, parts, totals, int(state.step))
     elif lost := saves.damaged():  # starting over would hide that a run was lost
         raise ValueError(
             f"no checkpoint of {workdir} is sound; damaged: "
@@ -324,14 +341,21 @@ def open_run(
             "from elsewhere, or remove these folders to start over"
         )
     else:  # weights that do not fit are refused before there is a run
-        state, totals = begin(config, parts, init_key), Totals()
+        state, totals = begin(config, parts, init_key), Totals(measured=parts.measured)
         if processes.count() > 1:  # what other processes read and save with this one
             state = parts.strategy.place(state)
         processes.in_turn(create_or_check)
         frozen = saves.save_frozen(state.frozen) if state.frozen else ""
-    runs.keep_test(workdir, task.test)
+        news = too_short(config, task)
+        if config.sample_every and not task.prompt:
+            told = sample.advice(config.sample.prompt, task.tokenizer)
+            news += [f"sample.prompt: {told}"] if told else []
     writer = bar = screen.Silence()
-    if processes.index() == 0:
+    ended = at_end(config, task, totals, int(state.step))
+    if processes.index() == 0 and not ended:  # a run at its end is left as it is
+        if there:
+            runs.go_on(workdir, config, task.fingerprint)
+        runs.keep_test(workdir, task.test)
         writer = metrics.Writer(
             workdir,
             tensorboard=config.tensorboard,
@@ -344,6 +368,11 @@ def open_run(
         total = last_step(config, task)
         bar = screen.Progress("step", total=total, start=int(state.step))
         stack.callback(bar.close)
+    for line in news if processes.index() == 0 and not ended else ():
+        if quiet:
+            logging.getLogger(__name__).warning("%s: %s", workdir, line)
+        else:
+            bar.print(line)
 
     job = Job(
         config=config,
@@ -374,66 +403,18 @@ def open_run(
     return job, state, totals
 
 
-def check(config: ConfigDict) -> None:
-    """Refuses what no run can have, before any text is read and any device is used.
+def check(config: ConfigDict, recipe: ConfigDict | None = None) -> None:
+    """Refuses what no run can have; see `checks.check`.
 
     Raises:
       ValueError: names the key, what it may be and the value found.
     """
-    for key in AT_LEAST_1:
-        if config[key] < 1:
-            raise ValueError(f"{key} is {config[key]}: it must be at least 1")
-    for key in NOT_NEGATIVE:
-        if not config[key] >= 0:  # also NaN
-            raise ValueError(f"{key} is {config[key]}: it must not be negative")
-    for key in ("seq_len", "stride"):
-        if config.data[key] < 0:
-            raise ValueError(
-                f"data.{key} is {config.data[key]}: give a number of tokens, or 0 to "
-                "have it chosen"
-            )
-    if not 0 < config.data_timeout_s <= LONGEST_S:
-        raise ValueError(
-            f"data_timeout_s is {config.data_timeout_s}: it must be above 0 seconds "
-            f"and at most {LONGEST_S:,}"
-        )
-    if config.grace_s > LONGEST_S:
-        raise ValueError(
-            f"grace_s is {config.grace_s}: it must be at most {LONGEST_S:,} seconds"
-        )
-    if config.spike_window == 1:
-        raise ValueError("spike_window is 1: give 2 losses or more, or 0 for no guard")
-    if config.seed >= 2**63:
-        raise ValueError(f"seed is {config.seed}: it must be below 2^63")
-    if config.on_save_error not in ON_SAVE_ERROR:
-        raise ValueError(
-            f"on_save_error {config.on_save_error!r} is not one of: "
-            f"{', '.join(ON_SAVE_ERROR)}"
-        )
-    if config.batch_size % config.accumulate:
-        raise ValueError(
-            f"batch_size {config.batch_size} is not a multiple of accumulate "
-            f"{config.accumulate}"
-        )
-    check_hyper(config)
-    check_choices(config)
+    checks.check(config.to_dict(), recipe.to_dict() if recipe else None)
 
 
-def check_hyper(config: ConfigDict) -> None:
-    """Refuses traced numbers outside their ranges; raises ValueError."""
-    for key, value in config.hyper.items():
-        if not 0 <= value <= float(np.finfo(np.float32).max):
-            raise ValueError(
-                f"hyper.{key} is {value}: it must be a float32 number >= 0"
-            )
-    for key in BELOW_1:
-        if config.hyper[key] >= 1:
-            raise ValueError(f"hyper.{key} is {config.hyper[key]}: it must be below 1")
-    if config.hyper.dropout_adapter and config.adapter.name != "lora":
-        raise ValueError(
-            f"hyper.dropout_adapter is {config.hyper.dropout_adapter}, but the adapter "
-            f"{config.adapter.name!r} drops nothing: set it to 0 or take lora"
-        )
+def unread(config: ConfigDict) -> dict[str, str]:
+    """Returns the keys that nothing of a run reads; see `checks.unread`."""
+    return checks.unread(config.to_dict())
 
 
 def check_alike(config: ConfigDict) -> None:
@@ -455,31 +436,12 @@ def check_alike(config: ConfigDict) -> None:
     processes.in_turn(compare)
 
 
-def check_choices(config: ConfigDict) -> None:
-    """Refuses what the parts of a run would refuse, some only after reading the text.
-
-    Raises:
-      ValueError: as the part that was asked says it.
-    """
-    fields = config.model.to_dict()
-    try:  # 1 stands for the size that the tokenizer will give
-        model.GPTConfig(**{**fields, "vocab_size": fields["vocab_size"] or 1})
-    except (TypeError, ArithmeticError) as error:
-        raise ValueError(f"config.model: {error}") from error
-    text = ("split", "val_fraction", "workers")
-    prepare.check(**{key: config.data[key] for key in text})
-    tasks.check(config.task.name)
-    adapters.make({}, **config.adapter)
-    optimizer.make({}, **{k: v for k, v in config.optimizer.items() if k != "ema"})
-    sharding.check(**config.mesh)
-    if config.sample_every:
-        sample.check(**sample_settings(config))
-
-
 def make_task(config: ConfigDict, workdir: Path) -> tasks.Task:
     """Returns the config's task; its examples are prepared or found prepared."""
     text = config.data.to_dict()
-    if config.init_from:  # weights only fit the vocabulary that they learnt
+    if (
+        checks.begins(config.init_from) != checks.RANDOM
+    ):  # weights only fit the vocabulary that they learnt
         text["tokenizer"] = str(first_tokenizer(config, workdir))
     hyper = config.hyper
     task = tasks.make(
@@ -513,12 +475,6 @@ def check_rollouts(config: ConfigDict, task: tasks.Task) -> None:
             f"mesh.strategy is {config.mesh.strategy}: task {config.task.name} needs "
             "mesh, since it draws its batches on the devices"
         )
-    for key in ("steps", "eval_every", "checkpoint_every"):
-        if config[key] % task.updates:
-            raise ValueError(
-                f"{key} {config[key]} is not a multiple of task.updates "
-                f"{task.updates}: so many steps share a rollout, which is not saved"
-            )
 
 
 def first_tokenizer(config: ConfigDict, workdir: Path) -> Path:
@@ -574,9 +530,64 @@ def restore(
     return state, Totals(**meta["totals"]), meta.get("frozen", "")
 
 
+def resumed(
+    config: ConfigDict, workdir: Path, parts: Parts, totals: Totals, step: int
+) -> tuple[Totals, list[str]]:
+    """Returns the totals that a run goes on with after `step`, and what to tell of it.
+
+    Where evaluations are of something else now, the best loss begins anew.
+    """
+    read = lambda: runs.read_config(workdir).to_json()  # noqa: E731
+    old = runs.as_config(json.loads(processes.first(read)))
+    told = rate_moves(old, config, parts.task, step)
+    if not totals.measured:  # an older run: as far as its folder can tell
+        noted = processes.first(lambda: runs.fingerprint_of(workdir))
+        same = noted in (None, parts.task.fingerprint)
+        if same and old.eval_windows == config.eval_windows:
+            totals = totals._replace(measured=parts.measured)
+    if totals.measured != parts.measured:
+        if totals.best < math.inf:
+            told.append(
+                "evaluations are of other data or windows now: the best loss, "
+                f"{totals.best:.4f} until here, begins anew"
+            )
+        totals = totals._replace(
+            best=math.inf, stale=0, measured=parts.measured, since=step + 1
+        )
+    return totals, told
+
+
+def rate_moves(
+    old: ConfigDict, new: ConfigDict, task: tasks.Task, step: int
+) -> list[str]:
+    """Returns a line where the rate of a resumed run is not what it was to be."""
+    hypers = [make_hyper(config, task) for config in (old, new)]
+    factor = optimizer.SCHEDULES[new.optimizer.schedule]
+    before, now = (float(factor(step, hyper) * hyper.lr) for hyper in hypers)
+    if math.isclose(before, now, rel_tol=1e-3):
+        return []
+    ends, end = (int(hyper.decay_steps) for hyper in hypers)
+    return [
+        f"the schedule ends at step {end:,} now, not at {ends:,}: at step {step:,} the "
+        f"learning rate goes from {before:.2g} to {now:.2g} "
+        f"(--config.hyper.decay_steps={ends} keeps it as it was)"
+    ]
+
+
+def too_short(config: ConfigDict, task: tasks.Task) -> list[str]:
+    """Returns a line where a run ends before its warm-up does."""
+    end, warm = last_step(config, task), config.hyper.warmup_steps
+    if not 0 < end <= warm:
+        return []
+    return [
+        f"the warm-up of {warm:,.0f} steps is as long as the run of {end:,}, or "
+        "longer: the learning rate does not come to hyper.lr"
+    ]
+
+
 def begin(config: ConfigDict, parts: Parts, key: jax.Array) -> TrainState:
     """Returns the state of a new run: `init_from`'s weights, or random ones."""
-    if not config.init_from:
+    if checks.begins(config.init_from) == checks.RANDOM:
         return parts.first(key)
     cfg = parts.task.model.cfg
     if published := hugging_face(config):
@@ -586,11 +597,23 @@ def begin(config: ConfigDict, parts: Parts, key: jax.Array) -> TrainState:
         weights = runs.open(config.init_from).params
     weights = model.stack(weights, cfg) if cfg.scan_layers else weights
     weights = adopt(weights, parts.task, key)
+    check_positions(weights, cfg.context_length)
     checkpoint.check_same(jax.eval_shape(partial(model.init, cfg), key), weights)
     layout = parts.strategy.layout
     weights = sharding.lay_out(weights, layout(weights))
     places = layout(jax.eval_shape(parts.fresh, weights, key))
     return jax.jit(parts.fresh, out_shardings=places)(weights, key)
+
+
+def check_positions(weights: Any, context_length: int) -> None:
+    """Refuses learned positions that are not as many as the context is long."""
+    learned = weights.get("positions", {}).get("embedding")
+    if learned is not None and len(learned) != context_length:
+        raise ValueError(
+            f"model.context_length is {context_length}, but init_from learnt vectors "
+            f"for {len(learned)} positions: take {len(learned)}, and shorter windows "
+            "with data.seq_len; only models with rope can be given a longer context"
+        )
 
 
 def adopt(weights: Any, task: tasks.Task, key: jax.Array) -> Any:
@@ -624,6 +647,17 @@ def last_step(config: ConfigDict, task: tasks.Task) -> int:
         return config.steps
     steps = math.ceil(config.max_tokens / tokens_per_step(config, task))
     return min(config.steps, math.ceil(steps / task.updates) * task.updates)
+
+
+def at_end(config: ConfigDict, task: tasks.Task, totals: Totals, step: int) -> bool:
+    """Whether a run that has come to `step` has nothing left to do."""
+    end = last_step(config, task)
+    return step > end or (step == end and totals.evaluated >= step)
+
+
+def ends_by(config: ConfigDict, task: tasks.Task) -> str:
+    """Returns which key ends a run at its last step."""
+    return "steps" if last_step(config, task) == config.steps else "max_tokens"
 
 
 def tokens_per_step(config: ConfigDict, task: tasks.Task) -> int:
@@ -767,12 +801,16 @@ def log(job: Job, totals: Totals, step: int, pending: list) -> dict[str, float]:
         if said.get("spike"):
             loss = part["loss"] / part["weight"]
             job.bar.print(f"step {at}: loss {loss:.4f} is a spike; update skipped")
+        elif said["skipped_in_a_row"]:
+            job.bar.print(f"step {at}: not finite; update skipped")
     info: dict = {name: float(value) for name, value in infos[-1].items()}
     in_a_row = [int(info["skipped_in_a_row"]) for info in infos]
     info.pop("spike", None)
     del info["skipped_in_a_row"]
     info["skipped"] = int(info["skipped"])
     if (worst := max(in_a_row)) >= job.config.max_skipped:
+        raise give_up(job, worst, first + in_a_row.index(worst))
+    if info["skipped"] >= step == last_step(job.config, job.task):
         raise give_up(job, worst, first + in_a_row.index(worst))
     finite = [part for part in sums if math.isfinite(part["loss"])]
     numbers = dict(info)
@@ -857,7 +895,8 @@ def record(job: Job, totals: Totals, step: int, numbers: dict[str, float]) -> To
         stale=0 if better else totals.stale + 1,
         evaluated=step,
     )
-    write(job, totals, step, numbers)
+    since = {"evaluated_since": totals.since} if totals.since else {}
+    write(job, totals, step, numbers | since)
     job.bar.print(
         f"step {step}: "
         + ", ".join(f"{key} {value:.4f}" for key, value in numbers.items())
@@ -881,19 +920,6 @@ def eval_batches(job: Job, examples) -> Iterator[tasks.Batch]:
     )
 
 
-def sample_settings(config: ConfigDict) -> dict[str, Any]:
-    """Returns how the samples of a run are drawn, as `sample.texts` wants it."""
-    chosen = config.sample
-    return {
-        "temperature": chosen.temperature,
-        "top_k": chosen.top_k,
-        "top_p": chosen.top_p,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "max_new": chosen.max_new_tokens,
-    }
-
-
 def sample_now(job: Job, state: TrainState, step: int, wanted: bool) -> None:
     """Writes samples to samples.md and shows them, when wanted."""
     if not (wanted and job.config.sample_every) or job.stop:
@@ -909,7 +935,7 @@ def sample_now(job: Job, state: TrainState, step: int, wanted: bool) -> None:
         count=job.config.sample.count,
         seed=job.config.seed,
         stop=job.task.stop,
-        **sample_settings(job.config),
+        **checks.sample_settings(job.config.sample),
     )
     prompt += "\n" if ids else ""
     if processes.index() == 0:
@@ -946,7 +972,7 @@ def save(
     with save_errors(job):
         job.saves.wait()
     with save_errors(job):
-        job.saves.save(step, view, metric=metric, meta=meta)
+        job.saves.save(step, view, metric=metric, meta=meta, since=totals.since)
 
 
 @contextlib.contextmanager

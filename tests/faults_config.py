@@ -35,9 +35,15 @@ CASES = {
     "quoted number": ('--config.hyper.lr="1e-4"', "lr"),
     "None": ("--config.steps=None", "steps"),
     "text for bool": ("--config.model.scan_layers=maybe", "scan_layers"),
-    "number for tuple": ("--config.optimizer.freeze=3", "optimizer.freeze has"),
+    "number for tuple": (
+        "--config.optimizer.freeze=3",
+        "optimizer.freeze[0] is 3: it must be text",
+    ),
     "broken tuple": ("--config.optimizer.freeze=('a',", "freeze"),
-    "tuple of tuples": ("--config.optimizer.decay=(('a',),)", "optimizer.decay has"),
+    "tuple of tuples": (
+        "--config.optimizer.decay=(('a',),)",
+        "optimizer.decay[0] is ('a',)",
+    ),
     # numbers out of range
     "negative steps": ("--config.steps=-1", "steps is -1"),
     "empty batch": ("--config.batch_size=0", "batch_size is 0"),

@@ -493,7 +493,7 @@ def test_the_door_measures_records_and_shows_again(tmp_path):
 @pytest.mark.parametrize(
     "flag, words",
     [
-        ("--rows=train", "--rows=train is not one of: train_step, time_to_loss"),
+        ("--rows=train", "--rows 'train' is not one of: train_step, time_to_loss"),
         ("--repeats=0", "--repeats=0 must be at least 1"),
         ("--table=nowhere.jsonl", "nowhere.jsonl"),
     ],

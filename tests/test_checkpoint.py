@@ -40,6 +40,19 @@ def state(value=0.0, width=4):
     }
 
 
+def test_metrics_from_before_what_is_measured_changed_take_no_part(folder):
+    with Checkpoints(folder, keep=9) as store:
+        put(store, 1, 2, metrics={1: 1.0, 2: 2.0})
+        assert store.best() == 1
+        store.save(3, state(3), metric=None, meta={}, since=3)
+        store.wait()
+        assert store.best() is None
+        store.save(4, state(4), metric=9.0, meta={}, since=3)
+        store.save(5, state(5), metric=8.0, meta={}, since=3)
+        store.wait()
+        assert store.best() == 5
+
+
 def abstract(tree, sharding=None):
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(

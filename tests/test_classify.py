@@ -338,8 +338,10 @@ def test_the_test_part_is_read_once(run, folder):
     assert (run / "test_report.png").is_file()
     kept["accuracy"] = 0.125  # so that reading it is told from measuring it
     (run / "test_report.json").write_text(json.dumps(kept))
-    code, shown, _ = door(f"--run={run}", "--test")
+    again = folder / "again.png"
+    code, shown, _ = door(f"--run={run}", "--test", f"--image={again}")
     assert code == 0 and "was read before" in shown and "12.50%" in shown
+    assert again.read_bytes().startswith(b"\x89PNG")
     (run / "test_report.json").unlink()
     old = (folder / "table.tsv").read_text()
     (folder / "table.tsv").write_text(old + "kind\tgood\n")
@@ -354,7 +356,13 @@ def test_the_test_part_is_read_once(run, folder):
         (["--text=a"], "--run is missing"),
         (["--run=x"], "one of the three"),
         (["--run=x", "--text=a", "--test"], "one of the three"),
-        (["--run=x", "--text=a", "--image=a.png"], "--image draws a report"),
+        (
+            ["--run=x", "--text=a", "--image=a.png"],
+            "--image goes with --labelled or --test, not with --text",
+        ),
+        (["--run=x", "--test", "--columns=a,b"], "--columns goes with --labelled, not"),
+        (["--run=x", "--text=a", "--json=README.md/x"], "README.md is a file; name an"),
+        (["--run=x", "--text=a", "--json=tests"], "is a folder; name another"),
         (["--run=x", "--text=a"], "x is not a run folder"),
     ],
 )

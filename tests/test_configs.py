@@ -18,9 +18,9 @@ ARGS = [
     *("shakespeare_char:size=cpu,recipe=modern", "the_verdict:recipe=appendix_d"),
     *("shakespeare_char:size=gpu,recipe=nanogpt", "the_verdict:recipe=chapter5"),
     *("shakespeare_char:size=gpu,recipe=modern", "austen_15m:size=small"),
-    *("grpo:stage=start", "grpo:stage=rl", "grpo:stage=rl,size=tiny"),
+    *("grpo:stage=start", "grpo:stage=rl,run=none", "grpo:stage=rl,size=tiny"),
     *("gpt2:size=small", "gpt2:size=medium", "gpt2:size=large", "gpt2:size=xl"),
-    *("sft:set=alpaca,template=chatml", "sft:adapter=lora"),
+    *("sft:set=alpaca,template=chatml,run=none", "sft:adapter=lora,run=none"),
     *(f"{name}:size=tiny" for name in NAMES),
 ]
 
@@ -50,7 +50,7 @@ def known(config):
 def test_a_config_has_the_keys_of_common_and_makes_a_model(name):
     config = get(name)
     assert sorted(keys(config)) == known(config)
-    train.check(config)
+    train.check(config, config)
     fields = {**config.model, "vocab_size": config.model.vocab_size or 50257}
     cfg = model.GPTConfig(**fields)
     assert cfg.d_model % cfg.n_heads == 0
@@ -70,6 +70,10 @@ def test_an_unknown_option_is_refused_with_the_known_ones(name):
         get(f"{name}:colour=red")
     with pytest.raises(ValueError, match="is not one of"):
         get(f"{name}:size=gigantic")
+    with pytest.raises(ValueError, match="'tiny' has no name: write size=tiny"):
+        get(f"{name}:tiny")
+    with pytest.raises(ValueError, match=r"did you mean size\?"):
+        get(f"{name}:sise=tiny")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -82,10 +86,11 @@ def test_a_tiny_config_trains(name, tmp_path):
     assert result.numbers["val_loss"] < 20
 
 
-def test_importing_every_config_imports_neither_jax_nor_gpt_jax():
+def test_importing_every_config_imports_no_jax_and_of_gpt_jax_only_names():
     code = "import sys, importlib\n"
     code += f"for name in {FILES}: importlib.import_module('configs.' + name)\n"
-    code += "sys.exit(any(m.split('.')[0] in ('jax', 'gpt_jax') for m in sys.modules))"
+    code += "ours = {m for m in sys.modules if m.startswith('gpt_jax.')}\n"
+    code += "sys.exit('jax' in sys.modules or ours != {'gpt_jax.names'})"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
@@ -122,8 +127,18 @@ def test_a_run_from_before_a_key_was_there_gets_its_default(folder):
     assert config.model.qk_norm is False and config.model.position == "rope"
 
 
-def test_no_run_leaves_a_config_as_it_is():
+def test_no_run_leaves_a_config_as_it_is_and_none_begins_at_random():
     assert common.from_run(common.base(), "") == common.base()
+    assert common.from_run(common.base(), "none").init_from == "random"
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "grpo:stage=rl"])
+def test_a_recipe_for_tuning_wants_a_run_or_none_on_purpose(name):
+    option = "," if ":" in name else ":"
+    with pytest.raises(ValueError, match="run=none begins at random weights"):
+        train.check(get(name))
+    train.check(get(f"{name}{option}run=none"))
+    train.check(get(f"{name}{option}size=tiny"))
 
 
 @pytest.mark.parametrize(
@@ -143,4 +158,6 @@ def test_what_is_no_run_is_refused_in_a_sentence(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         common.from_run(common.base(), str(tmp_path))
     with pytest.raises(ValueError, match="does not exist"):
-        common.from_run(common.base(), str(tmp_path / "none"))
+        common.from_run(common.base(), str(tmp_path / "absent"))
+    with pytest.raises(ValueError, match="it is a file"):
+        common.from_run(common.base(), "README.md")

@@ -535,6 +535,15 @@ def test_a_process_ends_while_batches_are_being_made():
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
 
 
+def test_a_digest_is_of_the_examples_that_a_pass_goes_through():
+    examples = data.Windows(np.arange(99), seq_len=3, stride=3, tail=True)
+    others = data.Windows(np.arange(1, 100), seq_len=3, stride=3, tail=True)
+    few = data.digest(examples, at_most=5)
+    assert few == data.digest(examples, at_most=5) != data.digest(examples)
+    assert few != data.digest(others, at_most=5)
+    assert data.digest(examples) == data.digest(examples, at_most=10**6)
+
+
 def test_a_limited_pass_takes_evenly_spaced_examples():
     windows = data.Windows(
         np.arange(101, dtype=np.uint16), seq_len=10, stride=10, tail=True

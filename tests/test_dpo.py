@@ -32,7 +32,7 @@ def home(tmp_path_factory):
 
 def configure(home, **changes):
     config = common.tiny(common.base())
-    config.task = common.task_dpo()
+    config.task, config.init_from = common.task_dpo(), "random"
     config.task.update({"template": "plain", **changes})
     config.data.update(source=str(home / "pairs.json"), tokenizer="byte")
     config.data.update(folder=str(home / "data"), val_fraction=0.2)

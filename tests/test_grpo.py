@@ -536,8 +536,6 @@ def test_answers_can_be_learnt_before_rewards_are(tmp_path):
     [
         ({"kind": "spell"}, "task.kind 'spell' is not one of: reverse, sort"),
         ({"shortest": 4, "longest": 3}, "task.shortest is 4 and task.longest 3"),
-        ({"held_out": 0}, "task.held_out is 0: it must be at least 1"),
-        ({"problems": 0}, "task.problems is 0: it must be at least 1"),
         ({"max_new_tokens": 2}, "task.max_new_tokens is 2 but an answer has up to 3"),
         ({"longest": 20}, "tokens but model.context_length is 16"),
         ({"text": {"tokenizer": "word", "val_fraction": 0.1}}, "cannot spell"),
@@ -563,8 +561,11 @@ def test_problems_that_do_not_fit_are_refused(change, message):
         ({"kl": -0.1}, "task.kl is -0.1: it must be a number"),
         ({"temperature": 0.0}, "task.temperature is 0.0: it must be above 0"),
         ({"updates": 0}, "task.updates is 0: it must be at least 1"),
+        ({"held_out": 0}, "task.held_out is 0: it must be at least 1"),
+        ({"problems": 0}, "task.problems is 0: it must be at least 1"),
+        ({"max_new_tokens": -1}, "task.max_new_tokens is -1: it must be at least 0"),
         ({"updates": 3}, "is not a multiple of task.updates 3"),
-        ({"hyper.dropout_attn": 0.1}, "dropout_attn is above 0"),
+        ({"hyper.dropout_attn": 0.1}, "dropout_attn is 0.1, but task grpo does not"),
         ({"mesh.strategy": "pmap"}, "mesh.strategy is pmap: task grpo needs mesh"),
     ],
 )
@@ -574,6 +575,7 @@ def test_options_that_make_no_sense_are_refused(change, message, tmp_path):
         place, _, name = key.rpartition(".")
         config[place or "task"][name] = value
     with pytest.raises(ValueError, match=message):
+        train.check(config)
         train.make_task(config, tmp_path)
 
 

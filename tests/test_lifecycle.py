@@ -32,7 +32,8 @@ def run(tmp_path_factory):
     assert "training" in said and "tokens" in said
     said = door("train", TINY, data, f"--workdir={folder / 'run'}")
     assert "step 6: val_loss" in said and "done: steps reached after step 6" in said
-    assert f"python -m experiments.sample --run={folder / 'run'}" in said
+    assert f"--run={folder / 'run'}" in said
+    assert f"--workdir={folder / 'run'} --config.steps=12\n" in said
     return folder / "run"
 
 
@@ -42,9 +43,11 @@ def test_a_finished_run_goes_on_with_more_steps(run):
     said = door("train", *flags)
     assert "resuming after step 6" in said
     assert metrics.read(run)[-1]["step"] == 8
-    assert "done: steps reached after step 8" in door("train", *flags)
-    flags[-1] = "--config.steps=4"
-    assert "done: steps reached after step 8" in door("train", *flags)
+    kept = (run / "config.json").read_bytes()
+    for flags[-1] in ("--config.steps=8", "--config.steps=4"):
+        said = door("train", *flags)
+        assert f"nothing to do: {run} has 8 steps" in said and "done:" not in said
+    assert (run / "config.json").read_bytes() == kept
 
 
 def test_sampling_continues_the_prompt_and_repeats_itself_with_the_same_seed(run):
@@ -65,7 +68,15 @@ def test_sampling_continues_the_prompt_and_repeats_itself_with_the_same_seed(run
         ("train", [TINY, "--config.data.source={}/empty.txt"], "empty"),
         ("train", [TINY, "--config.data.source={}/latin1.txt"], "UTF-8"),
         ("train", [TINY, "--config.data.source={}/short.txt"], "window"),
-        ("train", [TINY, "--config.hyper.lrate=1"], "lrate"),
+        ("train", [TINY, "--config.hyper.lrate=1"], "did you mean hyper.lr?"),
+        ("train", [TINY, "--config.adapter.name=lora"], "sft.py:adapter=lora"),
+        ("train", [TINY, "--config.hyper.beta2=nan"], "beta2 is nan"),
+        (
+            "train",
+            [TINY, "--config.hyper.ema_decay=0.9"],
+            "a run without optimizer.ema",
+        ),
+        ("train", ["--config=configs/sft.py"], "run=none begins at random weights"),
         (
             "train",
             [TINY, "--config.batch_size=3", "--config.mesh.data=2"],

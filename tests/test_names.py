@@ -29,3 +29,25 @@ def test_where_no_name_is_near_none_is_told():
 def test_the_nearest_names_come_best_first_whatever_their_case():
     known = ["hyper.lr", "hyper.matrix_lr", "seed"]
     assert names.nearest("HYPER.LR", known, count=2) == ["hyper.lr", "hyper.matrix_lr"]
+
+
+@pytest.mark.parametrize(
+    "word, key",
+    [
+        ("lr", "hyper.lr"),
+        ("hyper.learning_rate", "hyper.lr"),
+        ("learning_rate", "hyper.lr"),
+        ("model.n_layer", "model.n_layers"),
+        ("modle.d_model", "model.d_model"),
+        ("block_size", "model.context_length"),
+        ("batchsize", "batch_size"),
+        ("dropout", "hyper.dropout_residual"),
+        ("max_iters", "steps"),
+    ],
+)
+def test_the_nearest_key_is_found_by_its_last_part_and_by_its_names_elsewhere(
+    word, key
+):
+    known = ["steps", "batch_size", "hyper.lr", "hyper.matrix_lr", "model.n_layers"]
+    known += ["model.d_model", "model.context_length", "hyper.dropout_residual"]
+    assert names.nearest(word, known) == [key]

@@ -43,6 +43,14 @@ def line(axes, label):
     return found[0]
 
 
+def test_losses_of_other_data_are_no_best(tmp_path, drawn):
+    new = [(s, {"val_loss": 9 / s, "evaluated_since": 4}) for s in (4, 6)]
+    record(tmp_path, [*evaluation([0, 2]), *new])
+    plots.loss(tmp_path)
+    assert line(drawn[0], "best").get_label() == "best: 1.5000 at step 6"
+    assert line(drawn[0], "validation").get_xdata().tolist() == [4, 6]
+
+
 @pytest.mark.parametrize(
     "rows",
     [

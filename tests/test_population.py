@@ -282,6 +282,7 @@ def test_only_what_is_the_same_beside_seed_and_hyper_shares_a_program(config):
     [
         ({"model.d_model": 64}, "model.d_model: 16 -> 64"),
         ({"hyper.lr": float("nan")}, "hyper.lr is nan"),
+        ({"hyper.matrix_lr": 0.03}, "matrix_lr differs between the members, but"),
         ({"folder": "0"}, "the same run folder"),
         ({"members": -1}, "members is -1"),
         ({"task.buckets": (8,)}, "task.buckets is"),

@@ -450,6 +450,14 @@ def rewrite(path: Path, change) -> None:
 Q = "model.layers.0.self_attn.q_proj.weight"
 
 
+def test_weights_that_are_not_finite_are_refused_by_name(folder):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    weights[Q][0, 0] = np.nan
+    save_file(weights, path)
+    refused(folder, str(folder), "block_0/attn/query/kernel hold NaN or Inf")
+
+
 @pytest.mark.fault(30)
 def test_a_truncated_file_is_refused(folder):
     path = folder / "model.safetensors"

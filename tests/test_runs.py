@@ -173,7 +173,7 @@ def test_the_moving_average_opens_when_asked_for(config, tokenizer, tmp_path):
 def test_what_is_not_a_run_is_said_with_the_command_that_makes_one(tmp_path, make):
     folder = tmp_path / "somewhere"
     make(folder)
-    sentence = r"is not a run folder.*(config.json|exist).*experiments.train --config="
+    sentence = r"is not a run folder.*(config.json|exist|is a file).*--config="
     with pytest.raises(ValueError, match=sentence):
         runs.open(folder)
     for text in ("[1, 2", "[]", "{}", '{"model": 3}'):
@@ -218,16 +218,20 @@ def begin(folder, config, tokenizer):
     (folder / "checkpoints" / "1").mkdir(parents=True)
 
 
-KEPT = "steps sample.top_k mesh.data data.workers eval_windows grace_s keep wandb"
+KEPT = "steps sample.top_k mesh.data data.workers eval_windows grace_s keep wandb "
+KEPT += "hyper.decay_steps"
 FIXED = "seed init_from batch_size accumulate hyper.lr data.source data.seq_len"
 
 
 @pytest.mark.parametrize("key", KEPT.split())
 def test_a_run_goes_on_with_another(config, tokenizer, tmp_path, key):
     begin(tmp_path, config, tokenizer)
-    value = "other" if key == "wandb" else 7
+    value = "other" if key == "wandb" else 7.0 if "hyper" in key else 7
+    old = (tmp_path / "config.json").read_text()
     config.update_from_flattened_dict({key: value})
     assert runs.create_or_check(tmp_path, config, tokenizer, "text")
+    assert (tmp_path / "config.json").read_text() == old  # until it does go on
+    runs.go_on(tmp_path, config, "text")
     assert runs.difference(runs.read_config(tmp_path), config) == []
 
 
@@ -306,6 +310,7 @@ def test_other_data_is_taken_when_it_may_change_and_said(
     config.allow_data_change = True
     assert runs.create_or_check(tmp_path, config, tokenizer, "texts")
     assert "fingerprint was text and is texts now" in caplog.text
+    runs.go_on(tmp_path, config, "texts")
     config.allow_data_change = False  # from now on that is its data
     assert runs.create_or_check(tmp_path, config, tokenizer, "texts")
     config.allow_data_change, config.data.seq_len = True, 8

@@ -426,6 +426,33 @@ def test_generation_ends_at_the_context_and_says_so(byte_model):
     assert (none.ids, none.reason) == ([], "length")
 
 
+def test_beyond_its_context_a_text_goes_on_from_the_last_half(byte_model):
+    """Oracle: one full context after another, each from the last half of the one
+    before; a longer prompt beside it fills up sooner."""
+    fixed = {**byte_model, **PLAIN, "seed": 1, "stop": []}
+    go_on = {**fixed, "max_new": 70, "beyond_context": True}
+    prompts = ["hello", "hello there"]
+    done = sample.texts(prompts=prompts, count=1, **go_on)
+    assert [text.detail for text in done] == ["70 new tokens"] * 2
+    for prompt, text in zip(prompts, done, strict=True):
+        ids, wanted = BYTES.encode(prompt), []
+        while len(wanted) < 70:
+            fixed["max_new"] = 70 - len(wanted)
+            (new,) = sample.texts(prompts=[ids], count=1, **fixed)
+            wanted, ids = wanted + new.ids, (ids + new.ids)[-16:]
+        assert text.ids == wanted
+    stream = sample.stream(prompt="hello", **go_on)
+    assert "".join(stream) == done[0].text
+
+
+def test_a_prompt_that_ends_in_a_space_is_told_where_words_begin_with_theirs():
+    bpe = tokenizers.train("bpe:300", ["the cat sat on the mat and the hat " * 9])
+    assert "leave the space off" in sample.advice("the cat ", bpe)
+    assert sample.advice("the cat", bpe) == "" == sample.advice("the cat ", BYTES)
+    words = tokenizers.train("word", ["the cat"])  # to which spaces are nothing
+    assert sample.advice("the cat ", words) == ""
+
+
 def test_stop_strings_and_stop_tokens_end_a_text_and_are_cut_off(byte_model):
     (free,) = texts(byte_model, ["stop"])
     mark = free.text[5:7]
@@ -566,7 +593,14 @@ def test_the_door_streams_one_prompt_and_says_why_it_stopped(run_folder):
     code, out, err = door(f"--run={run_folder}", "--prompt_file=-", text="Grüße\n")
     assert code == 0
     assert out.startswith("Grüße") and len(out) > 12
-    assert err.splitlines()[-1] == "[stopped: the context of 32 tokens is full]"
+    told = "the context of 32 tokens is full; --beyond_context goes on when the context"
+    assert err.splitlines()[-1] == f"[stopped: {told} is full]"
+
+
+def test_the_door_goes_on_beyond_the_context(run_folder):
+    wanted = ["--prompt=Once", "--beyond_context", "--max_new_tokens=70"]
+    code, _, err = door(f"--run={run_folder}", *wanted)
+    assert code == 0 and err.splitlines()[-1] == "[stopped: 70 new tokens]"
 
 
 def test_the_door_puts_headers_over_many_texts(run_folder):

@@ -368,8 +368,12 @@ def test_lora_runs_over_one_base_share_it_and_write_as_when_merged(lora_folders)
                 count=1,
                 seed=0,
                 stop=(),
-                **{"max_new": 9, "temperature": 0.0, "top_k": 0, "top_p": 1.0},
-                **{"min_p": 0.0, "repetition_penalty": 1.0},
+                max_new=9,
+                temperature=0.0,
+                top_k=0,
+                top_p=1.0,
+                min_p=0.0,
+                repetition_penalty=1.0,
             )
             assert answer["choices"][0]["text"] == wanted[0].text
 

@@ -240,7 +240,7 @@ def test_the_rows_of_the_test_belong_to_what_a_run_was_started_on(tmp_path):
 
 def test_a_prompt_that_is_too_long_in_its_template_is_refused_at_once(tmp_path):
     config = common.tiny(common.base())
-    config.task = common.task_sft()
+    config.task, config.init_from = common.task_sft(), "random"
     config.data.source = str(write(tmp_path, [ROWS[1]] * 20))
     config.model.context_length = 300
     config.sample_every = 5
@@ -257,7 +257,7 @@ def run(tmp_path_factory):
     """Returns a run that learnt one answer by heart, and its folder."""
     folder = tmp_path_factory.mktemp("sft")
     config = common.tiny(common.base())
-    config.task = common.task_sft()
+    config.task, config.init_from = common.task_sft(), "random"
     config.task.template = "plain"
     config.data.source = str(write(folder, [ROWS[1]] * 20))
     config.model.context_length = 48

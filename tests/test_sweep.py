@@ -21,7 +21,7 @@ import pytest
 from configs import common
 from experiments import door
 from gpt_jax import runs, train
-from gpt_jax.sweep import batch, engine, plan, space, trial
+from gpt_jax.sweep import batch, checks, engine, plan, space, trial
 from gpt_jax.sweep import run as sweeps
 from gpt_jax.sweep import study as studies
 
@@ -162,6 +162,7 @@ def test_a_ready_sweep_fits_its_config_and_says_what_it_is(path):
         configs = [point for _, point in plan.configs(config, ready).values()]
     for config in configs:
         train.check(config)
+    checks.all_read([("", config) for config in configs], ready)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +242,8 @@ def test_settings_of_the_command_line_take_the_types_of_the_config(base, tmp_pat
     ("point", "sentence"),
     [
         ({"hyper.lrr": 1.0}, "no config key 'hyper.lrr' (did you mean 'hyper.lr'?)"),
-        ({"hyper": 1.0}, "hyper is 1.0"),
+        ({"hyper": 1.0}, "hyper is a group of settings: give its keys one by one"),
+        ({"hyper": {"lr": 0.1}}, "hyper is a group of settings: give its keys one by"),
         ({"hyper.lr.x": 1.0}, "no config key 'hyper.lr.x'"),
         ({"steps": 1.5}, "steps is 1.5: it must be of the type int"),
         ({"steps": True}, "steps is True: it must be of the type int"),
@@ -256,6 +258,30 @@ def test_an_override_must_name_a_key_and_have_its_type(base, point, sentence):
 
 
 # --- checks before the first trial ----------------------------------------------------
+
+
+def test_what_no_trial_reads_is_refused_and_what_some_read_is_not(base):
+    base = plan.override(base, {"optimizer.name": "adamw"})
+    rates = [{"hyper.matrix_lr": rate} for rate in (0.01, 0.03)]
+
+    def check(mine):
+        checks.all_read(
+            [(k, c) for k, (_, c) in plan.configs(base, mine).items()], mine
+        )
+
+    told = "matrix_lr is set, but optimizer adamw does not read it"
+    with pytest.raises(ValueError, match=told):
+        check(make(rates))
+    with pytest.raises(ValueError, match=told):
+        check(make([{"seed": 1}], fixed={"hyper.matrix_lr": 0.03}))
+    check(make([*rates, {"optimizer.name": "muon", "hyper.matrix_lr": 0.01}]))
+    drawn = {"hyper.matrix_lr": space.uniform(0.01, 0.03)}
+    searched = make(space=drawn, trials=2)
+    with pytest.raises(ValueError, match=told):
+        checks.all_read(plan.corners(base, searched), searched)
+    drawn["optimizer.name"] = space.choice("adamw", "muon")
+    searched = make(space=drawn, trials=2)
+    checks.all_read(plan.corners(base, searched), searched)
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ def test_softmax_norms_and_the_loss_are_float32_under_bfloat16(attention, norm):
 
 def test_an_unknown_task_is_refused_with_the_choices():
     with pytest.raises(ValueError, match=r"task\.name 'lmm' is not one of: lm"):
-        tasks.make(name="lmm")
+        tasks.make(name="lmm", text={})
 
 
 def test_text_and_model_must_fit_each_other(tmp_path):

@@ -197,6 +197,104 @@ def test_a_changed_config_is_refused_and_nothing_is_overwritten(config, tmp_path
     assert (tmp_path / "run" / "config.json").read_text() == before
 
 
+@pytest.mark.fault(32)
+def test_the_best_begins_anew_where_evaluations_are_of_something_else(
+    config, tmp_path, capsys
+):
+    """The old best was lower; nothing of it takes part: best, patience, the record."""
+    config.update(steps=4, eval_every=2, checkpoint_every=2, patience=2)
+    config.hyper.update(lr=1e-2, warmup_steps=0.0)
+    train.train(config, tmp_path / "run")
+    old = metrics.read(tmp_path / "run")[-1]["val_loss"]
+    assert runs.open(tmp_path / "run").step == 4
+    config.hyper.decay_steps, config.steps = 4.0, 12  # from now on nothing is learnt
+    config.hyper.final_lr_ratio = 0.0
+    (tmp_path / "text.txt").write_text(TEXT[::-1])
+    config.allow_data_change = True
+    saved = runs.read_config(tmp_path / "run")
+    saved.hyper.update(decay_steps=4.0, final_lr_ratio=0.0)
+    (tmp_path / "run" / "config.json").write_text(saved.to_json())
+    capsys.readouterr()
+    result = train.train(config, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert said.count(f"the best loss, {old:.4f} until here, begins anew") == 1
+    # The evaluation after step 6 is the first of its kind, so a best one.
+    rows = {r["step"]: r for r in metrics.read(tmp_path / "run") if "val_loss" in r}
+    assert rows[6]["val_loss"] > old and rows[6]["evaluated_since"] == 5
+    assert "evaluated_since" not in rows[4]
+    assert (result.reason, result.step) == ("patience", 10)
+    assert runs.open(tmp_path / "run").step == 6
+    train.train(config, tmp_path / "run")
+    assert "begins anew" not in capsys.readouterr().out
+
+
+@pytest.mark.fault(22)
+def test_a_run_that_does_not_say_what_it_measured_goes_on_where_nothing_changed(
+    config, tmp_path, capsys
+):
+    train.train(config, tmp_path / "run")
+    parts, old = tmp_path / "run", train.Totals(best=0.5, stale=2)
+    task = train.make_task(config, parts)
+    shared: Any = type("Parts", (), {"task": task, "measured": "now"})
+    totals, told = train.resumed(config, parts, shared, old, 8)
+    assert (totals, told) == (old._replace(measured="now"), [])
+    config.eval_windows = 3
+    totals, told = train.resumed(config, parts, shared, old, 8)
+    assert totals.best == float("inf") and totals.since == 9 and len(told) == 1
+
+
+def test_a_command_with_fewer_steps_leaves_the_run_as_it_is(config, tmp_path):
+    train.train(config, tmp_path / "run")
+    kept = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    for steps in (4, 8, 0):
+        config.steps, config.log_every = steps, 1
+        result = train.train(config, tmp_path / "run")
+        assert (result.reason, result.step, result.trained) == ("steps", 8, False)
+    assert kept == {p: p.read_bytes() for p in kept}
+    config.steps = 9
+    assert train.train(config, tmp_path / "run").trained
+    assert runs.read_config(tmp_path / "run").steps == 9
+
+
+def test_a_run_without_a_step_can_be_sampled_and_gone_on_with(config, tmp_path):
+    config.steps = 0
+    assert train.train(config, tmp_path / "run").trained
+    assert runs.open(tmp_path / "run").step == 0
+    config.steps = 8
+    train.train(config, tmp_path / "whole")
+    assert train.train(config, tmp_path / "run").step == 8
+    assert params_digest(tmp_path / "run") == params_digest(tmp_path / "whole")
+
+
+def test_a_rate_that_moves_when_a_run_is_extended_is_told(config, tmp_path):
+    config.hyper.update(decay_steps=0.0, final_lr_ratio=0.0)
+    old = config.copy_and_resolve_references()
+    config.steps = 16
+    task = train.make_task(config, tmp_path / "run")
+    (told,) = train.rate_moves(old, config, task, 8)
+    # Half of a cosine over 16 steps, 2 of them warm-up, is left at step 8.
+    rate = 1e-3 * 0.5 * (1 + np.cos(np.pi * 6 / 14))
+    assert f"at step 8 the learning rate goes from 0 to {rate:.2g}" in told
+    assert "--config.hyper.decay_steps=8 keeps it" in told
+    config.hyper.decay_steps = 8.0
+    assert train.rate_moves(old, config, task, 8) == []
+
+
+@pytest.mark.fault(14)
+def test_updates_that_are_skipped_are_told_and_a_run_of_none_has_failed(
+    config, tmp_path, capsys
+):
+    config.update(steps=3, eval_every=0, max_skipped=10, log_every=3)
+    config.hyper.update(lr=3e38, weight_decay=3e38, warmup_steps=3.0)
+    config.hyper.initial_lr_ratio = 1.0
+    with pytest.raises(FloatingPointError, match="3 updates in a row were not finite"):
+        train.train(config, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "the warm-up of 3 steps is as long as the run of 3, or longer" in said
+    for step in (1, 2, 3):
+        assert f"step {step}: not finite; update skipped" in said
+
+
 @pytest.mark.fault(11)
 def test_changed_data_under_a_run_is_refused(config, tmp_path):
     train.train(config, tmp_path / "run")
@@ -230,6 +328,9 @@ def test_a_new_run_starts_from_the_weights_of_another(config, tmp_path):
     assert params_digest(tmp_path / "first") == params_digest(tmp_path / "second")
     config.model.d_model = 64
     with pytest.raises(ValueError, match="of another model"):
+        train.train(config, tmp_path / "third")
+    config.model.update(d_model=32, context_length=32)
+    with pytest.raises(ValueError, match="learnt vectors for 16 positions: take 16"):
         train.train(config, tmp_path / "third")
     assert not (tmp_path / "third" / "config.json").exists()
 

@@ -4,6 +4,7 @@ Nothing here knows JAX: batches are numpy arrays.
 """
 
 import functools
+import hashlib
 import math
 import queue
 import threading
@@ -21,6 +22,7 @@ __all__ += ["Windows", "Writer", "batches", "members", "once", "open", "write"]
 Batch = dict[str, np.ndarray]
 
 PREFETCH = 8  # batches made ahead of the one in use
+DIGESTED = 64  # examples hashed at once
 SHUFFLE_ROUNDS = 4  # of grain's index shuffle: its own choice
 JOIN_SECONDS = 1.0  # the longest wait for the thread that makes batches to end
 
@@ -214,6 +216,16 @@ def once(examples: Examples, *, batch_size: int, at_most: int = 0) -> Iterator[B
         if len(chosen) < batch_size:
             stacked = {key: _fill(x, batch_size) for key, x in stacked.items()}
         yield {key: x[None] for key, x in stacked.items()}
+
+
+def digest(examples: Examples, *, at_most: int = 0) -> str:
+    """Returns the sha256 of the examples that `once` goes through."""
+    total = hashlib.sha256()
+    for batch in once(examples, batch_size=DIGESTED, at_most=at_most):
+        for name, x in sorted(batch.items()):
+            total.update(f"{name} {x.dtype} {x.shape}\n".encode())
+            total.update(np.ascontiguousarray(x).tobytes())
+    return total.hexdigest()
 
 
 class Batches:

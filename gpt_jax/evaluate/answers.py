@@ -90,7 +90,7 @@ def answer(
     template: str,
     skipped: dict[str, int],
     seed: int,
-    settings: dict[str, float],
+    settings: dict[str, Any],
     show: Callable[[int], None],
 ) -> Answers:
     """Writes the model's answers to a file, or goes on with one that was begun.

@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from gpt_jax import attention
+from gpt_jax import attention, names, settings
 from gpt_jax.attention import RopeScaling
 
 
@@ -20,6 +20,7 @@ class LayerKind:
     rope_scaling: RopeScaling | None
 
     def __post_init__(self):
+        settings.fit("", vars(self), settings.declared(LayerKind))
         if self.window < 0:
             raise ValueError(f"window {self.window} is below 0; 0 means all tokens")
         if self.rope_base <= 0:
@@ -35,8 +36,10 @@ def _layer_kind(kind) -> LayerKind:
             f"a layer kind of pattern has the keys {', '.join(keys)}, "
             f"not {', '.join(map(str, kind)) or 'none'}"
         )
-    scaling = kind.get("rope_scaling")
+    scaling = kind["rope_scaling"]
     if scaling is not None and not isinstance(scaling, RopeScaling):
+        if not {"kind", "factor"} <= set(scaling):
+            raise ValueError(f"rope_scaling {scaling} needs a kind and a factor")
         kind["rope_scaling"] = RopeScaling(**dict(scaling))
     return LayerKind(**kind)
 
@@ -92,6 +95,7 @@ class GPTConfig:
 
     def __post_init__(self):
         settle = partial(object.__setattr__, self)
+        settings.fit("model", vars(self), settings.declared(GPTConfig))
         settle("pattern", tuple(_layer_kind(kind) for kind in self.pattern))
         for name in _POSITIVE:
             self._at_least(name, 1)
@@ -124,11 +128,7 @@ class GPTConfig:
         if self.tie_embeddings and self.head_bias:
             raise ValueError("head_bias needs a head: set tie_embeddings=False")
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} {getattr(self, name)!r} is not one of: "
-                    f"{', '.join(choices)}"
-                )
+            names.choose(f"model.{name}", getattr(self, name), choices)
 
     def _at_least(self, name: str, least: int):
         if getattr(self, name) < least:

@@ -150,6 +150,14 @@ def check(
         )
     for config in configs:
         alone.check(config)
+    unread = [alone.unread(config) for config in configs]
+    for key in unread[0].keys() & {f"hyper.{name}" for name in configs[0].hyper}:
+        values = {config.hyper[key.removeprefix("hyper.")] for config in configs}
+        if len(values) > 1 and all(key in keys for keys in unread):
+            raise ValueError(
+                f"{key} differs between the members, but {unread[0][key]} does not "
+                "read it: they would all be the same run"
+            )
 
 
 def build(

@@ -65,7 +65,8 @@ def load(
       shown: wraps the list of tensors while they are read, to show a bar.
 
     Raises:
-      ValueError: a file or a tensor is damaged, absent, unknown or of another shape.
+      ValueError: a file or a tensor is damaged, absent, unknown, of another shape, or
+        holds NaN or Inf.
     """
     family = config_json.of_config(files.read_json(folder / "config.json"))
     plan = _plan(family, cfg, files.tensors(folder), folder)
@@ -75,6 +76,11 @@ def load(
     weights = {}
     for source in shown(sorted(plan, key=lambda s: -math.prod(s.weight.shape))):
         array = source.read(dtype)
+        if not np.isfinite(array).all():
+            raise ValueError(
+                f"{folder}: the weights of {source.ours} hold NaN or Inf; get the "
+                "files again, or take another checkpoint of that model"
+            )
         if padding and "vocab" in source.weight.axes:
             widths = [(0, padding * (axis == "vocab")) for axis in source.weight.axes]
             array = np.pad(array, widths)

@@ -34,6 +34,20 @@ def validate(
             raise ValueError(f"{what}: {error}") from error
 
 
+def all_read(configs: Iterable[tuple[str, ConfigDict]], plan: Plan) -> None:
+    """Refuses a key that is swept, or fixed, and that no trial reads.
+
+    Some may leave it: a space that draws the optimizer has the rates of them all.
+
+    Raises:
+      ValueError: names the key, and who does not read it.
+    """
+    unread = [train.unread(config) for _, config in configs]
+    for key in (*plan.keys, *(key for key, value in plan.fixed.items() if value)):
+        if all(key in keys for keys in unread):
+            raise ValueError(f"{key} is set, but {unread[0][key]} does not read it")
+
+
 def _check(config: ConfigDict, plan: Plan, known: dict) -> None:
     train.check(config)
     if plan.pruner and not 0 < config.eval_every < config.steps:

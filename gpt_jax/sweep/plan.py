@@ -145,6 +145,11 @@ def override(config: ConfigDict, point: Point) -> ConfigDict:
                 f"there is no config key {dotted!r}{_nearest(config, dotted)}"
             )
         old = node[key]
+        if isinstance(old, ConfigDict):
+            raise ValueError(
+                f"{dotted} is a group of settings: give its keys one by one, as in "
+                f"{dotted + '.' + next(iter(old))!r}"
+            )
         if isinstance(old, str) != isinstance(value, str) or (
             isinstance(value, bool) != isinstance(old, bool)
         ):

@@ -39,13 +39,15 @@ def check(plan: Plan, base: ConfigDict) -> dict:
     known: dict = {}
     if plan.space:
         checks.validate(plans.corners(base, plan), plan, known)
+        checks.all_read(plans.corners(base, plan), plan)
     else:
         built = plans.configs(base, plan).items()
-        named = (
+        named = [
             (f"point {index} ({name})", config)
             for index, (name, (_, config)) in enumerate(built)
-        )
+        ]
         checks.validate(named, plan, known)
+        checks.all_read(named, plan)
     return known
 
 

@@ -10,12 +10,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gpt_jax import files, sample
+from gpt_jax import files, sample, settings
 from gpt_jax.model import GPT
 from gpt_jax.tasks import lm
 from gpt_jax.tasks.problems import Problems, open_source, open_tokenizer
-from gpt_jax.tasks.task import Task
+from gpt_jax.tasks.task import OF_THE_LOSS, OF_THE_MODEL, Kind, Task
 from gpt_jax.tokenizers import Tokenizer
+
+OF_PROBLEMS = ("data.tokenizer", "data.val_fraction")  # what these tasks read of data
+
+
+class Options(NamedTuple):
+    """The keys of `config.task`, which grpo has as well: see configs/common.py."""
+
+    kind: str
+    shortest: int
+    longest: int
+    problems: int
+    held_out: int
+    max_new_tokens: int
 
 
 def complete(
@@ -141,9 +154,6 @@ def parts(
         or the model.
     """
     source = open_source(kind, shortest, longest, text["val_fraction"])
-    for name, value in {"problems": problems, "held_out": held_out}.items():
-        if value < 1:
-            raise ValueError(f"task.{name} is {value}: it must be at least 1")
     tokenizer, stop_id = open_tokenizer(text["tokenizer"])
     prompt = len(tokenizer.opening) + source.kind.question(longest)
     completion = _completion(max_new_tokens, source.kind.answer(longest) + 1)
@@ -166,6 +176,17 @@ def parts(
         exact_match=make_exact_match(gpt, prompt=prompt, stop_id=stop_id),
         fingerprint=files.digest(repr(identity)),
     )
+
+
+def check(options: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    """Raises ValueError for options that cannot be; see `parts`."""
+    shortest, longest = options["shortest"], options["longest"]
+    open_source(options["kind"], shortest, longest, text["val_fraction"])
+    for key, least in {"problems": 1, "held_out": 1, "max_new_tokens": 0}.items():
+        if options[key] < least:
+            raise ValueError(
+                f"task.{key} is {options[key]}: it must be at least {least}"
+            )
 
 
 def _completion(wanted: int, answer: int) -> int:
@@ -210,3 +231,12 @@ def make(*, dropout: Collection[str], progress: bool, **options: Any) -> Task:
         tokens=common.train.prompt + common.train.completion,
         fingerprint=common.fingerprint,
     )
+
+
+KIND = Kind(
+    make=make,
+    options=settings.declared(Options),
+    check=check,
+    reads=lambda options: (*OF_THE_MODEL, *OF_THE_LOSS, *OF_PROBLEMS),
+    config="configs/grpo.py:stage=start",
+)

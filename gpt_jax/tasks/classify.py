@@ -1,7 +1,7 @@
 """Classification: one label for a whole text."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,15 +14,42 @@ from gpt_jax import (
     names,
     prepare,
     screen,
+    settings,
     tokenizers,
 )
 from gpt_jax.classify import POOLS
 from gpt_jax.model import GPT, logits
 from gpt_jax.runs import Classes
 from gpt_jax.tasks import lm
-from gpt_jax.tasks.task import Task, dropout_of, with_own
+from gpt_jax.tasks.task import (
+    OF_THE_LOSS,
+    OF_THE_MODEL,
+    Kind,
+    Task,
+    dropout_of,
+    with_own,
+)
 
 HEAD, LM_HEAD = "^classifier/", "^head/"
+
+
+class Options(NamedTuple):
+    """The keys of `config.task`: see configs/common.py."""
+
+    text_column: str
+    label_column: str
+    columns: Sequence[str]
+    labels: Sequence[str]
+    skip: bool
+    balance: bool
+    split_column: str
+    val: str
+    test: str
+    fractions: tuple[float, float, float]
+    split_seed: int
+    pool: str
+    causal: bool
+    buckets: Sequence[int]
 
 
 class Texts:
@@ -86,7 +113,11 @@ def make(
     Raises:
       ValueError: an option, the table, or the model and the texts do not fit.
     """
-    _check(pool, buckets)
+    if buckets and jax.process_count() > 1:
+        raise ValueError(
+            f"{jax.process_count()} processes would pad a batch to different widths: "
+            "leave task.buckets empty"
+        )
     found = labelled.load(source_of(table, text))
     tokenizer = _tokenizer(text, found.parts, progress)
     gpt = _model(model, tokenizer, found.labels)
@@ -197,8 +228,11 @@ def fingerprint(
     return files.digest(words)
 
 
-def _check(pool: str, buckets: Sequence[int]) -> None:
-    names.choose("task.pool", pool, POOLS)
+def check(options: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    """Raises ValueError for options that cannot be; see `make`."""
+    source_of(options, text)
+    pool, buckets = options["pool"], options["buckets"]
+    names.choose("task.pool", pool, [*POOLS])
     for size in buckets:
         if type(size) is not int or size < 1:
             raise ValueError(
@@ -210,11 +244,13 @@ def _check(pool: str, buckets: Sequence[int]) -> None:
             "task.pool=end reads the last position of rows that are all of one width: "
             "leave task.buckets empty, or pool the last token of the text"
         )
-    if buckets and jax.process_count() > 1:
-        raise ValueError(
-            f"{jax.process_count()} processes would pad a batch to different widths: "
-            "leave task.buckets empty"
-        )
+
+
+def idle(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the keys that do nothing where a column, or tables, make the parts."""
+    if options["split_column"]:
+        return ("fractions",) if options["balance"] else ("fractions", "split_seed")
+    return ()
 
 
 def _tokenizer(
@@ -242,3 +278,16 @@ def _numbers(
     rows: Sequence[labelled.LabelledText], labels: Sequence[str]
 ) -> np.ndarray:
     return np.array([labels.index(row.label) for row in rows], np.int32)
+
+
+KIND = Kind(
+    make=make,
+    options=settings.declared(Options),
+    check=check,
+    reads=lambda options: (
+        *(*OF_THE_MODEL, *OF_THE_LOSS, "model.n_classes"),
+        *("data.source", "data.tokenizer", "data.seq_len"),
+    ),
+    config="configs/classify.py",
+    idle=idle,
+)

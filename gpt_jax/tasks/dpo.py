@@ -13,10 +13,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gpt_jax import adapters, chat, data, instructions, losses, screen
+from gpt_jax import adapters, chat, data, instructions, losses, names, screen, settings
 from gpt_jax.model import GPT, hidden, logits
 from gpt_jax.tasks import lm, sft
-from gpt_jax.tasks.task import Task, dropout_of, with_own
+from gpt_jax.tasks.task import (
+    OF_ROWS,
+    OF_THE_MODEL,
+    Kind,
+    Task,
+    dropout_of,
+    with_own,
+)
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +31,19 @@ LOGPS = ("sum", "mean")
 WITHOUT_REFERENCE = ("orpo",)
 CHOSEN = ("chosen", "output")  # columns of the better answer, the first that is there
 WANTED = "wanted are 'rejected', and 'chosen' or 'output'"
+
+
+class Options(NamedTuple):
+    """The keys of `config.task`: see configs/common.py."""
+
+    template: str
+    variant: str
+    logp: str
+    beta: float
+    too_long: str
+    empty: str
+    test_fraction: float
+    loss_chunk: int
 
 
 class Pair(NamedTuple):
@@ -76,9 +96,6 @@ def make(
     Raises:
       ValueError: a setting or a row cannot be used.
     """
-    check(template=template, variant=variant, logp=logp, beta=beta)
-    sft.check("too_long", too_long, sft.TOO_LONG)
-    sft.check("empty", empty, sft.EMPTY)
     seq_len = text["seq_len"] or model["context_length"]
     lm.check_window(seq_len, model["context_length"])
     show = screen.Show(progress)
@@ -133,19 +150,20 @@ def make(
     )
 
 
-def check(*, template: str, variant: str, logp: str, beta: float) -> None:
-    """Raises ValueError for settings of the loss that cannot be."""
-    if not template:
+def check(options: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    """Raises ValueError for options that cannot be; see `make`."""
+    if not options["template"]:
         raise ValueError(
             f"task.template is empty: name the one that the model was tuned with, "
             f"{', '.join(chat.TEMPLATES)} or the text of a Jinja template"
         )
-    chat.check(template)
-    sft.check("variant", variant, tuple(losses.PREFERENCES))
-    sft.check("logp", logp, LOGPS)
-    if beta <= 0:
-        raise ValueError(f"task.beta is {beta}: it must be above 0")
-    if variant == "orpo" and logp == "sum":
+    chat.check(options["template"])
+    names.choose("task.variant", options["variant"], [*losses.PREFERENCES])
+    names.choose("task.logp", options["logp"], LOGPS)
+    sft.check_rows(options, text)
+    if options["beta"] <= 0:
+        raise ValueError(f"task.beta is {options['beta']}: it must be above 0")
+    if options["variant"] == "orpo" and options["logp"] == "sum":
         raise ValueError(
             "task.variant orpo is made of mean log-probabilities: set task.logp=mean"
         )
@@ -338,3 +356,19 @@ def _last(example: sft.Example) -> sft.Example:
     learnt = example.learnt.copy()
     learnt[: begins[-1] if len(begins) else 0] = 0
     return sft.Example(example.ids, learnt)
+
+
+def reads(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the keys that not every task reads; see `task.Kind`."""
+    smooth = ("hyper.label_smoothing",) if options["variant"] == "dpo" else ()
+    return (*OF_THE_MODEL, *OF_ROWS, *smooth)
+
+
+KIND = Kind(
+    make=make,
+    options=settings.declared(Options),
+    check=check,
+    reads=reads,
+    config="configs/dpo.py",
+    tuned=True,
+)

@@ -9,17 +9,17 @@ S tokens of a question and its answer  T = S - 1 positions  V vocabulary
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from gpt_jax import adapters, losses
+from gpt_jax import adapters, losses, names, settings
 from gpt_jax.model import hidden, logits
 from gpt_jax.tasks import answers
 from gpt_jax.tasks.answers import Parts
-from gpt_jax.tasks.task import Task, with_own
+from gpt_jax.tasks.task import Kind, Task, with_own
 
 SPREAD_FLOOR = 1e-4  # added to a group's standard deviation, as by most libraries
 
@@ -95,7 +95,11 @@ def make(
     """
     del progress
     options = Options(group, reward, normalize, average, clip, kl, temperature, updates)
-    _check(options, dropout)
+    if dropout:
+        raise ValueError(
+            f"hyper.{sorted(dropout)[0]} is above 0, but answers are drawn without "
+            "dropout and their probabilities must be those: set it to 0"
+        )
     common = answers.parts(**shared)
     size = common.train.prompt + common.train.completion
     return Task(
@@ -112,14 +116,11 @@ def make(
     )
 
 
-def _check(options: Options, dropout: Collection[str]) -> None:
-    tables = {"reward": REWARDS, "average": AVERAGES}
-    for name, table in tables.items():
-        if getattr(options, name) not in table:
-            raise ValueError(
-                f"task.{name} {getattr(options, name)!r} is not one of: "
-                f"{', '.join(table)}"
-            )
+def check(given: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    """Raises ValueError for options that cannot be; see `make`."""
+    options = Options(*(given[name] for name in Options._fields))
+    names.choose("task.reward", options.reward, REWARDS)
+    names.choose("task.average", options.average, AVERAGES)
     rules = (
         (options.group >= 2, "group", "at least 2: answers are compared"),
         (options.updates >= 1, "updates", "at least 1"),
@@ -132,11 +133,7 @@ def _check(options: Options, dropout: Collection[str]) -> None:
             raise ValueError(
                 f"task.{name} is {getattr(options, name)}: it must be {wanted}"
             )
-    if dropout:
-        raise ValueError(
-            f"hyper.{sorted(dropout)[0]} is above 0, but answers are drawn without "
-            "dropout and their probabilities must be those: set it to 0"
-        )
+    answers.check(given, text)
 
 
 def make_rollout(common: Parts, options: Options):
@@ -257,3 +254,15 @@ def logp(common: Parts, options: Options, weights, batch):
     logits_RTV = logits(common.model, weights, found.x_BTD) / options.temperature
     logp_RT = losses.token_logp(logits_RTV, batch["targets"], batch["weight"])
     return logp_RT, found.sums
+
+
+KIND = Kind(
+    make=make,
+    options={**settings.declared(answers.Options), **settings.declared(Options)},
+    check=check,
+    reads=lambda options: answers.OF_PROBLEMS,
+    config="configs/grpo.py",
+    tuned=True,
+    # With one step to a rollout the ratio that is clipped is 1.
+    idle=lambda options: () if options["updates"] > 1 else ("clip",),
+)

@@ -2,18 +2,32 @@
 
 from collections.abc import Collection, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from gpt_jax import data, losses
+from gpt_jax import data, losses, settings
 from gpt_jax.model import GPT, GPTConfig, hidden, logits
 from gpt_jax.prepare import prepare
-from gpt_jax.tasks.task import Task, dropout_of, with_own
+from gpt_jax.tasks.task import (
+    OF_ROWS,
+    OF_THE_LOSS,
+    OF_THE_MODEL,
+    Kind,
+    Task,
+    dropout_of,
+    with_own,
+)
 
 # Float32 logits of a micro-batch, over all devices, that exist at once when the config
 # does not say how many positions do. With their gradient they take three times that.
 LOGITS_BYTES = 2**31
+
+
+class Options(NamedTuple):
+    """The keys of `config.task`: see configs/common.py."""
+
+    loss_chunk: int
 
 
 def make(
@@ -149,3 +163,15 @@ def fitting_chunk(tokens_BT, cfg: GPTConfig) -> int:
     """Returns how many positions of all rows have logits within LOGITS_BYTES."""
     rows = tokens_BT.shape[0]
     return max(1, LOGITS_BYTES // (4 * rows * cfg.vocab_rows))
+
+
+KIND = Kind(
+    make=make,
+    options=settings.declared(Options),
+    check=lambda options, text: check_chunk(options["loss_chunk"]),
+    reads=lambda options: (
+        *(*OF_THE_MODEL, *OF_THE_LOSS, *OF_ROWS),
+        *("data.field", "data.stride", "data.skip_bad_docs"),
+    ),
+    config="configs/quickstart.py",
+)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpt_jax import tokenizers
+from gpt_jax import names, tokenizers
 from gpt_jax.tokenizers import EOS, Tokenizer
 
 DRAWS = 1_000  # for each problem wanted, before there are said to be too few
@@ -160,8 +160,7 @@ class Problems:
 
 def open_source(kind: str, shortest: int, longest: int, val_fraction: float) -> Source:
     """Returns the source, of which both training and evaluation get problems."""
-    if kind not in KINDS:
-        raise ValueError(f"task.kind {kind!r} is not one of: {', '.join(KINDS)}")
+    found = names.choose("task.kind", kind, KINDS)
     if not 1 <= shortest <= longest:
         raise ValueError(
             f"task.shortest is {shortest} and task.longest {longest}: they must be at "
@@ -171,7 +170,7 @@ def open_source(kind: str, shortest: int, longest: int, val_fraction: float) -> 
         raise ValueError(
             f"data.val_fraction is {val_fraction}; it must be above 0 and below 1"
         )
-    source = Source(KINDS[kind], shortest, longest, val_fraction)
+    source = Source(found, shortest, longest, val_fraction)
     for kept in (True, False):
         if not any(source.draws(np.random.default_rng(0), DRAWS, kept=kept)):
             what = "evaluate on" if kept else "train on"

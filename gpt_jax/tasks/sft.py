@@ -13,13 +13,34 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpt_jax import chat, data, instructions, prepare, screen, tokenizers
+from gpt_jax import (
+    chat,
+    data,
+    instructions,
+    names,
+    prepare,
+    screen,
+    settings,
+    tokenizers,
+)
 from gpt_jax.tasks import lm
-from gpt_jax.tasks.task import Task
+from gpt_jax.tasks.task import OF_ROWS, OF_THE_LOSS, OF_THE_MODEL, Kind, Task
 
 LEARN = ("answers", "all")
 TOO_LONG = ("refuse", "drop", "cut")
 EMPTY = ("refuse", "drop")
+
+
+class Options(NamedTuple):
+    """The keys of `config.task`: see configs/common.py."""
+
+    template: str
+    learn: str
+    pack: bool
+    too_long: str
+    empty: str
+    test_fraction: float
+    loss_chunk: int
 
 
 class Example(NamedTuple):
@@ -67,10 +88,6 @@ def make(
     Raises:
       ValueError: a setting or a row cannot be used; see `instructions.read`.
     """
-    chat.check(template)
-    check("learn", learn, LEARN)
-    check("too_long", too_long, TOO_LONG)
-    check("empty", empty, EMPTY)
     seq_len = text["seq_len"] or model["context_length"]
     lm.check_window(seq_len, model["context_length"])
     show = screen.Show(progress)
@@ -345,7 +362,30 @@ def digest_of(rows: Sequence[Any]) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def check(key: str, value: str, choices: Sequence[str]) -> None:
-    """Raises ValueError unless a key of the task is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"task.{key} {value!r} is not one of: {', '.join(choices)}")
+def check(options: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    """Raises ValueError for options that cannot be; see `make`."""
+    chat.check(options["template"])
+    names.choose("task.learn", options["learn"], LEARN)
+    check_rows(options, text)
+
+
+def check_rows(options: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    """Raises ValueError for options about rows that cannot be."""
+    names.choose("task.too_long", options["too_long"], TOO_LONG)
+    names.choose("task.empty", options["empty"], EMPTY)
+    instructions.check_split(
+        how=text["split"],
+        val_fraction=text["val_fraction"],
+        test_fraction=options["test_fraction"],
+    )
+    lm.check_chunk(options["loss_chunk"])
+
+
+KIND = Kind(
+    make=make,
+    options=settings.declared(Options),
+    check=check,
+    reads=lambda options: (*OF_THE_MODEL, *OF_THE_LOSS, *OF_ROWS),
+    config="configs/sft.py",
+    tuned=True,
+)

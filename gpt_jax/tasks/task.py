@@ -14,6 +14,42 @@ Sums = Mapping[str, Any]  # scalars summed over examples, always "loss" and "wei
 # Of Hyper, in the order of model.Dropout.
 DROPOUTS = ("dropout_embed", "dropout_attn", "dropout_residual", "dropout_adapter")
 
+# Keys outside config.task that some tasks read and others do not; see Kind.reads.
+OF_THE_MODEL = tuple(
+    f"hyper.{name}" for name in DROPOUTS[:-1]
+)  # adapters read the last
+OF_THE_LOSS = ("hyper.label_smoothing", "hyper.z_loss")
+OF_ROWS = (
+    *("data.source", "data.tokenizer", "data.val_fraction", "data.split"),
+    "data.seq_len",
+)
+SHARED = (
+    *(*OF_THE_MODEL, *OF_THE_LOSS, *OF_ROWS),
+    *("data.field", "data.stride", "data.skip_bad_docs", "model.n_classes"),
+)
+
+
+class Kind(NamedTuple):
+    """A sort of task, as `tasks.TABLE` knows it before there is any text.
+
+    Attributes:
+      make: returns the Task; see `tasks.make`.
+      options: the keys of config.task besides its name, with their types.
+      check: (options, config.data) -> None; raises ValueError for what cannot be.
+      reads: options -> the keys of SHARED that this task reads.
+      config: the config file that makes such a run.
+      tuned: it goes on from the weights of a run; random ones learn nothing by it.
+      idle: options -> its own keys that do nothing beside the others.
+    """
+
+    make: Callable[..., "Task"]
+    options: Mapping[str, Any]
+    check: Callable[[Mapping[str, Any], Mapping[str, Any]], None]
+    reads: Callable[[Mapping[str, Any]], Collection[str]]
+    config: str
+    tuned: bool = False
+    idle: Callable[[Mapping[str, Any]], Collection[str]] = lambda options: ()
+
 
 def dropout_of(key: Any, hyper: Any, on: Collection[str]) -> Dropout | None:
     """Returns the dropout of one training pass; None in evaluation (no key).
