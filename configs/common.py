@@ -375,8 +375,8 @@ def from_run(config: ConfigDict, folder: str) -> ConfigDict:
     if not path.is_file():
         what = "has no config.json" if Path(folder).is_dir() else "does not exist"
         raise ValueError(
-            f"run={folder} is not a run folder: it {what}. A run is made by, for "
-            "example, python -m experiments.train --config=configs/quickstart.py"
+            f"run={folder} is not a run folder: it {what}. A run is made by training, "
+            "for example --config=configs/quickstart.py"
         )
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))

@@ -62,7 +62,7 @@ def main(_: list[str]) -> int:
         raise ValueError("--coordinator, --processes and --process need --distributed")
     config.allow_data_change |= ALLOW.value
 
-    from gpt_jax import processes, train
+    from gpt_jax import commands, processes, train
 
     if DISTRIBUTED.value:
         train.check(config)
@@ -80,13 +80,14 @@ def main(_: list[str]) -> int:
     if result.reason == "signal":
         print(f"stopped after step {result.step}; the same command resumes")
         return result.exit_code
-    use = f"sample           python -m experiments.sample --run={workdir} --prompt=..."
+    sample = commands.typed("sample")
+    use = f"sample           {sample} --run={workdir} --prompt=..."
     if (Path(workdir) / "classes.json").is_file():
-        classify = f"python -m experiments.classify --run={workdir}"
-        use = f"label texts      {classify} --text=..."
+        classify = commands.typed("classify")
+        use = f"label texts      {classify} --run={workdir} --text=..."
     answers = "template" in config.task
     if answers:
-        use = f"talk with it     python -m experiments.chat --run={workdir}"
+        use = f"talk with it     {commands.typed('chat')} --run={workdir}"
     here = ("--workdir", "--distributed", "--coordinator", "--process")
     longer = door.command(("--config.steps", *here)) + f" --workdir={workdir}"
     mine = door.command(("--config.data.source", *here)) + " --workdir=runs/mine"

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from gpt_jax import adapters, tokenizers
+from gpt_jax import adapters, commands, tokenizers
 from gpt_jax.checkpoint import Checkpoints, Damaged
 from gpt_jax.model import GPT, GPTConfig, unstack
 
@@ -235,7 +235,7 @@ def read_config(folder: str | Path) -> ConfigDict:
         what = "has no config.json" if Path(folder).is_dir() else "does not exist"
         raise ValueError(
             f"{folder} is not a run folder: it {what}. A run is made by, for example, "
-            "python -m experiments.train --config=configs/quickstart.py"
+            f"{commands.typed('train')} --config=configs/quickstart.py"
         )
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # Imports go down at least one floor. Doors (experiments) stand on top of all.
 FLOORS = (
-    "names files screen devices",
+    "names files screen devices commands configs",
     "model attention tokenizers chat corpora data losses adapters optimizer sharding "
     "programs processes checkpoint metrics signals",
     "prepare instructions sample runs plots tables classify pretrained",
@@ -20,16 +20,20 @@ FLOORS = (
     "step train",
     "population serve",
     "sweep report bench estimate doctor",
+    "__main__",
 )
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names.split()}
 SIDEWAYS = {
+    ("commands", "names"),
+    ("configs", "commands"),
     ("model", "attention"),
     ("checkpoint", "processes"),
     ("train", "step"),
 }
 # A worker's process gives its environment to the processes that it starts.
 HANDS_ON_ITS_ENVIRONMENT = {"gpt_jax/sweep/worker.py"}
-PROGRAMS = ("gpt_jax/pretrained/runner.py",)  # copied into exports, run from there
+# The first is copied into exports and run from there; the other chooses a door.
+PROGRAMS = ("gpt_jax/pretrained/runner.py", "gpt_jax/__main__.py")
 KNOW_CONFIG_DICT = {"train", "runs", "population", "sweep", "estimate"}
 
 
@@ -199,7 +203,7 @@ def test_help_of_a_door_is_shown_without_jax(door):
 def test_every_module_has_its_test_file():
     missing = []
     for path in modules("gpt_jax"):
-        mirrors = {noun_of(path), path.stem} - {"__init__"}
+        mirrors = {noun_of(path), path.stem} - {"__init__", "__main__"}
         if mirrors and not any((ROOT / f"tests/test_{m}.py").exists() for m in mirrors):
             missing.append(f"{relative(path)} has no tests/test_{noun_of(path)}.py")
     none(missing)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gpt_jax import commands
 from gpt_jax.model import GPT, GPTConfig, KVCache, init_cache
 from gpt_jax.pretrained import files, runner
 from gpt_jax.tokenizers import Tokenizer
@@ -45,8 +46,8 @@ def save(folder: Path, params: Mapping, cfg: GPTConfig, tokenizer: Tokenizer) ->
         import flatbuffers  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            "StableHLO needs the package flatbuffers: pip install -c "
-            "requirements-extras.txt flatbuffers"
+            "StableHLO needs the package flatbuffers: "
+            f"{commands.install('flatbuffers')}"
         ) from error
     flat = {
         str(k): np.asarray(v) for k, v in flatten_dict(dict(params), sep="/").items()
