@@ -154,6 +154,9 @@ def base() -> ConfigDict:
     config.log_every = 10
     config.eval_every = 250
     config.eval_batch_size = 0  # windows at once; 0 = a micro-batch, or 16,384 tokens
+    # Evaluate and sample also at steps 20, 50, 100, 200, ... from this number on, until
+    # the first interval ends; 0 = not
+    config.early_from = 20
     config.eval_windows = 0  # at most so many windows, evenly spaced; 0 = all
     config.checkpoint_every = 250
     config.keep = 2  # newest checkpoints kept, besides the best
@@ -169,6 +172,8 @@ def base() -> ConfigDict:
             "temperature": 0.8,
             "top_k": 0,
             "top_p": 1.0,
+            # Record the share of their words that the training text has, too
+            "words": False,
         }
     )
 

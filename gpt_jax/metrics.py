@@ -10,7 +10,9 @@ import logging
 import math
 import os
 import re
+import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,12 @@ from rich.progress import Progress as Bar
 log = logging.getLogger(__name__)
 
 FILE = "metrics.jsonl"
+# Where TensorBoard shows the numbers whose names begin with no set of examples.
+GROUPS = {
+    **dict.fromkeys(("lr", "grad_norm", "skipped"), "update"),
+    **dict.fromkeys(("tokens_per_second", "mfu"), "speed"),
+    **dict.fromkeys(("tokens", "seconds"), "progress"),
+}
 PLAIN_EVERY_S = 5.0  # the least time between two progress lines in a log file
 
 
@@ -41,6 +49,7 @@ class Writer:
       tokens_per_second: training only, over all devices.
       mfu: model FLOP/s as a share of the devices' peak (PaLM, appendix B).
       skipped: updates left out because they were not finite, or a spike.
+      sample_words: the share of the words of a sample that the training text has.
     A number that is not finite is written as null.
     """
 
@@ -95,9 +104,16 @@ class Writer:
             self._events = None
         if self._events:
             for name, value in finite.items():
-                self._events.add_scalar(name, value, global_step=int(step))
+                self._events.add_scalar(_tag(name), value, global_step=int(step))
         if self._wandb:
             self._wandb.log({"step": int(step), **finite})
+
+    def samples(self, step: int, texts: Sequence[str]) -> None:
+        """Shows texts that were written after a step in TensorBoard."""
+        if self._events:  # indented, Markdown leaves their lines and signs alone
+            blocks = [textwrap.indent(t, "    ", lambda line: True) for t in texts]
+            text = "\n\n---\n\n".join(blocks)
+            self._events.add_text("samples", text, global_step=int(step))
 
     def close(self) -> None:
         """Closes the record and its copies; a second call does nothing."""
@@ -209,6 +225,9 @@ class Silence:
     def write(self, step: int, **numbers: Any) -> None:
         """Does nothing."""
 
+    def samples(self, step: int, texts: Sequence[str]) -> None:
+        """Does nothing."""
+
     def update(self, step: int, **numbers: Any) -> None:
         """Does nothing."""
 
@@ -310,6 +329,12 @@ def _cut(path: Path, resume_step: int) -> None:
     part = path.with_suffix(".part")
     part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     os.replace(part, path)
+
+
+def _tag(name: str) -> str:
+    """Returns what TensorBoard calls a number: val/loss, update/lr, speed/mfu."""
+    group = GROUPS.get(name)
+    return f"{group}/{name}" if group else name.replace("_", "/", 1)
 
 
 def _number(value: Any) -> int | float | None:

@@ -17,7 +17,8 @@ MANY = 100  # points from which on the training loss is also drawn smoothed
 def loss(folder: str | Path) -> Path | None:
     """Draws training and validation loss of a run into `folder/loss.png`.
 
-    Steps stand below, training tokens above, nats per target at the side.
+    Steps stand below, training tokens above, nats per target at the side. Below it, of
+    a run that records it, the share of known words in what it wrote.
 
     Returns:
       The file's path; None when no loss was recorded yet.
@@ -30,11 +31,18 @@ def loss(folder: str | Path) -> Path | None:
     train, val = _curve(rows, "train_loss"), _curve(rows, "val_loss")
     if not (np.isfinite(train[1]).any() or np.isfinite(val[1]).any()):
         return None
-    figure = _figure(height=5)
-    axes = figure.add_subplot()
+    words = _curve(rows, "sample_words")
+    known = len(words[0]) > 0
+    figure = _figure(height=7 if known else 5)
+    heights = (3, 1) if known else (1,)
+    panels = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)
+    axes = panels[0, 0]
     _draw_train(axes, *train)
     _draw_val(axes, *val)
     _dress(axes, rows, folder.resolve().name)
+    if known:
+        _draw_words(panels[1, 0], *words)
+        panels[1, 0].set_xlim(axes.get_xlim())
     return _save(figure, folder / "loss.png")
 
 
@@ -217,6 +225,16 @@ def _draw_val(axes, steps: np.ndarray, values: np.ndarray) -> None:
         mec=BEST,
         label=f"best: {values[best]:.4f} at step {steps[best]:,}",
     )
+
+
+def _draw_words(axes, steps: np.ndarray, shares: np.ndarray) -> None:
+    label = "words of the samples that the text has"
+    axes.plot(steps, shares, color="#55A868", lw=1.6, marker="o", ms=4, label=label)
+    axes.set_ylabel("share")
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_xlabel("step")
+    _quiet(axes)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _dress(axes, rows: list[dict[str, Any]], title: str) -> None:

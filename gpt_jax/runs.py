@@ -44,7 +44,7 @@ WHERE = (
 RESUMABLE = (
     *WHERE,
     r"steps|max_tokens|max_seconds|max_skipped|patience",
-    r"eval_.*|task\.loss_chunk|model\.(remat|attention)",
+    r"eval_.*|early_from|task\.loss_chunk|model\.(remat|attention)",
 )
 # What may change with the data, where allow_data_change says that it may.
 OF_TEXT = r"data\.(source|field|val_fraction|split)"
@@ -56,6 +56,8 @@ ADDED = {
     "hyper.spike_sigma": 6.0,
     "model.n_classes": 0,
     "spike_window": 0,
+    "early_from": 0,
+    "sample.words": False,
     "optimizer.moment_dtype": "float32",
 }
 # What a run says of its data, where it has such data.

@@ -15,7 +15,7 @@ FLOORS = (
     "names files screen devices commands configs",
     "model attention tokenizers chat corpora data losses adapters optimizer sharding "
     "programs processes checkpoint metrics signals",
-    "prepare instructions sample runs plots tables classify pretrained",
+    "prepare instructions sample runs plots tables classify pretrained words",
     "tasks evaluate",
     "step train",
     "population serve",

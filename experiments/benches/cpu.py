@@ -78,6 +78,7 @@ def race_ours(setting: Setting, config: str, stop_at: float, every: int) -> Side
         "data.folder": "{folder}-data",
         "compile_cache": "{folder}-cache",
         "eval_every": every,
+        "early_from": 0,  # as often as the peer
         "sample_every": 0,
         "tensorboard": "false",
         "seed": "{seed}",

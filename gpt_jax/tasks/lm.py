@@ -1,11 +1,12 @@
 """Language modelling: predict the next token of running text."""
 
+import functools
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
-from gpt_jax import data, losses
+from gpt_jax import data, losses, words
 from gpt_jax.model import GPT, GPTConfig
 from gpt_jax.prepare import prepare
 from gpt_jax.tasks.task import Task, dropout_of
@@ -57,6 +58,9 @@ def make(
         },
         tokens=seq_len,
         fingerprint=prepared.fingerprint,
+        known_words=functools.cache(
+            functools.partial(words.known, prepared.train, tokenizer)
+        ),
     )
 
 
