@@ -16,8 +16,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from gpt_jax import model
 from gpt_jax.model import GPTConfig
-from gpt_jax.pretrained import config_json, files, gguf, stablehlo, texts, weights
+from gpt_jax.pretrained import card, config_json, files, gguf, stablehlo, texts, weights
 from gpt_jax.pretrained.texts import keep
 from gpt_jax.tokenizers import Tokenizer
 
@@ -106,7 +107,8 @@ def save(
       params: the weights, layers unrolled.
       cfg: their model.
       tokenizer: its tokenizer.
-      run: the run folder, for a chat template that came with an import.
+      run: the run folder: its chat template where it has one, and what README.md,
+        the model card, says of it.
       shard_bytes: the most bytes of a file of weights.
 
     Raises:
@@ -117,6 +119,8 @@ def save(
         tokens = {"bos_token_id": None, "eos_token_id": tokenizer.eos_id}
         weights.save(draft, params, cfg, tokens=tokens, shard_bytes=shard_bytes)
         texts.save(draft, tokenizer, run=run, context=cfg.context_length)
+        if (run / "config.json").is_file():
+            card.write(draft, run, cfg, model.count(params))
 
 
 @contextlib.contextmanager
