@@ -91,10 +91,7 @@ def main(_: list[str]) -> int:
     here = ("--workdir", "--distributed", "--coordinator", "--process")
     longer = door.command(("--config.steps", *here)) + f" --workdir={workdir}"
     mine = door.command(("--config.data.source", *here)) + " --workdir=runs/mine"
-    if result.trained:
-        print(f"done: {result.reason} reached after step {result.step}")
-    else:
-        print(f"nothing to do: {workdir} was trained to step {result.step} before")
+    print(f"done: {result.reason} reached after step {result.step}")
     curve = "reward.png" if config.task.name == "grpo" else "loss.png"
     print(f"  the curve        {workdir}/{curve}")
     print(f"  {use}")

@@ -120,16 +120,12 @@ class Totals(NamedTuple):
 
 
 class Result(NamedTuple):
-    """How a run ended: why, after which step, with which last numbers.
-
-    `trained` is whether this sitting made a step: a run that was at its end makes none.
-    """
+    """How a run ended: why, after which step, with which last numbers."""
 
     reason: str
     step: int
     numbers: dict[str, float]
     exit_code: int
-    trained: bool = True
 
 
 def train(
@@ -175,7 +171,7 @@ def loop(
 ) -> Result:
     """Runs steps until something ends the run; one line per thing that happens."""
     config, end = job.config, last_step(job.config, job.task)
-    before = step = int(job.strategy.view(state.step))
+    step = int(job.strategy.view(state.step))
     pending, numbers, reason = [], {}, ""
     started = time.monotonic() - totals.seconds
     batches, roll = train_batches(job, start=step), rollouts(job)
@@ -228,7 +224,7 @@ def loop(
     if not reason:
         done = "steps" if end == config.steps else "max_tokens"
         reason = "signal" if job.stop and totals.evaluated < step else done
-    return finish(job, step, reason, numbers)._replace(trained=step > before)
+    return finish(job, step, reason, numbers)
 
 
 def build(
