@@ -14,7 +14,14 @@ TRAIN, BEST = "#4C72B0", "#C44E52"
 MANY = 100  # points from which on the training loss is also drawn smoothed
 
 
-def loss(folder: str | Path) -> Path | None:
+class Picture(type(Path())):
+    """The path of a PNG file; a notebook shows the picture."""
+
+    def _repr_png_(self) -> bytes:
+        return self.read_bytes()
+
+
+def loss(folder: str | Path) -> Picture | None:
     """Draws training and validation loss of a run into `folder/loss.png`.
 
     Steps stand below, training tokens above, nats per target at the side. Below it, of
@@ -74,7 +81,7 @@ def confusion(
     _save(figure, Path(path))
 
 
-def margins(folder: str | Path) -> Path | None:
+def margins(folder: str | Path) -> Picture | None:
     """Draws what a run learnt of preferences into `folder/margins.png`.
 
     Above, the rewards of chosen and of rejected answers and the margin between them,
@@ -115,7 +122,7 @@ def margins(folder: str | Path) -> Path | None:
     return _save(figure, folder / "margins.png")
 
 
-def rewards(folder: str | Path) -> Path | None:
+def rewards(folder: str | Path) -> Picture | None:
     """Draws how a run that learns from rewards does into `folder/reward.png`.
 
     Above, the mean reward and the share of right answers, drawn and greedy; below, the
@@ -168,12 +175,12 @@ def _quiet(axes) -> None:
     axes.legend(frameon=False)
 
 
-def _save(figure, path: Path) -> Path:
+def _save(figure, path: Path) -> Picture:
     """Writes a figure whole or not at all."""
     part = path.with_name(f"{path.name}.part")
     figure.savefig(part, format="png")
     os.replace(part, path)
-    return path
+    return Picture(path)
 
 
 def _curve(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -930,12 +930,12 @@ def sample_now(
             job.writer.samples(step, whole)
     for text in texts:
         job.bar.print(f"--- sample after step {step}\n{prompt}{text.text}\n---")
-    if job.config.sample.words and processes.index() == 0:
-        written = [(prompt, text.text) for text in texts]
-        known = words.share(written, job.task.known_words())
-        if known is not None:
-            write(job, totals, step, {"sample_words": known})
-            job.bar.print(f"{known:.0%} of its words are words of the text")
+    known = job.task.known_words if job.config.sample.words else None
+    if known and processes.index() == 0:
+        share = words.share([(prompt, text.text) for text in texts], known())
+        if share is not None:
+            write(job, totals, step, {"sample_words": share})
+            job.bar.print(f"{share:.0%} of its words are words of the text")
     job.rate.pause()
 
 

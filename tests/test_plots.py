@@ -65,6 +65,12 @@ def test_any_record_with_a_loss_becomes_a_picture(tmp_path, rows):
     assert {p.name for p in tmp_path.iterdir()} == {"loss.png", "metrics.jsonl"}
 
 
+def test_a_notebook_shows_the_picture_whose_path_is_returned(tmp_path):
+    record(tmp_path, training(range(3)))
+    picture = plots.loss(tmp_path)
+    assert picture._repr_png_() == (tmp_path / "loss.png").read_bytes()
+
+
 def test_the_share_of_known_words_stands_below_the_losses_at_the_same_steps(
     tmp_path, drawn
 ):

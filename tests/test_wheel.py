@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -33,24 +34,33 @@ def wheel(tmp_path_factory):
     return built
 
 
-@pytest.fixture(scope="module")
-def there(wheel, tmp_path_factory):
-    """Runs commands of the installed wheel in a folder that is no clone."""
-    place = tmp_path_factory.mktemp("installed")
-    pip("install", "--no-index", f"--target={place}", str(wheel))
-    folder = tmp_path_factory.mktemp("elsewhere")
-    path = f"{place / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    env = {**os.environ, "PYTHONPATH": str(place), "PATH": path}
+class There:
+    """A folder that is no clone, where the wheel is installed."""
 
-    def run(*command, code=0):
+    def __init__(self, folder: Path, place: Path):
+        self.folder = folder
+        path = f"{place / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        self.env = {**os.environ, "PYTHONPATH": str(place), "PATH": path}
+
+    def __call__(self, *command: str, code: int | None = 0) -> str:
+        """Runs a command; returns all that it printed."""
         done = subprocess.run(
-            command, cwd=folder, env=env, capture_output=True, text=True, timeout=110
+            command,
+            cwd=self.folder,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=110,
         )
         assert code in (None, done.returncode), done.stderr + done.stdout
         return done.stdout + done.stderr
 
-    run.folder, run.place = folder, place
-    return run
+
+@pytest.fixture(scope="module")
+def there(wheel, tmp_path_factory):
+    place = tmp_path_factory.mktemp("installed")
+    pip("install", "--no-index", f"--target={place}", str(wheel))
+    return There(tmp_path_factory.mktemp("elsewhere"), place)
 
 
 def pip(*words):
