@@ -104,7 +104,7 @@ def test_an_export_has_a_model_card_with_the_facts_of_the_run(tmp_path):
     assert "library_name: transformers" in head.splitlines()
     opened = runs.open(run)
     count = sum(x.size for x in load_file(tmp_path / "out/model.safetensors").values())
-    assert body.startswith("# story\n") and f"{count:,} parameters" in body
+    assert body.startswith("# out\n") and f"{count:,} parameters" in body
     rows = [row for row in metrics.read(run) if row.get("val_loss")]
     best = min(rows, key=lambda row: row["val_loss"])
     assert f"loss {best['val_loss']:.4f} nats at step {best['step']}" in body

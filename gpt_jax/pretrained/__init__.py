@@ -120,7 +120,8 @@ def save(
         weights.save(draft, params, cfg, tokens=tokens, shard_bytes=shard_bytes)
         texts.save(draft, tokenizer, run=run, context=cfg.context_length)
         if (run / "config.json").is_file():
-            card.write(draft, run, cfg, model.count(params))
+            count = model.count(params)
+            card.write(draft, run, cfg, name=folder.name, parameters=count)
 
 
 @contextlib.contextmanager

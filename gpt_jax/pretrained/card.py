@@ -34,20 +34,23 @@ which licence: the texts that it learnt from decide that too.
 """
 
 
-def write(folder: Path, run: Path, cfg: GPTConfig, parameters: int) -> None:
+def write(
+    folder: Path, run: Path, cfg: GPTConfig, *, name: str, parameters: int
+) -> None:
     """Writes README.md of what a run is: its shape, its text, its best numbers.
 
     Args:
-      folder: of the export; its name, and that of the model, is the target's.
+      folder: of the export.
       run: the run folder; an imported run has no record, and no text.
       cfg: the model.
-      parameters: how many it has.
+      name: of the folder, in the end.
+      parameters: how many the model has.
     """
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     rows = metrics.read(run) if (run / metrics.FILE).is_file() else []
     lines = [f"* {key}: {value}" for key, value in _facts(config, rows)]
     text = CARD.format(
-        name=run.resolve().name,
+        name=name,
         parameters=parameters,
         layers=cfg.n_layers,
         width=cfg.d_model,
