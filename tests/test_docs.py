@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from gpt_jax.__main__ import FIRST
 from tests import runs_to_evaluate
 
 ROOT = Path(__file__).parents[1]
@@ -156,6 +157,7 @@ def test_a_printed_line_is_compared_with_the_one_shown(line, wanted, alike):
 # --- commands -------------------------------------------------------------------------
 
 COMMAND = re.compile(r"python3? -m (experiments\.[\w.]+)([^\n`]*)")
+BY_NAME = re.compile(r"\bgpt-jax (\w+)([^\n`]*)")
 
 
 def commands(page: Path) -> list[tuple[str, list[str]]]:
@@ -166,6 +168,13 @@ def commands(page: Path) -> list[tuple[str, list[str]]]:
         words = shlex.split(rest, comments=True)
         ends = [i for i, word in enumerate(words) if word in ("|", ">", "&&", ";", "&")]
         found.append((door, words[: min(ends, default=len(words))]))
+    for name, rest in BY_NAME.findall(text):
+        words = shlex.split(rest.partition(" #")[0])
+        if words and not words[0].startswith("-") and name in FIRST:
+            file = f"configs/{words[0]}.py" if FIRST[name] == "config" else words[0]
+            words[0] = f"--{FIRST[name]}={file}"
+        if name not in ("NAME", "list"):
+            found.append((f"experiments.{name}", words))
     return found
 
 
