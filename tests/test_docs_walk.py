@@ -30,7 +30,7 @@ TRAIN = ("train", "prepare", "launch", "verify_resume")
 FILES = {
     "my_book.txt": "It was the best of times, it was the worst of times.\n" * 60,
     "messages.txt": "You won a prize\nSee you at six\n",
-    "mine.csv": 'label,text\nham,"See you at six"\nspam,"You won a prize"\n',
+    "mine.csv": "label,text\ndecoder,Read it\nencoder,Write it\n",
     "reviews.csv": "review,stars\n" + "good book,5\nbad book,1\n" * 40,
     "test.json": '[{"instruction": "Name a colour.", "input": "", "output": "Red."}]',
     "questions.jsonl": '{"context": "A sky", "choices": [" a", " b"], "answer": 0}',
@@ -65,12 +65,13 @@ def small(door: str, words: list[str]) -> list[str]:
     """Returns the words of a command that takes seconds, otherwise the same."""
     if door == "sweep":  # every trial in one program
         words = [word for word in words if not word.startswith("--engine")]
-        return [*words, "--engine=vmap", "--set=steps=100", "--set=tensorboard=False"]
+        return [*words, "--engine=vmap", "--set=steps=50", "--set=tensorboard=False"]
     if door == "launch":
         at = words.index("--") + 1
         return [*words[:at], *small("train", words[at:])]
     if door not in TRAIN:
-        return [re.sub(r"^--(count)=.*", r"--\1=2", word) for word in words]
+        words = [re.sub(r"^--count=.*", "--count=2", word) for word in words]
+        return [word.replace("=austen", "=book.txt") for word in words]
     made, tiny = [], any("size=tiny" in word for word in words)
     for word in words:
         if (name := word.removeprefix("--config=")) != word:
