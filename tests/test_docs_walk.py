@@ -158,7 +158,7 @@ class Reader:
         watch.start()
         for line in process.stdout or ():
             said.append(line)
-            if "ready" in line:
+            if "serving" in line:
                 break
         url = re.search(r"http://[\d.:]+", "".join(said))
         if program and url:

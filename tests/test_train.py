@@ -95,12 +95,12 @@ def test_the_early_steps_are_1_2_5_times_powers_of_ten(every, first, updates, st
 
 def test_early_evaluations_and_samples_survive_a_resume(config, tmp_path):
     config.update(steps=12, eval_every=9, sample_every=12, early_from=1)
-    config.model.context_length = 48
+    config.model.update(context_length=48, n_layers=1, d_model=16)
     config.sample.update(max_new_tokens=40, words=True)
     train.train(config, tmp_path / "whole")
     assert evaluated(tmp_path / "whole") == [0, 1, 2, 5, 9, 12]
     assert evaluated(tmp_path / "whole", "sample_words") == [0, 1, 2, 5, 10, 12]
-    for config.steps in (2, 7, 12):
+    for config.steps in (7, 12):
         train.train(config, tmp_path / "parts")
     for name in ("val_loss", "sample_words"):
         rows = [metrics.read(tmp_path / run) for run in ("whole", "parts")]
