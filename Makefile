@@ -9,7 +9,8 @@ UV_VERSION = 0.13.8
 VERSION = $(eval VERSION := $$(shell $(PYTHON) -c \
   'import platform; print(platform.python_version())'))$(VERSION)
 VENV = .venv-$(VERSION)
-RUN = $(VENV)/bin/python
+BIN = $(if $(filter Windows_NT,$(OS)),Scripts,bin)
+RUN = $(VENV)/$(BIN)/python
 LM_EVAL = $(VENV)-lm-eval
 
 # A stamp is a copy of the lock that was installed: it goes stale with the lock's text,
@@ -30,7 +31,7 @@ PYTEST_ARGS ?=
 FAULTS = -o python_files='test_*.py faults_*.py'
 
 UV = .venv-uv-$(UV_VERSION)
-LOCK = $(UV)/bin/uv pip compile --quiet --universal --python-version 3.11 \
+LOCK = $(UV)/$(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
   --custom-compile-command 'make lock' $(UPGRADE)
 
 .DEFAULT_GOAL := help
@@ -61,6 +62,11 @@ test-data: dev  ## the facts about real texts, read from DATA=folder; a skip is 
 test-slow: dev  ## what `make test` leaves out: every mesh, whole sweeps
 	$(RUN) -m pytest -m 'slow and not fault' $(WORKERS) $(PYTEST_ARGS)
 
+.PHONY: test-docs
+test-docs: dev  ## every program and command of README and docs/, in its tiny form
+	$(RUN) -m pytest -m 'slow or not slow' tests/test_docs.py tests/test_docs_walk.py \
+	  $(PYTEST_ARGS)
+
 .PHONY: test-parity
 test-parity: parity  ## the same numbers as transformers, live; installs torch once
 	$(RUN) -m pytest tests/test_parity.py $(PYTEST_ARGS)
@@ -82,7 +88,7 @@ soak: dev  ## kill one run 200 times and compare its end (SOAK_ARGS=--kills=20)
 
 .PHONY: test-lm-eval
 test-lm-eval: lm-eval  ## runs on EleutherAI's harness, in an environment of their own
-	$(LM_EVAL)/bin/python -m pytest tests/test_harness.py $(PYTEST_ARGS)
+	$(LM_EVAL)/$(BIN)/python -m pytest tests/test_harness.py $(PYTEST_ARGS)
 
 .PHONY: check
 check: dev  ## lint, format and types, without changing a file
@@ -98,8 +104,8 @@ format: dev  ## put every file in the one format and fix what lint can fix
 # torch fixes its CUDA packages itself; listed, they would bind jax's GPU packages too.
 .PHONY: lock
 lock: python  ## resolve the requirements*.txt anew; UPGRADE=--upgrade takes newer ones
-	test -x $(UV)/bin/uv || { $(PYTHON) -m venv $(UV) \
-	  && $(UV)/bin/python -m pip install --quiet uv==$(UV_VERSION); }
+	test -x $(UV)/$(BIN)/uv || { $(PYTHON) -m venv $(UV) \
+	  && $(UV)/$(BIN)/python -m pip install --quiet uv==$(UV_VERSION); }
 	$(LOCK) requirements.in -o requirements.txt
 	$(LOCK) requirements-dev.in -o requirements-dev.txt
 	$(LOCK) requirements-lm-eval.in -o requirements-lm-eval.txt
@@ -157,6 +163,6 @@ lm-eval: python
 	@cmp -s requirements-lm-eval.txt $(LM_EVAL)/installed || { \
 	  echo 'Installing lm-eval into $(LM_EVAL): once, about 1.4 GB on disk ...' \
 	  && $(PYTHON) -m venv --clear $(LM_EVAL) \
-	  && $(LM_EVAL)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  && $(LM_EVAL)/$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	    -r requirements-lm-eval.txt \
 	  && cp requirements-lm-eval.txt $(LM_EVAL)/installed; }

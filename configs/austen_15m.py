@@ -33,6 +33,7 @@ def get_config(arg: str | None = None):
     config.sample_every = 500
     config.eval_every = 500
     config.checkpoint_every = 500
+    config.sample.words = True
     config.sample.prompt = "It was"
     config.sample.max_new_tokens = 200
     config.sample.top_k = 200

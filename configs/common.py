@@ -156,6 +156,9 @@ def base() -> ConfigDict:
     config.log_every = 10
     config.eval_every = 250
     config.eval_batch_size = 0  # windows at once; 0 = a micro-batch, or 16,384 tokens
+    # Evaluate and sample also at steps 20, 50, 100, 200, ... from this number on, until
+    # the first interval ends; 0 = not
+    config.early_from = 20
     config.eval_windows = 0  # at most so many windows, evenly spaced; 0 = all
     config.checkpoint_every = 250
     config.keep = 2  # newest checkpoints kept, besides the best
@@ -171,6 +174,8 @@ def base() -> ConfigDict:
             "temperature": 0.8,
             "top_k": 0,
             "top_p": 1.0,
+            # Record the share of their words that the training text has, too
+            "words": False,
         }
     )
 
@@ -381,8 +386,8 @@ def from_run(config: ConfigDict, folder: str) -> ConfigDict:
         what = "has no config.json" if path.parent.is_dir() else "does not exist"
         what = "is a file" if path.parent.is_file() else what
         raise ValueError(
-            f"run={folder} is not a run folder: it {what}. A run is made by, for "
-            "example, python -m experiments.train --config=configs/quickstart.py"
+            f"run={folder} is not a run folder: it {what}. A run is made by training, "
+            "for example --config=configs/quickstart.py"
         )
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))

@@ -26,6 +26,6 @@ def get_config(arg: str | None = None):
     config.checkpoint_every = 300
     config.sample_every = 300
     config.sample.prompt = "def __init__(self"
-    config.sample.max_new_tokens = 120
+    config.sample.update(max_new_tokens=120, count=2, top_p=0.95)
     sizes = {"small": lambda: config, "tiny": lambda: common.tiny(config)}
     return common.choose(sizes, options["size"], "size")()

@@ -76,6 +76,7 @@ def get_config(arg: str | None = None):
     config.eval_every = 250
     config.checkpoint_every = 250
     config.sample_every = 250
+    config.sample.words = True
     config.sample.prompt = "\n"
     common.choose(SIZES, options["size"], "size")(config)
     recipes = common.choose(RECIPES, options["recipe"], "recipe")

@@ -88,14 +88,14 @@ def main(_: list[str]) -> None:
         "max_new": MAX_NEW_TOKENS.value,
     }
 
-    from gpt_jax import chat, programs, runs, sample
+    from gpt_jax import chat, commands, programs, runs, sample
 
     sample.check(**settings)  # before the weights are read
     run = runs.open(RUN.value, step=step)
     if run.classes:
         raise ValueError(
-            f"{RUN.value} sorts texts into classes and writes none; use it with python "
-            f"-m experiments.classify --run={RUN.value}"
+            f"{RUN.value} sorts texts into classes and writes none; use it with "
+            f"{commands.typed('classify')} --run={RUN.value}"
         )
     programs.use_cache(run.config.compile_cache)
     template = TEMPLATE.value or chat.template_of(RUN.value)

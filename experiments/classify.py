@@ -82,13 +82,13 @@ def main(_: list[str]) -> None:
         return
     texts = [*TEXT.value, *(_lines(FILE.value) if FILE.value else [])]
 
-    from gpt_jax import programs, runs
+    from gpt_jax import commands, programs, runs
 
     run = runs.open(RUN.value, step=step)
     if run.classes is None:
         raise ValueError(
-            f"{RUN.value} is a language model; a classifier is made of it by python -m "
-            f"experiments.train --config=configs/classify.py:run={RUN.value}"
+            f"{RUN.value} is a language model; a classifier is made of it by "
+            f"{commands.typed('train')} --config=configs/classify.py:run={RUN.value}"
         )
     programs.use_cache(run.config.compile_cache)
     if LABELLED.value:

@@ -71,7 +71,7 @@ def main(_: list[str]) -> None:
 
 def import_hf() -> None:
     """Makes a run folder of published weights."""
-    from gpt_jax import checkpoint, model, pretrained, runs
+    from gpt_jax import checkpoint, commands, model, pretrained, runs
 
     workdir = Path(RUN.value)
     if workdir.exists():
@@ -91,7 +91,7 @@ def import_hf() -> None:
             meta = {"from": FROM_HF.value}
             store.save(0, {"params": params}, metric=None, meta=meta)
     print(f"{model.count(params):,} parameters, {cfg.n_layers} layers of {cfg.d_model}")
-    print(f"  sample  python -m experiments.sample --run={workdir} --prompt=...")
+    print(f"  sample  {commands.typed('sample')} --run={workdir} --prompt=...")
 
 
 def export() -> None:

@@ -38,11 +38,11 @@ def main(_: list[str]) -> int:
         raise ValueError(f"--min_free_gb={MIN_FREE_GB.value} must not be negative")
 
     from configs import common
-    from gpt_jax import doctor
+    from gpt_jax import commands, doctor
 
     base = common.base()
     found = doctor.installation(
-        Path(__file__).parents[1],
+        commands.ROOT,
         compile_cache=base.compile_cache,
         downloads=base.data.cache,
         min_free_gb=MIN_FREE_GB.value,

@@ -10,18 +10,17 @@ screen that fails changes none of them; see gpt_jax/screen.py.
 import ast
 import gc
 import re
-import runpy
 import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import config_flags
 
-from gpt_jax import files, names, screen, signals
+from gpt_jax import commands, configs, files, names, screen, signals
 
 MISTAKES = (
     *(ValueError, FileNotFoundError, FileExistsError),
@@ -40,10 +39,21 @@ flags.disclaim_key_flags()  # what the functions below define is the calling doo
 
 
 def define_config(default: str | None = None):
-    """Defines `--config=FILE.py:options` with typed `--config.key=value` overrides."""
-    return config_flags.DEFINE_config_file(
-        "config", default, "Config file, e.g. configs/quickstart.py", lock_config=True
-    )
+    """Defines `--config=FILE.py:options` with typed `--config.key=value` overrides.
+
+    The file may be one of ours by its name, as `configs.load` finds it.
+    """
+    told = "Config file or name, e.g. configs/quickstart.py:size=tiny."
+    holder = config_flags.DEFINE_config_file("config", None, told)
+    parser: Any = flags.FLAGS["config"].parser
+    parser.parse = _locked  # its own knows no names, and no colon of a drive
+    if default:
+        flags.FLAGS.set_default("config", default)
+    return holder
+
+
+def _locked(file_and_options: str):
+    return load_config(file_and_options).lock()
 
 
 def config_file() -> str:
@@ -57,20 +67,19 @@ def config_file() -> str:
 
 def config_name() -> str:
     """Returns a name made of the config: gpt2_size=xl for configs/gpt2.py:size=xl."""
-    file, _, arg = config_file().partition(":")
+    file, arg = commands.split(config_file())
     name = "_".join(filter(None, [Path(file).stem, arg.replace(",", "_")]))
     return files.shortened(name.replace("/", "_"))
 
 
 def command(without: tuple[str, ...]) -> str:
     """Returns the running command, less the flags that begin with one of `without`."""
-    module = Path(sys.argv[0]).stem
     kept, behind = [], False  # a flag that is left out, without its value
     for word in sys.argv[1:]:
         out = word.startswith(without) or (behind and not word.startswith("-"))
         kept += [] if out else [word]
         behind = out and word.startswith("-") and "=" not in word
-    return shlex.join(["python", "-m", f"experiments.{module}", *kept])
+    return f"{commands.typed(Path(sys.argv[0]).stem)} {shlex.join(kept)}".strip()
 
 
 def step(text: str) -> str | int | None:
@@ -101,7 +110,8 @@ def run(
     screen.take_over(product=product or bool(asked))
     try:
         if asked:
-            print(f"{(doc or '').strip()}\n\nFlags:\n{_flags_help()}", flush=True)
+            text = commands.here((doc or "").strip())
+            print(f"{text}\n\nFlags:\n{_flags_help()}", flush=True)
             sys.exit(0)
         _parse()
         code = main([])
@@ -211,18 +221,11 @@ def _tell(error: BaseException, code: int) -> NoReturn:
 
 
 def load_config(file_and_options: str):
-    """Returns the config of configs/gpt2.py:size=medium, say.
-
-    Raises:
-      ValueError: there is no such config file; whatever the file raises is passed on.
-    """
-    path, _, arg = file_and_options.partition(":")
-    if not Path(path).is_file():
-        raise ValueError(f"--config: there is no file {path}; see configs/ for those")
-    get_config = runpy.run_path(path).get("get_config")
-    if get_config is None:
-        raise ValueError(f"--config: {path} has no function get_config")
-    return get_config(arg or None)
+    """Returns the config of configs/gpt2.py:size=medium, say; see `configs.load`."""
+    try:
+        return configs.load(file_and_options)
+    except ValueError as error:
+        raise ValueError(f"--config: {error}") from error
 
 
 def _parse() -> None:

@@ -161,14 +161,14 @@ def _out() -> Path:
 
 def _opened():
     """Yields the runs one after the other, with their names."""
-    from gpt_jax import programs, runs, sharding
+    from gpt_jax import commands, programs, runs, sharding
 
     sharding.set_cpu_devices(64, data=-1, fsdp=1, tensor=1, cpu_devices=0)
     for folder in RUN.value:
         run = runs.open(folder, step=door.step(STEP.value), weights=WEIGHTS.value)
         if run.model.cfg.n_classes:
             raise ValueError(
-                f"{folder} sorts texts into classes: python -m experiments.classify"
+                f"{folder} sorts texts into classes: {commands.typed('classify')}"
             )
         programs.use_cache(run.config.compile_cache)
         yield _name(folder), run

@@ -33,7 +33,7 @@ import time
 from absl import flags
 
 from experiments import door
-from gpt_jax import signals
+from gpt_jax import commands, signals
 
 PROCESSES = flags.DEFINE_integer("processes", 2, "How many processes.")
 DEVICES = flags.DEFINE_integer("devices", 1, "GPUs or CPU devices of each process.")
@@ -87,7 +87,7 @@ def main(train: list[str]) -> int:
     check(train)
     places = environments(PROCESSES.value, DEVICES.value)
     port = free_port()
-    shared = [sys.executable, "-m", "experiments.train", *train, "--distributed"]
+    shared = [*commands.argv("train"), *train, "--distributed"]
     shared += [f"--coordinator=127.0.0.1:{port}", f"--processes={PROCESSES.value}"]
     if not gpus() and not any("mesh.cpu_devices" in word for word in train):
         shared.append(f"--config.mesh.cpu_devices={DEVICES.value}")
@@ -117,12 +117,12 @@ def check(train: list[str]) -> None:
             raise ValueError(f"--{name}={value}: it must be at least 1")
     if not train:
         raise ValueError(
-            "the flags of experiments.train are missing: give them after --, e.g. "
-            "python -m experiments.launch -- --config=configs/quickstart.py"
+            "the flags of training are missing: give them after --, e.g. "
+            f"{commands.typed('launch')} -- --config=configs/quickstart.py"
         )
     for word in train:
         if word.startswith(OWN):
-            raise ValueError(f"{word} is set by experiments.launch: leave it out")
+            raise ValueError(f"{word} is set here for each process: leave it out")
 
 
 def attend(children: list[Child]) -> int:

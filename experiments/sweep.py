@@ -67,7 +67,7 @@ def main(_: list[str]) -> int:
 
     import jax
 
-    from gpt_jax import report
+    from gpt_jax import commands, report
     from gpt_jax.sweep import run
 
     if ENGINE.value == "process":  # accelerators are for the trials
@@ -89,7 +89,7 @@ def main(_: list[str]) -> int:
             plan,
             base,
             out,
-            command=["-m", "experiments.trial"],
+            command=commands.argv("trial")[1:],
             retries=RETRIES.value,
             scheduler=SCHEDULER.value,
             workers=WORKERS.value,

@@ -61,7 +61,7 @@ def main(_: list[str]) -> int:
         raise ValueError("--coordinator, --processes and --process need --distributed")
     config.allow_data_change |= ALLOW.value
 
-    from gpt_jax import processes, train
+    from gpt_jax import commands, processes, train
 
     train.check(config, door.recipe())
     if DISTRIBUTED.value:
@@ -79,13 +79,14 @@ def main(_: list[str]) -> int:
     if result.reason == "signal":
         print(f"stopped after step {result.step}; the same command resumes")
         return result.exit_code
-    use = f"sample           python -m experiments.sample --run={workdir} --prompt=..."
+    sample = commands.typed("sample")
+    use = f"sample           {sample} --run={workdir} --prompt=..."
     if (Path(workdir) / "classes.json").is_file():
-        classify = f"python -m experiments.classify --run={workdir}"
-        use = f"label texts      {classify} --text=..."
+        classify = commands.typed("classify")
+        use = f"label texts      {classify} --run={workdir} --text=..."
     answers = "template" in config.task
     if answers:
-        use = f"talk with it     python -m experiments.chat --run={workdir}"
+        use = f"talk with it     {commands.typed('chat')} --run={workdir}"
     # Whatever started several processes starts them again.
     same = "" if not DISTRIBUTED.value else "the same, with"
     longer = same or door.command(("--config.steps", "--workdir"))

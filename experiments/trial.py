@@ -13,6 +13,7 @@ import sys
 import threading
 
 from experiments import door
+from gpt_jax import commands
 
 
 def main(_: list[str]) -> int:
@@ -20,8 +21,8 @@ def main(_: list[str]) -> int:
     order = "" if sys.stdin.isatty() else sys.stdin.readline()
     if not order:
         raise ValueError(
-            "a trial is started by experiments.sweep; to train one configuration use "
-            "python -m experiments.train"
+            f"a trial is started by {commands.typed('sweep')}; to train one "
+            f"configuration use {commands.typed('train')}"
         )
     threading.Thread(target=_leave_with_the_sweep, daemon=True).start()
 

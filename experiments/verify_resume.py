@@ -31,7 +31,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import door
-from gpt_jax import signals
+from gpt_jax import commands, signals
 
 CONFIG = door.define_config()
 STEPS = flags.DEFINE_integer("steps", 40, "Steps to train, twice.")
@@ -89,7 +89,7 @@ def command(run: Path) -> list[str]:
         changes["hyper.decay_steps"] = end  # the schedule of the whole run
     words = [f"--config.{key}={value}" for key, value in changes.items()]
     return [
-        *(sys.executable, "-m", "experiments.train"),
+        *commands.argv("train"),
         *(*config_words(sys.argv[1:]), *words, f"--workdir={run}"),
     ]
 

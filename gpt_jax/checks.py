@@ -37,7 +37,7 @@ AT_LEAST_1 = (
 )
 NOT_NEGATIVE = (
     *("steps", "max_tokens", "max_seconds", "patience", "sample_every"),
-    "spike_window",
+    *("spike_window", "early_from"),
     *("eval_every", "eval_windows", "eval_batch_size", "checkpoint_every", "seed"),
 )
 BELOW_1 = (
@@ -71,6 +71,7 @@ class Run:
     max_skipped: int
     log_every: int
     eval_every: int
+    early_from: int
     eval_batch_size: int
     eval_windows: int
     checkpoint_every: int
@@ -112,6 +113,7 @@ class Samples:
     temperature: float
     top_k: int
     top_p: float
+    words: bool
 
 
 Tree = Mapping[str, Any]  # a config, or a group of it, as plain mappings

@@ -23,6 +23,7 @@ from packaging.requirements import Requirement
 
 from gpt_jax import (
     checkpoint,
+    commands,
     downloads,
     files,
     metrics,
@@ -32,8 +33,9 @@ from gpt_jax import (
 )
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
-LOCK, EXTRAS = "requirements.txt", "requirements-extras.txt"
-INSTALL = f"pip install -r {LOCK}"
+LOCK = "requirements.txt"
+INSTALL = "pip install" if commands.INSTALLED else f"pip install -r {LOCK}"
+PROJECT = "gpt-jax"
 WRONG = 1e-3  # the relative error of a matrix product that is no rounding
 PROBE_SECONDS = 120.0  # a driver that hangs must not hang the doctor
 # Run in a process of its own, since a broken driver may take its process down.
@@ -74,7 +76,7 @@ def installation(
     """Yields what is to be said of this Python, its packages and this machine.
 
     Args:
-      root: the folder of pyproject.toml and the locks.
+      root: the folder of pyproject.toml and the locks, where there are any.
       compile_cache: the folder of compiled programs; "" = none is kept.
       downloads: the folder of downloaded texts.
       min_free_gb: the free disk space, in 10^9 bytes, below which there is a warning.
@@ -89,10 +91,12 @@ def installation(
 
 
 def packages(root: Path) -> Iterator[Finding]:
-    """Yields how the installed packages differ from the lock, then the extras."""
+    """Yields how the installed packages differ from the lock, then the extras.
+
+    Without a lock, as in an installed package, its own metadata says what it needs.
+    """
     if not (root / LOCK).is_file():
-        where = f"there is no {LOCK} in {root}"
-        yield Finding("packages", WARNING, where, "run the doctor in the repository")
+        yield from _declared()
         return
     locked = _pins(root / LOCK)
     found = {name: _installed(name) for name in locked}
@@ -105,24 +109,51 @@ def packages(root: Path) -> Iterator[Finding]:
     same = sum(found[name] == locked[name] for name in locked)
     level = OK if same == len(locked) else WARNING
     yield Finding("packages", level, f"{same} of {len(locked)} are those of {LOCK}")
-    yield from _extras(root)
+    if (root / "pyproject.toml").is_file():
+        project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+        extras = project["project"]["optional-dependencies"]
+        yield from _extras({e: list(map(Requirement, extras[e])) for e in extras})
 
 
-def _extras(root: Path) -> Iterator[Finding]:
-    """Yields a line for each extra: what it would take to have it."""
-    if not (root / "pyproject.toml").is_file():
+def _declared() -> Iterator[Finding]:
+    """Yields how the installed packages differ from what the package asks for."""
+    try:
+        asked = [Requirement(wish) for wish in metadata.requires(PROJECT) or ()]
+        extras = metadata.metadata(PROJECT).get_all("Provides-Extra") or []
+    except metadata.PackageNotFoundError:
+        where = f"{PROJECT} is neither installed nor in its repository"
+        yield Finding("packages", WARNING, where, "run the doctor in the repository")
         return
-    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
-    for extra, wishes in project["project"]["optional-dependencies"].items():
-        wanted = [Requirement(wish) for wish in wishes]
+
+    def of(extra: str) -> list[Requirement]:
+        given = {"extra": extra}
+        return [w for w in asked if w.marker is None or w.marker.evaluate(given)]
+
+    wanted = of("")
+    for wish in wanted:
+        if not _satisfied(wish):
+            there = _installed(wish.name) or "not installed"
+            what = f"{wish.name} is {there}, wanted is {wish}"
+            yield Finding("packages", PROBLEM, what, f'{INSTALL} "{wish}"')
+    right = sum(map(_satisfied, wanted))
+    level = OK if right == len(wanted) else PROBLEM
+    told = f"{right} of {len(wanted)} are as {PROJECT} asks"
+    yield Finding("packages", level, told)
+    yield from _extras({e: [w for w in of(e) if w not in wanted] for e in extras})
+
+
+def _extras(extras: Mapping[str, list[Requirement]]) -> Iterator[Finding]:
+    """Yields a line for each extra: what it would take to have it."""
+    for extra, wanted in extras.items():
+        wanted = [Requirement(str(w).partition(";")[0]) for w in wanted]
         missing = [str(wish) for wish in wanted if not _installed(wish.name)]
         old = [
             str(wish)
             for wish in wanted
             if (there := _installed(wish.name)) and there not in wish.specifier
         ]
-        names = " ".join(f'"{name}"' for name in [*missing, *old])
-        cure = f"{INSTALL} -c {EXTRAS} {names}" if names else ""
+        names = [f'"{name}"' for name in [*missing, *old]]
+        cure = commands.install(*names) if names else ""
         if extra in ("gpu", "tpu"):
             continue  # of these the devices tell
         if old:
@@ -242,6 +273,11 @@ def _installed(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return ""
+
+
+def _satisfied(wish: Requirement) -> bool:
+    there = _installed(wish.name)
+    return bool(there) and there in wish.specifier
 
 
 # --- a run folder ---------------------------------------------------------------------

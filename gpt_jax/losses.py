@@ -174,7 +174,8 @@ def preference(
     Returns:
       Float32 scalars, summed over the pairs that count: "loss"; "weight", the pairs;
       "chosen_reward" and "rejected_reward", which are beta c and beta r; "margin",
-      their difference; "accuracy", the pairs whose margin is above 0.
+      their difference; "accuracy", the pairs whose margin is above 0, of those whose
+      margin is 0, as at the start, half: neither answer is preferred.
     """
     counts_B = (length_BP > 0).all(-1)
     ratio_BP = policy_BP if reference_BP is None else policy_BP - reference_BP
@@ -191,7 +192,7 @@ def preference(
         "chosen_reward": reward_BP[:, 0],
         "rejected_reward": reward_BP[:, 1],
         "margin": margin_B,
-        "accuracy": (margin_B > 0).astype(jnp.float32),
+        "accuracy": (jnp.sign(margin_B) + 1) / 2,
     }
     return {name: jnp.where(counts_B, x_B, 0).sum() for name, x_B in each.items()}
 

@@ -7,6 +7,7 @@ import importlib
 import json
 import logging
 import math
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,12 @@ from gpt_jax import files
 log = logging.getLogger(__name__)
 
 FILE = "metrics.jsonl"
+# Where TensorBoard shows the numbers whose names begin with no set of examples.
+GROUPS = {
+    **dict.fromkeys(("lr", "grad_norm", "skipped"), "update"),
+    **dict.fromkeys(("tokens_per_second", "mfu"), "speed"),
+    **dict.fromkeys(("tokens", "seconds", "evaluated_since"), "progress"),
+}
 
 
 class Writer:
@@ -38,6 +45,7 @@ class Writer:
       tokens_per_second: training only, over all devices.
       mfu: model FLOP/s as a share of the devices' peak (PaLM, appendix B).
       skipped: updates left out because they were not finite, or a spike.
+      sample_words: the share of the words of a sample that the training text has.
     A number that is not finite is written as null.
     """
 
@@ -88,6 +96,11 @@ class Writer:
         for name, copy in list(self._copies.items()):
             self._copy(name, lambda copy=copy: copy.write(int(step), finite))
 
+    def samples(self, step: int, texts: Sequence[str]) -> None:
+        """Shows texts that were written after a step in the copies that show texts."""
+        for name, copy in list(self._copies.items()):
+            self._copy(name, lambda copy=copy: copy.samples(int(step), texts))
+
     def close(self) -> None:
         """Closes the record and its copies; a second call does nothing."""
         copies, self._copies = self._copies, {}
@@ -131,7 +144,14 @@ class TensorBoard:
             writer._event_queue.cancel_join_thread()
             raise OSError("its file cannot be written any more (a full disk?)")
         for name, value in numbers.items():
-            self._events.add_scalar(name, value, global_step=step)
+            self._events.add_scalar(_tag(name), value, global_step=step)
+
+    def samples(self, step: int, texts: Sequence[str]) -> None:
+        """Shows texts, as they are."""
+        # Indented, Markdown leaves their lines and signs alone.
+        blocks = [textwrap.indent(text, "    ", lambda line: True) for text in texts]
+        text = "\n\n---\n\n".join(blocks)
+        self._events.add_text("samples", text, global_step=step)
 
     def close(self) -> None:
         """Writes what is left; raises as `write` does."""
@@ -159,6 +179,9 @@ class Wandb:
     def write(self, step: int, numbers: dict[str, float]) -> None:
         """Logs the numbers of a step."""
         self._run.log({"step": step, **numbers})
+
+    def samples(self, step: int, texts: Sequence[str]) -> None:
+        """Shows none: they are in the run folder's samples.md."""
 
     def close(self) -> None:
         """Ends this sitting."""
@@ -271,6 +294,12 @@ def _cut(path: Path, resume_step: int) -> None:
         return
     rows = [row for row in read(path.parent) if 0 < resume_step >= row["step"]]
     files.write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _tag(name: str) -> str:
+    """Returns what TensorBoard calls a number: val/loss, update/lr, speed/mfu."""
+    group = GROUPS.get(name)
+    return f"{group}/{name}" if group else name.replace("_", "/", 1)
 
 
 def _number(value: Any) -> int | float | None:

@@ -18,7 +18,7 @@ MANY = 100  # points from which on the training loss is also drawn smoothed
 
 
 class Picture(type(Path())):
-    """The path of a PNG file, which a notebook shows as the picture."""
+    """The path of a PNG file; a notebook shows the picture."""
 
     def _repr_png_(self) -> bytes:
         return self.read_bytes()
@@ -38,7 +38,8 @@ def of_run(folder: str | Path) -> None:
 def loss(folder: str | Path) -> Picture | None:
     """Draws training and validation loss of a run into `folder/loss.png`.
 
-    Steps stand below, training tokens above, nats per target at the side.
+    Steps stand below, training tokens above, nats per target at the side. Below it, of
+    a run that records it, the share of known words in what it wrote.
 
     Returns:
       The file's path; None when no loss was recorded yet.
@@ -51,11 +52,18 @@ def loss(folder: str | Path) -> Picture | None:
     train, val = _curve(rows, "train_loss"), _curve(rows, "val_loss")
     if not (np.isfinite(train[1]).any() or np.isfinite(val[1]).any()):
         return None
-    figure = _figure(height=5)
-    axes = figure.add_subplot()
+    words = _curve(rows, "sample_words")
+    known = len(words[0]) > 0
+    figure = _figure(height=7 if known else 5)
+    heights = (3, 1) if known else (1,)
+    panels = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)
+    axes = panels[0, 0]
     _draw_train(axes, *train)
     _draw_val(axes, *val, since=metrics.since(rows))
     _dress(axes, rows, folder.resolve().name)
+    if known:
+        _draw_words(panels[1, 0], *words)
+        panels[1, 0].set_xlim(axes.get_xlim())
     return _save(figure, folder / "loss.png")
 
 
@@ -256,6 +264,16 @@ def _draw_val(axes, steps: np.ndarray, values: np.ndarray, since: int) -> None:
         mec=BEST,
         label=f"best: {values[best]:.4f} at step {steps[best]:,}",
     )
+
+
+def _draw_words(axes, steps: np.ndarray, shares: np.ndarray) -> None:
+    label = "words of the samples that the text has"
+    axes.plot(steps, shares, color="#55A868", lw=1.6, marker="o", ms=4, label=label)
+    axes.set_ylabel("share")
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_xlabel("step")
+    _quiet(axes)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _dress(axes, rows: list[dict[str, Any]], title: str) -> None:

@@ -21,7 +21,7 @@ from jax._src import distributed  # the store has no public name; Orbax imports 
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gpt_jax import screen
+from gpt_jax import commands, screen
 
 PATIENCE_MS = 7 * 24 * 3600 * 1000  # a long text is prepared in less
 LEAVE_MS = 5_000  # the wait for others that fail for the same reason
@@ -84,7 +84,8 @@ def join(
         raise ValueError(
             "--distributed found no Slurm, Open MPI, Kubernetes or Cloud TPU that says "
             f"which processes there are ({error}): give --coordinator=HOST:PORT, "
-            "--processes and --process, or use experiments.launch on one machine"
+            "--processes and --process, or on one machine use "
+            f"{commands.typed('launch')}"
         ) from error
 
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from gpt_jax import adapters, files, tokenizers
+from gpt_jax import adapters, commands, files, tokenizers
 from gpt_jax.checkpoint import Checkpoints, Damaged
 from gpt_jax.model import GPT, GPTConfig, unstack
 from gpt_jax.model import count as parameters
@@ -44,7 +44,7 @@ WHERE = (
 RESUMABLE = (
     *WHERE,
     r"steps|max_tokens|max_seconds|max_skipped|patience|hyper\.decay_steps",
-    r"eval_.*|task\.loss_chunk|model\.(remat|attention)",
+    r"eval_.*|early_from|task\.loss_chunk|model\.(remat|attention)",
 )
 # What may change with the data, where allow_data_change says that it may.
 OF_TEXT = r"data\.(source|field|val_fraction|split)"
@@ -57,6 +57,8 @@ ADDED = {
     "hyper.spike_sigma": 6.0,
     "model.n_classes": 0,
     "spike_window": 0,
+    "early_from": 0,
+    "sample.words": False,
     "optimizer.moment_dtype": "float32",
 }
 TUNED = ("sft", "dpo", "grpo")  # tasks that say so where they begin at random weights
@@ -265,7 +267,7 @@ def read_config(folder: str | Path) -> ConfigDict:
         what = "is a file" if folder.is_file() else what
         raise ValueError(
             f"{folder} is not a run folder: it {what}. A run is made by, for example, "
-            "python -m experiments.train --config=configs/quickstart.py"
+            f"{commands.typed('train')} --config=configs/quickstart.py"
         )
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))

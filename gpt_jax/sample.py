@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt_jax import sharding
+from gpt_jax import commands, sharding
 from gpt_jax.model import (
     GPT,
     Cache,
@@ -661,7 +661,7 @@ def prompt_ids(prompt: str | Sequence[int], tokenizer, cfg) -> list[int]:
     if cfg.n_classes:
         raise ValueError(
             f"this model sorts texts into {cfg.n_classes} classes and writes none; use "
-            "it with python -m experiments.classify --run=..."
+            f"it with {commands.typed('classify')} --run=..."
         )
     text = isinstance(prompt, str)
     ids = [*tokenizer.opening, *tokenizer.encode(prompt)] if text else list(prompt)

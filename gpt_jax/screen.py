@@ -417,6 +417,9 @@ class Silence:
     def write(self, step: int, **numbers: Any) -> None:
         """Does nothing."""
 
+    def samples(self, step: int, texts: Sequence[str]) -> None:
+        """Does nothing."""
+
     def update(self, done: float, **numbers: Any) -> None:
         """Does nothing."""
 

@@ -12,7 +12,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,7 @@ from gpt_jax import (
     sharding,
     signals,
     tasks,
+    words,
 )
 from gpt_jax.optimizer import Hyper
 from gpt_jax.step import TrainState, averaged, start, train_step
@@ -178,11 +179,12 @@ def loop(
         job.step_fn.begin(state, like_rollout(job, state, batch), job.key, job.hyper)
     trace = profiler(job, step, end, 0 if processes.index() else profile)
     trace(step)
-    evaluates = step in (0, end) or due(step, config.eval_every)
+    early = early_steps(config, job.task)
+    evaluates = step in (0, end) or due(step, config.eval_every, early)
     if evaluates and totals.evaluated < step:  # new, or interrupted just there
         numbers, totals = evaluate_now(job, state, totals, step)
     if step == 0:
-        sample_now(job, state, step, due(step, config.sample_every))
+        sample_now(job, state, totals, step, due(step, config.sample_every))
     if end == 0 == step:  # nothing but a start, which can be sampled and gone on with
         save(job, state, totals, step, numbers.get("val_loss"))
     while step < end and not (reason := reason or ended(job, totals, step)):
@@ -202,8 +204,8 @@ def loop(
         )
         trace(step)
         metric = None
-        evaluates = last or due(step, config.eval_every)
-        samples = last or due(step, config.sample_every)
+        evaluates = last or due(step, config.eval_every, early)
+        samples = last or due(step, config.sample_every, early)
         if step == 1 or evaluates or samples or due(step, config.log_every):
             numbers |= log(job, totals, step, pending)
             pending = []
@@ -213,7 +215,7 @@ def loop(
             metric = measured.get("val_loss")
             if measured and not last:
                 reason = report(step, measured)
-        sample_now(job, state, step, samples)
+        sample_now(job, state, totals, step, samples)
         improved = metric is not None and totals.stale == 0
         if last or improved or due(step, config.checkpoint_every):
             save(job, state, totals, step, metric)
@@ -456,6 +458,11 @@ def make_task(config: ConfigDict, workdir: Path) -> tasks.Task:
         raise ValueError(
             f"sample_every is {config.sample_every}: a classifier writes no text; set "
             "it to 0"
+        )
+    if config.sample_every and config.sample.words and not task.known_words:
+        raise ValueError(
+            f"sample.words is True, but task {config.task.name} learns no running text "
+            "whose words could be looked for: set it to False"
         )
     if config.sample_every:  # a prompt that cannot be sampled is refused
         prompt = first_prompt(task, config.sample.prompt)
@@ -770,9 +777,24 @@ def like_rollout(job: Job, state: TrainState, batch: tasks.Batch) -> tasks.Batch
     return jax.eval_shape(job.rollout_fn, *step)
 
 
-def due(step: int, every: int) -> bool:
-    """Whether something that happens each `every` steps (0 = never) happens now."""
-    return every > 0 and step % every == 0
+def due(step: int, every: int, early: Collection[int] = ()) -> bool:
+    """Whether something that happens each `every` steps (0 = never) happens now.
+
+    Before the first of them it also happens at the `early` steps.
+    """
+    return every > 0 and (step % every == 0 or (step in early and step < every))
+
+
+def early_steps(config: ConfigDict, task: tasks.Task) -> list[int]:
+    """Returns the steps 1, 2, 5, 10, 20, 50, ... from `early_from` (0 = none) on.
+
+    A model learns most in its first steps, between which an even rhythm sees nothing.
+    Steps amid those that share a rollout are left out: a best one would be saved there.
+    """
+    most = max(config.eval_every, config.sample_every)
+    series = [n * 10**k for k in range(len(str(most))) for n in (1, 2, 5)]
+    first = config.early_from or most
+    return [n for n in series if first <= n < most and n % task.updates == 0]
 
 
 def ended(job: Job, totals: Totals, step: int) -> str:
@@ -920,7 +942,9 @@ def eval_batches(job: Job, examples) -> Iterator[tasks.Batch]:
     )
 
 
-def sample_now(job: Job, state: TrainState, step: int, wanted: bool) -> None:
+def sample_now(
+    job: Job, state: TrainState, totals: Totals, step: int, wanted: bool
+) -> None:
     """Writes samples to samples.md and shows them, when wanted."""
     if not (wanted and job.config.sample_every) or job.stop:
         return
@@ -939,10 +963,18 @@ def sample_now(job: Job, state: TrainState, step: int, wanted: bool) -> None:
     )
     prompt += "\n" if ids else ""
     if processes.index() == 0:
+        whole = [prompt + text.text for text in texts]
         with save_errors(job):
-            runs.add_samples(job.workdir, step, [prompt + text.text for text in texts])
+            runs.add_samples(job.workdir, step, whole)
+            job.writer.samples(step, whole)
     for text in texts:
         job.bar.print(f"--- sample after step {step}\n{prompt}{text.text}\n---")
+    known = job.task.known_words if job.config.sample.words else None
+    if known and processes.index() == 0:
+        share = words.share([(prompt, text.text) for text in texts], known())
+        if share is not None:
+            write(job, totals, step, {"sample_words": share})
+            job.bar.print(f"{share:.0%} of its words are words of the text")
     job.rate.pause()
 
 

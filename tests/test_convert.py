@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from gpt_jax import pretrained, runs, sample, tokenizers
+from gpt_jax import metrics, pretrained, runs, sample, tokenizers
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/golden"
@@ -92,6 +92,23 @@ def test_an_export_brings_weights_tokenizer_and_chat_template(
     assert config["eos_token_id"] == len(PRINTABLE)
     made = pretrained.tokenizer(target)
     assert made.json == runs.open(imported).tokenizer.json
+
+
+def test_an_export_has_a_model_card_with_the_facts_of_the_run(tmp_path):
+    run = GOLDEN / "run-0.1.0"
+    shutil.copytree(run, tmp_path / "story")
+    done = convert(f"--run={tmp_path / 'story'}", f"--to_hf={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    card = (tmp_path / "out/README.md").read_text()
+    head, _, body = card.removeprefix("---\n").partition("\n---\n")
+    assert "library_name: transformers" in head.splitlines()
+    opened = runs.open(run)
+    count = sum(x.size for x in load_file(tmp_path / "out/model.safetensors").values())
+    assert body.startswith("# out\n") and f"{count:,} parameters" in body
+    rows = [row for row in metrics.read(run) if row.get("val_loss")]
+    best = min(rows, key=lambda row: row["val_loss"])
+    assert f"loss {best['val_loss']:.4f} nats at step {best['step']}" in body
+    assert f"`{opened.config.data.source}`" in body and "licence" in body
 
 
 def test_an_export_to_stablehlo_runs(imported, tmp_path):

@@ -3,12 +3,17 @@
 import ast
 import functools
 import importlib
+import json
+import math
 import re
 import shlex
 import textwrap
 from pathlib import Path
 
 import pytest
+
+from gpt_jax.__main__ import FIRST
+from tests import runs_to_evaluate
 
 ROOT = Path(__file__).parents[1]
 PAGES = [path for path in [ROOT / "README.md"] if path.exists()]
@@ -69,9 +74,90 @@ def test_every_import_in_a_python_block_is_there(page):
                         importlib.import_module(f"{node.module}.{alias.name}")
 
 
+NUMBER = re.compile(r"-?\d[\d,]*\.\d+(?:e-?\d+)?")
+MARK = re.compile(r"<!-- (not run|varies): ([^>]+) -->\s*\Z")
+
+
+def programs(page: Path) -> list[tuple[str, str, str]]:
+    """Returns (code, mark, the text shown below) of the blocks that are programs."""
+    text = page.read_text()
+    found = list(FENCE.finditer(text))
+    shown = {block.start(): block[2] for block in found if block[1] == "text"}
+    made = []
+    for block in found:
+        if block[1] == "python" and not quoted(block[2]):
+            below = re.match(r"\s*", text[block.end() :])
+            mark = MARK.search(text[: block.start()])
+            output = shown.get(block.end() + len(below[0]), "")
+            made.append((block[2], mark[1] if mark else "", output))
+    return made
+
+
+def same(line: str, wanted: str) -> bool:
+    """Whether a printed line is the one shown, but for a hundredth of a fraction."""
+    if NUMBER.sub("#", line.rstrip()) != NUMBER.sub("#", wanted.rstrip()):
+        return False
+    pairs = zip(NUMBER.findall(line), NUMBER.findall(wanted))
+    return all(
+        math.isclose(*(float(x.replace(",", "")) for x in pair), rel_tol=0.01)
+        for pair in pairs
+    )
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch):
+    """A folder as that of somebody who has trained what the pages train."""
+    for name in ("quickstart", "shakespeare"):
+        folder = runs_to_evaluate.make(tmp_path / "runs" / name)
+        lines = [{"step": n, "val_loss": 4.1 - n, "val_bpb": 6.0 - n} for n in (0, 1)]
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# Of these pages every operation of some models is compiled by itself: half a minute.
+LONG = ("2-attention", "3-model", "5-sampling")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] * (page.stem in LONG), id=page.name)
+        for page in PAGES
+        if any(mark != "not run" for _, mark, _ in programs(page))
+    ],
+)
+def test_every_program_runs_and_prints_what_is_shown(page, reader, capsys):
+    for code, mark, shown in programs(page):
+        if mark == "not run":
+            continue
+        exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
+        printed = capsys.readouterr().out
+        if mark == "varies":
+            assert printed.strip()
+            continue
+        lines, wanted = printed.strip().splitlines(), shown.strip().splitlines()
+        wrong = [pair for pair in zip(lines, wanted) if not same(*pair)]
+        assert not wrong and len(lines) == len(wanted), f"{code}\n{printed}"
+
+
+@pytest.mark.parametrize(
+    "line, wanted, alike",
+    [
+        ("loss 4.21, 12 tokens", "loss 4.22, 12 tokens ", True),
+        ("loss 4.21, 12 tokens", "loss 4.31, 12 tokens", False),
+        ("loss 4.21, 12 tokens", "loss 4.21, 13 tokens", False),
+        ("loss 4.21", "losses 4.21", False),
+    ],
+)
+def test_a_printed_line_is_compared_with_the_one_shown(line, wanted, alike):
+    assert same(line, wanted) == alike
+
+
 # --- commands -------------------------------------------------------------------------
 
 COMMAND = re.compile(r"python3? -m (experiments\.[\w.]+)([^\n`]*)")
+BY_NAME = re.compile(r"\bgpt-jax (\w+)([^\n`]*)")
 
 
 def commands(page: Path) -> list[tuple[str, list[str]]]:
@@ -82,6 +168,13 @@ def commands(page: Path) -> list[tuple[str, list[str]]]:
         words = shlex.split(rest, comments=True)
         ends = [i for i, word in enumerate(words) if word in ("|", ">", "&&", ";", "&")]
         found.append((door, words[: min(ends, default=len(words))]))
+    for name, rest in BY_NAME.findall(text):
+        words = shlex.split(rest.partition(" #")[0])
+        if words and not words[0].startswith("-") and name in FIRST:
+            file = f"configs/{words[0]}.py" if FIRST[name] == "config" else words[0]
+            words[0] = f"--{FIRST[name]}={file}"
+        if name not in ("NAME", "list"):
+            found.append((f"experiments.{name}", words))
     return found
 
 

@@ -12,19 +12,22 @@ ROOT = Path(__file__).parents[1]
 
 # Imports go down at least one floor. Doors (experiments) stand on top of all.
 FLOORS = (
-    "names settings files screen devices weights",
+    "names settings files screen devices weights commands configs",
     "plaintext paths downloads",
     "model attention tokenizers chat rows corpora data losses adapters optimizer "
     "sharding programs processes checkpoint metrics signals",
-    "prepare instructions sample runs plots labelled classify pretrained",
+    "prepare instructions sample runs plots labelled classify pretrained words",
     "tasks evaluate",
     "step checks train",
     "population serve",
     "sweep report bench estimate doctor",
+    "__main__",
 )
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names.split()}
 SIDEWAYS = {
     ("settings", "names"),
+    ("commands", "names"),
+    ("configs", "commands"),
     ("model", "attention"),
     ("checkpoint", "processes"),
     ("corpora", "rows"),
@@ -33,7 +36,8 @@ SIDEWAYS = {
 }
 # A worker's process gives its environment to the processes that it starts.
 HANDS_ON_ITS_ENVIRONMENT = {"gpt_jax/sweep/worker.py"}
-PROGRAMS = ("gpt_jax/pretrained/runner.py",)  # copied into exports, run from there
+# The first is copied into exports and run from there; the other chooses a door.
+PROGRAMS = ("gpt_jax/pretrained/runner.py", "gpt_jax/__main__.py")
 KNOW_CONFIG_DICT = {"train", "runs", "population", "sweep", "estimate"}
 
 
@@ -204,7 +208,7 @@ def test_help_of_a_door_is_shown_without_jax(door):
 def test_every_module_has_its_test_file():
     missing = []
     for path in modules("gpt_jax"):
-        mirrors = {noun_of(path), path.stem} - {"__init__"}
+        mirrors = {noun_of(path), path.stem} - {"__init__", "__main__"}
         if mirrors and not any((ROOT / f"tests/test_{m}.py").exists() for m in mirrors):
             missing.append(f"{relative(path)} has no tests/test_{noun_of(path)}.py")
     none(missing)

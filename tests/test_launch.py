@@ -14,10 +14,10 @@ RUN = "--config=configs/quickstart.py:size=tiny"
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ([], "flags of experiments.train are missing"),
+        ([], "flags of training are missing"),
         (["--processes=0", "--", RUN], "--processes=0"),
         (["--devices=0", "--", RUN], "--devices=0"),
-        (["--", RUN, "--process=1"], "--process=1 is set by experiments.launch"),
+        (["--", RUN, "--process=1"], "--process=1 is set here for each process"),
         ([RUN], "config"),
         (["--processes=3", "--", RUN], "needs 3 GPUs but there are 2: 4, 6"),
     ],

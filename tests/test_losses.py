@@ -306,4 +306,5 @@ def test_a_policy_that_is_its_reference_has_the_loss_log_2(pairs):
     options = {"variant": "dpo", "logp": "sum", "beta": 0.1, "label_smoothing": 0.0}
     sums = preference(policy, policy, length, **options)
     assert float(sums["loss"] / sums["weight"]) == pytest.approx(np.log(2), abs=1e-6)
-    assert float(sums["margin"]) == 0.0 and float(sums["accuracy"]) == 0.0
+    assert float(sums["margin"]) == 0.0  # neither is preferred: each pair counts half
+    assert float(sums["accuracy"]) == len(policy) / 2

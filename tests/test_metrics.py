@@ -130,7 +130,9 @@ def events(folder):
             if event.session_log.status == SessionLog.START:
                 purged.append(event.step)
             for value in event.summary.value:
-                values[value.tag, event.step] = value.simple_value
+                texts = value.tensor.string_val
+                found = texts[0].decode() if texts else value.simple_value
+                values[value.tag, event.step] = found
     return values, purged
 
 
@@ -138,7 +140,22 @@ def test_tensorboard_holds_the_same_numbers(tmp_path):
     w = writer(tmp_path, tensorboard=True)
     w.write(5, train_loss=1.5, val_loss=math.nan)
     w.close()
-    assert events(tmp_path)[0] == {("train_loss", 5): 1.5}
+    assert events(tmp_path)[0] == {("train/loss", 5): 1.5}
+
+
+def test_tensorboard_shows_the_numbers_in_groups_and_the_samples(tmp_path):
+    w = writer(tmp_path, tensorboard=True)
+    names = ("val_bpb", "train_no_signal", "sample_words", "lr", "mfu", "tokens")
+    w.write(1, **dict.fromkeys(names, 1))
+    w.samples(1, ["a\n\n# b", "c"])
+    w.close()
+    found = events(tmp_path)[0]
+    assert {tag for tag, _ in found} == {
+        *("val/bpb", "train/no_signal", "sample/words"),
+        *("update/lr", "speed/mfu", "progress/tokens", "samples/text_summary"),
+    }
+    # As Markdown has it, indented text is shown as it stands.
+    assert found["samples/text_summary", 1] == "    a\n    \n    # b\n\n---\n\n    c"
 
 
 def test_tensorboard_drops_what_comes_after_the_resumed_step(tmp_path):

@@ -73,6 +73,25 @@ def test_any_record_with_a_loss_becomes_a_picture(tmp_path, rows):
     assert {p.name for p in tmp_path.iterdir()} == {"loss.png", "metrics.jsonl"}
 
 
+def test_a_notebook_shows_the_picture_whose_path_is_returned(tmp_path):
+    record(tmp_path, training(range(3)))
+    picture = plots.loss(tmp_path)
+    assert picture._repr_png_() == (tmp_path / "loss.png").read_bytes()
+
+
+def test_the_share_of_known_words_stands_below_the_losses_at_the_same_steps(
+    tmp_path, drawn
+):
+    words = [(s, {"sample_words": w}) for s, w in ((0, 0.0), (20, 0.5), (100, 0.95))]
+    record(tmp_path, training(range(101)) + words)
+    plots.loss(tmp_path)
+    above, below = drawn[0].figure.axes[:2]
+    curve = line(below, "words of the samples")
+    assert curve.get_xdata().tolist() == [0, 20, 100]
+    assert curve.get_ydata().tolist() == [0.0, 0.5, 0.95]
+    assert below.get_xlim() == above.get_xlim()
+
+
 @pytest.mark.parametrize(
     "rows", [[], [(1, {"lr": 1.0})], [(1, {"val_loss": math.nan})]]
 )

@@ -104,7 +104,7 @@ def test_a_member_trains_as_it_would_alone(config, tmp_path, recipe, vmap, monke
 
 def test_the_folders_are_those_of_runs_alone(config, tmp_path):
     """Oracle: the folder that `train.train` leaves, and that it can go on in."""
-    config.update(tensorboard=True, sample_every=4)
+    config.update(tensorboard=True, sample_every=4, early_from=2)
     config.sample.max_new_tokens = 4
     fit(rates(config, 1e-3, 2e-3), tmp_path / "together")
     train.train(config, tmp_path / "alone")
@@ -114,6 +114,8 @@ def test_the_folders_are_those_of_runs_alone(config, tmp_path):
         assert {path.name for path in folder.iterdir()} == names
         assert runs.read_config(folder).hyper.lr == (i + 1) * 1e-3
         assert "Step 8" in (folder / "samples.md").read_text()
+        steps = [row["step"] for row in metrics.read(folder) if "val_loss" in row]
+        assert steps == [0, 2, 4, 8]
         longer = runs.read_config(folder)
         longer.steps = 10
         assert train.train(longer, folder).step == 10

@@ -217,9 +217,16 @@ def clone(tmp_path):
 
 def test_make_alone_lists_every_documented_target(clone):
     listed = re.findall(r"^  ([a-z-]+) +\S", clone.make().stdout, re.M)
-    assert {"demo", "test", "test-data", "check", "format", "lock", "clean"} <= set(
-        listed
-    )
+    assert {
+        "demo",
+        "test",
+        "test-data",
+        "test-docs",
+        "check",
+        "format",
+        "lock",
+        "clean",
+    } <= set(listed)
     documented = re.findall(r"^([a-z-]+):.*##", read("Makefile"), re.M)
     assert listed == documented
 
@@ -300,6 +307,20 @@ def test_continuous_integration_checks_and_tests():
     assert "set -euo pipefail" in commands
     assert re.search(r"^make .*check$", commands, re.M)
     assert re.search(r"^make .*test$", commands, re.M)
+
+
+def test_the_workflow_runs_it_on_the_three_systems_with_every_stated_python():
+    workflow = read(".github/workflows/ci.yml")
+    for system in ("ubuntu", "macos", "windows"):
+        assert re.search(rf"os: .*{system}-", workflow), system
+    assert re.search(r"^      - run: \.ci/run$", workflow, re.M)
+    stated = {
+        line.rpartition(":: ")[2]
+        for line in PROJECT["project"]["classifiers"]
+        if re.fullmatch(r".*Python :: 3\.\d+", line)
+    }
+    run = set(re.findall(r'"(3\.\d+)"', workflow))
+    assert run == stated == {"3.11", "3.12", "3.13", "3.14"}
 
 
 # --- the plugin of `make test-data` ---------------------------------------------------

@@ -1,6 +1,7 @@
 """Exported programs: the same numbers as the model, without any of its code."""
 
 import ast
+import datetime
 import inspect
 import json
 import shutil
@@ -68,6 +69,21 @@ def test_the_runner_writes_the_likeliest_text_on_its_own(folder, tmp_path):
     assert done.stdout.startswith("Hello") and len(done.stdout) >= 5 + 20
 
 
+def test_the_folder_says_which_jax_wrote_it_and_the_runner_tells_of_it(
+    folder, tmp_path
+):
+    about = json.loads((folder / "model.json").read_text())
+    assert about["jax"] == jax.__version__
+    assert datetime.date.fromisoformat(about["date"]) <= datetime.date.today()
+    moved = Path(shutil.copytree(folder, tmp_path / "elsewhere"))
+    (moved / "decode.stablehlo").write_bytes(b"of a release that is to come")
+    (moved / "model.json").write_text(json.dumps({**about, "jax": "9.9"}))
+    command = [sys.executable, str(moved / "run.py"), "Hello", "20"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"exported by jax 9.9 on {about['date']}" in done.stderr
+
+
 def test_the_runner_needs_only_four_packages_and_fits_a_page():
     source = inspect.getsource(runner)
     roots = set()
@@ -82,4 +98,4 @@ def test_the_runner_needs_only_four_packages_and_fits_a_page():
         "safetensors",
         "tokenizers",
     }
-    assert len([line for line in source.splitlines() if line.strip()]) <= 30
+    assert len([line for line in source.splitlines() if line.strip()]) <= 36

@@ -65,6 +65,59 @@ def test_a_run_leaves_everything_that_a_reader_expects(config, tmp_path):
     assert "Step 8" in (tmp_path / "run" / "samples.md").read_text()
 
 
+def evaluated(folder, name="val_loss"):
+    return [row["step"] for row in metrics.read(folder) if name in row]
+
+
+@pytest.mark.parametrize(
+    "every, first, updates, steps",
+    [
+        (250, 20, 1, [20, 50, 100, 200]),
+        (500, 20, 1, [20, 50, 100, 200]),
+        (1000, 10, 1, [10, 20, 50, 100, 200, 500]),
+        (20, 20, 1, []),
+        (30, 1, 1, [1, 2, 5, 10, 20]),
+        (250, 0, 1, []),
+        (0, 20, 1, []),
+        (300, 20, 3, []),
+        (300, 10, 4, [20, 100, 200]),
+    ],
+)
+def test_the_early_steps_are_1_2_5_times_powers_of_ten(every, first, updates, steps):
+    config = common.base()
+    config.update(eval_every=every, sample_every=0, early_from=first)
+    task: Any = type("Task", (), {"updates": updates})
+    early = train.early_steps(config, task)
+    found = [n for n in range(1100) if train.due(n, every, early)]
+    regular = range(0, 1100, every) if every else ()
+    assert found == sorted({*steps, *regular})
+
+
+def test_early_evaluations_and_samples_survive_a_resume(config, tmp_path):
+    config.update(steps=12, eval_every=9, sample_every=12, early_from=1)
+    config.model.update(context_length=48, n_layers=1, d_model=16)
+    config.sample.update(max_new_tokens=40, words=True)
+    train.train(config, tmp_path / "whole")
+    assert evaluated(tmp_path / "whole") == [0, 1, 2, 5, 9, 12]
+    assert evaluated(tmp_path / "whole", "sample_words") == [0, 1, 2, 5, 10, 12]
+    for config.steps in (7, 12):
+        train.train(config, tmp_path / "parts")
+    for name in ("val_loss", "sample_words"):
+        rows = [metrics.read(tmp_path / run) for run in ("whole", "parts")]
+        whole, parts = ({r["step"]: r[name] for r in run if name in r} for run in rows)
+        assert whole.items() <= parts.items()  # each sitting ends with one more
+    assert params_digest(tmp_path / "parts") == params_digest(tmp_path / "whole")
+
+
+def test_words_of_samples_are_refused_where_there_is_no_running_text(config, tmp_path):
+    config.task = common.task_answers()
+    config.update(sample_every=2, data=common.base().data)
+    config.data.tokenizer = "char"
+    config.sample.words = True
+    with pytest.raises(ValueError, match=r"sample\.words is True, but task answers"):
+        train.train(config, tmp_path / "run")
+
+
 def test_the_collector_leaves_alone_what_a_run_was_built_of(config, tmp_path):
     frozen, evaluate_now = [], train.evaluate_now
 

@@ -14,6 +14,7 @@ from experiments.benches.setting import (
     shape,
     two_sizes,
 )
+from gpt_jax import commands
 from gpt_jax.bench.match import Match
 from gpt_jax.bench.worker import Side
 
@@ -71,12 +72,13 @@ def races(
 
 def race_ours(setting: Setting, config: str, stop_at: float, every: int) -> Side:
     """Returns our side of a race to a loss: the modern recipe, nothing cached."""
-    words = ["-m", "experiments.train", f"--config={config},recipe=modern"]
+    words = [*commands.argv("train")[1:], f"--config={config},recipe=modern"]
     overrides = {
         "data.source": setting.text,
         "data.folder": "{folder}-data",
         "compile_cache": "{folder}-cache",
         "eval_every": every,
+        "early_from": 0,  # as often as the peer
         "sample_every": 0,
         "tensorboard": "false",
         "seed": "{seed}",
@@ -184,7 +186,7 @@ def compile(setting: Setting) -> list[Match]:
 
 def startup(setting: Setting) -> list[Match]:
     """How soon a command answers, and how soon training begins."""
-    words = {"words": ["-m", "experiments.train", "--help"]}
+    words = {"words": [*commands.argv("train")[1:], "--help"]}
     help_ = Side("gpt_jax", "gpt_jax.bench.race:command", words)
     fixed, batch = _largest(setting)
     options = _first_step(fixed, batch) | {"cache": f"{setting.folder}/compile"}
@@ -262,7 +264,9 @@ def _first_step(fixed: dict, batch: int) -> dict[str, Any]:
 
 
 def _trials(name: str, call: str, **options: Any) -> Side:
-    words = ["-c", f"from experiments.benches import trials as t; t.{call}"]
+    code = "from gpt_jax import commands; commands.enter(); "
+    code += f"from experiments.benches import trials as t; t.{call}"
+    words = ["-c", code]
     return Side(name, "gpt_jax.bench.race:command", {"words": words, **options})
 
 

@@ -12,7 +12,6 @@ the seconds between them are printed. Run it on a quiet machine.
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import door
+from gpt_jax import commands
 
 TRIALS = flags.DEFINE_integer("trials", 8, "Runs of each side.")
 STEPS = flags.DEFINE_integer("steps", 1000, "Steps of a run.")
@@ -38,7 +38,8 @@ def points():
 def main(_: list[str]) -> None:
     """Measures both sides in turn and prints the ratio."""
     seconds: dict[str, list[float]] = {"loop": [], "sweep": []}
-    fixed = {"steps": STEPS.value, "eval_every": STEPS.value, "sample_every": 0}
+    fixed = {"steps": STEPS.value, "eval_every": STEPS.value, "early_from": 0}
+    fixed |= {"sample_every": 0}
     fixed |= {"checkpoint_every": STEPS.value, "optimizer.name": "adamw"}
     with tempfile.TemporaryDirectory() as folder:
         # Once for both: the text is prepared, the program compiled.
@@ -57,7 +58,7 @@ def _sweep(out: Path, fixed: dict, *, trials: int) -> None:
     file = out.with_suffix(".py")
     file.write_text(FILE.format(fixed=fixed, trials=trials), "utf-8")
     words = [f"--sweep={file}", f"--out={out}", f"--workers={WORKERS.value}"]
-    _python("experiments.sweep", *words).wait()
+    _python("sweep", *words).wait()
     if not (out / "report.html").is_file():
         raise ValueError(f"the sweep failed: {' '.join(words)}")
 
@@ -69,7 +70,7 @@ def _loop(out: Path, fixed: dict, *, trials: int) -> None:
     for i in range(trials):
         running.append(
             _python(
-                "experiments.train",
+                "train",
                 "--config=configs/quickstart.py:size=tiny",
                 *given,
                 f"--config.hyper.lr={1e-3 * 1.3**i}",
@@ -82,10 +83,10 @@ def _loop(out: Path, fixed: dict, *, trials: int) -> None:
         raise ValueError("a run of the loop failed")
 
 
-def _python(module: str, *words: str) -> subprocess.Popen:
+def _python(door: str, *words: str) -> subprocess.Popen:
     threads = str(max(1, (os.cpu_count() or 1) // WORKERS.value))
     return subprocess.Popen(
-        [sys.executable, "-m", module, *words],
+        [*commands.argv(door), *words],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "NPROC": threads, "OMP_NUM_THREADS": threads},

@@ -29,7 +29,8 @@ def configs(folder: str, *, trials: int, steps: int, devices: int) -> list[Confi
         config.compile_cache = f"{folder}/cache"
         config.model.update(n_layers=2, d_model=64, n_heads=2, context_length=64)
         config.update(batch_size=8, steps=steps, seed=1337 + i, tensorboard=False)
-        config.update(eval_every=steps, checkpoint_every=steps, eval_windows=64)
+        config.update(eval_every=steps, early_from=0, eval_windows=64)
+        config.checkpoint_every = steps
         config.mesh.cpu_devices = devices
         config.hyper.lr = 10 ** (-3.5 + 2 * i / trials)
         made.append(config)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt_jax import signals
+from gpt_jax import commands, signals
 
 
 class Absent(Exception):
@@ -98,7 +98,7 @@ def train(place: Place, name: str, config: str, *overrides: str) -> list[dict]:
     log = place.out / f"{name}.log"
     words = [f"data.folder={place.out / 'data'}", *overrides]
     words += [f"data.cache={place.data}"] if place.data else []
-    command = [sys.executable, "-m", "experiments.train", f"--config={config}"]
+    command = [*commands.argv("train"), f"--config={config}"]
     command += [f"--workdir={folder}", *(f"--config.{word}" for word in words)]
     run(command, log)
     return metrics.read(folder)

@@ -2,10 +2,10 @@
 
 import json
 import statistics
-import sys
 from pathlib import Path
 
 from experiments.targets import Absent, Found, Place, Row, run, train
+from gpt_jax import commands
 
 SPAM_SEEDS, REWARD_SEEDS = (1337, 1338, 1339), (1, 2, 3)
 BASE = "configs/austen_15m.py:size=small"
@@ -33,7 +33,7 @@ def _spam(place: Place, name: str, seed: int, options: str = "") -> float:
     config = _config("classify", _base(place)) + options
     train(place, name, config, f"seed={seed}")
     folder = place.out / name
-    command = [sys.executable, "-m", "experiments.classify", f"--run={folder}"]
+    command = [*commands.argv("classify"), f"--run={folder}"]
     run([*command, "--test"], place.out / f"{name}_test.log")
     return (
         100 * json.loads((folder / "test_report.json").read_text("utf-8"))["accuracy"]
@@ -63,7 +63,7 @@ def answers(place: Place) -> Found:
     train(place, "sft", _config("sft", _base(place)))
     files.write_json(place.out / "test.json", test[TRAINED_ON : TRAINED_ON + TESTED_ON])
     scored = place.out / "answers"
-    command = [sys.executable, "-m", "experiments.evaluate", "--template=alpaca"]
+    command = [*commands.argv("evaluate"), "--template=alpaca"]
     command += [f"--run={_base(place)}", f"--run={place.out / 'sft'}"]
     command += [f"--rows={place.out / 'test.json'}", f"--out={scored}"]
     run([*command, "--max_new_tokens=100"], place.out / "answers.log")

@@ -24,7 +24,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt_jax import files
+from gpt_jax import commands, files
 
 LAST_LINES = 2  # of what a failed process said, shown to the user
 END_SECONDS = 10.0  # the longest wait for a process to end by itself
@@ -61,8 +61,7 @@ def require(*packages: str) -> None:
     missing = [name for name in packages if util.find_spec(name) is None]
     if missing:
         raise Absent(
-            f"{' and '.join(missing)} not installed: pip install -r requirements.txt "
-            f"-c requirements-extras.txt {' '.join(missing)}"
+            f"{' and '.join(missing)} not installed: {commands.install(*missing)}"
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt_jax import runs, sample, screen
+from gpt_jax import commands, runs, sample, screen
 from gpt_jax.evaluate import likelihood
 
 MAX_NEW = 256  # tokens, where a task does not say: the harness's own choice
@@ -165,6 +165,7 @@ def _installed() -> None:
     except ImportError as error:
         raise ValueError(
             "the EleutherAI harness needs the package lm-eval, which is not "
-            "installed: pip install -r requirements-lm-eval.txt"
+            "installed: pip install "
+            f"{'lm-eval' if commands.INSTALLED else '-r requirements-lm-eval.txt'}"
         ) from error
     del lm_eval

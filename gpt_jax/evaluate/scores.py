@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gpt_jax import commands
+
 NAMES = ("exact", "f1", "rouge_l", "chrf")
 RESAMPLES = 10_000  # of a bootstrap: its own error is then a hundredth of the interval
 ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -93,8 +95,7 @@ def _libraries() -> dict[str, Callable[[str, str], float]]:
     except ImportError as error:
         raise ValueError(
             f"ROUGE-L and chrF need the package {error.name}, which is not installed: "
-            "pip install -r requirements.txt -c requirements-extras.txt rouge-score "
-            "sacrebleu"
+            f"{commands.install('rouge-score', 'sacrebleu')}"
         ) from error
     rouge, chrf = RougeScorer(["rougeL"]), CHRF()
     return {

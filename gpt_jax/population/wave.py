@@ -72,15 +72,16 @@ class Wave(NamedTuple):
 def advance(shared: Shared, wave: Wave, until: int) -> Wave:
     """Trains a wave up to a step; one line per thing that happens."""
     config, step = shared.configs[0], wave.step
-    evaluates = step in (0, until) or due(step, config.eval_every)
+    early = train.early_steps(config, shared.parts.task)
+    evaluates = step in (0, until) or due(step, config.eval_every, early)
     if evaluates and any(m.totals.evaluated < step for m in wave.members):
         wave = evaluate_now(shared, wave)
     sample_now(wave, step == 0 and due(step, config.sample_every))
     while step < until and (wave := leave(shared, wave)).members:
-        wave = call(shared, wave, next_event(config, step, until))
+        wave = call(shared, wave, next_event(config, step, until, early))
         step = wave.step
-        evaluates = step == until or due(step, config.eval_every)
-        samples = step == shared.end or due(step, config.sample_every)
+        evaluates = step == until or due(step, config.eval_every, early)
+        samples = step == shared.end or due(step, config.sample_every, early)
         if step == 1 or evaluates or samples or due(step, config.log_every):
             wave = log(shared, wave)
         if evaluates and wave.members:
@@ -202,13 +203,14 @@ def leave(shared: Shared, wave: Wave) -> Wave:
 # ---- what happens ----
 
 
-def next_event(config: ConfigDict, step: int, until: int) -> int:
+def next_event(config: ConfigDict, step: int, until: int, early: Sequence[int]) -> int:
     """Returns the next step after which the host has something to do."""
     rhythms = (
         *(config.log_every, config.eval_every),
         *(config.checkpoint_every, config.sample_every),
     )
     following = [step + every - step % every for every in rhythms if every]
+    following += [number for number in early if number > step]
     return min(until, *following, 1 if step == 0 else until)
 
 
@@ -324,7 +326,7 @@ def sample_now(wave: Wave, wanted: bool) -> None:
     host = jax.device_get(wave.state)
     for member in wave.members:
         state = jax.tree.map(jnp.asarray, at(host, member.slot))
-        train.sample_now(member.job, state, wave.step, wanted)
+        train.sample_now(member.job, state, member.totals, wave.step, wanted)
 
 
 def save(wave: Wave) -> None:

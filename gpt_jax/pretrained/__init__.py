@@ -14,9 +14,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from gpt_jax import model
 from gpt_jax.files import draft_folder, expand
 from gpt_jax.model import GPTConfig
-from gpt_jax.pretrained import config_json, files, gguf, stablehlo, texts, weights
+from gpt_jax.pretrained import card, config_json, files, gguf, stablehlo, texts, weights
 from gpt_jax.pretrained.texts import keep
 from gpt_jax.tokenizers import Tokenizer
 
@@ -105,7 +106,8 @@ def save(
       params: the weights, layers unrolled.
       cfg: their model.
       tokenizer: its tokenizer.
-      run: the run folder, for a chat template that came with an import.
+      run: the run folder: its chat template where it has one, and what README.md,
+        the model card, says of it.
       shard_bytes: the most bytes of a file of weights.
 
     Raises:
@@ -116,6 +118,9 @@ def save(
         tokens = {"bos_token_id": None, "eos_token_id": tokenizer.eos_id}
         weights.save(draft, params, cfg, tokens=tokens, shard_bytes=shard_bytes)
         texts.save(draft, tokenizer, run=run, context=cfg.context_length)
+        if (run / "config.json").is_file():
+            count = model.count(params)
+            card.write(draft, run, cfg, name=folder.name, parameters=count)
 
 
 @contextlib.contextmanager

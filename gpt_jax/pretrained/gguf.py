@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from gpt_jax import commands
 from gpt_jax.attention import rope_frequencies
 from gpt_jax.files import draft
 from gpt_jax.model import GPTConfig
@@ -46,7 +47,7 @@ def save(path: Path, params: Mapping, cfg: GPTConfig, tokenizer: Tokenizer) -> N
         import gguf
     except ImportError as error:
         raise ValueError(
-            "GGUF needs the package gguf: pip install -c requirements-extras.txt gguf"
+            f"GGUF needs the package gguf: {commands.install('gguf')}"
         ) from error
     if path.exists():
         raise FileExistsError(f"{path} exists already; name a new file, or remove it")

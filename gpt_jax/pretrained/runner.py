@@ -18,7 +18,14 @@ def main(prompt: str, new: int = 50) -> None:
         weights = [file.get_tensor(name) for name in about["weights"]]
     files = [here / f"{name}.stablehlo" for name in ("prefill", "decode")]
     blobs = [bytearray(file.read_bytes()) for file in files]
-    prefill, decode = (jax.jit(jax.export.deserialize(blob).call) for blob in blobs)
+    try:
+        prefill, decode = (jax.jit(jax.export.deserialize(blob).call) for blob in blobs)
+    except Exception as error:  # whatever a reader of another format says
+        sys.exit(
+            f"jax {jax.__version__} cannot read these programs ({error}). They were "
+            f"exported by jax {about['jax']} on {about['date']}; a release reads those "
+            "of the six months before it. Install that one, or export the run again"
+        )
     tokenizer = Tokenizer.from_file(str(here / "tokenizer.json"))
     ids = about["opening"] + tokenizer.encode(prompt, add_special_tokens=False).ids
     start, most = len(ids), min(about["context_length"], len(ids) + new)

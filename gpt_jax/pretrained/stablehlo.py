@@ -7,10 +7,12 @@ The folder holds two programs, the weights, the tokenizer and a runner:
     model.safetensors    the weights, by the paths that model.json lists in order
     tokenizer.json, model.json, run.py
 
-T is any length up to the context. The programs run on CPU, CUDA, ROCm and TPU, with
-the jax of this release and later ones (jax.export keeps old artefacts readable).
+T is any length up to the context. The programs run on CPU, CUDA, ROCm and TPU. A jax
+release reads what releases of the six months before it exported (jax.export's
+compatibility guarantee), so model.json holds the release and the date.
 """
 
+import datetime
 import inspect
 import json
 from collections.abc import Callable, Mapping
@@ -22,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gpt_jax import commands
 from gpt_jax.model import GPT, Cache, GPTConfig, Hidden, hidden, init_cache, logits
 from gpt_jax.pretrained import files, runner
 from gpt_jax.tokenizers import Tokenizer
@@ -45,8 +48,8 @@ def save(folder: Path, params: Mapping, cfg: GPTConfig, tokenizer: Tokenizer) ->
         import flatbuffers  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            "StableHLO needs the package flatbuffers: pip install -c "
-            "requirements-extras.txt flatbuffers"
+            "StableHLO needs the package flatbuffers: "
+            f"{commands.install('flatbuffers')}"
         ) from error
     flat = {
         str(k): np.asarray(v) for k, v in flatten_dict(dict(params), sep="/").items()
@@ -62,6 +65,8 @@ def save(folder: Path, params: Mapping, cfg: GPTConfig, tokenizer: Tokenizer) ->
         "context_length": cfg.context_length,
         "opening": tokenizer.opening,
         "eos_id": tokenizer.eos_id,
+        "jax": jax.__version__,
+        "date": datetime.date.today().isoformat(),
     }
     (folder / "model.json").write_text(json.dumps(about, indent=1) + "\n", "utf-8")
     (folder / "run.py").write_text(inspect.getsource(runner), "utf-8")

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt_jax import chat, model, runs, signals
+from gpt_jax import chat, commands, model, runs, signals
 from gpt_jax.serve.engine import Engine
 from gpt_jax.serve.flow import Mail, Served
 from gpt_jax.serve.http import Service, application
@@ -37,8 +37,8 @@ def need_packages() -> None:
     missing = [name for module, name in needed.items() if not find_spec(module)]
     if missing:
         raise ValueError(
-            f"serving needs {' and '.join(missing)}: pip install "
-            f"-c requirements-extras.txt {' '.join(needed.values())}"
+            f"serving needs {' and '.join(missing)}: "
+            f"{commands.install(*needed.values())}"
         )
 
 
@@ -91,7 +91,7 @@ def open_runs(
         if run.model.cfg.n_classes:
             raise ValueError(
                 f"{path} sorts texts into classes and cannot write; use "
-                "python -m experiments.classify"
+                f"{commands.typed('classify')}"
             )
         template = _template(path, run.tokenizer)
         engine = Engine(

@@ -12,6 +12,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from gpt_jax import commands
+from gpt_jax import configs as recipes
 from gpt_jax.sweep.space import (
     OPTIONS,
     Dimension,
@@ -100,9 +102,7 @@ def load(path: str | Path, extra: Iterable[str] = ()) -> Plan:
     Raises:
       ValueError: the file cannot be run, or its settings do not fit.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"there is no sweep file {path}; see experiments/sweeps/")
+    path = commands.find(commands.SWEEPS, str(path))
     try:
         found = runpy.run_path(str(path))
     except Exception as error:  # whatever a file of the user raises
@@ -189,7 +189,7 @@ def configs(base: ConfigDict, plan: Plan) -> dict[str, tuple[Point, ConfigDict]]
             start = base
             if OPTIONS in changes:
                 file = with_options(plan.config, changes.pop(OPTIONS))
-                start = override(_read_config(file), plan.fixed)
+                start = override(recipes.load(file), plan.fixed)
             built[name] = (point, override(start, changes))
         except ValueError as error:
             raise ValueError(f"point {index} ({name}): {error}") from error
@@ -209,21 +209,16 @@ def command(plan: Plan, point: Point, workdir: str) -> list[str]:
     """Returns the words of the command that trains a point alone."""
     changes = {**plan.fixed, **point}
     file = with_options(plan.config, changes.pop(OPTIONS, ""))
-    words = ["python", "-m", "experiments.train", f"--config={file}"]
+    words = [*commands.typed("train").split(), f"--config={file}"]
     words += [f"--config.{key}={value}" for key, value in changes.items()]
     return [*words, f"--workdir={workdir}"]
 
 
 def with_options(config: str, options: str) -> str:
     """Returns a config file with more options behind its colon."""
-    file, _, before = config.partition(":")
+    file, before = commands.split(config)
     more = ",".join(filter(None, (before, options)))
     return f"{file}:{more}" if more else file
-
-
-def _read_config(file_and_options: str) -> ConfigDict:
-    path, _, arg = file_and_options.partition(":")
-    return runpy.run_path(path)["get_config"](arg or None)
 
 
 def _is_setting(key: str, value: Any) -> bool:

@@ -1,12 +1,13 @@
 """Language modelling: predict the next token of running text."""
 
+import functools
 from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from gpt_jax import data, losses, settings
+from gpt_jax import data, losses, settings, words
 from gpt_jax.model import GPT, GPTConfig, hidden, logits
 from gpt_jax.prepare import prepare
 from gpt_jax.tasks.task import (
@@ -72,6 +73,9 @@ def make(
         },
         tokens=seq_len,
         fingerprint=prepared.fingerprint,
+        known_words=functools.cache(
+            functools.partial(words.known, prepared.train, tokenizer)
+        ),
     )
 
 

@@ -97,6 +97,8 @@ class Task(NamedTuple):
       rollout: (weights, batch [A, B, ...], key) -> batch [A, C, ...], run before the
         step over the rows of each device, or None. C is a multiple of B.
       updates: steps that train on one rollout.
+      known_words: the words of the training text, in small letters; None where there is
+        no running text.
     """
 
     model: Any
@@ -115,3 +117,4 @@ class Task(NamedTuple):
     stop: tuple[int, ...] = ()
     rollout: Callable[..., Batch] | None = None
     updates: int = 1
+    known_words: Callable[[], Collection[str]] | None = None
