@@ -7,6 +7,7 @@ traceback, because that is a bug of ours.
 """
 
 import gc
+import glob
 import os
 import runpy
 import shlex
@@ -63,6 +64,23 @@ def step(text: str) -> str | int | None:
     if text not in names:
         raise ValueError(f"--step={text} is not best, newest or a step number")
     return names[text]
+
+
+def folders(pieces: list[str]) -> list[str]:
+    """Returns the folders and patterns of a list flag.
+
+    The names of a sweep's trials hold commas, lr=0.1,seed=2: pieces that together name
+    what is there belong together.
+    """
+    found = []
+    while pieces:
+        ends = range(len(pieces), 0, -1)
+        names = {end: ",".join(pieces[:end]) for end in ends}
+        there = (end for end in ends if Path(names[end]).exists())
+        end = next(there, 0) or next((e for e in ends if glob.glob(names[e])), 1)
+        found.append(",".join(pieces[:end]))
+        pieces = pieces[end:]
+    return found
 
 
 def run(main: Callable[[list[str]], object], doc: str | None) -> None:

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from experiments import door
+
 DOOR = """
 '''Help that teaches.
 
@@ -76,3 +78,13 @@ def test_a_users_mistake_is_one_sentence_and_exit_code_2(args, words):
 def test_a_bug_keeps_its_traceback_and_exit_code_1():
     code, _, err = call("--number=6")
     assert code == 1 and "Traceback" in err
+
+
+def test_folders_whose_names_hold_commas_can_be_listed(tmp_path):
+    """As the trials of a sweep are called."""
+    for name in ("lr=1,seed=2", "lr=1", "b"):
+        (tmp_path / name).mkdir()
+    given = f"{tmp_path}/lr=1,seed=2,{tmp_path}/b,{tmp_path}/lr=*,absent"
+    assert door.folders(given.split(",")) == [
+        *(f"{tmp_path}/lr=1,seed=2", f"{tmp_path}/b", f"{tmp_path}/lr=*", "absent")
+    ]

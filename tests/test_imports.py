@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     "names files screen devices",
     "model attention tokenizers chat corpora data losses adapters optimizer sharding "
-    "programs processes checkpoint metrics signals",
+    "programs processes checkpoint metrics seeds signals",
     "prepare instructions sample runs plots tables classify pretrained",
     "tasks evaluate",
     "step train",

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 from gpt_jax import population, signals
+from gpt_jax.sweep import record
 from gpt_jax.sweep import trial as ends
 from gpt_jax.sweep.space import Pruner
-from gpt_jax.sweep.study import OUTCOME, Study, Trial, failure, write
+from gpt_jax.sweep.study import Study, Trial
 from gpt_jax.sweep.view import View
 
 GENERATION = 16  # trials that a search asks for at once, when members does not say
@@ -71,7 +72,6 @@ def _batch(study: Study, members: int, check) -> list[Trial]:
     limit = study.plan.size if study.plan.points else members or GENERATION
     batch: list[Trial] = []
     while len(batch) < limit and (trial := study.next(check)):
-        study.began(trial)
         batch.append(trial)
     return batch
 
@@ -107,10 +107,10 @@ def _train(study: Study, group: list[Trial], members: int, view: View) -> int:
             **ends.how(result, study.plan.metric),
         )
         if outcome.get("no_metric"):
-            study.finish(trial, failure(outcome["reason"]))
+            study.finish(trial, record.failure(outcome["reason"]))
             raise ValueError(f"{trial.name}: {outcome['reason']}")
         outcome["seconds"] /= len(group)  # its share of the time that they took
-        write(study.out / trial.name / OUTCOME, outcome)
+        record.write(study.out / trial.name / record.OUTCOME, outcome)
         study.finish(trial, outcome)
-        view.print(f"{outcome['status']:9s} {trial.name}: {outcome['value']}")
+        view.print(ends.line(trial.name, study.plan.metric, outcome))
     return signal

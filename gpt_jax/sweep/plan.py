@@ -1,7 +1,7 @@
 """A sweep file becomes a plan: its settings, its points, and their configs, checked."""
 
 import ast
-import difflib
+import functools
 import json
 import runpy
 import types
@@ -12,14 +12,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from gpt_jax.sweep.space import (
-    OPTIONS,
-    Dimension,
-    Point,
-    Pruner,
-    names,
-    short_keys,
-)
+from gpt_jax import names
+from gpt_jax.sweep import space as spaces
+from gpt_jax.sweep.space import OPTIONS, Dimension, Drawn, Point, Pruner
 
 SAMPLERS = ("tpe", "random", "qmc", "cmaes", "gp")
 DIRECTIONS = ("minimize", "maximize")
@@ -55,8 +50,8 @@ class Plan:
     direction: str = "minimize"
 
     def __post_init__(self):
-        _one_of("sampler", self.sampler, SAMPLERS)
-        _one_of("direction", self.direction, DIRECTIONS)
+        names.choose("sampler", self.sampler, SAMPLERS)
+        names.choose("direction", self.direction, DIRECTIONS)
         if self.points is not None and not self.points:
             raise ValueError(f"the sweep {self.name} is empty: points() gave no point")
         if self.points is None and not self.space:
@@ -68,7 +63,7 @@ class Plan:
         if both := sorted(self.fixed.keys() & set(self.keys)):
             raise ValueError(f"{both[0]} is fixed, so it cannot be swept as well")
 
-    @property
+    @functools.cached_property
     def keys(self) -> list[str]:
         """The dotted keys that differ between trials, in the file's order."""
         if self.space:
@@ -80,10 +75,16 @@ class Plan:
         """The number of trials."""
         return self.trials if self.points is None else len(self.points)
 
-    @property
+    @functools.cached_property
     def short(self) -> dict[str, str]:
         """The keys as trials' names write them."""
-        return short_keys(self.keys)
+        return spaces.short_keys(self.keys)
+
+    @functools.cached_property
+    def drawn(self) -> bool:
+        """Whether chance, or a sampler, chose the points."""
+        points = self.points or ()
+        return bool(self.space) or any(isinstance(point, Drawn) for point in points)
 
 
 SETTINGS = frozenset(Plan.__dataclass_fields__) - {"name"}
@@ -111,9 +112,9 @@ def load(path: str | Path, extra: Iterable[str] = ()) -> Plan:
     for key in settings:
         if key not in SETTINGS:
             raise ValueError(
-                f"{path}: {key!r} is no setting of a sweep{_meant(key, SETTINGS)}; the "
-                f"settings are {', '.join(sorted(SETTINGS))}, and a helper's name "
-                f"begins with an underscore or a capital"
+                f"{path}: {key!r} is no setting of a sweep; they are "
+                f"{', '.join(sorted(SETTINGS))}, and a helper's name begins with an "
+                f"underscore or a capital{names.did_you_mean(key, SETTINGS)}"
             )
     if "config" not in settings:
         raise ValueError(f"{path} names no config = 'configs/...'")
@@ -141,9 +142,9 @@ def override(config: ConfigDict, point: Point) -> ConfigDict:
         for parent in parents:
             node = node.get(parent) if isinstance(node, ConfigDict) else None
         if not isinstance(node, ConfigDict) or key not in node:
-            raise ValueError(
-                f"there is no config key {dotted!r}{_nearest(config, dotted)}"
-            )
+            known = [key for key, _ in _flat(config)]
+            near = names.did_you_mean(dotted, known)
+            raise ValueError(f"there is no config key {dotted!r}{near}")
         old = node[key]
         if isinstance(old, str) != isinstance(value, str) or (
             isinstance(value, bool) != isinstance(old, bool)
@@ -173,19 +174,25 @@ def fix(plan: Plan, config: ConfigDict) -> tuple[Plan, ConfigDict]:
 def configs(base: ConfigDict, plan: Plan) -> dict[str, tuple[Point, ConfigDict]]:
     """Returns name -> (overrides, config) of every point; checks none.
 
+    Overrides are of the types that the config has, so 0 and 0.0 are one value.
+
     Raises:
-      ValueError: a point does not fit the config; the sentence names it.
+      ValueError: a point does not fit the config, or two are the same; the sentence
+        names it.
     """
-    points = plan.points or ()
-    built = {}
-    for index, (name, point) in enumerate(zip(names(points), points)):
+    start = functools.cache(functools.partial(_start, base, plan))
+    types = functools.cache(lambda options: dict(_flat(start(options))))
+    points: list[Point] = []
+    for index, point in enumerate(plan.points or ()):
         try:
-            changes = dict(point)
-            start = base
-            if OPTIONS in changes:
-                file = with_options(plan.config, changes.pop(OPTIONS))
-                start = override(_read_config(file), plan.fixed)
-            built[name] = (point, override(start, changes))
+            points.append(_typed(point, types(point.get(OPTIONS, ""))))
+        except ValueError as error:
+            raise ValueError(f"point {index} ({point}): {error}") from error
+    built = {}
+    for index, (name, point) in enumerate(zip(spaces.names(points), points)):
+        try:
+            changes = {key: value for key, value in point.items() if key != OPTIONS}
+            built[name] = (point, override(start(point.get(OPTIONS, "")), changes))
         except ValueError as error:
             raise ValueError(f"point {index} ({name}): {error}") from error
     return built
@@ -216,9 +223,22 @@ def with_options(config: str, options: str) -> str:
     return f"{file}:{more}" if more else file
 
 
-def _read_config(file_and_options: str) -> ConfigDict:
-    path, _, arg = file_and_options.partition(":")
-    return runpy.run_path(path)["get_config"](arg or None)
+def _start(base: ConfigDict, plan: Plan, options: str) -> ConfigDict:
+    """Returns the config that points with these options of its file change."""
+    if not options:
+        return base
+    path, _, arg = with_options(plan.config, options).partition(":")
+    return override(runpy.run_path(path)["get_config"](arg or None), plan.fixed)
+
+
+def _typed(point: Point, types: Mapping[str, Any]) -> Point:
+    """Returns a point whose whole numbers are fractions where the config has those."""
+
+    def like(old: Any, value: Any) -> Any:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return float(value) if whole and isinstance(old, float) else value
+
+    return type(point)({key: like(types.get(key), x) for key, x in point.items()})
 
 
 def _is_setting(key: str, value: Any) -> bool:
@@ -226,11 +246,6 @@ def _is_setting(key: str, value: Any) -> bool:
         return True
     helper = callable(value) or isinstance(value, types.ModuleType)
     return key[0].islower() and not helper
-
-
-def _one_of(what: str, value: str, known: Iterable[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{what} {value!r} is not one of: {', '.join(known)}")
 
 
 def _assignment(text: str) -> tuple[str, Any]:
@@ -255,15 +270,6 @@ def _flat(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _nearest(config: ConfigDict, dotted: str) -> str:
-    return _meant(dotted, [key for key, _ in _flat(config)])
-
-
-def _meant(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _wrong_type(key: str, old: Any, value: Any) -> str:

@@ -1,34 +1,50 @@
 """A sweep from its plan to its results, by either engine."""
 
 import contextlib
+import math
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from gpt_jax import runs, signals
+from gpt_jax import runs, seeds, signals
 from gpt_jax.sweep import batch, checks, engine
 from gpt_jax.sweep import plan as plans
 from gpt_jax.sweep.plan import Plan
 from gpt_jax.sweep.space import OPTIONS
-from gpt_jax.sweep.study import Study, Trial
+from gpt_jax.sweep.study import ENDED, Setting, Study, Trial
 from gpt_jax.sweep.view import View
 
 Results = dict[str, Any]
+Row = dict[str, Any]
+
+SHARE = 0.02  # of the time that tables may take while trials run
+WORST = ("failed", "diverged", "pruned", "running", "waiting", "done")
 
 
 class Done(NamedTuple):
-    """What a sweep came to: its results, and 0 or the exit code of a signal."""
+    """What a sweep came to.
+
+    Attributes:
+      results: see `results`.
+      exit_code: 0; 1 where trials failed; that of a signal where it was stopped.
+    """
 
     results: Results
     exit_code: int
 
 
-def check(plan: Plan, base: ConfigDict) -> dict:
+def check(plan: Plan, base: ConfigDict, judge: str = "") -> dict:
     """Builds and checks every trial, and prepares their texts.
+
+    Args:
+      plan: what to sweep.
+      base: its config.
+      judge: a metric that runs must record besides the plan's; "" = none.
 
     Returns:
       What was checked, so that trials of a search are checked faster.
@@ -38,14 +54,15 @@ def check(plan: Plan, base: ConfigDict) -> dict:
     """
     known: dict = {}
     if plan.space:
-        checks.validate(plans.corners(base, plan), plan, known)
+        checks.validate(plans.corners(base, plan), plan, known, judge)
     else:
         built = plans.configs(base, plan).items()
-        named = (
+        named = [
             (f"point {index} ({name})", config)
             for index, (name, (_, config)) in enumerate(built)
-        )
-        checks.validate(named, plan, known)
+        ]
+        checks.all_differ(named)
+        checks.validate(named, plan, known, judge)
     return known
 
 
@@ -63,10 +80,10 @@ def processes(
     out: Path,
     *,
     command: list[str],
-    retries: int,
+    trial_timeout: float,
     scheduler: str,
     workers: int,
-    accelerators: Sequence[str],
+    accelerators: Sequence[dict[str, str]],
     **options: Any,
 ) -> Done:
     """Runs a sweep with a process per trial.
@@ -76,7 +93,7 @@ def processes(
       base: its config, `plan.fixed` included.
       out: the sweep's folder; what it holds already is not run again.
       command: see `engine.run`.
-      retries: see `engine.run`.
+      trial_timeout: its `timeout_s`.
       scheduler: the address of a dask scheduler; "" = this machine.
       workers: trials at once on this machine; 0 = one per accelerator, or per core.
       accelerators: see `engine.local`.
@@ -97,7 +114,7 @@ def processes(
                 study,
                 stack.enter_context(where),
                 command=command,
-                retries=retries,
+                timeout_s=trial_timeout,
                 check=lambda name, config: checks.validate(
                     [(name, config)], plan, known
                 ),
@@ -115,7 +132,8 @@ def batched(
 
     Args: as `processes`; `members` trials train at once, 0 = as many as fit.
     """
-    with _opened(plan, base, out, **options) as (study, view, stop, changed, known):
+    opened = _opened(plan, base, out, **options)
+    with opened as (study, view, stop, changed, known):
         check = lambda name, config: checks.validate([(name, config)], plan, known)  # noqa: E731
         batch.run(
             study, members=members, check=check, view=view, stop=stop, changed=changed
@@ -130,77 +148,139 @@ def _opened(
     out: Path,
     *,
     storage: str,
+    retries: int,
     rerun_failed: bool,
+    judge: tuple[str, str] = ("", ""),
     changed: Callable[[Results], None],
 ) -> Iterator[tuple]:
     """Yields what both engines need, the folder locked and every trial checked.
 
     Args:
       plan, base, out: see `processes`.
-      storage: an Optuna storage URL; "" = a journal in `out`.
+      storage, retries, judge: see `Study`.
       rerun_failed: whether failed trials run once more.
-      changed: called with the results whenever a trial ended.
+      changed: called with the results when trials have ended, as often as is cheap.
     """
-    known = check(plan, base)
+    known = check(plan, base, judge[0])
     if not (out / "sweep.json").is_file() and out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is no sweep's folder and not empty; use another --out")
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(signals.watch(base.grace_s + 10))
         stack.enter_context(runs.lock(out, "--out"))
-        study = Study(plan, base, out, storage=storage)
+        study = Study(plan, base, out, storage=storage, retries=retries, judge=judge)
         if rerun_failed:
             study.forget_failures()
         view = View(total=plan.size)
         stack.callback(view.close, study)
         view.print(_greeting(study))
-        yield study, view, stop, partial(_tell, study, changed), known
+        rows: dict[str, Row] = {}
+        tell = _seldom(lambda: changed(results(study, rows)))
+        yield study, view, stop, tell, known
 
 
-def _tell(study: Study, changed: Callable[[Results], None]) -> None:
-    changed(results(study))
+def _seldom(act: Callable[[], None]) -> Callable[[], None]:
+    """Returns a function that acts now and then, for at most SHARE of the time."""
+    due = 0.0
+
+    def maybe() -> None:
+        nonlocal due
+        began = time.monotonic()
+        if began >= due:
+            act()
+            ended = time.monotonic()
+            due = ended + (ended - began) / SHARE
+
+    return maybe
 
 
-def results(study: Study) -> Results:
-    """Returns what there is to know of a sweep, ready for JSON."""
-    plan, trials = study.plan, list(study.trials.values())
-    best = study.best()
+def results(study: Study, rows: dict[str, Row] | None = None) -> Results:
+    """Returns what there is to know of a sweep, ready for JSON.
+
+    Args:
+      study: the sweep.
+      rows: those of trials that have ended, by name; new ones are put there.
+    """
+    plan, best, rows = study.plan, study.best(), {} if rows is None else rows
+    keys = {key: short for key, short in plan.short.items() if key != seeds.SEED}
+    found = {}
+    for name, trial in study.trials.items():
+        found[name] = rows.get(name) or _row(trial, study, keys)
+        if trial.status in ENDED:
+            rows[name] = found[name]
+    words = best and plans.command(
+        plan, seeds.without(best.trials[0].overrides), f"runs/best_{plan.name}"
+    )
     return {
         "sweep": plan.name,
         "config": plan.config,
         "fixed": dict(plan.fixed),
-        "metric": plan.metric,
-        "direction": plan.direction,
+        "metric": study.judge[0],
+        "direction": study.judge[1],
         "pruner": plan.pruner,
         "size": plan.size,
-        "keys": plan.short,
+        "keys": keys,
+        "drawn": plan.drawn,
         "space": {key: axis.kind for key, axis in (plan.space or {}).items()},
-        "importance": study.importance(),
         "best": best.name if best else None,
-        "command": shlex.join(
-            plans.command(plan, best.overrides, f"runs/best_{plan.name}")
-        )
-        if best
-        else None,
-        "trials": [_row(trial, plan.keys) for trial in trials],
+        "command": shlex.join(words) if words else None,
+        "settings": [_setting(setting, found) for setting in study.settings()],
+        "trials": list(found.values()),
     }
 
 
-def _row(trial: Trial, keys: Iterable[str]) -> dict:
-    """Returns what there is to know of a trial; keys that it leaves have its config's
-    values, so that all trials have all keys."""
-    flat = runs.flat(trial.config)
-    own = {key: runs.tuples(flat[key]) for key in keys if key in flat}
-    own |= {} if OPTIONS not in keys else {OPTIONS: ""}
+def _row(trial: Trial, study: Study, keys: Mapping[str, str]) -> Row:
+    """Returns what there is to know of a trial.
+
+    All trials have all keys: one that a point leaves has its config's value, or None
+    where its config has no such key.
+    """
+    point = {key: trial.overrides.get(key) for key in keys}
+    if absent := [key for key in keys if key not in trial.overrides]:
+        flat = runs.flat(trial.config)
+        point |= {key: runs.tuples(flat[key]) for key in absent if key in flat}
+        point |= {OPTIONS: ""} if OPTIONS in absent else {}
     told = {"value": None, "at": None, "last": None, "step": 0, "tokens": 0}
     told |= {"seconds": 0.0, "reason": ""}
-    told |= {key: trial.outcome[key] for key in told if key in trial.outcome}
+    outcome = study.measured(trial)
+    told |= {key: outcome[key] for key in told if key in outcome}
+    if trial.status in ("diverged", "failed"):  # what it reached before says nothing
+        told |= {"value": None, "at": None}
     return {
         "name": trial.name,
         "status": trial.status,
         **told,
         "steps": trial.config.steps,
-        "attempts": trial.attempts,
-        "overrides": own | trial.overrides,
+        "seed": trial.config.seed,
+        "crashes": trial.crashes,
+        "overrides": point,
+    }
+
+
+def _setting(setting: Setting, rows: Mapping[str, Row]) -> Row:
+    """Returns what there is to know of a setting; `status` is the worst of its seeds.
+
+    `value`, `error`, `low` and `high` are of the mean over the `n` seeds that are done,
+    `last` is the mean of all last evaluations; step, tokens and seconds are those of
+    all its seeds together.
+    """
+    own = [rows[trial.name] for trial in setting.trials]
+    worst = min(own, key=lambda row: WORST.index(row["status"]))
+    at = [row["at"] for row in own if row["status"] == "done" and row["at"] is not None]
+    mean = setting.mean._asdict() if setting.mean else {"value": None, "n": 0}
+    known = dict.fromkeys(("error", "low", "high")) | mean
+    last = [row["last"] for row in own if row["last"] is not None]
+    return {
+        "name": setting.name,
+        "status": worst["status"],
+        **{key: None if x is None or math.isnan(x) else x for key, x in known.items()},
+        "seeds": len(own),
+        "at": round(statistics.median(at)) if at else None,
+        "last": statistics.fmean(last) if last else None,
+        **{key: sum(row[key] for row in own) for key in ("step", "tokens", "seconds")},
+        "steps": sum(row["steps"] for row in own),
+        "reason": worst["reason"] if worst["status"] != "done" else "",
+        "overrides": own[0]["overrides"],
+        "trials": [row["name"] for row in own],
     }
 
 
@@ -222,4 +302,4 @@ def _done(study: Study, stop: signals.Stop) -> Done:
             f"{study.out / failed[0].name / 'trial.log'}; after the cause is mended, "
             f"--rerun_failed runs them again"
         )
-    return Done(results(study), stop.exit_code if stop else 0)
+    return Done(results(study), stop.exit_code if stop else int(bool(failed)))

@@ -13,7 +13,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gpt_jax import seeds as repetitions
+
 Point = dict[str, Any]
+
+
+class Drawn(dict):
+    """A point drawn at random: a picture joins it to no other by a line."""
 
 
 # --- points ---------------------------------------------------------------------------
@@ -46,7 +52,8 @@ def product(*lists: Iterable[Point]) -> list[Point]:
     """
     points = []
     for parts in itertools.product(*map(list, lists)):
-        point: Point = {}
+        drawn = any(isinstance(part, Drawn) for part in parts)
+        point: Point = Drawn() if drawn else {}
         for part in parts:
             if twice := sorted(point.keys() & part.keys()):
                 raise ValueError(f"product() is given {twice[0]} twice")
@@ -84,7 +91,10 @@ def shuffle(points: Iterable[Point], seed: int = 0) -> list[Point]:
 def random(space: Mapping[str, "Dimension"], count: int, seed: int = 0) -> list[Point]:
     """Returns `count` points drawn independently from a space."""
     draw = python_random.Random(seed)
-    return [{key: axis.draw(draw) for key, axis in space.items()} for _ in range(count)]
+    return [
+        Drawn((key, axis.draw(draw)) for key, axis in space.items())
+        for _ in range(count)
+    ]
 
 
 # --- spaces ---------------------------------------------------------------------------
@@ -214,10 +224,9 @@ def names(points: Sequence[Point]) -> list[str]:
     """
     seen: dict[str, int] = {}
     for index, point in enumerate(points):
-        same = repr(sorted(point.items()))
-        if same in seen:
-            raise ValueError(f"points {seen[same]} and {index} are the same: {point}")
-        seen[same] = index
+        first = seen.setdefault(repetitions.text(point), index)
+        if first < index:
+            raise ValueError(f"points {first} and {index} are the same: {point}")
     short = short_keys(key for point in points for key in point)
     for write in (_brief, str, _digest):
         found = [name(point, short, write) for point in points]

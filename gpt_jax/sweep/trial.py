@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from gpt_jax import runs, train
-from gpt_jax.sweep import study
+from gpt_jax.sweep import record
+from gpt_jax.sweep import storage as storages
 
 WAIT_S = 0.2
 
@@ -25,7 +26,7 @@ def run(order: dict[str, Any]) -> int:
     """
     folder = Path(order["folder"])
     config = runs.as_config(order["config"])
-    (folder / study.OUTCOME).unlink(missing_ok=True)
+    (folder / record.OUTCOME).unlink(missing_ok=True)
     try:
         wait_until_free(folder, config.grace_s)
         result = train.train(config, folder, report=reporter(order))
@@ -56,12 +57,20 @@ def outcome(
     folder: Path, metric: str, direction: str, *, status: str, reason: str, **more: Any
 ) -> dict:
     """Returns how a trial ended, with what its record says of the metric."""
-    found = study.measure(folder, metric, direction)
+    found = record.measure(folder, metric, direction)
     if status == "done" and found["value"] is None:
         names = ", ".join(found["names"]) or "nothing"
-        status, more["no_metric"] = "failed", True
+        status = "failed"
+        more |= {"no_metric": True, "final": True}
         reason = f"the metric {metric!r} never appeared; the record has {names}"
     return {"status": status, "reason": reason, **found, **more}
+
+
+def line(name: str, metric: str, outcome: dict) -> str:
+    """Returns the line that tells of a trial's end."""
+    told = outcome["status"] in ("done", "pruned") and outcome["value"] is not None
+    said = f"{metric} {outcome['value']:.4f}" if told else outcome["reason"]
+    return f"{outcome['status']:9s} {name}: {said}"
 
 
 def reporter(order: dict[str, Any]) -> Callable[[int, dict[str, float]], str]:
@@ -98,8 +107,8 @@ def wait_until_free(folder: Path, patience_s: float) -> None:
 def _pruner(order: dict[str, Any]) -> Callable[[int, float], str]:
     import optuna
 
-    storage = study.open_storage(order["storage"])
-    pruner = study.make_pruner(order["pruner"], order["config"]["steps"])
+    storage = storages.open_storage(order["storage"])
+    pruner = storages.make_pruner(order["pruner"], order["config"]["steps"])
     # The sampler is not used: a trial's values are in the storage.
     sampler = optuna.samplers.RandomSampler()
     opened = optuna.load_study(
@@ -119,7 +128,7 @@ def _pruner(order: dict[str, Any]) -> Callable[[int, float], str]:
 def _end(order: dict[str, Any], **ended: Any) -> int:
     folder = Path(order["folder"])
     found = outcome(folder, order["metric"], order["direction"], **ended)
-    study.write(folder / study.OUTCOME, found)
+    record.write(folder / record.OUTCOME, found)
     print(f"{found['status']}: {found['reason']}", flush=True)
     return 0
 

@@ -2,9 +2,10 @@
 
 import time
 
-from gpt_jax.sweep.study import ENDED, Study, Trial
+from gpt_jax.sweep.study import ENDED, Study
 
 PLAIN_EVERY_S = 30.0  # the least time between two summary lines in a log file
+LIVE_EVERY_S = 0.25  # and between two states of the table on a terminal
 
 
 class View:
@@ -26,13 +27,15 @@ class View:
 
     def update(self, study: Study, steps: dict[str, tuple]) -> None:
         """Shows the state; `steps`: of running trials (step, last step, value, s)."""
-        trials = list(study.trials.values())
         if self._ended_before is None:
-            self._ended_before = _count(trials, *ENDED)
+            self._ended_before = _count(study, *ENDED)
+        since = time.monotonic() - self._printed
+        if since < (LIVE_EVERY_S if self._live else PLAIN_EVERY_S):
+            return
+        self._printed = time.monotonic()
         if self._live:
             self._live.update(self._table(study, steps))
-        elif time.monotonic() - self._printed >= PLAIN_EVERY_S:
-            self._printed = time.monotonic()
+        else:
             self.print(self._summary(study))
 
     def print(self, text: str) -> None:
@@ -50,17 +53,14 @@ class View:
             self._live = None
 
     def _summary(self, study: Study) -> str:
-        trials = list(study.trials.values())
-        ended = _count(trials, *ENDED)
-        parts = [
-            f"{ended}/{self._total} trials",
-            f"{_count(trials, 'running')} running",
-        ]
+        ended = _count(study, *ENDED)
+        parts = [f"{ended}/{self._total} trials", f"{_count(study, 'running')} running"]
         for status in ENDED:
-            if number := _count(trials, status):
+            if number := _count(study, status):
                 parts.append(f"{number} {status}")
-        if best := study.best():
-            parts.append(f"best {best.outcome['value']:.4f} ({best.name})")
+        if (best := study.best()) and best.mean:
+            over = f", {best.mean.n} seeds" if best.mean.n > 1 else ""
+            parts.append(f"best {best.mean.value:.4f} ({best.name}{over})")
         if left := self._left(ended):
             parts.append(f"{left} left")
         return ", ".join(parts)
@@ -94,7 +94,7 @@ class View:
                 "" if value is None else f"{value:.4f}",
                 f"{int(seconds) // 60}:{int(seconds) % 60:02}" if end else "",
             )
-        ended = _count(list(study.trials.values()), *ENDED)
+        ended = _count(study, *ENDED)
         whole = Table.grid()
         whole.add_row(Text(self._summary(study), style="bold"))
         whole.add_row(ProgressBar(total=self._total, completed=ended, width=40))
@@ -103,5 +103,5 @@ class View:
         return whole
 
 
-def _count(trials: list[Trial], *statuses: str) -> int:
-    return sum(trial.status in statuses for trial in trials)
+def _count(study: Study, *statuses: str) -> int:
+    return sum(study.counts[status] for status in statuses)

@@ -1,0 +1,124 @@
+"""What a sweep and its trials write down: sweep.json, and an outcome.json each.
+
+A trial's outcome: "status" (done, pruned, diverged or failed) and the "reason"; of the
+metric "value", its best evaluation, "at", its step, and "last", the last one; "step",
+"tokens" and "seconds": how far the run got. The storage holds it too.
+"""
+
+import json
+import os
+import re
+import uuid
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from gpt_jax import metrics, runs
+from gpt_jax.sweep.plan import Plan
+
+RECORD = "sweep.json"
+OUTCOME = "outcome.json"
+JUDGES = ("metric", "direction")  # decide what is computed only for some sweeps
+
+
+def failure(reason: str, **more: Any) -> dict:
+    """Returns the outcome of a trial that failed."""
+    return {"status": "failed", "reason": reason, "value": None, "step": 0, **more}
+
+
+def measure(folder: Path, metric: str, direction: str) -> dict:
+    """Returns what a run's record says of a metric, as an outcome has it.
+
+    Without the metric, "value" is None and "names" are those that the record has.
+    """
+    rows = metrics.read(folder) if (folder / metrics.FILE).is_file() else []
+    final = {key: value for row in rows for key, value in row.items()}
+    known = {key: final.get(key, 0) for key in ("step", "tokens", "seconds")}
+    points = [(row[metric], row["step"]) for row in rows if row.get(metric) is not None]
+    if not points:
+        return {**known, "value": None, "names": sorted(final.keys() - known.keys())}
+    choose = min if direction == "minimize" else max
+    value, at = choose(points, key=lambda point: point[0])
+    judged = {"metric": metric, "direction": direction}
+    return {**known, **judged, "value": value, "at": at, "last": points[-1][0]}
+
+
+def judged(outcome: dict, folder: Path, metric: str, direction: str) -> dict:
+    """Returns an outcome by this metric, measured anew if it is by another one."""
+    by = (outcome.get("metric", metric), outcome.get("direction", direction))
+    if by == (metric, direction):
+        return outcome
+    found = {"value": None, "at": None, "last": None}
+    return outcome | found | measure(folder, metric, direction)
+
+
+def read_outcome(folder: Path) -> dict | None:
+    """Returns how a trial's process said it ended; None when it did not."""
+    try:
+        return json.loads((folder / OUTCOME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def write(path: Path, content: Any) -> None:
+    """Writes JSON whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.tmp")
+    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def open_record(
+    plan: Plan, base: ConfigDict, out: Path, trials: list[str], storage: str
+) -> dict:
+    """Returns sweep.json, made or checked.
+
+    Points may be added; and where the metric decides nothing that is computed, neither
+    by a pruner nor by a search, another one may be reported.
+
+    Raises:
+      ValueError: the folder is another sweep's, or no sweep's.
+    """
+    new = {
+        "sweep": plan.name,
+        "config": plan.config,
+        "base": json.loads(json.dumps(base.to_dict())),
+        "metric": plan.metric,
+        "direction": plan.direction,
+        "pruner": plan.pruner,
+        "space": {key: str(axis) for key, axis in (plan.space or {}).items()},
+        "sampler": [plan.sampler, plan.seed] if plan.space else None,
+        # A password before the @ stays out of the file.
+        "storage": storage.rpartition("@")[2],
+    }
+    path = out / RECORD
+    if not path.is_file():
+        if out.is_dir() and any(p.name != "run.lock" for p in out.iterdir()):
+            raise ValueError(
+                f"{out} is not a sweep's folder (it has no {RECORD}) and not empty: "
+                f"use another --out"
+            )
+        made = {"id": f"{out.name}-{uuid.uuid4().hex[:8]}", **new, "trials": trials}
+        write(path, made)
+        return made
+    old = json.loads(path.read_text(encoding="utf-8"))
+    free = ("base", *(() if plan.space or plan.pruner else JUDGES))
+    changed = [key for key in new if key not in free and new[key] != old.get(key)]
+    lines = [f"{key}: {old.get(key)!r} -> {new[key]!r}" for key in changed]
+    before, now = ConfigDict(old["base"]), ConfigDict(new["base"])
+    differences = runs.difference(before, now)
+    where = "|".join(runs.WHERE)
+    lines += [d for d in differences if not re.fullmatch(where, d.split(":")[0])]
+    if gone := sorted(set(old["trials"]) - set(trials)):
+        lines.append(f"{len(gone)} of its trials are no points any more: {gone[0]}")
+    if lines:
+        asked = {*changed} & {*JUDGES}
+        also = "; --metric and --direction change what is reported" if asked else ""
+        raise ValueError(
+            f"{out} holds another sweep:\n  " + "\n  ".join(lines) + "\n"
+            f"put these back to go on, or use another --out{also}"
+        )
+    now_known = {**old, **new, "trials": trials}
+    write(path, now_known)
+    return now_known
