@@ -72,7 +72,9 @@ def test_pairs_of_one_seed_show_what_the_seeds_hide(two):
     assert (mean.low, mean.high) == pytest.approx(tuple(interval))
     assert pair.p == pytest.approx(oracle.pvalue)
     assert mean.low > 0  # sure, although the settings' values overlap widely
-    assert "more than chance" in compare.lines(compare.compare(two))[-1]
+    said = compare.lines(compare.compare(two))
+    assert said[-1] == "Told from a by more than chance: b."
+    assert f"+0.1000 [{mean.low:+.4f}, {mean.high:+.4f}] p {pair.p:.2g}" in said[2]
 
 
 def test_what_is_more_than_chance_is_corrected_for_the_number_of_comparisons(tmp_path):
@@ -93,7 +95,7 @@ def test_what_is_more_than_chance_is_corrected_for_the_number_of_comparisons(tmp
     against = compare.compare(folders, against=str(tmp_path / "b,seed=1"))
     assert {pair.a for pair in against.pairs} == {"b"} and against.tests == 3
     assert compare.compare(folders, against="b").pairs == against.pairs
-    assert "for 6 comparisons" in compare.lines(best)[-1]
+    assert "for 6 comparisons, all that were possible" in compare.lines(best)[-3]
     with pytest.raises(ValueError, match="--against 'e' is not one of: a, b"):
         compare.compare(folders, against="e")
 
@@ -108,7 +110,9 @@ def test_settings_without_shared_seeds_are_not_paired(tmp_path):
 
 def test_rows_are_named_by_their_folder_and_at_most_three_keys(tmp_path):
     for i in range(6):
-        many: dict = {f"hyper__{key}": 0.1 + 0.1 * (i % 2) for key in ("beta1", "beta2")}
+        many: dict = {
+            f"hyper__{key}": 0.1 + 0.1 * (i % 2) for key in ("beta1", "beta2")
+        }
         run(tmp_path / f"run{i}", 2.0 + i, hyper__lr=0.1 * (i // 2 + 1), **many,
             model__n_layers=1 + i % 2, hyper__weight_decay=0.1 * (i % 2))  # fmt: skip
     found = compare.compare(sorted(tmp_path.iterdir()))

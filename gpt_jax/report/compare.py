@@ -22,6 +22,10 @@ ABSENT = "(absent)"
 MOST_KEYS = 3  # that a setting is told by
 # Of keys that tell settings apart equally well, those of the first group are shown.
 FIRST = ("model.", "optimizer.", "hyper.", "task.", "adapter.", "", "data.")
+NO_PAIRS = (
+    "No other setting has two seeds in common with the first: whether a difference is "
+    "more than chance cannot be told (train all with the same seeds)."
+)
 OF_TEXT = re.compile(r"data\.(source|field|val_fraction|split)|eval_windows")
 
 
@@ -63,7 +67,7 @@ class Setting(NamedTuple):
     @property
     def values(self) -> dict[int, float]:
         """The values that the mean is of, by seed."""
-        return {seed: run.value for seed, run in _counted(self.runs).items()
+        return {seed: run.value for seed, run in counted(self.runs).items()
                 if run.value is not None}  # fmt: skip
 
 
@@ -155,18 +159,31 @@ def compare(
 
 def lines(found: Comparison) -> list[str]:
     """Returns the comparison as lines for a terminal."""
-    rows = [("run", found.metric, "seeds", "", "")]
-    for setting in found.settings:
-        seeds_ = str(len(setting.runs))
-        rows.append((setting.name, said(setting), seeds_, setting.told, mark(setting)))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    text = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0])).rstrip()
-        for row in rows
-    ]
+    first = found.pairs[0].a if found.pairs else ""
+    rows = [("run", found.metric, "seeds", first and f"less {first}", "", "")]
+    against = {pair.b: pair for pair in found.pairs}
+    for one in found.settings:
+        pair = lead(against[one.name]) if one.name in against else ""
+        told = (one.name, said(one), str(len(one.runs)), pair, one.told, mark(one))
+        rows.append(told)
+    shown = [i for i in range(len(rows[0])) if any(row[i] for row in rows)]
+    widths = {i: max(len(row[i]) for row in rows) for i in shown}
+    text = ["  ".join(row[i].ljust(widths[i]) for i in shown).rstrip() for row in rows]
     for sentence in [*found.notes, *sentences(found)]:
         text += ["", sentence]
     return text
+
+
+def lead(pair: Pair) -> str:
+    """Returns a difference with its interval and how likely chance makes it."""
+    mean = pair.difference.mean
+    return f"{mean.value:+.4f} [{mean.low:+.4f}, {mean.high:+.4f}] p {pair.p:.2g}"
+
+
+def counted(members: dict[int, Run]) -> dict[int, Run]:
+    """Returns the runs that are done; all where none is."""
+    done = {seed: run for seed, run in members.items() if run.state == "done"}
+    return done or members
 
 
 def said(setting: Setting) -> str:
@@ -189,17 +206,20 @@ def mark(setting: Setting) -> str:
 
 
 def sentences(found: Comparison) -> list[str]:
-    """Returns what the pairs say, a sentence each."""
-    text = [_sentence(pair, found) for pair in found.pairs]
-    if found.pairs:
-        return text
-    if len(found.settings) > 1:
-        return [
-            "No other setting has two seeds in common with the first: whether a "
-            "difference is more than chance cannot be told (train each with the same "
-            "seeds)."
-        ]
-    return []
+    """Returns what the pairs say."""
+    if not found.pairs:
+        return [NO_PAIRS] if len(found.settings) > 1 else []
+    first = found.pairs[0].a
+    sure = [pair.b for pair in found.pairs if pair.p < 1 - seeds.SURE]
+    verdict = "No difference is more than what seeds do by themselves."
+    if sure:
+        verdict = f"Told from {first} by more than chance: {', '.join(sure)}."
+    how = "Differences are means over pairs of one seed, with their 95 % interval"
+    if found.tests > 1:
+        how += f"; p is after Holm's correction for {found.tests} comparisons"
+    if found.tests > len(found.settings) - 1:
+        how += ", all that were possible, since the best was chosen by these values"
+    return [f"{how}.", verdict]
 
 
 def plain(found: Comparison) -> dict:
@@ -226,23 +246,6 @@ def plain(found: Comparison) -> dict:
         "comparisons": found.tests,
         "notes": found.notes,
     }
-
-
-def _sentence(pair: Pair, found: Comparison) -> str:
-    verdict = (
-        "more than chance"
-        if pair.p < 1 - seeds.SURE
-        else "no more than what seeds do by themselves"
-    )
-    mean = pair.difference.mean
-    tests = f"p = {pair.p:.2g}"
-    if found.tests > 1:
-        tests += f" after Holm's correction for {found.tests} comparisons"
-    return (
-        f"{pair.b} against {pair.a}: {found.metric} {mean.value:+.4f} in {mean.n} "
-        f"pairs of one seed, 95 % within [{mean.low:+.4f}, {mean.high:+.4f}], "
-        f"{tests}: {verdict}."
-    )
 
 
 def _numbers(mean: Mean | None) -> dict[str, float | int | None]:
@@ -335,7 +338,9 @@ def _open(folder: Path, metric: str, direction: str, at: str) -> Run:
 
 def _keys(folder: Path) -> dict[str, Any]:
     """Returns a run's config, also of a trial that failed before it was a run."""
-    if not (folder / "config.json").is_file() and "config" in (told := _outcome(folder)):
+    if not (folder / "config.json").is_file() and "config" in (
+        told := _outcome(folder)
+    ):
         return runs.flat(runs.as_config(told["config"]))
     return runs.flat(runs.read_config(folder))
 
@@ -411,16 +416,10 @@ def _settings(found: list[Run], direction: str) -> tuple[list[Setting], list[str
 
 def _setting(name: str, told: str, members: dict[int, Run]) -> Setting:
     states = [run.state for run in members.values()]
-    values = [run.value for run in _counted(members).values() if run.value is not None]
+    values = [run.value for run in counted(members).values() if run.value is not None]
     mean = seeds.mean(values) if values else None
     state = next((state for state in states if state != "done"), "done")
     return Setting(name, told, members, mean, state)
-
-
-def _counted(members: dict[int, Run]) -> dict[int, Run]:
-    """Returns the runs that are done; all where none is."""
-    done = {seed: run for seed, run in members.items() if run.state == "done"}
-    return done or members
 
 
 def _against(settings: list[Setting], asked: str) -> Setting:

@@ -56,7 +56,8 @@ def _plain(run: Run, key: str):
 
 
 def _band(setting: Setting) -> Band:
-    return tables.band(run.curve for run in setting.runs.values())
+    own = compare.counted(setting.runs)
+    return tables.band(run.curve for run in own.values())
 
 
 def _body(out: Path, found: Comparison) -> str:
@@ -71,22 +72,22 @@ def _body(out: Path, found: Comparison) -> str:
     text = "Mean over the seeds; the band is the standard error. " if seeded else ""
     text += "Dotted lines are not done. Click a name to hide it."
     parts.append(page.section("Curves", text, _figure(found)))
-    rows = "".join(_row(out, setting) for setting in found.settings)
-    heads = ["run", "told by", found.metric, "seeds", "", "folders"]
+    against = {pair.b: compare.lead(pair) for pair in found.pairs}
+    rows = "".join(_row(out, one, against.get(one.name, "")) for one in found.settings)
+    less = [f"less {found.pairs[0].a}"] if found.pairs else [""]
+    heads = ["run", "", "told by", found.metric, "seeds", *less, ""]
     head = "".join(f"<th>{html.escape(text)}</th>" for text in heads)
-    what = "Best first" + ("; mean and 95 % interval." if seeded else ".")
+    what = "Best first" + ("; mean and 95 % interval. " if seeded else ". ")
+    what += html.escape(" ".join(compare.sentences(found)))
     parts.append(
         f"<section><h2>Settings</h2><p class=soft>{what}</p><div class=scroll>"
         f"<table class=sorts><thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
         "</table></div></section>"
     )
-    if told := compare.sentences(found):
-        text = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in told)
-        parts.append(f"<section><h2>More than chance?</h2>{text}</section>")
     return "".join(parts)
 
 
-def _row(out: Path, setting: Setting) -> str:
+def _row(out: Path, setting: Setting, less: str) -> str:
     links = [
         f'<a href="{quote(os.path.relpath(run.folder, out))}/">{number}</a>'
         for number, run in enumerate(setting.runs.values(), start=1)
@@ -97,9 +98,11 @@ def _row(out: Path, setting: Setting) -> str:
         f"<span class='tag {setting.state}'>{html.escape(mark)}</span>" if mark else ""
     )
     return (
-        f"<tr><td>{html.escape(setting.name)}</td><td>{html.escape(setting.told)}</td>"
+        f"<tr><td>{html.escape(setting.name)}</td><td>{' '.join(links)}</td>"
+        f"<td>{html.escape(setting.told)}</td>"
         f"<td data-value='{value}'>{compare.said(setting)}</td>"
-        f"<td>{len(setting.runs)}</td><td>{tag}</td><td>{' '.join(links)}</td></tr>"
+        f"<td>{len(setting.runs)}</td><td data-value='{less.split(' ')[0]}'>{less}</td>"
+        f"<td>{tag}</td></tr>"
     )
 
 

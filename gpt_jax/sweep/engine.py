@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import itertools
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -102,6 +103,8 @@ def remote(address: str) -> Iterator[Cluster]:
       ValueError: nobody answers there.
     """
     distributed = _import_distributed()
+    # That it lost its scheduler is ours to tell, in a sentence.
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     try:
         client = distributed.Client(address, timeout=CONNECT_S)
     except (OSError, ValueError) as error:

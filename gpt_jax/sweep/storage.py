@@ -47,7 +47,8 @@ def open_storage(where: str):
         opened = optuna.storages.RDBStorage(where, engine_kwargs=ping)
         opened = optuna.storages.get_storage(opened)
     except Exception as error:  # SQLAlchemy and its drivers raise whatever they like
-        text = str(error).splitlines()[0]
+        why = f" ({error.__cause__})" if isinstance(error, ImportError) else ""
+        text = f"{str(error).splitlines()[0]}{why}"
         text = text.replace(secret, "...") if secret else text
         raise ValueError(f"the storage {place} cannot be opened: {text}") from None
     for name in ASKED:
