@@ -212,8 +212,10 @@ def lengths(
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """Returns how the array at `path` is split over the mesh: the first of RULES.
 
-    An array of another rank than the rule's (an optimizer's row means) is not split.
-    Fewer key and value heads than the tensor axis has devices are not split either.
+    An array of another rank than the rule's (an optimizer's row means) is not split,
+    nor what an optimizer keeps in one number for a whole axis of a weight (Adafactor,
+    which has no row and column means of biases). Fewer key and value heads than the
+    tensor axis has devices are not split either.
 
     Raises:
       ValueError: no rule matches, or an axis does not divide.
@@ -227,12 +229,15 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     few = re.search(r"/(key|value)/", path) and shape[-2] < mesh.shape["tensor"]
     if few:
         axes = tuple(None if axis == "tensor" else axis for axis in axes)
+    if re.search(r"(^|/)opt_state/", path):
+        axes = tuple(None if n == 1 else axis for n, axis in zip(shape, axes))
     for length, axis in zip(shape, axes, strict=True):
         if axis and length % mesh.shape[axis]:
+            of_vocabulary = re.search(r"(embed/embedding|head/(kernel|bias))$", path)
+            cure = "set model.vocab_multiple" if of_vocabulary else "make it smaller"
             raise ValueError(
                 f"{path} {shape} does not divide over mesh.{axis}={mesh.shape[axis]}: "
-                f"{length} is not a multiple of it (for the vocabulary, set "
-                "model.vocab_multiple)"
+                f"{length} is not a multiple of it; {cure}"
             )
     return P(*axes)
 
