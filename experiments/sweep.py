@@ -27,6 +27,7 @@ mistake in the sweep; 130 and 143 stopped by a signal, the same command goes on.
 import glob
 import importlib.util
 import itertools
+import math
 import os
 import re
 import shutil
@@ -38,6 +39,7 @@ from absl import flags
 from experiments import door
 
 MOST_LINES = 60  # of the printed table; results.csv has all
+SLURM = ("MEM_PER_NODE", "MEM_PER_CPU", "CPUS_ON_NODE")  # MiB, MiB, cores
 # The variable that says which GPUs a process sees, and what lists them.
 VISIBLE = {
     "CUDA_VISIBLE_DEVICES": ("nvidia-smi", "-L"),
@@ -110,7 +112,8 @@ def main(_: list[str]) -> int:
         "changed": lambda results: report.tables(out, results),
     }
     if ENGINE.value == "vmap":
-        done = run.batched(plan, base, out, members=WORKERS.value, **options)
+        limits = {"members": WORKERS.value, "memory": _memory()}
+        done = run.batched(plan, base, out, **limits, **options)
     else:
         done = run.processes(
             plan,
@@ -136,6 +139,13 @@ def main(_: list[str]) -> int:
     if done.exit_code:
         print("some trials failed: --rerun_failed runs them again")
     return done.exit_code
+
+
+def _memory() -> float:
+    """Returns the bytes that Slurm gave this job on this machine; inf without it."""
+    told = {name: int(os.environ.get(f"SLURM_{name}") or 0) for name in SLURM}
+    of_cores = told["MEM_PER_CPU"] * told["CPUS_ON_NODE"]
+    return 2.0**20 * (told["MEM_PER_NODE"] or of_cores) or math.inf
 
 
 def _accelerators() -> list[dict[str, str]]:

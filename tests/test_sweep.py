@@ -4,6 +4,7 @@ The oracle of every kill is the same sweep, undisturbed.
 """
 
 import json
+import math
 import os
 import re
 import runpy
@@ -863,6 +864,7 @@ def batched(chosen, base, out):
     done = sweeps.batched(
         *(chosen, base, out),
         members=0,
+        memory=math.inf,
         storage="",
         retries=1,
         rerun_failed=False,

@@ -387,3 +387,14 @@ def test_hidden_gpus_stay_hidden(machine, told, found):
 def test_a_sweep_on_the_cpu_takes_no_gpu(machine):
     machine.setenv("JAX_PLATFORMS", "cpu")
     assert door._accelerators() == []
+
+
+def test_a_job_of_slurm_has_the_memory_that_it_was_given(machine):
+    for name in door.SLURM:
+        machine.delenv(f"SLURM_{name}", raising=False)
+    assert door._memory() == math.inf
+    machine.setenv("SLURM_MEM_PER_CPU", "1500")
+    machine.setenv("SLURM_CPUS_ON_NODE", "4")
+    assert door._memory() == 6000 * 2**20
+    machine.setenv("SLURM_MEM_PER_NODE", "3000")
+    assert door._memory() == 3000 * 2**20

@@ -18,6 +18,7 @@ def run(
     study: Study,
     *,
     members: int,
+    memory: float,
     check: Callable[[str, Any], None],
     view: View,
     stop: signals.Stop,
@@ -28,6 +29,7 @@ def run(
     Args:
       study: which trials.
       members: trials at once; 0 = as many as fit.
+      memory: see `population.train`.
       check: see `Study.next`.
       view: what shows the state.
       stop: true when the sweep is to end.
@@ -51,7 +53,7 @@ def run(
                 for trial in trials:
                     study.again(trial)
                 continue
-            stop.signal = _train(study, trials, members, view) or stop.signal
+            stop.signal = _train(study, trials, members, memory, view) or stop.signal
             changed()
 
 
@@ -76,7 +78,9 @@ def _batch(study: Study, members: int, check) -> list[Trial]:
     return batch
 
 
-def _train(study: Study, group: list[Trial], members: int, view: View) -> int:
+def _train(
+    study: Study, group: list[Trial], members: int, memory: float, view: View
+) -> int:
     """Trains a group and records its ends; returns the signal that stopped it, or 0."""
     steps: dict[str, tuple] = {}
 
@@ -93,6 +97,7 @@ def _train(study: Study, group: list[Trial], members: int, view: View) -> int:
         members=members,
         rungs=rungs(study.plan.pruner, group[0].config.steps, len(group)),
         report=report,
+        memory=memory,
     )
     signal = 0
     for trial, result in zip(group, results):

@@ -126,17 +126,30 @@ def processes(
 
 
 def batched(
-    plan: Plan, base: ConfigDict, out: Path, *, members: int, **options: Any
+    plan: Plan,
+    base: ConfigDict,
+    out: Path,
+    *,
+    members: int,
+    memory: float,
+    **options: Any,
 ) -> Done:
     """Runs a sweep with as few compiled programs as its trials need (population.py).
 
-    Args: as `processes`; `members` trials train at once, 0 = as many as fit.
+    Args: as `processes`; `members` trials train at once, 0 = as many as fit into what
+      is free, on a CPU into at most `memory` bytes.
     """
     opened = _opened(plan, base, out, **options)
     with opened as (study, view, stop, changed, known):
         check = lambda name, config: checks.validate([(name, config)], plan, known)  # noqa: E731
         batch.run(
-            study, members=members, check=check, view=view, stop=stop, changed=changed
+            study,
+            members=members,
+            memory=memory,
+            check=check,
+            view=view,
+            stop=stop,
+            changed=changed,
         )
         return _done(study, stop)
 
