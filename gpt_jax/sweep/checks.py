@@ -1,6 +1,5 @@
 """Refuses, before the first trial starts, what would end a trial at its start."""
 
-import functools
 import json
 import re
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ from ml_collections import ConfigDict
 
 from gpt_jax import adapters, evaluate, model, names, runs, seeds, tasks, train
 from gpt_jax.sweep.plan import Plan
+from gpt_jax.sweep.space import OPTIONS
 
 NOWHERE = Path("no-such-run")  # a trial has no folder yet
 # What a run records beside the means of its losses (metrics.Writer).
@@ -43,22 +43,24 @@ def validate(
             raise ValueError(f"{what}: {error}") from error
 
 
-def all_differ(configs: Iterable[tuple[str, ConfigDict]]) -> None:
+def all_differ(configs: Iterable[tuple[str, ConfigDict]], plan: Plan) -> None:
     """Refuses two configs that are one run: it would be trained twice.
 
     Raises:
       ValueError: the first two, by what they are called.
     """
     where = re.compile("|".join(runs.WHERE))
-    decides = functools.cache(lambda key: not where.fullmatch(key))
+    swept = [key for key in plan.keys if not where.fullmatch(key)]
     seen: dict[str, str] = {}
     for what, config in configs:
-        own = {key: x for key, x in runs.flat(config).items() if decides(key)}
+        if OPTIONS in plan.keys:  # they may change any key
+            flat = runs.flat(config)
+            own = {key: x for key, x in flat.items() if not where.fullmatch(key)}
+        else:
+            own = {key: _at(config, key) for key in swept}
         first = seen.setdefault(seeds.text(own), what)
         if first != what:
-            raise ValueError(
-                f"{what} is the same run as {first}: leave one of them out"
-            )
+            raise ValueError(f"{what} is the same run as {first}: leave one out")
 
 
 def metrics_of(config: ConfigDict, task: tasks.Task) -> list[str]:
@@ -107,7 +109,7 @@ def _check(config: ConfigDict, plan: Plan, known: dict, judges: set[str]) -> Non
     classes = ("model", config.model, *text)
     _once(known, classes, lambda: runs.model_config(
         config, task.tokenizer, task.classes))  # fmt: skip
-    losses = ("metrics", config.adapter, *text)
+    losses = ("metrics", config.task, sorted(task.evals))
     recorded = _once(known, losses, lambda: metrics_of(config, task))
     for metric in judges:
         names.choose("metric", metric, recorded)
@@ -125,6 +127,14 @@ def _same_tokens(task: tasks.Task, metric: str, recorded: list[str], known: dict
             f"it has another tokenizer than the first, and metric {metric} is per "
             "token, so it cannot rank them: set metric = 'val_bpb', bits per byte"
         )
+
+
+def _at(config: ConfigDict, dotted: str) -> Any:
+    *parents, key = dotted.split(".")
+    for parent in parents:
+        config = config[parent]
+    value = config[key]
+    return value.to_dict() if isinstance(value, ConfigDict) else value
 
 
 def _once(known: dict, key: Any, make) -> Any:

@@ -61,7 +61,7 @@ def check(plan: Plan, base: ConfigDict, judge: str = "") -> dict:
             (f"point {index} ({name})", config)
             for index, (name, (_, config)) in enumerate(built)
         ]
-        checks.all_differ(named)
+        checks.all_differ(named, plan)
         checks.validate(named, plan, known, judge)
     return known
 
