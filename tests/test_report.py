@@ -34,6 +34,8 @@ def results(trials, keys, best="", **more):
         groups.setdefault(seeds.text(row["overrides"]), []).append(row)
     settings = []
     for rows in groups.values():
+        for row in rows:
+            row["setting"] = rows[0]["name"]
         values = [row["value"] for row in rows if row["status"] == "done"]
         mean = seeds.mean(values) if values else None
         like = [Trial(row["name"], row["overrides"], ConfigDict()) for row in rows]

@@ -6,6 +6,7 @@ Nothing trains here: trials end as they are told to.
 import json
 import math
 import os
+import re
 import sqlite3
 
 import pytest
@@ -398,3 +399,65 @@ def test_a_job_of_slurm_has_the_memory_that_it_was_given(machine):
     assert door._memory() == 6000 * 2**20
     machine.setenv("SLURM_MEM_PER_NODE", "3000")
     assert door._memory() == 3000 * 2**20
+
+
+# --- seeds inside a search ------------------------------------------------------------
+
+
+def test_each_draw_of_a_search_is_trained_with_its_seeds_and_judged_by_their_mean(
+    base, tmp_path
+):
+    axes = {"hyper.lr": space.log_uniform(1e-4, 1e-1)}
+    chosen = make(space=axes, trials=5, seeds=3)
+
+    def loss(trial):
+        rate, seed = trial.overrides["hyper.lr"], trial.overrides["seed"]
+        return abs(math.log10(rate) + 2) + math.sin(1e4 * rate + seed)
+
+    study = open_study(chosen, base, tmp_path / "whole")
+    whole = drain(study, loss)
+    assert len(whole) == 15 and study.left() == 0
+    assert all(re.fullmatch(r"00\d-lr=[\d.e-]+,seed=13\d\d", name) for name in whole)
+    found = sweeps.results(study)
+    assert [row["n"] for row in found["settings"]] == [3] * 5
+    assert found["keys"] == {"hyper.lr": "lr"} and "seed" not in found["command"]
+    told = sorted(one.value for one in study._draws.get_trials())
+    assert told == pytest.approx(sorted(row["value"] for row in found["settings"]))
+    # Stopped in the middle of a draw, it goes on as if it had not been.
+    parts = drain(open_study(chosen, base, tmp_path / "parts"), loss, at_most=4)
+    parts += drain(open_study(chosen, base, tmp_path / "parts"), loss)
+    assert parts == whole
+
+
+def test_each_point_may_be_given_seeds_as_well(base, tmp_path):
+    chosen = make(space.grid({"hyper.lr": (0.1, 0.2)}), seeds=2)
+    study = open_study(chosen, base, tmp_path / "out")
+    assert drain(study) == [
+        *("lr=0.1,seed=1337", "lr=0.1,seed=1338"),
+        *("lr=0.2,seed=1337", "lr=0.2,seed=1338"),
+    ]
+    assert len(study.settings()) == 2
+    with pytest.raises(ValueError, match="seeds is 2, so seed cannot be set as well"):
+        make(space.seeds(2), seeds=2)
+
+
+def test_a_draw_with_a_seed_that_diverged_is_no_good_one_for_the_sampler(
+    base, tmp_path
+):
+    axes = {"hyper.lr": space.log_uniform(1e-4, 1e-1)}
+    study = open_study(make(space=axes, trials=1, seeds=2), base, tmp_path / "out")
+    study.finish(begin(study), result(0.1))
+    study.finish(begin(study), {**result(0.2), "status": "diverged"})
+    (told,) = study._draws.get_trials()
+    assert told.state.name == "PRUNED" and told.value is None
+    assert sweeps.results(study)["settings"][0]["status"] == "diverged"
+
+
+def test_values_that_a_search_draws_again_count_once(base, tmp_path):
+    axes = {"optimizer.name": space.choice("adamw", "lion")}
+    chosen = make(space=axes, trials=6, sampler="random")
+    study = open_study(chosen, base, tmp_path / "out")
+    drain(study)
+    found = sweeps.results(study)
+    assert [(row["n"], row["seeds"]) for row in found["settings"]] == [(1, 1)] * 2
+    assert report.write(study.out, found) == ""

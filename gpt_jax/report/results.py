@@ -95,10 +95,9 @@ def tables(out: Path, results: Results) -> None:
     _write_csv(
         out / "results.csv", ["setting", "status", *keys, *OF_SETTINGS], settings
     )
-    of = {name: row["name"] for row in results["settings"] for name in row["trials"]}
     trials = [
         [
-            *(row["name"], of[row["name"]], row["status"], row["seed"]),
+            *(row["name"], row["setting"], row["status"], row["seed"]),
             *(*_point(row, keys), *_told(row, OF_TRIALS)),
         ]
         for row in results["trials"]

@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from gpt_jax import names
+from gpt_jax.seeds import SEED
 from gpt_jax.sweep import space as spaces
 from gpt_jax.sweep.space import OPTIONS, Dimension, Drawn, Point, Pruner
 
@@ -31,7 +32,10 @@ class Plan:
       points: the overrides of every trial; None when a search space is given. Under
         the key "config" a point may have further options of the config file.
       space: what is searched.
-      sampler, trials, seed: how a space is searched, and how many trials it gets.
+      seeds: how many seeds each point, or each draw of a search, is trained with; their
+        mean is judged. 0 = one, that of the config.
+      sampler, trials, seed: how a space is searched, how many times it draws, and the
+        seed of the draws.
       pruner: which trials stop early; None = none.
       metric: what is compared: a name in metrics.jsonl.
       direction: minimize or maximize it.
@@ -42,6 +46,7 @@ class Plan:
     fixed: Point
     points: tuple[Point, ...] | None = None
     space: Mapping[str, Dimension] | None = None
+    seeds: int = 0
     sampler: str = "tpe"
     trials: int = 0
     seed: int = 0
@@ -60,6 +65,12 @@ class Plan:
             raise ValueError(
                 f"the sweep {self.name} searches a space: say how long, trials = 20"
             )
+        if self.seeds < 0:
+            raise ValueError(f"seeds is {self.seeds}: it must not be negative")
+        if self.seeds and SEED in self.fixed.keys() | set(self.keys):
+            raise ValueError(
+                f"seeds is {self.seeds}, so {SEED} cannot be set as well: leave one out"
+            )
         if both := sorted(self.fixed.keys() & set(self.keys)):
             raise ValueError(f"{both[0]} is fixed, so it cannot be swept as well")
 
@@ -73,7 +84,13 @@ class Plan:
     @property
     def size(self) -> int:
         """The number of trials."""
-        return self.trials if self.points is None else len(self.points)
+        count = self.trials if self.points is None else len(self.points)
+        return count * (self.seeds or 1)
+
+    def with_seeds(self, point: Point) -> list[Point]:
+        """Returns a point with each of its seeds, or as it is."""
+        repeated = spaces.seeds(self.seeds) if self.seeds else [{}]
+        return spaces.product([point], repeated)
 
     @functools.cached_property
     def short(self) -> dict[str, str]:
@@ -188,8 +205,11 @@ def configs(base: ConfigDict, plan: Plan) -> dict[str, tuple[Point, ConfigDict]]
             points.append(_typed(point, types(point.get(OPTIONS, ""))))
         except ValueError as error:
             raise ValueError(f"point {index} ({point}): {error}") from error
+    spaces.names(points)  # the same one twice is told by its number in the file
+    points = [seeded for point in points for seeded in plan.with_seeds(point)]
     built = {}
-    for index, (name, point) in enumerate(zip(spaces.names(points), points)):
+    for place, (name, point) in enumerate(zip(spaces.names(points), points)):
+        index = place // (plan.seeds or 1)
         try:
             changes = {key: value for key, value in point.items() if key != OPTIONS}
             built[name] = (point, override(start(point.get(OPTIONS, "")), changes))

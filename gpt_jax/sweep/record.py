@@ -80,6 +80,7 @@ def open_record(
     Raises:
       ValueError: the folder is another sweep's, or no sweep's.
     """
+    sampler = [plan.sampler, plan.seed, *filter(None, [plan.seeds])]
     new = {
         "sweep": plan.name,
         "config": plan.config,
@@ -88,7 +89,7 @@ def open_record(
         "direction": plan.direction,
         "pruner": plan.pruner,
         "space": {key: str(axis) for key, axis in (plan.space or {}).items()},
-        "sampler": [plan.sampler, plan.seed] if plan.space else None,
+        "sampler": sampler if plan.space else None,
         # A password before the @ stays out of the file.
         "storage": storage.rpartition("@")[2],
     }

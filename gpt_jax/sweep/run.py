@@ -70,7 +70,8 @@ def listing(plan: Plan, base: ConfigDict) -> list[str]:
     """Returns what `--dry_run` prints: the trials, or the space, and their number."""
     if plan.space:
         lines = [f"{key}: {axis}" for key, axis in plan.space.items()]
-        return [*lines, f"{plan.trials} trials, chosen by {plan.sampler}"]
+        each = f", each with {plan.seeds} seeds" if plan.seeds else ""
+        return [*lines, f"{plan.trials} draws by {plan.sampler}{each}"]
     return [*plans.configs(base, plan), f"{plan.size} trials"]
 
 
@@ -256,10 +257,14 @@ def _row(trial: Trial, study: Study, keys: Mapping[str, str]) -> Row:
     told |= {"seconds": 0.0, "reason": ""}
     outcome = study.measured(trial)
     told |= {key: outcome[key] for key in told if key in outcome}
+    if twin := outcome.get("same_as"):  # it was not trained again
+        nothing = {"step": 0, "tokens": 0, "seconds": 0.0}
+        told |= {**nothing, "reason": f"the same as {twin}"}
     if trial.status in ("diverged", "failed"):  # what it reached before says nothing
         told |= {"value": None, "at": None}
     return {
         "name": trial.name,
+        "setting": study.setting_of(trial),
         "status": trial.status,
         **told,
         "steps": trial.config.steps,

@@ -49,6 +49,7 @@ class Trial:
     crashes: int = 0
     saved: int = 0
     outcome: dict = field(default_factory=dict)
+    draw: int = -1  # of the search that chose its values, where that has its own record
 
 
 class Setting(NamedTuple):
@@ -124,6 +125,16 @@ class Study:
             pruner=storages.make_pruner(plan.pruner, base.steps),
             load_if_exists=True,
         )
+        self._draws = self._study
+        self._of_draw: dict[int, list[Trial]] = {}
+        if plan.space and plan.seeds:  # a draw is several trials, told as one
+            self._draws = self._optuna.create_study(
+                storage=self._study._storage,
+                study_name=f"{self.record['id']}-draws",
+                direction=plan.direction,
+                load_if_exists=True,
+            )
+            self._restore_draws()
         self._restore()
 
     def left(self) -> int:
@@ -147,26 +158,15 @@ class Study:
           check: raises ValueError for a config that no run can have; that trial then
             has failed.
         """
-        if self._waiting:
-            trial = self._waiting.popleft()
-            if trial.number < 0:
-                self._enter(trial)
-            self._set(trial, "running")
-            return trial
-        while self.plan.space and len(self.trials) < self.plan.trials:
-            trial = self._ask()
-            if twin := self._ended.get(seeds.text(trial.overrides)):
-                self.finish(trial, {**twin.outcome, "same_as": twin.name})
-                continue
-            try:
-                trial.config = plans.override(self.base, trial.overrides)
-                check(trial.name, trial.config)
-            except ValueError as error:
-                self.finish(trial, failure(str(error)))
-                continue
-            self._set(trial, "running")
-            return trial
-        return None
+        while not self._waiting and self.plan.space and self._drawn < self.plan.trials:
+            self._draw(check)
+        if not self._waiting:
+            return None
+        trial = self._waiting.popleft()
+        if trial.number < 0:
+            self._enter(trial)
+        self._set(trial, "running")
+        return trial
 
     def finish(self, trial: Trial, outcome: dict) -> None:
         """Records how a trial ended."""
@@ -227,6 +227,10 @@ class Study:
             self._measured[trial.name] = found
         return self._measured.get(trial.name, {})
 
+    def setting_of(self, trial: Trial) -> str:
+        """Returns the name of the setting that a trial is of."""
+        return self._settings[seeds.setting(trial.overrides)].name
+
     # --- trials and settings ---
 
     def _add(self, trial: Trial) -> None:
@@ -254,10 +258,14 @@ class Study:
         self._set(trial, outcome["status"])
         self._ended.setdefault(seeds.text(trial.overrides), trial)
         self._judge(seeds.setting(trial.overrides))
+        if trial.draw >= 0:
+            self._tell_draw(trial.draw)
 
     def _judge(self, key: str) -> None:
         """Takes the mean of a setting anew."""
-        trials = self._groups[key]
+        trials = [one for one in self._groups[key] if "same_as" not in one.outcome]
+        if not trials:
+            return
         name = self._names.get(key, trials[0].name)
         done = [self.measured(trial) for trial in trials if trial.status == "done"]
         values = [one["value"] for one in done if one["value"] is not None]
@@ -279,12 +287,12 @@ class Study:
     def _enter(self, trial: Trial) -> None:
         """Adds a trial whose values are known to the storage, as one that runs."""
         create, state = self._optuna.trial.create_trial, self._optuna.trial.TrialState
-        axes = self._distributions()
+        axes = {} if self.plan.seeds else self.plan.space or {}
         template = create(
             state=state.RUNNING,
             params={key: _written(axis, trial.overrides[key])
-                    for key, axis in (self.plan.space or {}).items()},
-            distributions=axes,
+                    for key, axis in axes.items()},
+            distributions={key: self._distribution(axis) for key, axis in axes.items()},
             user_attrs={"name": trial.name, "overrides": trial.overrides},
         )  # fmt: skip
         store = self._study._storage  # Study.add_trial() does not tell the number
@@ -294,19 +302,82 @@ class Study:
     def _attribute(self, trial: Trial, key: str, value: Any) -> None:
         self._optuna.trial.Trial(self._study, trial.id).set_user_attr(key, value)
 
-    def _ask(self) -> Trial:
-        """Returns a new trial whose values the sampler chose."""
-        self._study.sampler = self._sampler(len(self._study.get_trials(deepcopy=False)))
-        asked = self._study.ask(self._distributions())
+    @property
+    def _drawn(self) -> int:
+        return len(self._of_draw if self.plan.seeds else self.trials)
+
+    def _draw(self, check: Callable[[str, ConfigDict], None]) -> None:
+        """Adds the trials whose values the sampler chooses; those that can run wait."""
+        draws = self._draws
+        draws.sampler = self._sampler(len(draws.get_trials(deepcopy=False)))
+        asked = draws.ask(self._distributions())
         axes = (self.plan.space or {}).items()
         point = {key: _read(axis, asked.params[key]) for key, axis in axes}
-        name = f"{asked.number:03d}-{space.name(point, self.plan.short)}"
-        trial = Trial(name, point, self.base, asked.number, asked._trial_id)
-        self._attribute(trial, "name", name)
-        self._attribute(trial, "overrides", point)
-        self._add(trial)
-        self._waiting.pop()
-        return trial
+        if self.plan.seeds:
+            asked.set_user_attr("point", point)
+            trials = self._trials_of(asked.number, point)
+        else:
+            name = f"{asked.number:03d}-{space.name(point, self.plan.short)}"
+            trials = [Trial(name, point, self.base, asked.number, asked._trial_id)]
+            self._attribute(trials[0], "name", name)
+            self._attribute(trials[0], "overrides", point)
+            self._add(trials[0])
+        for trial in trials:
+            if twin := self._ended.get(seeds.text(trial.overrides)):
+                self._end_unrun(trial, {**twin.outcome, "same_as": twin.name})
+                continue
+            try:
+                trial.config = plans.override(self.base, trial.overrides)
+                check(trial.name, trial.config)
+            except ValueError as error:
+                self._end_unrun(trial, failure(str(error)))
+
+    def _end_unrun(self, trial: Trial, outcome: dict) -> None:
+        """Records the end of a trial that waits."""
+        self._waiting.remove(trial)
+        if trial.number < 0:
+            self._enter(trial)
+        self.finish(trial, outcome)
+
+    def _trials_of(self, draw: int, point: Point) -> list[Trial]:
+        """Adds a trial for each seed of a draw, and returns them."""
+        found = []
+        for seeded in self.plan.with_seeds(point):
+            name = space.name(seeded, space.short_keys(seeded))
+            config = self.base
+            with contextlib.suppress(ValueError):  # it has failed then, and says so
+                config = plans.override(self.base, seeded)
+            found.append(Trial(f"{draw:03d}-{name}", seeded, config, draw=draw))
+        short = space.name(point, self.plan.short)
+        self._names.setdefault(seeds.setting(point), f"{draw:03d}-{short}")
+        self._of_draw[draw] = found
+        for trial in found:
+            self._add(trial)
+        return found
+
+    def _tell_draw(self, draw: int) -> None:
+        """Tells the sampler the mean over the seeds of a draw, once all have ended."""
+        own, states = self._of_draw[draw], self._optuna.trial.TrialState
+        if not all(trial.status in ENDED for trial in own):
+            return
+        told = self._draws.get_trials(deepcopy=False)[draw]
+        if told.state.is_finished():
+            return
+        values = [one.outcome["value"] for one in own if one.status == "done"]
+        bad = any(trial.status in ("pruned", "diverged") for trial in own)
+        if values and not bad:
+            self._draws.tell(draw, sum(values) / len(values))
+        else:
+            self._draws.tell(draw, state=states.PRUNED if bad else states.FAIL)
+
+    def _restore_draws(self) -> None:
+        """Adds the trials of the draws that were made before."""
+        for found in self._draws.get_trials(deepcopy=False):
+            if "point" in found.user_attrs:
+                self._trials_of(found.number, runs.tuples(found.user_attrs["point"]))
+            elif not found.state.is_finished():  # the sweep died while it asked
+                fail = self._optuna.trial.TrialState.FAIL
+                self._draws.tell(found.number, state=fail)
 
     def _sampler(self, number: int):
         """Returns the sampler; what trial `number` draws depends on nothing else."""
@@ -375,7 +446,8 @@ class Study:
         overrides = found.user_attrs.get("overrides")
         if name is None or overrides is None:
             return None
-        if self.plan.space and name not in self.trials:
+        searched = self.plan.space and not self.plan.seeds
+        if searched and name not in self.trials:
             config, point = self.base, runs.tuples(overrides)
             with contextlib.suppress(ValueError):  # it has failed then, and says so
                 config = plans.override(self.base, point)
