@@ -5,7 +5,7 @@ import functools
 import json
 import runpy
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,11 @@ class Plan:
       points: the overrides of every trial; None when a search space is given. Under
         the key "config" a point may have further options of the config file.
       space: what is searched.
+      to_config: turns what was drawn, whose keys may be any words then, into a point:
+        steps from tokens and batch size, keys that are tied, options of the config
+        file. None: that draw is not allowed, another one is made.
+      first: draws to begin with; keys that one leaves out are drawn.
+      start: the folder of an earlier sweep, whose results the sampler learns from.
       seeds: how many seeds each point, or each draw of a search, is trained with; their
         mean is judged. 0 = one, that of the config.
       sampler, trials, seed: how a space is searched, how many times it draws, and the
@@ -46,6 +51,9 @@ class Plan:
     fixed: Point
     points: tuple[Point, ...] | None = None
     space: Mapping[str, Dimension] | None = None
+    to_config: Callable[[Point], Point | None] | None = None
+    first: tuple[Point, ...] = ()
+    start: str = ""
     seeds: int = 0
     sampler: str = "tpe"
     trials: int = 0
@@ -65,6 +73,7 @@ class Plan:
             raise ValueError(
                 f"the sweep {self.name} searches a space: say how long, trials = 20"
             )
+        self._check_search()
         if self.seeds < 0:
             raise ValueError(f"seeds is {self.seeds}: it must not be negative")
         if self.seeds and SEED in self.fixed.keys() | set(self.keys):
@@ -73,6 +82,19 @@ class Plan:
             )
         if both := sorted(self.fixed.keys() & set(self.keys)):
             raise ValueError(f"{both[0]} is fixed, so it cannot be swept as well")
+
+    def _check_search(self) -> None:
+        space = self.space or {}
+        if not space and (self.to_config or self.first or self.start):
+            raise ValueError("to_config, first and start belong to a space")
+        for place, (key, axis) in enumerate(space.items()):
+            for other in axis.when:
+                names.choose(f"{key} depends on", other, list(space)[:place])
+        for drawn in self.first:
+            for key, value in drawn.items():
+                axis = names.choose("a key of first", key, space)
+                if not axis.holds(value):
+                    raise ValueError(f"first has {key}={value!r}, which is not {axis}")
 
     @functools.cached_property
     def keys(self) -> list[str]:
@@ -91,6 +113,18 @@ class Plan:
         """Returns a point with each of its seeds, or as it is."""
         repeated = spaces.seeds(self.seeds) if self.seeds else [{}]
         return spaces.product([point], repeated)
+
+    def draw(self, choose: Callable[[str, Dimension], Any]) -> tuple[Point, Any]:
+        """Returns what was drawn, and the point that it means: None, not allowed.
+
+        Args:
+          choose: returns a value for a key and its axis.
+        """
+        drawn: Point = {}
+        for key, axis in (self.space or {}).items():
+            if axis.applies(drawn):
+                drawn[key] = choose(key, axis)
+        return drawn, self.to_config(dict(drawn)) if self.to_config else drawn
 
     @functools.cached_property
     def short(self) -> dict[str, str]:
@@ -140,6 +174,7 @@ def load(path: str | Path, extra: Iterable[str] = ()) -> Plan:
     try:
         if "points" in settings:
             settings["points"] = tuple(settings["points"]())
+        settings["first"] = tuple(settings.get("first", ()))
         fixed = {**settings.pop("fixed", {}), **dict(map(_assignment, extra))}
         return Plan(name=path.stem, fixed=fixed, **settings)
     except Exception as error:
@@ -188,43 +223,72 @@ def fix(plan: Plan, config: ConfigDict) -> tuple[Plan, ConfigDict]:
     return replace(plan, fixed=fixed), override(config, fixed)
 
 
-def configs(base: ConfigDict, plan: Plan) -> dict[str, tuple[Point, ConfigDict]]:
-    """Returns name -> (overrides, config) of every point; checks none.
+def builder(
+    base: ConfigDict, plan: Plan
+) -> Callable[[Point], tuple[Point, ConfigDict]]:
+    """Returns the function from a point to its overrides and its config.
 
     Overrides are of the types that the config has, so 0 and 0.0 are one value.
+
+    Raises (the function):
+      ValueError: the point does not fit the config.
+    """
+    start = functools.cache(functools.partial(_start, base, plan))
+    types = functools.cache(lambda options: dict(_flat(start(options))))
+
+    def build(point: Point) -> tuple[Point, ConfigDict]:
+        if both := sorted(plan.fixed.keys() & point.keys()):
+            raise ValueError(f"{both[0]} is fixed, so it cannot be swept as well")
+        options = point.get(OPTIONS, "")
+        typed = _typed(point, types(options))
+        changes = {key: value for key, value in typed.items() if key != OPTIONS}
+        return typed, override(start(options), changes)
+
+    return build
+
+
+def configs(base: ConfigDict, plan: Plan) -> dict[str, tuple[Point, ConfigDict]]:
+    """Returns name -> (overrides, config) of every point; checks none.
 
     Raises:
       ValueError: a point does not fit the config, or two are the same; the sentence
         names it.
     """
-    start = functools.cache(functools.partial(_start, base, plan))
-    types = functools.cache(lambda options: dict(_flat(start(options))))
-    points: list[Point] = []
+    build, built = builder(base, plan), []
     for index, point in enumerate(plan.points or ()):
         try:
-            points.append(_typed(point, types(point.get(OPTIONS, ""))))
+            built.append(build(point))
         except ValueError as error:
-            raise ValueError(f"point {index} ({point}): {error}") from error
-    spaces.names(points)  # the same one twice is told by its number in the file
-    points = [seeded for point in points for seeded in plan.with_seeds(point)]
-    built = {}
-    for place, (name, point) in enumerate(zip(spaces.names(points), points)):
-        index = place // (plan.seeds or 1)
-        try:
-            changes = {key: value for key, value in point.items() if key != OPTIONS}
-            built[name] = (point, override(start(point.get(OPTIONS, "")), changes))
-        except ValueError as error:
+            name = spaces.name(point, plan.short)
             raise ValueError(f"point {index} ({name}): {error}") from error
-    return built
+    spaces.names([point for point, _ in built])  # two of the file that are the same
+    if plan.seeds:
+        built = [
+            (seeded, override(config, {SEED: seeded[SEED]}))
+            for point, config in built
+            for seeded in plan.with_seeds(point)
+        ]
+    return dict(zip(spaces.names([point for point, _ in built]), built))
 
 
 def corners(base: ConfigDict, plan: Plan) -> Iterator[tuple[str, ConfigDict]]:
-    """Yields (what, config) for both ends, or every choice, of each dimension."""
-    space = plan.space or {}
-    start = override(base, {key: axis.ends()[0] for key, axis in space.items()})
+    """Yields (what, config) for both ends, or every choice, of each dimension.
+
+    Raises:
+      ValueError: one of them does not fit the config.
+    """
+    space, build = plan.space or {}, builder(base, plan)
     for key, axis in space.items():
+        needed = {other: values[0] for other, values in axis.when.items()}
         for value in axis.ends():
-            yield f"{key}={value}", override(start, {key: value})
+            fixed = {**needed, key: value}
+            drawn, point = plan.draw(lambda k, a: fixed.get(k, a.ends()[0]))  # noqa: B023
+            if key not in drawn or point is None:
+                continue
+            try:
+                yield f"{key}={value}", build(point)[1]
+            except ValueError as error:
+                raise ValueError(f"{key}={value}: {error}") from error
 
 
 def command(plan: Plan, point: Point, workdir: str) -> list[str]:
@@ -262,7 +326,7 @@ def _typed(point: Point, types: Mapping[str, Any]) -> Point:
 
 
 def _is_setting(key: str, value: Any) -> bool:
-    if key == "points":
+    if key in ("points", "to_config"):
         return True
     helper = callable(value) or isinstance(value, types.ModuleType)
     return key[0].islower() and not helper

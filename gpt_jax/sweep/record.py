@@ -123,3 +123,42 @@ def open_record(
     now_known = {**old, **new, "trials": trials}
     write(path, now_known)
     return now_known
+
+
+def earlier(plan: Plan, judge: tuple[str, str]) -> list[dict]:
+    """Returns the settings of the sweep that a search starts from, those that fit it.
+
+    Raises:
+      ValueError: there is no such sweep, it was judged by something else, or nothing
+        of it lies in the space.
+    """
+    if not plan.start:
+        return []
+    path = Path(plan.start) / "results.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        rows = found["settings"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"start = {plan.start!r}: {path} does not hold the results of a sweep"
+        ) from error
+    if (found["metric"], found["direction"]) != judge:
+        raise ValueError(
+            f"start = {plan.start!r} is judged by {found['metric']} "
+            f"({found['direction']}), this sweep by {judge[0]} ({judge[1]})"
+        )
+
+    def fits(row: dict) -> bool:
+        point = runs.tuples(row.get("drawn") or row["overrides"])
+        known: dict[str, Any] = {}
+        for key, axis in (plan.space or {}).items():
+            if axis.applies(known):
+                if not axis.holds(point.get(key)):
+                    return False
+                known[key] = point[key]
+        return row["value"] is not None
+
+    rows = [runs.tuples(row) for row in rows if fits(row)]
+    if not rows:
+        raise ValueError(f"start = {plan.start!r}: nothing of it lies in this space")
+    return rows

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from gpt_jax import runs, seeds, signals
 from gpt_jax.sweep import batch, checks, engine
 from gpt_jax.sweep import plan as plans
+from gpt_jax.sweep import space as spaces
 from gpt_jax.sweep.plan import Plan
 from gpt_jax.sweep.space import OPTIONS
 from gpt_jax.sweep.study import ENDED, Setting, Study, Trial
@@ -215,7 +216,13 @@ def results(study: Study, rows: dict[str, Row] | None = None) -> Results:
       rows: those of trials that have ended, by name; new ones are put there.
     """
     plan, best, rows = study.plan, study.best(), {} if rows is None else rows
-    keys = {key: short for key, short in plan.short.items() if key != seeds.SEED}
+    points = (
+        (plan.points or ())
+        if not plan.space
+        else [{**trial.drawn, **trial.overrides} for trial in study.trials.values()]
+    )
+    keys = spaces.short_keys(key for point in points for key in point)
+    keys = {key: short for key, short in keys.items() if key != seeds.SEED}
     found = {}
     for name, trial in study.trials.items():
         found[name] = rows.get(name) or _row(trial, study, keys)
@@ -246,10 +253,12 @@ def _row(trial: Trial, study: Study, keys: Mapping[str, str]) -> Row:
     """Returns what there is to know of a trial.
 
     All trials have all keys: one that a point leaves has its config's value, or None
-    where its config has no such key.
+    where its config has no such key or a search did not draw it.
     """
-    point = {key: trial.overrides.get(key) for key in keys}
-    if absent := [key for key in keys if key not in trial.overrides]:
+    point = {**dict.fromkeys(keys), **trial.drawn, **trial.overrides}
+    point.pop(seeds.SEED, None)
+    absent = [key for key in keys if key not in trial.overrides]
+    if absent and not study.plan.space:
         flat = runs.flat(trial.config)
         point |= {key: runs.tuples(flat[key]) for key in absent if key in flat}
         point |= {OPTIONS: ""} if OPTIONS in absent else {}
@@ -271,6 +280,7 @@ def _row(trial: Trial, study: Study, keys: Mapping[str, str]) -> Row:
         "seed": trial.config.seed,
         "crashes": trial.crashes,
         "overrides": point,
+        **({"drawn": trial.drawn} if trial.drawn != trial.overrides else {}),
     }
 
 
@@ -298,6 +308,7 @@ def _setting(setting: Setting, rows: Mapping[str, Row]) -> Row:
         "steps": sum(row["steps"] for row in own),
         "reason": worst["reason"] if worst["status"] != "done" else "",
         "overrides": own[0]["overrides"],
+        **({"drawn": own[0]["drawn"]} if "drawn" in own[0] else {}),
         "trials": [row["name"] for row in own],
     }
 

@@ -13,6 +13,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from gpt_jax.sweep.space import Dimension, Point
 
 JOURNAL = "optuna.journal"
 ENDED = ("done", "pruned", "diverged", "failed")
+MOST_REFUSED = 1000  # draws in a row that to_config() does not allow
 SCALAR = (str, int, float, bool, type(None))  # what Optuna stores as it is
 
 
@@ -50,6 +52,7 @@ class Trial:
     saved: int = 0
     outcome: dict = field(default_factory=dict)
     draw: int = -1  # of the search that chose its values, where that has its own record
+    drawn: Point = field(default_factory=dict)  # what to_config made the overrides of
 
 
 class Setting(NamedTuple):
@@ -97,6 +100,7 @@ class Study:
         """
         self.plan, self.base, self.out = plan, base, out
         self.judge = (judge[0] or plan.metric, judge[1] or plan.direction)
+        self._build = plans.builder(base, plan)
         self.trials: dict[str, Trial] = {}
         self.counts: Counter[str] = Counter()
         self._retries = retries
@@ -135,6 +139,8 @@ class Study:
                 load_if_exists=True,
             )
             self._restore_draws()
+        if not self._draws.get_trials(deepcopy=False):
+            self._begin_search()
         self._restore()
 
     def left(self) -> int:
@@ -290,9 +296,10 @@ class Study:
         axes = {} if self.plan.seeds else self.plan.space or {}
         template = create(
             state=state.RUNNING,
-            params={key: _written(axis, trial.overrides[key])
-                    for key, axis in axes.items()},
-            distributions={key: self._distribution(axis) for key, axis in axes.items()},
+            params={key: _written(axis, trial.drawn[key])
+                    for key, axis in axes.items() if key in trial.drawn},
+            distributions={key: self._distribution(axis)
+                           for key, axis in axes.items() if key in trial.drawn},
             user_attrs={"name": trial.name, "overrides": trial.overrides},
         )  # fmt: skip
         store = self._study._storage  # Study.add_trial() does not tell the number
@@ -307,27 +314,37 @@ class Study:
         return len(self._of_draw if self.plan.seeds else self.trials)
 
     def _draw(self, check: Callable[[str, ConfigDict], None]) -> None:
-        """Adds the trials whose values the sampler chooses; those that can run wait."""
-        draws = self._draws
-        draws.sampler = self._sampler(len(draws.get_trials(deepcopy=False)))
-        asked = draws.ask(self._distributions())
-        axes = (self.plan.space or {}).items()
-        point = {key: _read(axis, asked.params[key]) for key, axis in axes}
-        if self.plan.seeds:
-            asked.set_user_attr("point", point)
-            trials = self._trials_of(asked.number, point)
+        """Adds the trials whose values the sampler chooses; those that can run wait.
+
+        Raises:
+          ValueError: none of many draws is allowed.
+        """
+        for _ in range(MOST_REFUSED):
+            number = len(self._draws.get_trials(deepcopy=False))
+            self._draws.sampler = self._sampler(number)
+            asked = self._draws.ask()
+            drawn, point = self.plan.draw(partial(_suggest, asked))
+            if point is not None:
+                break
+            asked.set_user_attr("refused", drawn)
+            self._draws.tell(asked.number, state=self._optuna.trial.TrialState.FAIL)
         else:
-            name = f"{asked.number:03d}-{space.name(point, self.plan.short)}"
-            trials = [Trial(name, point, self.base, asked.number, asked._trial_id)]
-            self._attribute(trials[0], "name", name)
-            self._attribute(trials[0], "overrides", point)
-            self._add(trials[0])
+            raise ValueError(
+                f"to_config() allows none of {MOST_REFUSED} draws in a row, the last "
+                f"of which was {drawn}"
+            )
+        asked.set_user_attr("drawn", drawn)
+        asked.set_user_attr("point", point)
+        trials = self._trials_of(asked.number, asked._trial_id, drawn, point)
         for trial in trials:
+            if not self.plan.seeds:
+                self._attribute(trial, "name", trial.name)
+                self._attribute(trial, "overrides", trial.overrides)
             if twin := self._ended.get(seeds.text(trial.overrides)):
                 self._end_unrun(trial, {**twin.outcome, "same_as": twin.name})
                 continue
             try:
-                trial.config = plans.override(self.base, trial.overrides)
+                trial.overrides, trial.config = self._build(trial.overrides)
                 check(trial.name, trial.config)
             except ValueError as error:
                 self._end_unrun(trial, failure(str(error)))
@@ -339,18 +356,22 @@ class Study:
             self._enter(trial)
         self.finish(trial, outcome)
 
-    def _trials_of(self, draw: int, point: Point) -> list[Trial]:
-        """Adds a trial for each seed of a draw, and returns them."""
+    def _trials_of(
+        self, draw: int, id_: int, drawn: Point, point: Point
+    ) -> list[Trial]:
+        """Adds the trial of a draw, or one for each seed, and returns them."""
         found = []
-        for seeded in self.plan.with_seeds(point):
-            name = space.name(seeded, space.short_keys(seeded))
+        for own in self.plan.with_seeds(point):
+            name = f"{draw:03d}-{space.name(own, space.short_keys(own))}"
             config = self.base
             with contextlib.suppress(ValueError):  # it has failed then, and says so
-                config = plans.override(self.base, seeded)
-            found.append(Trial(f"{draw:03d}-{name}", seeded, config, draw=draw))
-        short = space.name(point, self.plan.short)
-        self._names.setdefault(seeds.setting(point), f"{draw:03d}-{short}")
-        self._of_draw[draw] = found
+                own, config = self._build(own)
+            of = {"draw": draw} if self.plan.seeds else {"number": draw, "id": id_}
+            found.append(Trial(name, own, config, drawn=drawn, **of))
+        if self.plan.seeds:
+            self._of_draw[draw] = found
+            short = space.name(point, space.short_keys(point))
+            self._names.setdefault(seeds.setting(point), f"{draw:03d}-{short}")
         for trial in found:
             self._add(trial)
         return found
@@ -373,11 +394,31 @@ class Study:
     def _restore_draws(self) -> None:
         """Adds the trials of the draws that were made before."""
         for found in self._draws.get_trials(deepcopy=False):
-            if "point" in found.user_attrs:
-                self._trials_of(found.number, runs.tuples(found.user_attrs["point"]))
-            elif not found.state.is_finished():  # the sweep died while it asked
-                fail = self._optuna.trial.TrialState.FAIL
+            told = {key: runs.tuples(x) for key, x in found.user_attrs.items()}
+            if "point" in told:
+                self._trials_of(found.number, -1, told["drawn"], told["point"])
+            elif found.state == self._optuna.trial.TrialState.RUNNING:
+                fail = self._optuna.trial.TrialState.FAIL  # it died while it asked
                 self._draws.tell(found.number, state=fail)
+
+    def _begin_search(self) -> None:
+        """Tells the sampler what an earlier sweep found, and what to draw first."""
+        axes = self.plan.space or {}
+        for row in record.earlier(self.plan, self.judge):
+            point = row.get("drawn") or row["overrides"]
+            own = {k: axis for k, axis in axes.items() if point.get(k) is not None}
+            self._draws.add_trial(
+                self._optuna.trial.create_trial(
+                    value=row["value"],
+                    params={k: _written(axis, point[k]) for k, axis in own.items()},
+                    distributions={k: self._distribution(a) for k, a in own.items()},
+                    user_attrs={"from": self.plan.start},
+                )
+            )
+        for drawn in self.plan.first:
+            self._draws.enqueue_trial(
+                {key: _written(axes[key], value) for key, value in drawn.items()}
+            )
 
     def _sampler(self, number: int):
         """Returns the sampler; what trial `number` draws depends on nothing else."""
@@ -399,17 +440,15 @@ class Study:
                 return samplers.GPSampler(seed=seed)
             return samplers.RandomSampler(seed=seed)
 
-    def _distributions(self) -> dict:
-        space = self.plan.space or {}
-        return {key: self._distribution(axis) for key, axis in space.items()}
-
     def _distribution(self, axis: Dimension):
         kinds = self._optuna.distributions
         if axis.kind == "choice":
             return kinds.CategoricalDistribution(_choices(axis))
-        if axis.kind == "int":
-            return kinds.IntDistribution(int(axis.low), int(axis.high), step=axis.step)
-        return kinds.FloatDistribution(axis.low, axis.high, log=axis.kind == "log")
+        if axis.kind in ("int", "logint"):
+            ends, log = (int(axis.low), int(axis.high)), axis.kind == "logint"
+            return kinds.IntDistribution(*ends, log=log, step=int(axis.step))
+        log, step = axis.kind == "log", axis.step if axis.kind == "steps" else None
+        return kinds.FloatDistribution(axis.low, axis.high, log=log, step=step)
 
     # --- what was there before ---
 
@@ -448,10 +487,9 @@ class Study:
             return None
         searched = self.plan.space and not self.plan.seeds
         if searched and name not in self.trials:
-            config, point = self.base, runs.tuples(overrides)
-            with contextlib.suppress(ValueError):  # it has failed then, and says so
-                config = plans.override(self.base, point)
-            self._add(Trial(name, point, config))
+            point = runs.tuples(overrides)
+            drawn = runs.tuples(found.user_attrs.get("drawn", point))
+            self._trials_of(found.number, found._trial_id, drawn, point)
         return self.trials.get(name)
 
 
@@ -459,6 +497,17 @@ def _choices(axis: Dimension) -> list:
     """Returns the choices as Optuna takes them: others than scalars by their number."""
     plain = all(isinstance(value, SCALAR) for value in axis.choices)
     return list(axis.choices if plain else range(len(axis.choices)))
+
+
+def _suggest(asked, key: str, axis: Dimension) -> Any:
+    """Returns the value that a sampler chooses for a key."""
+    if axis.kind == "choice":
+        return _read(axis, asked.suggest_categorical(key, _choices(axis)))
+    if axis.kind in ("int", "logint"):
+        ends, log = (int(axis.low), int(axis.high)), axis.kind == "logint"
+        return asked.suggest_int(key, *ends, log=log, step=int(axis.step))
+    log, step = axis.kind == "log", axis.step if axis.kind == "steps" else None
+    return asked.suggest_float(key, axis.low, axis.high, log=log, step=step)
 
 
 def _written(axis: Dimension, value: Any) -> Any:
