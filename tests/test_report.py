@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from scipy import stats
 
 from configs import common
-from gpt_jax import report, runs, seeds
+from gpt_jax import metrics, report, runs, seeds
 from gpt_jax.report import figures, importance, page
 from gpt_jax.report import results as tables
 from gpt_jax.sweep import run as sweeps
@@ -24,6 +24,7 @@ def trial(name, overrides, value, status="done", step=8, seed=1, **more):
     row = {"name": name, "status": status, "value": value, "at": step, "last": value}
     row |= {"step": step, "tokens": step * 64, "seconds": 1.0, "reason": "steps"}
     row |= {"steps": 8, "seed": seed, "crashes": 0, "overrides": overrides}
+    row |= {"parameters": 1000, "flops": 6e3 * 64 * step, "bytes": 200.0 * step}
     return {**row, **more}
 
 
@@ -49,6 +50,7 @@ def results(trials, keys, best="", **more):
     )
     found = {"sweep": "mine", "config": "configs/quickstart.py:size=tiny"}
     found |= {"fixed": {"steps": 8}, "metric": "val_loss", "direction": "minimize"}
+    found |= {"title": "val_loss"}
     found |= {"pruner": None, "size": len(trials), "keys": keys, "space": {}}
     found |= {"drawn": False, "command": "python -m experiments.train"}
     found["best"] = best or (settings[0]["value"] and settings[0]["name"])
@@ -158,6 +160,20 @@ def test_every_number_of_the_tables_reads_as_a_number(seeded):
         for row in read_csv(out / name):
             for column in row.keys() - words:
                 assert row[column] == "" or math.isfinite(float(row[column]))
+
+
+def test_all_curves_are_one_long_table(seeded):
+    """Oracle: the records."""
+    out, found = seeded
+    report.write(out, found)
+    rows = read_csv(out / "curves.csv")
+    assert list(rows[0]) == ["trial", "setting", "seed", "step", "val_loss"]
+    for told in found["trials"]:
+        own = [row for row in rows if row["trial"] == told["name"]]
+        assert {row["setting"] for row in own} == {told["setting"]}
+        for row, line in zip(own, metrics.read(out / told["name"]), strict=True):
+            value = "" if line["val_loss"] is None else str(line["val_loss"])
+            assert (row["step"], row["val_loss"]) == (str(line["step"]), value)
 
 
 def test_a_trial_that_did_not_end_does_not_look_like_one_that_did(seeded, grid):
@@ -397,6 +413,25 @@ def test_drawn_points_are_never_joined_by_a_line(grid):
     assert figures.interaction(free, tables.axes(free)) is None
     part = {**found, "settings": found["settings"][:3]}  # of six combinations
     assert not lines_of_mode(figures.slices(part, axes))
+
+
+def test_on_the_front_stands_what_nothing_is_as_good_as_for_less():
+    values = {1: 3.0, 2: 2.5, 3: 2.6, 4: 2.0, 5: 2.0}
+    trials = [trial(f"n={n}", {"m.n": n}, x, parameters=n) for n, x in values.items()]
+    found = results(trials, {"m.n": "n"})
+
+    def ahead():
+        rows = figures.front(found, found["settings"], "parameters")
+        return [row["parameters"] for row in rows]
+
+    assert ahead() == [1, 2, 4]
+    figure = figures.tradeoffs(found)
+    assert figure and list(figure.data[1].x) == [1, 2, 4]
+    assert figure.layout.xaxis.title.text == "parameters"
+    found["direction"] = "maximize"
+    assert ahead() == [1]
+    same = [trial(f"n={n}", {"m.n": n}, x) for n, x in values.items()]
+    assert figures.tradeoffs(results(same, {"m.n": "n"})) is None
 
 
 def lines_of_mode(figure):

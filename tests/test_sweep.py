@@ -17,6 +17,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 
 from configs import common
@@ -531,7 +532,13 @@ def test_a_trial_says_how_it_ended_and_leaves_an_ordinary_run(base, tmp_path):
         *("done", 8, alone.numbers["val_loss"]),
     )
     assert said["value"] <= said["last"]
-    assert runs.open(folder, step="latest").step == 8
+    run = runs.open(folder, step="latest")
+    assert run.step == 8
+    # A character of this text is a token and a byte.
+    assert said["bytes_per_token"] == pytest.approx(1, rel=1e-5)
+    count = sum(leaf.size for leaf in jax.tree.leaves(run.params))
+    assert said["parameters"] == count
+    assert said["flops_per_token"] > 6 * count
 
 
 @pytest.mark.fault(25)

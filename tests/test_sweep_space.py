@@ -8,6 +8,7 @@ import pytest
 from gpt_jax import report
 from gpt_jax.sweep import plan, space
 from gpt_jax.sweep import run as sweeps
+from gpt_jax.sweep import study as studies
 from tests.test_sweep import base, drain, make, open_study
 
 __all__ = ["base"]  # a fixture
@@ -104,12 +105,11 @@ def test_a_search_may_choose_options_of_the_config_file(tmp_path):
         assert trial.config.adapter.name == ("lora" if lora else "full")
 
 
-def test_a_space_without_an_allowed_draw_is_told(base, tmp_path):
+def test_a_space_without_an_allowed_draw_is_told(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "MOST_REFUSED", 20)
     chosen = make(space=HEADS, to_config=lambda drawn: None, trials=1)
     study = open_study(chosen, base, tmp_path / "out")
-    with pytest.raises(
-        ValueError, match="allows none of 1000 draws in a row, the last"
-    ):
+    with pytest.raises(ValueError, match="allows none of 20 draws in a row, the last"):
         drain(study)
 
 
@@ -188,3 +188,28 @@ def test_a_search_learns_from_an_earlier_one(base, tmp_path):
     broken = make(space=axes, trials=5, start=str(tmp_path / "x"))
     with pytest.raises(ValueError, match="does not hold the results of a sweep"):
         open_study(broken, base, tmp_path / "broken")
+
+
+def test_points_and_keys_are_called_what_the_file_says(base, tmp_path):
+    points = [
+        {"label": "wide & flat", "model.d_model": 32, "model.n_layers": 1},
+        {"label": "narrow", "model.d_model": 16, "model.n_layers": 2},
+    ]
+    labels = {"model.d_model": "width", "val_loss": "loss (nats)"}
+    chosen = make(space.product(points, space.seeds(2)), labels=labels)
+    study = open_study(chosen, base, tmp_path / "out")
+    assert [*study.trials][::2] == ["wide___flat,seed=1337", "narrow,seed=1337"]
+    drain(study, lambda trial: float(trial.config.model.d_model))
+    found = sweeps.results(study)
+    assert found["best"] == "narrow" and found["title"] == "loss (nats)"
+    assert found["keys"]["model.d_model"] == "width"
+    assert "label" not in found["command"] and "d_model=16" in found["command"]
+    assert report.write(study.out, found) == ""
+    page = (study.out / "report.html").read_text()
+    assert "<th class=number>width</th>" in page
+    assert "best loss (nats) (mean of 2 seeds" in page
+    with pytest.raises(ValueError, match=r"a key of labels 'model.d_mode' .* mean"):
+        make(points, labels={"model.d_mode": "width"})
+    with pytest.raises(ValueError, match=r"narrow.* is the same run as .*wide"):
+        same = [{**point, "model.d_model": 16, "model.n_layers": 1} for point in points]
+        sweeps.check(make(same), base)

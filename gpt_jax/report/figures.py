@@ -16,6 +16,13 @@ from gpt_jax.report import results as tables
 from gpt_jax.report.results import Axis, Band, Results, Row
 
 MOST_CURVES = 200  # more are not told apart; the best ones are drawn
+COSTS = {
+    "parameters": "parameters",
+    "flops": "FLOPs of a run",
+    "tokens": "tokens of a run",
+    "bytes": "bytes of text of a run",
+    "seconds": "seconds of a run",
+}
 MOST_WORDS = 10  # that colours stand for
 BLUE, RED, GREY = "#3B6FB6", "#D1495B", "#B8BEC8"
 INK, FAINT = "#1F2933", "#E6E9EE"
@@ -51,7 +58,7 @@ def curves(out: Path, results: Results, axis: Axis | None):
         word = tables.brief(_of(row, axis)) if axis and has_legend(axis) else ""
         figure.add_scatter(
             x=found.steps,
-            y=found.mean,
+            y=found.mean.tolist(),
             mode="lines+markers" if len(found.steps) == 1 else "lines",
             line={"color": shade, "width": 3.2 if best else 1.6, "dash": dash(row)},
             opacity=1 if best or len(rows) <= 20 else 0.7,
@@ -63,9 +70,9 @@ def curves(out: Path, results: Results, axis: Axis | None):
         )
         named.add("" if best else word)
     if axis and axis.numeric and any(row["value"] is not None for row in rows):
-        figure.add_trace(_colour_bar(results, axis))
+        figure.add_scatter(**colour_bar(results, axis))
     figure.update_xaxes(title="step", range=[0, last_step(rows)])
-    figure.update_yaxes(title=results["metric"], range=curve_range(out, results))
+    figure.update_yaxes(title=results["title"], range=curve_range(out, results))
     figure = dress(figure, height=440)
     # Beside the colours of a number line there is no room.
     place = {} if has_legend(axis) else {"orientation": "h", "x": 0, "y": 1.1}
@@ -118,7 +125,7 @@ def slices(results: Results, axes: list[Axis]):
         apart = 0.16 if across > 1 else 0.06
         figure.update_xaxes(title=title(axis), **_axis(axis, x, apart), **where)
     figure.update_yaxes(range=ends)
-    figure.update_yaxes(title=results["metric"], col=1)
+    figure.update_yaxes(title=results["title"], col=1)
     return dress(figure, height=330 * down + 20)
 
 
@@ -158,8 +165,71 @@ def interaction(results: Results, axes: list[Axis]):
             },
         )
     figure.update_xaxes(title=title(along), **_axis(along, shown, 0.06))
-    figure.update_yaxes(title=results["metric"], range=interesting(results, pad=0.1))
+    figure.update_yaxes(title=results["title"], range=interesting(results, pad=0.1))
     return dress(figure, height=400)
+
+
+def tradeoffs(results: Results):
+    """Returns the result over what a run costs, its Pareto front joined.
+
+    On the front stands what nothing else is as good as for less. A menu chooses the
+    cost; None where no cost differs between settings.
+    """
+    rows = tables.valued(results)
+    known = {key: [row[key] for row in rows] for key in COSTS}
+    differ = [key for key, own in known.items() if all(own) and len(set(own)) > 1]
+    costs = {key: COSTS[key] for key in differ}
+    if not costs:
+        return None
+    figure, first = plotly().Figure(), next(iter(costs))
+    for key in costs:
+        ahead = front(results, rows, key)
+        figure.add_scatter(
+            x=[row[key] for row in rows], y=[row["value"] for row in rows],
+            mode="markers", showlegend=False, visible=key == first,
+            marker={"size": 8, "color": BLUE, "opacity": 0.5},
+            text=[_hover(row, results) for row in rows],
+            hovertemplate="%{text}<br>%{x:.4~g}<extra></extra>",
+        )  # fmt: skip
+        figure.add_scatter(
+            x=[row[key] for row in ahead], y=[row["value"] for row in ahead],
+            mode="lines+markers", showlegend=False, visible=key == first,
+            line={"color": RED, "width": 1.6, "shape": "hv"}, marker={"size": 9},
+            text=[_hover(row, results) for row in ahead],
+            hovertemplate="%{text}<br>%{x:.4~g}<extra></extra>",
+        )  # fmt: skip
+    buttons = [
+        {
+            "label": told,
+            "method": "update",
+            "args": [
+                {"visible": [key == other for other in costs for _ in range(2)]},
+                {"xaxis.title.text": told},
+            ],
+        }
+        for key, told in costs.items()
+    ]
+    figure.update_xaxes(title=costs[first], type="log", dtick="D2", tickformat="~s")
+    figure.update_yaxes(title=results["title"], range=interesting(results, pad=0.1))
+    figure = dress(figure, height=400)
+    menu = {
+        "buttons": buttons,
+        "x": 1,
+        "xanchor": "right",
+        "y": 1.12,
+        "showactive": True,
+    }
+    return figure.update_layout(updatemenus=[menu]) if len(costs) > 1 else figure
+
+
+def front(results: Results, rows: list[Row], cost: str) -> list[Row]:
+    """Returns the settings that none beats for the same cost or less, in order."""
+    sign = 1 if results["direction"] == "minimize" else -1
+    found: list[Row] = []
+    for row in sorted(rows, key=lambda row: (row[cost], sign * row["value"])):
+        if not found or sign * row["value"] < sign * found[-1]["value"]:
+            found.append(row)
+    return found
 
 
 def importances(shares: dict[str, float], axes: list[Axis]):
@@ -188,7 +258,7 @@ def parallel(results: Results, axes: list[Axis]):
     dimensions = [_dimension(axis, rows) for axis in axes]
     low, high = clip(results)
     shown = [min(max(row["value"], low), high) for row in rows]
-    dimensions.append({"label": results["metric"], "values": shown})
+    dimensions.append({"label": results["title"], "values": shown})
     scale = BEST_FIRST if results["direction"] == "minimize" else _reverse(BEST_FIRST)
     figure = plotly().Figure()
     figure.add_parcoords(
@@ -219,7 +289,7 @@ def band_of(out: Path, results: Results, row: Row) -> Band:
 def last_step(rows: list[Row]) -> int:
     """Returns where the axis of the steps ends."""
     sound = [row for row in rows if row["status"] not in ("diverged", "failed")]
-    return max((row["steps"] // row["seeds"] for row in sound or rows), default=1)
+    return max((row["steps"] for row in sound or rows), default=1)
 
 
 def best_label(row: Row, word: str) -> str:
@@ -383,6 +453,35 @@ def area(found: Band, colour: str) -> dict[str, Any]:
     }
 
 
+def colour_bar(results: Results, axis: Axis) -> dict[str, Any]:
+    """Returns a trace of no points that shows which colour is which value."""
+    write = math.log10 if axis.log else float
+    shown = [_of(row, axis) for row in tables.valued(results)]
+    low, span = write(min(shown)), (write(max(shown)) - write(min(shown))) or 1.0
+    at = tables.ticks(axis, shown, apart=0.07)
+    return {
+        "x": [None],
+        "y": [None],
+        "mode": "markers",
+        "showlegend": False,
+        "hoverinfo": "skip",
+        "marker": {
+            "colorscale": SHADES,
+            "cmin": 0,
+            "cmax": 1,
+            "color": [0],
+            "colorbar": {
+                "title": {"text": title(axis), "side": "top"},
+                "tickvals": [(write(value) - low) / span for value in at],
+                "ticktext": [tables.brief(value) for value in at],
+                "thickness": 12,
+                "outlinewidth": 0,
+                "len": 0.9,
+            },
+        },
+    }
+
+
 def dress(figure, *, height: int):
     """Gives a figure the look that all share; returns it."""
     figure.update_layout(
@@ -437,34 +536,6 @@ def _crosses() -> dict[str, Any]:
 
 def _hover(row: Row, results: Results) -> str:
     return f"<b>{row['name']}</b><br>{row['value']:.4f} {tables.of_seeds(row)}"
-
-
-def _colour_bar(results: Results, axis: Axis):
-    write = math.log10 if axis.log else float
-    shown = [_of(row, axis) for row in tables.valued(results)]
-    low, span = write(min(shown)), (write(max(shown)) - write(min(shown))) or 1.0
-    at = tables.ticks(axis, shown, apart=0.07)
-    return plotly().Scatter(
-        x=[None],
-        y=[None],
-        mode="markers",
-        showlegend=False,
-        hoverinfo="skip",
-        marker={
-            "colorscale": SHADES,
-            "cmin": 0,
-            "cmax": 1,
-            "color": [0],
-            "colorbar": {
-                "title": {"text": title(axis), "side": "right"},
-                "tickvals": [(write(value) - low) / span for value in at],
-                "ticktext": [tables.brief(value) for value in at],
-                "thickness": 12,
-                "outlinewidth": 0,
-                "len": 0.9,
-            },
-        },
-    )
 
 
 def _axis(axis: Axis, shown: list, apart: float) -> dict[str, Any]:

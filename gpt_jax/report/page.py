@@ -3,12 +3,14 @@
 import html
 import importlib
 import importlib.util
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from gpt_jax.report import figures, pictures
+from gpt_jax.report import explore, figures, pictures
 from gpt_jax.report import results as tables
 from gpt_jax.report.importance import importance
 from gpt_jax.report.results import Axis, Results, Row
@@ -39,6 +41,11 @@ pre span { display:inline-block }
 button { border:1px solid var(--line); background:#fff; border-radius:8px;
   padding:8px 14px; font:inherit; cursor:pointer }
 button:hover { border-color:var(--blue); color:var(--blue) }
+.controls { display:flex; flex-wrap:wrap; gap:8px 18px; margin:10px 0 2px;
+  font-size:13px; color:var(--soft); align-items:center }
+.controls label { display:flex; gap:6px; align-items:center }
+.controls select,.controls input { font:inherit; color:var(--ink);
+  accent-color:var(--blue) }
 .scroll { overflow-x:auto } table { border-collapse:collapse; width:100% }
 th,td { text-align:left; padding:6px 12px 6px 0; border-bottom:1px solid var(--line);
   white-space:nowrap; font-variant-numeric:tabular-nums }
@@ -76,6 +83,8 @@ for (const table of document.querySelectorAll("table.sorts"))
   });
 """
 
+SIZES = {"parameters": "parameters", "tokens": "tokens", "flops": "FLOPs"}
+POWERS = ("", "K", "M", "G", "T", "P", "E")
 MOST_ROWS = 2000  # of the table; results.csv has all
 
 
@@ -89,6 +98,7 @@ def write(out: Path, results: Results) -> str:
     shares = importance(results, axes)
     axes.sort(key=lambda axis: -shares.get(axis.key, 0.0))
     tables.tables(out, results)
+    tables.curves(out, results)
     pictures.write(out, results, axes)
     if missing := needs():
         return missing
@@ -120,7 +130,10 @@ def sections(
             "grey ones diverged or failed. Drag to zoom, double-click to go back."
         )
         drawn = figures.curves(out, results, axes[0] if axes else None)
-        parts.append(section("Curves", text, drawn))
+        data = explore.numbers(out, results, axes)
+        above = explore.controls(results, axes, data)
+        parts.append(section("Curves", text, drawn, name="curves", above=above))
+        parts.append(explore.script(data))
     if axes and len(tables.valued(results)) >= 2:
         parts += _comparisons(results, axes, shares)
     parts.append(_table(results))
@@ -131,7 +144,7 @@ def _comparisons(
     results: Results, axes: list[Axis], shares: dict[str, float]
 ) -> list[str]:
     """Returns the figures that need several finished settings."""
-    metric, parts = results["metric"], []
+    metric, parts = results["title"], []
     if (lines := figures.interaction(results, axes)) is not None:
         text = "A star marks the best of a line; other keys are at their best."
         parts.append(section("Where the optimum lies", text, lines))
@@ -144,6 +157,9 @@ def _comparisons(
     if tables.has_seeds(results):
         text += " A point is the mean of a setting's seeds, its bar the 95 % interval."
     parts.append(section("Slices", text, figures.slices(results, axes)))
+    if (costs := figures.tradeoffs(results)) is not None:
+        text = "The line is the Pareto front: what nothing is as good as for less."
+        parts.append(section("What it costs", text, costs))
     if len(axes) > 1 and shares:
         text = (
             "How much of the differences in rank between settings a key explains, less "
@@ -158,15 +174,18 @@ def _comparisons(
     return parts
 
 
-def section(title: str, text: str, figure: Any) -> str:
-    """Returns a titled figure."""
+def section(
+    title: str, text: str, figure: Any, name: str | None = None, above: str = ""
+) -> str:
+    """Returns a titled figure, with a name for scripts and what stands above it."""
     drawn = figure.to_html(
         include_plotlyjs=False,
         full_html=False,
+        div_id=name,
         config={"displayModeBar": False, "responsive": True},
     )
     words = f"<h2>{html.escape(title)}</h2><p class=soft>{html.escape(text)}</p>"
-    return f"<section>{words}{drawn}</section>"
+    return f"<section>{words}{above}{drawn}</section>"
 
 
 def save(path: Path, title: str, body: str) -> None:
@@ -200,7 +219,7 @@ def _cards(results: Results) -> str:
     cards = []
     if best:
         sure = f" {tables.of_seeds(best)}" if best["low"] is not None else ""
-        cards += [("best", f"{best['value']:.4f}", f"best {results['metric']}{sure}")]
+        cards += [("best", f"{best['value']:.4f}", f"best {results['title']}{sure}")]
         for key, short in list(results["keys"].items())[:2]:
             cards.append(("", tables.brief(tables.at(best, key)), f"its {short}"))
     ended = [row for row in trials if row["status"] not in ("running", "waiting")]
@@ -239,9 +258,11 @@ def _command(results: Results) -> str:
 
 def _table(results: Results) -> str:
     keys, seeded = results["keys"], tables.has_seeds(results)
-    heads = ["status", *keys.values(), results["metric"]]
+    heads = ["status", *keys.values(), results["title"]]
     heads += ["95 % interval", "seeds"] if seeded else []
-    heads += ["best at", "trained steps", "time", "run"]
+    sizes = {key: told for key, told in SIZES.items()
+             if len({row[key] for row in results["settings"]}) > 1}  # fmt: skip
+    heads += ["best at", "steps run", *sizes.values(), "time", "run"]
     told = any(row["reason"] for row in results["settings"])
     heads += ["why"] if told else []
     words = ("status", "why")
@@ -256,14 +277,19 @@ def _table(results: Results) -> str:
         cells += [_cell(row["value"], "{:.4f}")]
         if seeded:
             cells += [_interval(row), _cell(f"{row['n']} of {row['seeds']}")]
-        cells += [_cell(row["at"], "{:,}"), _cell(row["step"], "{:,}")]
+        cells += [_cell(row["at"], "{:,}"), _cell(row["step"], "{:,.0f}")]
+        cells += [_amount(row[key]) for key in sizes]
         cells += [f"<td class=number data-value={row['seconds']:.1f}>"
                   f"{_time(row['seconds'])}</td>", _links(row)]  # fmt: skip
         if told:
             cells += [f"<td class=why>{html.escape(row['reason'])}</td>"]
         kind = "best" if row["name"] == results["best"] else f"of-{row['status']}"
         title = html.escape(row["name"], quote=True)
-        lines.append(f'<tr class="{kind}" title="{title}">{"".join(cells)}</tr>')
+        text = html.escape(_words(row, keys), quote=True)
+        lines.append(
+            f'<tr class="{kind}" title="{title}" data-text="{text}">'
+            f"{''.join(cells)}</tr>"
+        )
     more = len(results["settings"]) - MOST_ROWS
     rest = f" {more:,} more are in results.csv." if more > 0 else ""
     what = "A row is a setting, the mean over its seeds. " if seeded else ""
@@ -272,6 +298,12 @@ def _table(results: Results) -> str:
         f"sort.{rest}</p><div class=scroll><table class=sorts><thead><tr>{head}</tr>"
         f"</thead><tbody>{''.join(lines)}</tbody></table></div></section>"
     )
+
+
+def _words(row: Row, keys: Mapping[str, str]) -> str:
+    """Returns what the filter of the page looks for a word in."""
+    values = [tables.brief(tables.at(row, key)) for key in keys]
+    return " ".join([row["name"], *values]).lower()
 
 
 def _interval(row: Row) -> str:
@@ -289,6 +321,15 @@ def _links(row: Row) -> str:
         for text, name in enumerate(row["trials"], start=1)
     ]
     return f"<td class=number>{' '.join(linked)}</td>"
+
+
+def _amount(value: float | None) -> str:
+    """Returns the cell of a large number: 786 K, 4.83 G."""
+    if value is None:
+        return _cell(None)
+    power = min(max(0, math.floor(math.log10(max(value, 1)) / 3)), len(POWERS) - 1)
+    text = f"{value / 1000**power:.3g} {POWERS[power]}".rstrip()
+    return f"<td class=number data-value={value}>{text}</td>"
 
 
 def _cell(value: Any, form: str = "") -> str:

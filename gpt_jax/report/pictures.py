@@ -76,7 +76,7 @@ def _curves(out: Path, results: Results, axis: Axis | None):
     panel.set_xlim(0, figures.last_step(rows))
     panel.set_title(f"Sweep {results['sweep']}", fontweight="bold")
     panel.set_xlabel("step")
-    panel.set_ylabel(results["metric"])
+    panel.set_ylabel(results["title"])
     dress(panel)
     if axis and axis.numeric and tables.valued(results):
         _colour_bar(figure, panel, results, axis)
@@ -115,7 +115,7 @@ def _slices(results: Results, axes: list[Axis]):
         _slice(panel, results, axis, tables.crossed(results, *axes))
     grid[0, 0].set_ylim(*figures.interesting(results, pad=0.12))
     for row_of_panels in grid:
-        row_of_panels[0].set_ylabel(results["metric"])
+        row_of_panels[0].set_ylabel(results["title"])
     return figure
 
 

@@ -1,4 +1,4 @@
-"""A sweep's results as rows, axes and curves; results.csv, trials.csv, results.json.
+"""A sweep's results as rows, axes and curves; its CSV files and results.json.
 
 A row is a setting: trials that differ in the seed alone. What a setting's row has is
 told in `sweep.run._setting`.
@@ -29,18 +29,24 @@ OF_SETTINGS = {
     "n": "n",
     "seeds": "seeds",
     "at_step": "at",
-    "trained_steps": "step",
-    "trained_tokens": "tokens",
-    "trained_seconds": "seconds",
+    "parameters": "parameters",
+    "run_steps": "step",
+    "run_tokens": "tokens",
+    "run_bytes": "bytes",
+    "run_flops": "flops",
+    "run_seconds": "seconds",
     "reason": "reason",
 }
 OF_TRIALS = {
     "value": "value",
     "at_step": "at",
     "last": "last",
-    "trained_steps": "step",
-    "trained_tokens": "tokens",
-    "trained_seconds": "seconds",
+    "parameters": "parameters",
+    "run_steps": "step",
+    "run_tokens": "tokens",
+    "run_bytes": "bytes",
+    "run_flops": "flops",
+    "run_seconds": "seconds",
     "crashes": "crashes",
     "reason": "reason",
 }
@@ -107,6 +113,21 @@ def tables(out: Path, results: Results) -> None:
     _write(out / "results.json", json.dumps(results, indent=1) + "\n")
 
 
+def curves(out: Path, results: Results) -> None:
+    """Writes curves.csv: a row for each line of each trial's record."""
+    rows = [
+        [trial["name"], trial["setting"], trial["seed"], line]
+        for trial in results["trials"]
+        for line in record(out / trial["name"])
+    ]
+    names = dict.fromkeys(name for *_, line in rows for name in line)
+    lines = [
+        [*told, *("" if line.get(name) is None else line[name] for name in names)]
+        for *told, line in rows
+    ]
+    _write_csv(out / "curves.csv", ["trial", "setting", "seed", *names], lines)
+
+
 def summary(results: Results) -> str:
     """Returns the sentence that a sweep ends with."""
     count = [(s, sum(r["status"] == s for r in results["trials"])) for s in STATUSES]
@@ -169,14 +190,18 @@ def valued(results: Results) -> list[Row]:
 # --- curves ---------------------------------------------------------------------------
 
 
+def record(folder: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a run's record; none where there is no sound one."""
+    try:
+        return metrics.read(folder)
+    except (FileNotFoundError, ValueError):
+        return []
+
+
 def curve(folder: Path, metric: str) -> Curve:
     """Returns a run's evaluations of a metric; empty where it has none."""
-    try:
-        rows = metrics.read(folder)
-    except (FileNotFoundError, ValueError):
-        return Curve([], [])
-    points = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
-    return Curve([step for step, _ in points], [value for _, value in points])
+    rows = [row for row in record(folder) if row.get(metric) is not None]
+    return Curve([row["step"] for row in rows], [row[metric] for row in rows])
 
 
 def band(curves: Iterable[Curve]) -> Band:

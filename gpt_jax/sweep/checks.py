@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from gpt_jax import adapters, evaluate, model, names, runs, seeds, tasks, train
 from gpt_jax.sweep.plan import Plan
-from gpt_jax.sweep.space import OPTIONS
+from gpt_jax.sweep.space import LABEL, OPTIONS
 
 NOWHERE = Path("no-such-run")  # a trial has no folder yet
 # What a run records beside the means of its losses (metrics.Writer).
@@ -50,7 +50,7 @@ def all_differ(configs: Iterable[tuple[str, ConfigDict]], plan: Plan) -> None:
       ValueError: the first two, by what they are called.
     """
     where = re.compile("|".join(runs.WHERE))
-    swept = [key for key in plan.keys if not where.fullmatch(key)]
+    swept = [key for key in plan.keys if key != LABEL and not where.fullmatch(key)]
     seen: dict[str, str] = {}
     for what, config in configs:
         if OPTIONS in plan.keys:  # they may change any key

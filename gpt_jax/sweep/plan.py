@@ -6,7 +6,7 @@ import json
 import runpy
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from gpt_jax import names
 from gpt_jax.seeds import SEED
 from gpt_jax.sweep import space as spaces
-from gpt_jax.sweep.space import OPTIONS, Dimension, Drawn, Point, Pruner
+from gpt_jax.sweep.space import LABEL, OPTIONS, Dimension, Drawn, Point, Pruner
 
 SAMPLERS = ("tpe", "random", "qmc", "cmaes", "gp")
 DIRECTIONS = ("minimize", "maximize")
@@ -30,7 +30,9 @@ class Plan:
       config: the config file and its options, as --config takes it.
       fixed: overrides that all trials share.
       points: the overrides of every trial; None when a search space is given. Under
-        the key "config" a point may have further options of the config file.
+        the key "config" a point may have further options of the config file, under
+        "label" what it is called.
+      labels: what keys, and the metric, are called in the report.
       space: what is searched.
       to_config: turns what was drawn, whose keys may be any words then, into a point:
         steps from tokens and batch size, keys that are tied, options of the config
@@ -51,6 +53,7 @@ class Plan:
     fixed: Point
     points: tuple[Point, ...] | None = None
     space: Mapping[str, Dimension] | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
     to_config: Callable[[Point], Point | None] | None = None
     first: tuple[Point, ...] = ()
     start: str = ""
@@ -74,6 +77,8 @@ class Plan:
                 f"the sweep {self.name} searches a space: say how long, trials = 20"
             )
         self._check_search()
+        for key in () if self.to_config else self.labels:  # whose keys any words are
+            names.choose("a key of labels", key, [*self.keys, self.metric])
         if self.seeds < 0:
             raise ValueError(f"seeds is {self.seeds}: it must not be negative")
         if self.seeds and SEED in self.fixed.keys() | set(self.keys):
@@ -241,7 +246,7 @@ def builder(
             raise ValueError(f"{both[0]} is fixed, so it cannot be swept as well")
         options = point.get(OPTIONS, "")
         typed = _typed(point, types(options))
-        changes = {key: value for key, value in typed.items() if key != OPTIONS}
+        changes = {k: x for k, x in typed.items() if k not in (OPTIONS, LABEL)}
         return typed, override(start(options), changes)
 
     return build
@@ -293,7 +298,7 @@ def corners(base: ConfigDict, plan: Plan) -> Iterator[tuple[str, ConfigDict]]:
 
 def command(plan: Plan, point: Point, workdir: str) -> list[str]:
     """Returns the words of the command that trains a point alone."""
-    changes = {**plan.fixed, **point}
+    changes = {**plan.fixed, **{k: x for k, x in point.items() if k != LABEL}}
     file = with_options(plan.config, changes.pop(OPTIONS, ""))
     words = ["python", "-m", "experiments.train", f"--config={file}"]
     words += [f"--config.{key}={value}" for key, value in changes.items()]

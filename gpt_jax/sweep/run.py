@@ -5,7 +5,7 @@ import math
 import shlex
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ Results = dict[str, Any]
 Row = dict[str, Any]
 
 SHARE = 0.02  # of the time that tables may take while trials run
+TOOK = ("step", "tokens", "seconds", "flops", "bytes")
 WORST = ("failed", "diverged", "pruned", "running", "waiting", "done")
 
 
@@ -222,7 +223,8 @@ def results(study: Study, rows: dict[str, Row] | None = None) -> Results:
         else [{**trial.drawn, **trial.overrides} for trial in study.trials.values()]
     )
     keys = spaces.short_keys(key for point in points for key in point)
-    keys = {key: short for key, short in keys.items() if key != seeds.SEED}
+    keys = {key: plan.labels.get(key, short) for key, short in keys.items()}
+    keys.pop(seeds.SEED, None)
     found = {}
     for name, trial in study.trials.items():
         found[name] = rows.get(name) or _row(trial, study, keys)
@@ -237,6 +239,7 @@ def results(study: Study, rows: dict[str, Row] | None = None) -> Results:
         "fixed": dict(plan.fixed),
         "metric": study.judge[0],
         "direction": study.judge[1],
+        "title": plan.labels.get(study.judge[0], study.judge[0]),
         "pruner": plan.pruner,
         "size": plan.size,
         "keys": keys,
@@ -263,9 +266,12 @@ def _row(trial: Trial, study: Study, keys: Mapping[str, str]) -> Row:
         point |= {key: runs.tuples(flat[key]) for key in absent if key in flat}
         point |= {OPTIONS: ""} if OPTIONS in absent else {}
     told = {"value": None, "at": None, "last": None, "step": 0, "tokens": 0}
-    told |= {"seconds": 0.0, "reason": ""}
+    told |= {"seconds": 0.0, "reason": "", "parameters": None}
     outcome = study.measured(trial)
     told |= {key: outcome[key] for key in told if key in outcome}
+    for name in ("flops", "bytes"):
+        per_token = outcome.get(f"{name}_per_token")
+        told[name] = per_token and per_token * told["tokens"]
     if twin := outcome.get("same_as"):  # it was not trained again
         nothing = {"step": 0, "tokens": 0, "seconds": 0.0}
         told |= {**nothing, "reason": f"the same as {twin}"}
@@ -284,12 +290,18 @@ def _row(trial: Trial, study: Study, keys: Mapping[str, str]) -> Row:
     }
 
 
+def _average(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    mean = statistics.fmean(known) if known else None
+    return int(mean) if mean is not None and mean.is_integer() else mean
+
+
 def _setting(setting: Setting, rows: Mapping[str, Row]) -> Row:
     """Returns what there is to know of a setting; `status` is the worst of its seeds.
 
     `value`, `error`, `low` and `high` are of the mean over the `n` seeds that are done,
-    `last` is the mean of all last evaluations; step, tokens and seconds are those of
-    all its seeds together.
+    `last` is the mean of all last evaluations; step, tokens, seconds, flops and bytes
+    are what one of its runs took, on average.
     """
     own = [rows[trial.name] for trial in setting.trials]
     worst = min(own, key=lambda row: WORST.index(row["status"]))
@@ -304,8 +316,9 @@ def _setting(setting: Setting, rows: Mapping[str, Row]) -> Row:
         "seeds": len(own),
         "at": round(statistics.median(at)) if at else None,
         "last": statistics.fmean(last) if last else None,
-        **{key: sum(row[key] for row in own) for key in ("step", "tokens", "seconds")},
-        "steps": sum(row["steps"] for row in own),
+        "parameters": own[0]["parameters"],
+        **{key: _average(row[key] for row in own) for key in TOOK},
+        "steps": max(row["steps"] for row in own),
         "reason": worst["reason"] if worst["status"] != "done" else "",
         "overrides": own[0]["overrides"],
         **({"drawn": own[0]["drawn"]} if "drawn" in own[0] else {}),

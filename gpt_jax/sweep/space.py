@@ -4,6 +4,9 @@ A point is a dict of dotted config keys: {"hyper.lr": 1e-3, "model.d_model": 128
 A combinator returns a list of points; combinators nest:
 
     product(grid({"hyper.lr": (1e-3, 3e-3)}), seeds(3))     # 6 points
+
+Two keys of a point are not the config's: "config" holds further options of the config
+file, "label" says what the point is called.
 """
 
 import hashlib
@@ -55,9 +58,10 @@ def product(*lists: Iterable[Point]) -> list[Point]:
         drawn = any(isinstance(part, Drawn) for part in parts)
         point: Point = Drawn() if drawn else {}
         for part in parts:
-            if twice := sorted(point.keys() & part.keys()):
+            if twice := sorted((point.keys() & part.keys()) - {LABEL}):
                 raise ValueError(f"product() is given {twice[0]} twice")
-            point |= part
+            both = [one[LABEL] for one in (point, part) if LABEL in one]
+            point |= {**part, **({LABEL: ", ".join(both)} if both else {})}
         points.append(point)
     return points
 
@@ -265,6 +269,7 @@ def _pruner(name: str, **numbers: int) -> Pruner:
 # --- names ----------------------------------------------------------------------------
 
 OPTIONS = "config"  # the key of a point that holds options of the config file
+LABEL = "label"  # and the one that says what the point is called
 LONGEST = 100  # characters in a trial's name, which is a folder
 
 
@@ -294,9 +299,11 @@ def name(
 ) -> str:
     """Returns a point as a folder's name: lr=0.001,d_model=128."""
     write = write or _brief
+    if LABEL in point:
+        point = {key: x for key, x in point.items() if key in (LABEL, repetitions.SEED)}
     parts = [
         _clean(value, "=,")
-        if key == OPTIONS
+        if key in (OPTIONS, LABEL)
         else f"{short[key]}={_clean(write(value))}"
         for key, value in point.items()
     ]

@@ -30,7 +30,7 @@ from gpt_jax.sweep.space import Dimension, Point
 
 JOURNAL = "optuna.journal"
 ENDED = ("done", "pruned", "diverged", "failed")
-MOST_REFUSED = 1000  # draws in a row that to_config() does not allow
+MOST_REFUSED = 200  # draws in a row that to_config() does not allow
 SCALAR = (str, int, float, bool, type(None))  # what Optuna stores as it is
 
 
@@ -319,6 +319,7 @@ class Study:
         Raises:
           ValueError: none of many draws is allowed.
         """
+        drawn: Point = {}
         for _ in range(MOST_REFUSED):
             number = len(self._draws.get_trials(deepcopy=False))
             self._draws.sampler = self._sampler(number)
@@ -366,8 +367,12 @@ class Study:
             config = self.base
             with contextlib.suppress(ValueError):  # it has failed then, and says so
                 own, config = self._build(own)
-            of = {"draw": draw} if self.plan.seeds else {"number": draw, "id": id_}
-            found.append(Trial(name, own, config, drawn=drawn, **of))
+            trial = Trial(name, own, config, drawn=drawn)
+            if self.plan.seeds:
+                trial.draw = draw
+            else:
+                trial.number, trial.id = draw, id_
+            found.append(trial)
         if self.plan.seeds:
             self._of_draw[draw] = found
             short = space.name(point, space.short_keys(point))

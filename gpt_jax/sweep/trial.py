@@ -1,5 +1,6 @@
 """What the process of one trial does: train, report, and write down how it ended."""
 
+import json
 import math
 import time
 import traceback
@@ -7,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpt_jax import runs, train
+from gpt_jax import metrics, model, runs, tokenizers, train
 from gpt_jax.sweep import record
 from gpt_jax.sweep import storage as storages
 
@@ -63,7 +64,43 @@ def outcome(
         status = "failed"
         more |= {"no_metric": True, "final": True}
         reason = f"the metric {metric!r} never appeared; the record has {names}"
-    return {"status": status, "reason": reason, **found, **more}
+    return {"status": status, "reason": reason, **found, **size(folder), **more}
+
+
+def size(folder: Path) -> dict[str, float]:
+    """Returns what a run's numbers of tokens mean, where it became a run.
+
+    Returns:
+      "parameters"; "flops_per_token" of training; "bytes_per_token" of the validation
+      text, where its loss is per token.
+    """
+    if not all((folder / name).is_file() for name in ("config.json", "tokenizer.json")):
+        return {}
+    config, classes = runs.read_config(folder), runs.read_classes(folder)
+    length = config.data.seq_len or config.model.context_length
+    what = (json.dumps(config.model.to_dict()), classes, length)
+    text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    if (key := (*what, text)) not in _sizes:  # the same for most trials of a sweep
+        tokenizer = tokenizers.load(folder / "tokenizer.json")
+        cfg = runs.model_config(config, tokenizer, classes)
+        parameters = model.count(cfg)
+        flops = metrics.flops_per_token(
+            parameters,
+            n_layers=cfg.n_layers,
+            n_heads=cfg.n_heads,
+            head_dim=cfg.head_dim,
+            seq_len=length,
+        )
+        _sizes[key] = {"parameters": parameters, "flops_per_token": flops}
+    rows = metrics.read(folder) if (folder / metrics.FILE).is_file() else []
+    for row in rows:
+        if row.get("val_loss") and row.get("val_bpb"):
+            bits = row["val_loss"] / math.log(2)
+            return {**_sizes[key], "bytes_per_token": bits / row["val_bpb"]}
+    return dict(_sizes[key])
+
+
+_sizes: dict[tuple, dict[str, float]] = {}
 
 
 def line(name: str, metric: str, outcome: dict) -> str:
