@@ -26,7 +26,9 @@ OUT = flags.DEFINE_string("out", "runs/compare", "Folder to write to.")
 METRIC = flags.DEFINE_string(
     "metric", "", "A name in metrics.jsonl (default: the sweep's, or val_loss)."
 )
-AT = flags.DEFINE_enum("at", "best", ["best", "last"], "Which evaluation counts.")
+AT = flags.DEFINE_string(
+    "at", "", "Which evaluation counts: best, last, 'last 3' (default: the sweep's)."
+)
 DIRECTION = flags.DEFINE_enum(
     "direction", None, ["minimize", "maximize"], "Better is (default: minimize)."
 )

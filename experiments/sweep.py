@@ -74,6 +74,9 @@ METRIC = flags.DEFINE_string(
 DIRECTION = flags.DEFINE_enum(
     "direction", None, ["minimize", "maximize"], "Which of --metric is better."
 )
+AT = flags.DEFINE_string(
+    "at", "", "Which evaluation they count: best, last, or the mean of the 'last 3'."
+)
 RERUN_FAILED = flags.DEFINE_bool("rerun_failed", False, "Run failed trials once more.")
 
 
@@ -97,10 +100,15 @@ def main(_: list[str]) -> int:
     from gpt_jax import report
     from gpt_jax.sweep import run
 
+    asked = {"metric": METRIC.value, "direction": DIRECTION.value, "at": AT.value}
+    asked = {key: value for key, value in asked.items() if value}
+    criterion = plan.criterion._replace(**asked)
+    criterion.check()
+
     if ENGINE.value == "process":  # accelerators are for the trials
         jax.config.update("jax_platforms", "cpu")
     if DRY_RUN.value:
-        run.check(plan, base, METRIC.value)
+        run.check(plan, base, criterion)
         for line in run.listing(plan, base):
             print(line)
         return 0
@@ -108,7 +116,7 @@ def main(_: list[str]) -> int:
         "storage": STORAGE.value,
         "retries": RETRIES.value,
         "rerun_failed": RERUN_FAILED.value,
-        "judge": (METRIC.value, DIRECTION.value or plan.direction),
+        "criterion": criterion,
         "changed": lambda results: report.tables(out, results),
     }
     if ENGINE.value == "vmap":

@@ -231,6 +231,9 @@ def test_the_last_evaluation_may_count_instead_of_the_best(tmp_path):
     value = lambda **more: compare.compare([folder], **more).settings[0].mean.value  # noqa: E731
     assert value() == 2.0
     assert value(at="last") == 3.0
+    assert value(at="last 2") == 2.5
+    with pytest.raises(ValueError, match=r"has \d evaluations of val_loss, not the 40"):
+        value(at="last 40")
     assert value(direction="maximize") == 10.0
 
 

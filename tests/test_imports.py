@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     "names files screen devices memory",
     "model attention tokenizers chat corpora data losses adapters optimizer sharding "
-    "programs processes checkpoint metrics seeds signals",
+    "programs processes checkpoint metrics seeds signals criterion",
     "prepare instructions sample runs plots tables classify pretrained",
     "tasks evaluate",
     "step train",

@@ -12,7 +12,7 @@ from scipy import stats
 
 from configs import common
 from gpt_jax import metrics, report, runs, seeds
-from gpt_jax.report import figures, importance, page
+from gpt_jax.report import figures, importance, page, pictures
 from gpt_jax.report import results as tables
 from gpt_jax.sweep import run as sweeps
 from gpt_jax.sweep.study import Setting, Trial
@@ -50,6 +50,7 @@ def results(trials, keys, best="", **more):
     )
     found = {"sweep": "mine", "config": "configs/quickstart.py:size=tiny"}
     found |= {"fixed": {"steps": 8}, "metric": "val_loss", "direction": "minimize"}
+    found |= {"at": "best"}
     found |= {"title": "val_loss"}
     found |= {"pruner": None, "size": len(trials), "keys": keys, "space": {}}
     found |= {"drawn": False, "command": "python -m experiments.train"}
@@ -400,6 +401,9 @@ def test_words_as_colours_have_a_legend_and_none_is_the_red_of_the_best(tmp_path
 def test_forty_lines_look_different():
     assert len({figures.style(number) for number in range(40)}) == 40
     assert figures.RED not in figures.PALETTE
+    dashes = {figures.style(number)[1] for number in range(40)}
+    assert "dot" not in dashes  # which stands for what was stopped early
+    assert dashes <= pictures.LINES.keys()
 
 
 def test_drawn_points_are_never_joined_by_a_line(grid):

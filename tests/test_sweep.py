@@ -331,6 +331,13 @@ def test_the_metrics_of_a_run_are_known_before_it_trains(base, tmp_path):
     assert told == {name for row in rows for name in row} - {"step"}
 
 
+def test_a_mean_of_evaluations_needs_as_many(base):
+    """8 steps, evaluated every 2."""
+    sweeps.check(make([{}], at="last 4"), base)
+    with pytest.raises(ValueError, match=r"'last 5', but a run of 8 steps .* has 4 ev"):
+        sweeps.check(make([{}], at="last 5"), base)
+
+
 def test_two_points_that_are_one_run_are_refused(base):
     default = base.hyper.weight_decay
     points = [{"seed": 1}, {"seed": 1, "hyper.weight_decay": default}]
@@ -517,8 +524,7 @@ def order(config, folder, **more):
     return {
         "folder": str(folder),
         "config": json.loads(json.dumps(config.to_dict())),
-        "metric": "val_loss",
-        "direction": "minimize",
+        "criterion": ("val_loss", "minimize", "best"),
         **more,
     }
 
@@ -557,7 +563,9 @@ def test_a_trial_that_cannot_go_on_says_why(base, tmp_path, change, status, reas
 
 
 def test_a_metric_that_never_appears_is_told_with_those_that_do(base, tmp_path):
-    trial.run({**order(base, tmp_path / "trial"), "metric": "val_accuracy"})
+    trial.run(
+        order(base, tmp_path / "trial", criterion=("val_accuracy", "maximize", "best"))
+    )
     said = record.read_outcome(tmp_path / "trial")
     assert said["status"] == "failed" and said["no_metric"]
     assert "'val_accuracy' never appeared" in said["reason"]

@@ -13,6 +13,7 @@ import pytest
 
 from experiments import sweep as door
 from gpt_jax import report
+from gpt_jax.criterion import Criterion
 from gpt_jax.report import compare
 from gpt_jax.sweep import plan, record, space, storage
 from gpt_jax.sweep import run as sweeps
@@ -59,7 +60,7 @@ def end(study, values, base):
             status = "diverged"
         elif len(found) < 3:
             status = "pruned"
-        told = record.measure(folder, "val_loss", "minimize")
+        told = record.measure(folder, Criterion())
         told = {"status": status, "reason": status, **told}
         record.write(folder / record.OUTCOME, told)
         study.finish(trial, told)
@@ -300,18 +301,29 @@ def test_a_finished_sweep_can_be_reported_by_another_metric(base, tmp_path):
     out = tmp_path / "out"
     study = open_study(make(space.seeds(2, first=0)), base, out)
     end(study, lambda trial: [3.0, 2.0, 1.0 + trial.overrides["seed"]], base)
-    found = sweeps.results(open_study(
-        make(space.seeds(2, first=0)), base, out, judge=("tokens", "maximize")
-    ))  # fmt: skip
+    tokens = Criterion("tokens", "maximize")
+    again = open_study(make(space.seeds(2, first=0)), base, out, criterion=tokens)
+    found = sweeps.results(again)
     assert (found["metric"], found["direction"]) == ("tokens", "maximize")
     assert [row["value"] for row in found["trials"]] == [128, 128]
     other = make(space.seeds(2, first=0), metric="seconds")
     rows = sweeps.results(open_study(other, base, out))["trials"]
     assert [row["value"] for row in rows] == [0.0, 0.0]
+    for at, value in {"last": 3.5, "last 2": 2.5, "best": 1.0}.items():
+        counts = make([{"steps": 8}], at=at)
+        study = open_study(counts, base, tmp_path / "counts")
+        end(study, lambda trial: [4.0, 1.0, 1.5, 3.5], base)
+        found = sweeps.results(study)
+        assert found["settings"][0]["value"] == value
+        report.write(study.out, found)
+        (setting,) = compare.compare([study.out / "steps=8"]).settings
+        assert setting.mean and setting.mean.value == value
     pruned = make(space.seeds(2, first=0), pruner=space.asha(first=2))
     open_study(pruned, base, tmp_path / "pruned")
     told = make(pruned.points, pruner=pruned.pruner, metric="val_bpb")
-    with pytest.raises(ValueError, match="--metric and --direction change what is rep"):
+    with pytest.raises(
+        ValueError, match="--metric, --direction and --at change what is rep"
+    ):
         open_study(told, base, tmp_path / "pruned")
 
 

@@ -176,7 +176,7 @@ def test_a_search_learns_from_an_earlier_one(base, tmp_path):
     assert drain(open_study(chosen, base, tmp_path / "out")) == []
     other = make(space=axes, trials=5, start=str(earlier.out), metric="val_bpb")
     with pytest.raises(
-        ValueError, match=r"judged by val_loss \(minimize\), this sweep"
+        ValueError, match="ranked by val_loss, minimize, best, this sweep"
     ):
         open_study(other, base, tmp_path / "other")
     narrow = {"hyper.lr": space.log_uniform(1.0, 2.0)}

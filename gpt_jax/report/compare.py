@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt_jax import metrics, names, runs, seeds
+from gpt_jax.criterion import Criterion
 from gpt_jax.report import results as tables
 from gpt_jax.report.results import Curve
 from gpt_jax.seeds import SEED, Difference, Mean
@@ -106,7 +107,7 @@ def compare(
     *,
     metric: str = "",
     direction: str = "",
-    at: str = "best",
+    at: str = "",
     against: str = "",
 ) -> Comparison:
     """Returns the settings of run folders, and their paired differences.
@@ -116,7 +117,7 @@ def compare(
       metric: a name in metrics.jsonl; "" = that of the sweep that the runs are of, else
         val_loss, or val_bpb where the tokenizers differ.
       direction: minimize or maximize it; "" = the sweep's, else minimize.
-      at: "best" or "last" evaluation.
+      at: which evaluation counts, see `Criterion`; "" = the sweep's, else the best.
       against: the run folder, or the name, of the setting that the others are compared
         with; "" = the best.
 
@@ -130,9 +131,13 @@ def compare(
     sweep = _sweep_of(folders)
     metric, notes = _comparable(folders, metric or sweep.get("metric", ""))
     direction = direction or sweep.get("direction", "minimize")
-    found = [_open(folder, metric, direction, at) for folder in folders]
+    criterion = Criterion(metric, direction, at or sweep.get("at", "best"))
+    criterion.check()
+    found = [_open(folder, criterion) for folder in folders]
     if not any(run.curve.values for run in found):
         raise _lacks(folders[0], metric)
+    if criterion.words:
+        notes.append(f"Of each run the {criterion.words} counts.")
     notes += _texts(found)
     settings, differ = _settings(found, direction)
     first = _against(settings, against)
@@ -269,7 +274,8 @@ def _sweep_of(folders: list[Path]) -> dict:
         return {}
     try:
         text = (parents.pop() / "results.json").read_text(encoding="utf-8")
-        return {key: json.loads(text)[key] for key in ("metric", "direction")}
+        found = {"at": "best", **json.loads(text)}
+        return {key: found[key] for key in Criterion._fields}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -324,15 +330,19 @@ def _texts(found: list[Run]) -> list[str]:
     ]
 
 
-def _open(folder: Path, metric: str, direction: str, at: str) -> Run:
-    keys, curve = _keys(folder), tables.curve(folder, metric)
-    state = _state(folder, keys, metric)
+def _open(folder: Path, criterion: Criterion) -> Run:
+    keys, curve = _keys(folder), tables.curve(folder, criterion.metric)
+    state = _state(folder, keys, criterion.metric)
     if not curve.values and state == "done":
-        raise _lacks(folder, metric)
+        raise _lacks(folder, criterion.metric)
+    if state == "done" and len(curve.values) < criterion.fewest:
+        raise ValueError(
+            f"{folder} has {len(curve.values)} evaluations of {criterion.metric}, not "
+            f"the {criterion.fewest} whose mean is asked for"
+        )
     value = None
     if curve.values and state not in ("diverged", "failed"):
-        choose = min if direction == "minimize" else max
-        value = choose(curve.values) if at == "best" else curve.values[-1]
+        value, _ = criterion.of(list(zip(*curve)))
     return Run(folder, curve, keys, state, value)
 
 

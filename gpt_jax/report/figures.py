@@ -33,7 +33,7 @@ PALETTE = (
     *("#3B6FB6", "#E08E45", "#4C9F70", "#8F6BB3", "#2AA7B8"),
     *("#C8A415", "#7A8794", "#A0522D", "#D77FB3", "#5B8C2A"),
 )
-DASHES = ("solid", "dash", "dot", "dashdot")
+DASHES = ("solid", "dash", "dashdot", "longdash")  # dotted ones were stopped early
 FONT = {"family": "Inter, system-ui, Segoe UI, Helvetica, Arial", "color": INK}
 
 
@@ -258,7 +258,7 @@ def parallel(results: Results, axes: list[Axis]):
     dimensions = [_dimension(axis, rows) for axis in axes]
     low, high = clip(results)
     shown = [min(max(row["value"], low), high) for row in rows]
-    dimensions.append({"label": results["title"], "values": shown})
+    dimensions.append({"label": results["metric"], "values": shown})
     scale = BEST_FIRST if results["direction"] == "minimize" else _reverse(BEST_FIRST)
     figure = plotly().Figure()
     figure.add_parcoords(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from gpt_jax.criterion import Criterion
 from gpt_jax.report import explore, figures, pictures
 from gpt_jax.report import results as tables
 from gpt_jax.report.importance import importance
@@ -207,6 +208,8 @@ def _head(results: Results) -> str:
     fixed = ", ".join(f"{key}={value}" for key, value in results["fixed"].items())
     also = f" with {html.escape(fixed)}" if fixed else ""
     how = f", pruned by {results['pruner']['name']}" if results["pruner"] else ""
+    counts = Criterion(at=results["at"]).words
+    how += f"; of each the {counts} counts" if counts else ""
     return (
         f"<h1>Sweep {html.escape(results['sweep'])}</h1>"
         f"<p class=soft>{results['size']} trials of {html.escape(results['config'])}"
@@ -262,7 +265,7 @@ def _table(results: Results) -> str:
     heads += ["95 % interval", "seeds"] if seeded else []
     sizes = {key: told for key, told in SIZES.items()
              if len({row[key] for row in results["settings"]}) > 1}  # fmt: skip
-    heads += ["best at", "steps run", *sizes.values(), "time", "run"]
+    heads += ["at step", "steps run", *sizes.values(), "time", "run"]
     told = any(row["reason"] for row in results["settings"])
     heads += ["why"] if told else []
     words = ("status", "why")

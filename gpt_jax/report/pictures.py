@@ -8,7 +8,8 @@ from gpt_jax.report import figures
 from gpt_jax.report import results as tables
 from gpt_jax.report.results import Axis, Results
 
-LINES = {"solid": "-", "dot": ":", "dash": "--", "dashdot": "-."}
+LINES: dict[str, Any] = {"solid": "-", "dot": ":", "dash": "--", "dashdot": "-."}
+LINES["longdash"] = (0, (8, 3))  # lengths of ink and of gap
 
 
 def write(out: Path, results: Results, axes: list[Axis]) -> None:

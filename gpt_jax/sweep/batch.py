@@ -107,8 +107,7 @@ def _train(
             continue
         outcome = ends.outcome(
             study.out / trial.name,
-            study.plan.metric,
-            study.plan.direction,
+            study.plan.criterion,
             **ends.how(result, study.plan.metric),
         )
         if outcome.get("no_metric"):

@@ -1,6 +1,7 @@
 """Refuses, before the first trial starts, what would end a trial at its start."""
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from gpt_jax import adapters, evaluate, model, names, runs, seeds, tasks, train
+from gpt_jax.criterion import Criterion
 from gpt_jax.sweep.plan import Plan
 from gpt_jax.sweep.space import LABEL, OPTIONS
 
@@ -22,7 +24,7 @@ def validate(
     configs: Iterable[tuple[str, ConfigDict]],
     plan: Plan,
     known: dict | None = None,
-    judge: str = "",
+    criterion: Criterion | None = None,
 ) -> None:
     """Checks configs as a run would; texts are prepared, once for all trials.
 
@@ -30,7 +32,7 @@ def validate(
       configs: (what, config), in order.
       plan: its pruner and metric must fit what the trials evaluate.
       known: what was checked before; parts that many trials share are checked once.
-      judge: a further metric that they must record; "" = none.
+      criterion: a further one that they must be told by.
 
     Raises:
       ValueError: the first mistake, and which trial makes it.
@@ -38,7 +40,7 @@ def validate(
     known = {} if known is None else known
     for what, config in configs:
         try:
-            _check(config, plan, known, {plan.metric, judge} - {""})
+            _check(config, plan, known, {plan.criterion, criterion or plan.criterion})
         except (ValueError, TypeError, OSError) as error:
             raise ValueError(f"{what}: {error}") from error
 
@@ -92,7 +94,9 @@ def metrics_of(config: ConfigDict, task: tasks.Task) -> list[str]:
     return [name for name in found if name != "train_perplexity"]
 
 
-def _check(config: ConfigDict, plan: Plan, known: dict, judges: set[str]) -> None:
+def _check(
+    config: ConfigDict, plan: Plan, known: dict, criteria: set[Criterion]
+) -> None:
     train.check(config)
     if plan.pruner and not 0 < config.eval_every < config.steps:
         raise ValueError(
@@ -111,9 +115,20 @@ def _check(config: ConfigDict, plan: Plan, known: dict, judges: set[str]) -> Non
         config, task.tokenizer, task.classes))  # fmt: skip
     losses = ("metrics", config.task, sorted(task.evals))
     recorded = _once(known, losses, lambda: metrics_of(config, task))
-    for metric in judges:
-        names.choose("metric", metric, recorded)
-        _same_tokens(task, metric, recorded, known)
+    for criterion in criteria:
+        names.choose("metric", criterion.metric, recorded)
+        _same_tokens(task, criterion.metric, recorded, known)
+        _evaluated(config, train.last_step(config, task), criterion)
+
+
+def _evaluated(config: ConfigDict, steps: int, criterion: Criterion) -> None:
+    """Refuses runs of fewer evaluations than the criterion takes the mean of."""
+    count = math.ceil(steps / config.eval_every) if config.eval_every else 1
+    if count < criterion.fewest:
+        raise ValueError(
+            f"at is {criterion.at!r}, but a run of {steps} steps with eval_every "
+            f"{config.eval_every} has {count} evaluations after its start"
+        )
 
 
 def _same_tokens(task: tasks.Task, metric: str, recorded: list[str], known: dict):

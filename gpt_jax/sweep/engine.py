@@ -280,8 +280,7 @@ def _submit(
     order = {
         "folder": str(folder),
         "config": _for_one_device(trial.config.to_dict()),
-        "metric": study.plan.metric,
-        "direction": study.plan.direction,
+        "criterion": study.plan.criterion,
     }
     if study.plan.pruner:
         order["pruner"] = study.plan.pruner

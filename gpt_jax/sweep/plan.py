@@ -13,12 +13,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from gpt_jax import names
+from gpt_jax.criterion import Criterion
 from gpt_jax.seeds import SEED
 from gpt_jax.sweep import space as spaces
 from gpt_jax.sweep.space import LABEL, OPTIONS, Dimension, Drawn, Point, Pruner
 
 SAMPLERS = ("tpe", "random", "qmc", "cmaes", "gp")
-DIRECTIONS = ("minimize", "maximize")
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Plan:
       pruner: which trials stop early; None = none.
       metric: what is compared: a name in metrics.jsonl.
       direction: minimize or maximize it.
+      at: which evaluation counts: best, last, or as in "last 3" the mean of so many.
     """
 
     name: str
@@ -64,10 +65,11 @@ class Plan:
     pruner: Pruner | None = None
     metric: str = "val_loss"
     direction: str = "minimize"
+    at: str = "best"
 
     def __post_init__(self):
         names.choose("sampler", self.sampler, SAMPLERS)
-        names.choose("direction", self.direction, DIRECTIONS)
+        self.criterion.check()
         if self.points is not None and not self.points:
             raise ValueError(f"the sweep {self.name} is empty: points() gave no point")
         if self.points is None and not self.space:
@@ -100,6 +102,11 @@ class Plan:
                 axis = names.choose("a key of first", key, space)
                 if not axis.holds(value):
                     raise ValueError(f"first has {key}={value!r}, which is not {axis}")
+
+    @property
+    def criterion(self) -> Criterion:
+        """By what trials are ranked."""
+        return Criterion(self.metric, self.direction, self.at)
 
     @functools.cached_property
     def keys(self) -> list[str]:

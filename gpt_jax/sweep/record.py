@@ -1,8 +1,8 @@
 """What a sweep and its trials write down: sweep.json, and an outcome.json each.
 
 A trial's outcome: "status" (done, pruned, diverged or failed) and the "reason"; of the
-metric "value", its best evaluation, "at", its step, and "last", the last one; "step",
-"tokens" and "seconds": how far the run got. The storage holds it too.
+metric "value", that of the evaluation that counts, "at", its step, and "last", the last
+one; "step", "tokens" and "seconds": how far the run got. The storage holds it too.
 """
 
 import json
@@ -15,11 +15,16 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from gpt_jax import metrics, runs
+from gpt_jax.criterion import Criterion
 from gpt_jax.sweep.plan import Plan
 
 RECORD = "sweep.json"
 OUTCOME = "outcome.json"
-JUDGES = ("metric", "direction")  # decide what is computed only for some sweeps
+CRITERION = (
+    "metric",
+    "direction",
+    "at",
+)  # decide what is computed only for some sweeps
 
 
 def failure(reason: str, **more: Any) -> dict:
@@ -27,30 +32,29 @@ def failure(reason: str, **more: Any) -> dict:
     return {"status": "failed", "reason": reason, "value": None, "step": 0, **more}
 
 
-def measure(folder: Path, metric: str, direction: str) -> dict:
-    """Returns what a run's record says of a metric, as an outcome has it.
+def measure(folder: Path, criterion: Criterion) -> dict:
+    """Returns what a run's record says by a criterion, as an outcome has it.
 
     Without the metric, "value" is None and "names" are those that the record has.
     """
     rows = metrics.read(folder) if (folder / metrics.FILE).is_file() else []
     final = {key: value for row in rows for key, value in row.items()}
     known = {key: final.get(key, 0) for key in ("step", "tokens", "seconds")}
-    points = [(row[metric], row["step"]) for row in rows if row.get(metric) is not None]
+    metric = criterion.metric
+    points = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
     if not points:
         return {**known, "value": None, "names": sorted(final.keys() - known.keys())}
-    choose = min if direction == "minimize" else max
-    value, at = choose(points, key=lambda point: point[0])
-    judged = {"metric": metric, "direction": direction}
-    return {**known, **judged, "value": value, "at": at, "last": points[-1][0]}
+    value, at = criterion.of(points)
+    by = {"criterion": [*criterion]}
+    return {**known, **by, "value": value, "at": at, "last": points[-1][1]}
 
 
-def judged(outcome: dict, folder: Path, metric: str, direction: str) -> dict:
-    """Returns an outcome by this metric, measured anew if it is by another one."""
-    by = (outcome.get("metric", metric), outcome.get("direction", direction))
-    if by == (metric, direction):
+def judged(outcome: dict, folder: Path, criterion: Criterion) -> dict:
+    """Returns an outcome by this criterion, measured anew if it is by another one."""
+    if tuple(outcome.get("criterion", criterion)) == criterion:
         return outcome
     found = {"value": None, "at": None, "last": None}
-    return outcome | found | measure(folder, metric, direction)
+    return outcome | found | measure(folder, criterion)
 
 
 def read_outcome(folder: Path) -> dict | None:
@@ -87,6 +91,7 @@ def open_record(
         "base": json.loads(json.dumps(base.to_dict())),
         "metric": plan.metric,
         "direction": plan.direction,
+        "at": plan.at,
         "pruner": plan.pruner,
         "space": {key: str(axis) for key, axis in (plan.space or {}).items()},
         "sampler": sampler if plan.space else None,
@@ -103,8 +108,8 @@ def open_record(
         made = {"id": f"{out.name}-{uuid.uuid4().hex[:8]}", **new, "trials": trials}
         write(path, made)
         return made
-    old = json.loads(path.read_text(encoding="utf-8"))
-    free = ("base", *(() if plan.space or plan.pruner else JUDGES))
+    old = {"at": "best", **json.loads(path.read_text(encoding="utf-8"))}
+    free = ("base", *(() if plan.space or plan.pruner else CRITERION))
     changed = [key for key in new if key not in free and new[key] != old.get(key)]
     lines = [f"{key}: {old.get(key)!r} -> {new[key]!r}" for key in changed]
     before, now = ConfigDict(old["base"]), ConfigDict(new["base"])
@@ -114,8 +119,9 @@ def open_record(
     if gone := sorted(set(old["trials"]) - set(trials)):
         lines.append(f"{len(gone)} of its trials are no points any more: {gone[0]}")
     if lines:
-        asked = {*changed} & {*JUDGES}
-        also = "; --metric and --direction change what is reported" if asked else ""
+        asked = {*changed} & {*CRITERION}
+        flags = "--metric, --direction and --at change what is reported"
+        also = f"; {flags}" if asked else ""
         raise ValueError(
             f"{out} holds another sweep:\n  " + "\n  ".join(lines) + "\n"
             f"put these back to go on, or use another --out{also}"
@@ -125,7 +131,7 @@ def open_record(
     return now_known
 
 
-def earlier(plan: Plan, judge: tuple[str, str]) -> list[dict]:
+def earlier(plan: Plan) -> list[dict]:
     """Returns the settings of the sweep that a search starts from, those that fit it.
 
     Raises:
@@ -142,10 +148,11 @@ def earlier(plan: Plan, judge: tuple[str, str]) -> list[dict]:
         raise ValueError(
             f"start = {plan.start!r}: {path} does not hold the results of a sweep"
         ) from error
-    if (found["metric"], found["direction"]) != judge:
+    theirs = Criterion(*({"at": "best", **found}[key] for key in CRITERION))
+    if theirs != plan.criterion:
         raise ValueError(
-            f"start = {plan.start!r} is judged by {found['metric']} "
-            f"({found['direction']}), this sweep by {judge[0]} ({judge[1]})"
+            f"start = {plan.start!r} is ranked by {', '.join(theirs)}, this sweep by "
+            f"{', '.join(plan.criterion)}"
         )
 
     def fits(row: dict) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from gpt_jax import runs, seeds, signals
+from gpt_jax.criterion import Criterion
 from gpt_jax.sweep import batch, checks, engine
 from gpt_jax.sweep import plan as plans
 from gpt_jax.sweep import space as spaces
@@ -40,13 +41,13 @@ class Done(NamedTuple):
     exit_code: int
 
 
-def check(plan: Plan, base: ConfigDict, judge: str = "") -> dict:
+def check(plan: Plan, base: ConfigDict, criterion: Criterion | None = None) -> dict:
     """Builds and checks every trial, and prepares their texts.
 
     Args:
       plan: what to sweep.
       base: its config.
-      judge: a metric that runs must record besides the plan's; "" = none.
+      criterion: another one that is reported by; None = the plan's.
 
     Returns:
       What was checked, so that trials of a search are checked faster.
@@ -56,7 +57,7 @@ def check(plan: Plan, base: ConfigDict, judge: str = "") -> dict:
     """
     known: dict = {}
     if plan.space:
-        checks.validate(plans.corners(base, plan), plan, known, judge)
+        checks.validate(plans.corners(base, plan), plan, known, criterion)
     else:
         built = plans.configs(base, plan).items()
         named = [
@@ -64,7 +65,7 @@ def check(plan: Plan, base: ConfigDict, judge: str = "") -> dict:
             for index, (name, (_, config)) in enumerate(built)
         ]
         checks.all_differ(named, plan)
-        checks.validate(named, plan, known, judge)
+        checks.validate(named, plan, known, criterion)
     return known
 
 
@@ -166,24 +167,26 @@ def _opened(
     storage: str,
     retries: int,
     rerun_failed: bool,
-    judge: tuple[str, str] = ("", ""),
+    criterion: Criterion | None = None,
     changed: Callable[[Results], None],
 ) -> Iterator[tuple]:
     """Yields what both engines need, the folder locked and every trial checked.
 
     Args:
       plan, base, out: see `processes`.
-      storage, retries, judge: see `Study`.
+      storage, retries, criterion: see `Study`.
       rerun_failed: whether failed trials run once more.
       changed: called with the results when trials have ended, as often as is cheap.
     """
-    known = check(plan, base, judge[0])
+    known = check(plan, base, criterion)
     if not (out / "sweep.json").is_file() and out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is no sweep's folder and not empty; use another --out")
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(signals.watch(base.grace_s + 10))
         stack.enter_context(runs.lock(out, "--out"))
-        study = Study(plan, base, out, storage=storage, retries=retries, judge=judge)
+        study = Study(
+            plan, base, out, storage=storage, retries=retries, criterion=criterion
+        )
         if rerun_failed:
             study.forget_failures()
         view = View(total=plan.size)
@@ -237,9 +240,8 @@ def results(study: Study, rows: dict[str, Row] | None = None) -> Results:
         "sweep": plan.name,
         "config": plan.config,
         "fixed": dict(plan.fixed),
-        "metric": study.judge[0],
-        "direction": study.judge[1],
-        "title": plan.labels.get(study.judge[0], study.judge[0]),
+        **study.criterion._asdict(),
+        "title": plan.labels.get(study.criterion.metric, study.criterion.metric),
         "pruner": plan.pruner,
         "size": plan.size,
         "keys": keys,

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from gpt_jax import runs, seeds
 from gpt_jax.checkpoint import Checkpoints
+from gpt_jax.criterion import Criterion
 from gpt_jax.sweep import plan as plans
 from gpt_jax.sweep import record, space
 from gpt_jax.sweep import storage as storages
@@ -82,7 +83,7 @@ class Study:
         *,
         storage: str,
         retries: int,
-        judge: tuple[str, str] = ("", ""),
+        criterion: Criterion | None = None,
     ):
         """Opens the record of the sweep in `out`, or begins one.
 
@@ -92,14 +93,14 @@ class Study:
           out: the sweep's folder.
           storage: an Optuna storage URL; "" = a journal in the folder.
           retries: so often a trial that crashed runs again.
-          judge: metric and direction of the report; "" = the plan's.
+          criterion: that of the report; None = the plan's.
 
         Raises:
           ValueError: the folder is another sweep's, a point does not fit, or a package
             is missing.
         """
         self.plan, self.base, self.out = plan, base, out
-        self.judge = (judge[0] or plan.metric, judge[1] or plan.direction)
+        self.criterion = criterion or plan.criterion
         self._build = plans.builder(base, plan)
         self.trials: dict[str, Trial] = {}
         self.counts: Counter[str] = Counter()
@@ -229,7 +230,7 @@ class Study:
         """Returns a trial's outcome by the metric of the report; {} before its end."""
         if trial.outcome and trial.name not in self._measured:
             folder = self.out / trial.name
-            found = record.judged(trial.outcome, folder, *self.judge)
+            found = record.judged(trial.outcome, folder, self.criterion)
             self._measured[trial.name] = found
         return self._measured.get(trial.name, {})
 
@@ -286,7 +287,7 @@ class Study:
 
     def _place(self, setting: Setting) -> tuple:
         value = setting.mean.value if setting.mean else None
-        return seeds.place(value, setting.whole, self.judge[1])
+        return seeds.place(value, setting.whole, self.criterion.direction)
 
     # --- Optuna ---
 
@@ -409,7 +410,7 @@ class Study:
     def _begin_search(self) -> None:
         """Tells the sampler what an earlier sweep found, and what to draw first."""
         axes = self.plan.space or {}
-        for row in record.earlier(self.plan, self.judge):
+        for row in record.earlier(self.plan):
             point = row.get("drawn") or row["overrides"]
             own = {k: axis for k, axis in axes.items() if point.get(k) is not None}
             self._draws.add_trial(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_jax import metrics, model, runs, tokenizers, train
+from gpt_jax.criterion import Criterion
 from gpt_jax.sweep import record
 from gpt_jax.sweep import storage as storages
 
@@ -19,8 +20,8 @@ def run(order: dict[str, Any]) -> int:
     """Trains a trial and writes outcome.json, unless it was stopped by a signal.
 
     Args:
-      order: "folder", "config" (every key), "metric", "direction"; and for a pruned
-        sweep "storage", "study", "id" (of the trial in it), "pruner".
+      order: "folder", "config" (every key), "criterion"; and for a pruned sweep
+        "storage", "study", "id" (of the trial in it), "pruner".
 
     Returns:
       The exit code: 0 whenever there is an outcome, whatever it is.
@@ -40,7 +41,7 @@ def run(order: dict[str, Any]) -> int:
         return _end(order, status="failed", reason=_sentence(error))
     if result.reason == "signal":
         return result.exit_code
-    return _end(order, **how(result, order["metric"]))
+    return _end(order, **how(result, order["criterion"][0]))
 
 
 def how(result: train.Result, metric: str) -> dict[str, str]:
@@ -55,15 +56,17 @@ def how(result: train.Result, metric: str) -> dict[str, str]:
 
 
 def outcome(
-    folder: Path, metric: str, direction: str, *, status: str, reason: str, **more: Any
+    folder: Path, criterion: Criterion, *, status: str, reason: str, **more: Any
 ) -> dict:
     """Returns how a trial ended, with what its record says of the metric."""
-    found = record.measure(folder, metric, direction)
+    found = record.measure(folder, criterion)
     if status == "done" and found["value"] is None:
         names = ", ".join(found["names"]) or "nothing"
         status = "failed"
         more |= {"no_metric": True, "final": True}
-        reason = f"the metric {metric!r} never appeared; the record has {names}"
+        reason = (
+            f"the metric {criterion.metric!r} never appeared; the record has {names}"
+        )
     return {"status": status, "reason": reason, **found, **size(folder), **more}
 
 
@@ -112,7 +115,7 @@ def line(name: str, metric: str, outcome: dict) -> str:
 
 def reporter(order: dict[str, Any]) -> Callable[[int, dict[str, float]], str]:
     """Returns what `train` calls after each evaluation; it ends hopeless trials."""
-    metric = order["metric"]
+    metric = order["criterion"][0]
     judge = _pruner(order) if order.get("pruner") else lambda step, value: ""
 
     def report(step: int, numbers: dict[str, float]) -> str:
@@ -164,7 +167,7 @@ def _pruner(order: dict[str, Any]) -> Callable[[int, float], str]:
 
 def _end(order: dict[str, Any], **ended: Any) -> int:
     folder = Path(order["folder"])
-    found = outcome(folder, order["metric"], order["direction"], **ended)
+    found = outcome(folder, Criterion(*order["criterion"]), **ended)
     record.write(folder / record.OUTCOME, found)
     print(f"{found['status']}: {found['reason']}", flush=True)
     return 0
