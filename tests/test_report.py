@@ -24,7 +24,12 @@ def trial(name, overrides, value, status="done", step=8, seed=1, **more):
     row = {"name": name, "status": status, "value": value, "at": step, "last": value}
     row |= {"step": step, "tokens": step * 64, "seconds": 1.0, "reason": "steps"}
     row |= {"steps": 8, "seed": seed, "crashes": 0, "overrides": overrides}
-    row |= {"parameters": 1000, "flops": 6e3 * 64 * step, "bytes": 200.0 * step}
+    row |= {
+        "after": {},
+        "parameters": 1000,
+        "flops": 6e3 * 64 * step,
+        "bytes": 200.0 * step,
+    }
     return {**row, **more}
 
 
@@ -50,7 +55,7 @@ def results(trials, keys, best="", **more):
     )
     found = {"sweep": "mine", "config": "configs/quickstart.py:size=tiny"}
     found |= {"fixed": {"steps": 8}, "metric": "val_loss", "direction": "minimize"}
-    found |= {"at": "best"}
+    found |= {"at": "best", "after": []}
     found |= {"title": "val_loss"}
     found |= {"pruner": None, "size": len(trials), "keys": keys, "space": {}}
     found |= {"drawn": False, "command": "python -m experiments.train"}

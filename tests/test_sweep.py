@@ -525,6 +525,7 @@ def order(config, folder, **more):
         "folder": str(folder),
         "config": json.loads(json.dumps(config.to_dict())),
         "criterion": ("val_loss", "minimize", "best"),
+        "after": {"names": []},
         **more,
     }
 
@@ -909,8 +910,13 @@ def test_rungs_keep_a_share_of_the_members(base, tmp_path):
     assert batch.rungs(space.asha(first=2, factor=2), 16, 9) == [(2, 5), (4, 3), (8, 2)]
     assert batch.rungs(space.asha(2, 2, last=4), 16, 9) == [(2, 5), (4, 3)]
     assert batch.rungs(None, 16, 9) == []
-    chosen = make(space.grid({"hyper.lr": (1e-2, 1e-9, 2e-2)}), pruner=space.asha(2, 2))
+    points = space.grid({"hyper.lr": (1e-2, 1e-9, 2e-2)})
+    after = {"letters": lambda folder: float(len(folder.name))}
+    chosen = make(points, pruner=space.asha(2, 2), after=after)
     rows = batched(chosen, base, tmp_path / "out")
+    for name, row in rows.items():  # only what is done is measured
+        measured = len(name) if row["status"] == "done" else None
+        assert row["after"] == {"letters": measured}
     assert rows["lr=1e-09"]["status"] == "pruned"
     assert rows["lr=1e-09"]["step"] < 8
     assert sum(row["status"] == "done" for row in rows.values()) == 1

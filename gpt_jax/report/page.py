@@ -265,7 +265,7 @@ def _table(results: Results) -> str:
     heads += ["95 % interval", "seeds"] if seeded else []
     sizes = {key: told for key, told in SIZES.items()
              if len({row[key] for row in results["settings"]}) > 1}  # fmt: skip
-    heads += ["at step", "steps run", *sizes.values(), "time", "run"]
+    heads += [*results["after"], "at step", "steps run", *sizes.values(), "time", "run"]
     told = any(row["reason"] for row in results["settings"])
     heads += ["why"] if told else []
     words = ("status", "why")
@@ -280,6 +280,7 @@ def _table(results: Results) -> str:
         cells += [_cell(row["value"], "{:.4f}")]
         if seeded:
             cells += [_interval(row), _cell(f"{row['n']} of {row['seeds']}")]
+        cells += [_cell(row["after"][name], "{:.4g}") for name in results["after"]]
         cells += [_cell(row["at"], "{:,}"), _cell(row["step"], "{:,.0f}")]
         cells += [_amount(row[key]) for key in sizes]
         cells += [f"<td class=number data-value={row['seconds']:.1f}>"

@@ -9,7 +9,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,21 +94,28 @@ def tables(out: Path, results: Results) -> None:
     """Writes results.csv, a row a setting, trials.csv, and results.json."""
     keys = results["keys"]
     # No key of a config is called by the names of the other columns but this one.
+    after = results["after"]
     settings = [
-        [row["name"], row["status"], *_point(row, keys), *_told(row, OF_SETTINGS)]
+        [
+            *(row["name"], row["status"], *_point(row, keys)),
+            *(*_told(row, OF_SETTINGS.values()), *_told(row["after"], after)),
+        ]
         for row in results["settings"]
     ]
-    _write_csv(
-        out / "results.csv", ["setting", "status", *keys, *OF_SETTINGS], settings
-    )
+    columns = ["setting", "status", *keys, *OF_SETTINGS, *after]
+    _write_csv(out / "results.csv", columns, settings)
     trials = [
         [
             *(row["name"], row["setting"], row["status"], row["seed"]),
-            *(*_point(row, keys), *_told(row, OF_TRIALS)),
+            *(
+                *_point(row, keys),
+                *_told(row, OF_TRIALS.values()),
+                *_told(row["after"], after),
+            ),
         ]
         for row in results["trials"]
     ]
-    columns = ["trial", "setting", "status", "seed", *keys, *OF_TRIALS]
+    columns = ["trial", "setting", "status", "seed", *keys, *OF_TRIALS, *after]
     _write_csv(out / "trials.csv", columns, trials)
     _write(out / "results.json", json.dumps(results, indent=1) + "\n")
 
@@ -361,8 +368,8 @@ def _point(row: Row, keys: Iterable[str]) -> list[Any]:
     return ["" if at(row, key) is None else at(row, key) for key in keys]
 
 
-def _told(row: Row, columns: Mapping[str, str]) -> list[Any]:
-    return ["" if row[name] is None else row[name] for name in columns.values()]
+def _told(row: Row, names: Iterable[str]) -> list[Any]:
+    return ["" if row[name] is None else row[name] for name in names]
 
 
 def _write_csv(path: Path, head: list[str], rows: list[list[Any]]) -> None:

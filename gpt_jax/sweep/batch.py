@@ -105,16 +105,15 @@ def _train(
             signal = result.exit_code - 128
             study.again(trial)
             continue
-        outcome = ends.outcome(
-            study.out / trial.name,
-            study.plan.criterion,
-            **ends.how(result, study.plan.metric),
-        )
+        folder, ended = study.out / trial.name, ends.how(result, study.plan.metric)
+        if ended["status"] == "done" and study.plan.after:
+            ended |= ends.measured(folder, study.plan.after)
+        outcome = ends.outcome(folder, study.plan.criterion, **ended)
         if outcome.get("no_metric"):
             study.finish(trial, record.failure(outcome["reason"]))
             raise ValueError(f"{trial.name}: {outcome['reason']}")
         outcome["seconds"] /= len(group)  # its share of the time that they took
-        record.write(study.out / trial.name / record.OUTCOME, outcome)
+        record.write(folder / record.OUTCOME, outcome)
         study.finish(trial, outcome)
         view.print(ends.line(trial.name, study.plan.metric, outcome))
     return signal

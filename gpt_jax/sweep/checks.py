@@ -115,10 +115,13 @@ def _check(
         config, task.tokenizer, task.classes))  # fmt: skip
     losses = ("metrics", config.task, sorted(task.evals))
     recorded = _once(known, losses, lambda: metrics_of(config, task))
+    if both := sorted(plan.after.keys() & {*recorded}):
+        raise ValueError(f"after has {both[0]}, which a run records: rename it")
     for criterion in criteria:
-        names.choose("metric", criterion.metric, recorded)
+        names.choose("metric", criterion.metric, [*recorded, *plan.after])
         _same_tokens(task, criterion.metric, recorded, known)
-        _evaluated(config, train.last_step(config, task), criterion)
+        once = criterion.metric in plan.after
+        _evaluated(config, 1 if once else train.last_step(config, task), criterion)
 
 
 def _evaluated(config: ConfigDict, steps: int, criterion: Criterion) -> None:

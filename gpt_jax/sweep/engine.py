@@ -281,6 +281,7 @@ def _submit(
         "folder": str(folder),
         "config": _for_one_device(trial.config.to_dict()),
         "criterion": study.plan.criterion,
+        "after": {"file": study.plan.file, "names": [*study.plan.after]},
     }
     if study.plan.pruner:
         order["pruner"] = study.plan.pruner

@@ -3,6 +3,7 @@
 import ast
 import functools
 import json
+import re
 import runpy
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,6 +19,7 @@ from gpt_jax.seeds import SEED
 from gpt_jax.sweep import space as spaces
 from gpt_jax.sweep.space import LABEL, OPTIONS, Dimension, Drawn, Point, Pruner
 
+NAME = re.compile(r"[a-z][a-z0-9_]*")
 SAMPLERS = ("tpe", "random", "qmc", "cmaes", "gp")
 
 
@@ -47,6 +49,9 @@ class Plan:
       metric: what is compared: a name in metrics.jsonl.
       direction: minimize or maximize it.
       at: which evaluation counts: best, last, or as in "last 3" the mean of so many.
+      after: further metrics, measured once when a trial is done: functions from its run
+        folder to a number (after.py has some).
+      file: where this was read.
     """
 
     name: str
@@ -66,6 +71,8 @@ class Plan:
     metric: str = "val_loss"
     direction: str = "minimize"
     at: str = "best"
+    after: Mapping[str, Callable[[Path], float]] = field(default_factory=dict)
+    file: str = ""
 
     def __post_init__(self):
         names.choose("sampler", self.sampler, SAMPLERS)
@@ -81,6 +88,7 @@ class Plan:
         self._check_search()
         for key in () if self.to_config else self.labels:  # whose keys any words are
             names.choose("a key of labels", key, [*self.keys, self.metric])
+        self._check_after()
         if self.seeds < 0:
             raise ValueError(f"seeds is {self.seeds}: it must not be negative")
         if self.seeds and SEED in self.fixed.keys() | set(self.keys):
@@ -89,6 +97,19 @@ class Plan:
             )
         if both := sorted(self.fixed.keys() & set(self.keys)):
             raise ValueError(f"{both[0]} is fixed, so it cannot be swept as well")
+
+    def _check_after(self) -> None:
+        for name, measure in self.after.items():
+            if not NAME.fullmatch(name) or not callable(measure):
+                raise ValueError(
+                    f"after has {name!r}: {measure!r}; give names of small letters "
+                    "and functions from a run folder to a number"
+                )
+        if self.metric in self.after and self.pruner:
+            raise ValueError(
+                f"{self.metric} is measured after training, so the pruner "
+                f"{self.pruner['name']} cannot judge by it on the way"
+            )
 
     def _check_search(self) -> None:
         space = self.space or {}
@@ -150,7 +171,7 @@ class Plan:
         return bool(self.space) or any(isinstance(point, Drawn) for point in points)
 
 
-SETTINGS = frozenset(Plan.__dataclass_fields__) - {"name"}
+SETTINGS = frozenset(Plan.__dataclass_fields__) - {"name", "file"}
 
 
 def load(path: str | Path, extra: Iterable[str] = ()) -> Plan:
@@ -188,7 +209,8 @@ def load(path: str | Path, extra: Iterable[str] = ()) -> Plan:
             settings["points"] = tuple(settings["points"]())
         settings["first"] = tuple(settings.get("first", ()))
         fixed = {**settings.pop("fixed", {}), **dict(map(_assignment, extra))}
-        return Plan(name=path.stem, fixed=fixed, **settings)
+        where = {"name": path.stem, "file": str(path.resolve())}
+        return Plan(**where, fixed=fixed, **settings)
     except Exception as error:
         raise ValueError(f"{path}: {error}") from error
 

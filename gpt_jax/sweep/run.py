@@ -245,6 +245,7 @@ def results(study: Study, rows: dict[str, Row] | None = None) -> Results:
         "pruner": plan.pruner,
         "size": plan.size,
         "keys": keys,
+        "after": [*plan.after],
         "drawn": plan.drawn,
         "space": {key: axis.kind for key, axis in (plan.space or {}).items()},
         "best": best.name if best else None,
@@ -274,6 +275,8 @@ def _row(trial: Trial, study: Study, keys: Mapping[str, str]) -> Row:
     for name in ("flops", "bytes"):
         per_token = outcome.get(f"{name}_per_token")
         told[name] = per_token and per_token * told["tokens"]
+    after = outcome.get("after", {})
+    told["after"] = {name: after.get(name) for name in study.plan.after}
     if twin := outcome.get("same_as"):  # it was not trained again
         nothing = {"step": 0, "tokens": 0, "seconds": 0.0}
         told |= {**nothing, "reason": f"the same as {twin}"}
@@ -320,6 +323,10 @@ def _setting(setting: Setting, rows: Mapping[str, Row]) -> Row:
         "last": statistics.fmean(last) if last else None,
         "parameters": own[0]["parameters"],
         **{key: _average(row[key] for row in own) for key in TOOK},
+        "after": {
+            name: _average(row["after"][name] for row in own)
+            for name in own[0]["after"]
+        },
         "steps": max(row["steps"] for row in own),
         "reason": worst["reason"] if worst["status"] != "done" else "",
         "overrides": own[0]["overrides"],

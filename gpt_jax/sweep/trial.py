@@ -1,10 +1,12 @@
 """What the process of one trial does: train, report, and write down how it ended."""
 
+import contextlib
 import json
 import math
+import runpy
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ def run(order: dict[str, Any]) -> int:
     """Trains a trial and writes outcome.json, unless it was stopped by a signal.
 
     Args:
-      order: "folder", "config" (every key), "criterion"; and for a pruned sweep
-        "storage", "study", "id" (of the trial in it), "pruner".
+      order: "folder", "config" (every key), "criterion"; "after": the "names" of what
+        is measured afterwards, and the sweep "file" that says how; and for a pruned
+        sweep "storage", "study", "id" (of the trial in it), "pruner".
 
     Returns:
       The exit code: 0 whenever there is an outcome, whatever it is.
@@ -41,7 +44,44 @@ def run(order: dict[str, Any]) -> int:
         return _end(order, status="failed", reason=_sentence(error))
     if result.reason == "signal":
         return result.exit_code
-    return _end(order, **how(result, order["criterion"][0]))
+    ended = how(result, order["criterion"][0])
+    if ended["status"] == "done" and order["after"]["names"]:
+        functions = runpy.run_path(order["after"]["file"])["after"]
+        ended |= measured(
+            folder, {name: functions[name] for name in order["after"]["names"]}
+        )
+    return _end(order, **ended)
+
+
+def measured(
+    folder: Path, functions: Mapping[str, Callable[[Path], float]]
+) -> dict[str, Any]:
+    """Measures a run that is done, and writes that into its record.
+
+    Returns:
+      "after": what was found; or how the trial failed.
+    """
+    found: dict[str, float] = {}
+    for name, measure in functions.items():
+        try:
+            found[name] = float(measure(folder))
+        except Exception as error:  # whatever a function of the user raises
+            traceback.print_exc()
+            reason = f"it is trained, but {name} was not measured: {_sentence(error)}"
+            return {"status": "failed", "reason": reason, "final": True}
+    last = metrics.read(folder)[-1]
+    spent = {key: last[key] for key in ("tokens", "seconds") if key in last}
+    config = runs.read_config(folder)
+    writer = metrics.Writer(
+        folder,
+        tensorboard=config.tensorboard,
+        wandb=config.wandb,
+        config=config.to_dict(),
+        resume_step=max(last["step"], 1),  # nothing of it is dropped
+    )
+    with contextlib.closing(writer):
+        writer.write(last["step"], **spent, **found)
+    return {"after": found}
 
 
 def how(result: train.Result, metric: str) -> dict[str, str]:

@@ -1,13 +1,14 @@
 """Classification: one label for a whole text."""
 
 import hashlib
+import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from gpt_jax import classify, losses, prepare, tables, tokenizers
+from gpt_jax import classify, losses, prepare, runs, tables, tokenizers
 from gpt_jax.classify import POOLS
 from gpt_jax.model import GPT
 from gpt_jax.runs import Classes
@@ -161,6 +162,54 @@ def source_of(task: Mapping[str, Any], text: Mapping[str, Any]) -> tables.Source
         labels=tuple(task["labels"]),
         skip=task["skip"],
     )
+
+
+def report(run: runs.Run, rows: Sequence[tables.Row]) -> classify.Report:
+    """Returns how well a run labels the texts of a table."""
+    texts, labels = [row.text for row in rows], classes_of(run).labels
+    given = classify.labelled(texts, probabilities(run, texts), labels)
+    return classify.report(
+        [row.label for row in rows], [one.label for one in given], labels
+    )
+
+
+def classes_of(run: runs.Run) -> Classes:
+    """Returns the classes of a run; raises ValueError for a language model."""
+    if run.classes is None:
+        raise ValueError(f"{run.folder} is a language model: it has no classes")
+    return run.classes
+
+
+def probabilities(run: runs.Run, texts: Sequence[str]) -> np.ndarray:
+    """Returns how likely a run finds each class [N, C] of texts."""
+    return classify.probabilities(
+        texts,
+        model=run.model,
+        params=run.params,
+        tokenizer=run.tokenizer,
+        length=classes_of(run).length,
+        pool=run.config.task.pool,
+        causal=run.config.task.causal,
+    )
+
+
+def test_rows(run: runs.Run) -> Sequence[tables.Row]:
+    """Returns the test part of the table that a run learnt from.
+
+    Raises:
+      ValueError: there is none, or the table is no longer what it was.
+    """
+    config, length = run.config, classes_of(run).length
+    found = tables.load(source_of(config.task.to_dict(), config.data))
+    told = json.loads((run.folder / "data.json").read_text(encoding="utf-8"))
+    if fingerprint(found, run.tokenizer, length) != told["fingerprint"]:
+        raise ValueError(
+            f"{config.data.source} is no longer what {run.folder} learnt from, so its "
+            "test part may hold what the model has seen; put the table back"
+        )
+    if not found.parts.test:
+        raise ValueError(f"{run.folder} was trained without a test part")
+    return found.parts.test
 
 
 def fingerprint(
