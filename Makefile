@@ -73,10 +73,10 @@ test-parity: parity  ## the same numbers as transformers, live; installs torch o
 
 # A browser is a large download, so the system's is taken where there is one.
 .PHONY: test-browser
-test-browser: browser  ## the chat page in Chromium; installs playwright once
+test-browser: browser  ## the chat page and the report in Chromium; installs playwright once
 	command -v chromium chromium-browser google-chrome >/dev/null \
 	  || $(RUN) -m playwright install chromium
-	$(RUN) -m pytest tests/test_serve_page.py $(PYTEST_ARGS)
+	$(RUN) -m pytest tests/test_serve_page.py tests/test_report_page.py $(PYTEST_ARGS)
 
 .PHONY: test-faults
 test-faults: dev  ## what must survive what, with a table at the end (half an hour)

@@ -101,6 +101,7 @@ def main(_: list[str]) -> None:
 
 def _label(run, texts: list[str]) -> None:
     from gpt_jax import classify
+    from gpt_jax.tasks.classify import probabilities
 
     if SKIP.value:
         used = [text for text in texts if text.strip()]
@@ -111,7 +112,7 @@ def _label(run, texts: list[str]) -> None:
         raise ValueError("there is no text to label")
     if blank := [i for i, text in enumerate(texts, start=1) if not text.strip()]:
         raise ValueError(f"text {blank[0]} is empty; --skip leaves such out")
-    done = classify.labelled(texts, _probabilities(run, texts), run.classes.labels)
+    done = classify.labelled(texts, probabilities(run, texts), run.classes.labels)
     for one in done:
         chances = ", ".join(f"{k} {v:.4f}" for k, v in one.probabilities.items())
         print(f"{one.label}  ({chances})  {' '.join(one.text.split())}")
@@ -120,6 +121,7 @@ def _label(run, texts: list[str]) -> None:
 
 def _report_on_table(run) -> None:
     from gpt_jax import labelled
+    from gpt_jax.tasks import classify
 
     task = run.config.task
     # How rows are divided is the business of training's own table, not of this one.
@@ -137,55 +139,20 @@ def _report_on_table(run) -> None:
         left[f"that cannot be read (the first: {unread[0]})"] = len(unread)
     for why, count in left.items():
         print(f"left out: {count} {why}", file=sys.stderr)
-    found = _report(run, rows)
+    found = classify.report(run, rows)
     _draw(found, IMAGE.value)
     _show({**found.numbers(), "step": run.step})
 
 
 def _report_on_test(run) -> None:
-    from gpt_jax import labelled
     from gpt_jax.tasks import classify
 
-    config = run.config
-    found = labelled.load(classify.source_of(config.task.to_dict(), config.data))
-    told = json.loads((run.folder / "data.json").read_text(encoding="utf-8"))
-    length = run.classes.length
-    if classify.fingerprint(found, run.tokenizer, length) != told["fingerprint"]:
-        raise ValueError(
-            f"{config.data.source} is no longer what {run.folder} learnt from, so its "
-            "test part may hold what the model has seen; put the table back"
-        )
-    if not found.parts.test:
-        raise ValueError(f"{run.folder} was trained without a test part")
-    result = _report(run, found.parts.test)
+    result = classify.report(run, classify.test_rows(run))
     numbers = {**result.numbers(), "step": run.step}
     text = json.dumps(numbers, indent=1) + "\n"
     (run.folder / "test_report.json").write_text(text, encoding="utf-8")
     _draw(result, IMAGE.value or str(run.folder / "test_report.png"))
     _show(numbers)
-
-
-def _report(run, rows: list):
-    from gpt_jax import classify
-
-    texts = [row.text for row in rows]
-    chances = _probabilities(run, texts)
-    given = [one.label for one in classify.labelled(texts, chances, run.classes.labels)]
-    return classify.report([row.label for row in rows], given, run.classes.labels)
-
-
-def _probabilities(run, texts: list[str]):
-    from gpt_jax import classify
-
-    return classify.probabilities(
-        texts,
-        model=run.model,
-        params=run.params,
-        tokenizer=run.tokenizer,
-        length=run.classes.length,
-        pool=run.config.task.pool,
-        causal=run.config.task.causal,
-    )
 
 
 def _show(numbers: dict) -> None:

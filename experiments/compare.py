@@ -3,10 +3,13 @@
   python -m experiments.compare --runs=runs/quickstart,runs/mine
   python -m experiments.compare --runs='runs/sweep_seeds/*' --out=runs/compare_seeds
   python -m experiments.compare --runs='runs/a*' --metric=val_bpb --at=last
+  python -m experiments.compare --runs='runs/a*' --against=runs/a_baseline
 
-Runs that differ in the seed only are one setting: mean +- standard error. Settings
-that share seeds are compared in pairs, seed by seed, with a 95 % interval. Names with
-* and ? stand for all that match; folders that are no runs are then left out.
+Runs that differ in the seed only are one setting: its mean and 95 % interval. Settings
+that share seeds are compared in pairs, seed by seed, and what is more than chance is
+told after Holm's correction for all the comparisons that were possible; with --against
+for those with that one. Names with * and ? stand for all that match; folders that are
+no runs are then left out. Where the tokenizers differ, bits per byte are compared.
 
 OUT gets compare.html (open it in a browser), compare.csv, compare.json, compare.png.
 """
@@ -20,30 +23,44 @@ from experiments import door
 
 RUNS = door.define_paths("runs", "Run folders, with commas; * and ? are patterns.")
 OUT = door.define_path("out", "runs/compare", "Folder to write to.")
-METRIC = flags.DEFINE_string("metric", "val_loss", "A name in metrics.jsonl.")
-AT = flags.DEFINE_enum("at", "best", ["best", "last"], "Which evaluation counts.")
+METRIC = flags.DEFINE_string(
+    "metric", "", "A name in metrics.jsonl (default: the sweep's, or val_loss)."
+)
+AT = flags.DEFINE_string(
+    "at", "", "Which evaluation counts: best, last, 'last 3' (default: the sweep's)."
+)
 DIRECTION = flags.DEFINE_enum(
-    "direction", "minimize", ["minimize", "maximize"], "What is better."
+    "direction", None, ["minimize", "maximize"], "Better is (default: minimize)."
+)
+AGAINST = flags.DEFINE_string(
+    "against", "", "The run that the others are compared with (default: the best)."
 )
 
 
 def main(_: list[str]) -> None:
     """Compares, prints the table, and writes the files."""
-    folders = [folder for pattern in RUNS.value for folder in _matching(pattern)]
+    folders = [
+        folder for pattern in door.folders(RUNS.value) for folder in _matching(pattern)
+    ]
     if not folders:
         raise ValueError("--runs is missing, e.g. --runs=runs/quickstart,runs/mine")
 
     door.check_writable("out", OUT.value, folder=True)
 
-    from gpt_jax.report import compare
+    from gpt_jax.report import compare, compared
 
     found = compare.compare(
-        folders, METRIC.value, direction=DIRECTION.value, at=AT.value
+        folders,
+        metric=METRIC.value,
+        direction=DIRECTION.value or "",
+        at=AT.value,
+        against=AGAINST.value,
     )
     for line in compare.lines(found):
         print(line)
-    compare.write(Path(OUT.value), found)
-    print(f"\n  the page   {OUT.value}/compare.html")
+    missing = compared.write(Path(OUT.value), found)
+    print(f"\n  the page   {missing or f'{OUT.value}/compare.html'}")
+    print(f"  a picture  {OUT.value}/compare.png")
 
 
 def _matching(pattern: str) -> list[Path]:
@@ -51,7 +68,8 @@ def _matching(pattern: str) -> list[Path]:
     if not any(letter in pattern for letter in "*?["):
         return [Path(pattern)]
     found = [Path(name) for name in sorted(glob.glob(pattern))]
-    found = [folder for folder in found if (folder / "config.json").is_file()]
+    holds = ("config.json", "outcome.json")  # a run; a trial that failed before
+    found = [folder for folder in found if any((folder / x).is_file() for x in holds)]
     if not found:
         raise ValueError(f"--runs: no run folder matches {pattern}")
     return found

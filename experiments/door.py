@@ -9,6 +9,7 @@ screen that fails changes none of them; see gpt_jax/screen.py.
 
 import ast
 import gc
+import glob
 import re
 import shlex
 import sys
@@ -91,6 +92,23 @@ def step(text: str) -> str | int | None:
         near = names.did_you_mean(text, known)
         raise ValueError(f"--step={text} is not best, newest or a step number{near}")
     return known[text]
+
+
+def folders(pieces: list[str]) -> list[str]:
+    """Returns the folders and patterns of a list flag.
+
+    The names of a sweep's trials hold commas, lr=0.1,seed=2: pieces that together name
+    what is there belong together.
+    """
+    found = []
+    while pieces:
+        ends = range(len(pieces), 0, -1)
+        names = {end: ",".join(pieces[:end]) for end in ends}
+        there = (end for end in ends if Path(names[end]).exists())
+        end = next(there, 0) or next((e for e in ends if glob.glob(names[e])), 1)
+        found.append(",".join(pieces[:end]))
+        pieces = pieces[end:]
+    return found
 
 
 def run(

@@ -65,7 +65,7 @@ def main(_: list[str]) -> None:
     from gpt_jax.serve import server
     from gpt_jax.serve.wire import Limits
 
-    paths = server.named(RUNS.value)
+    paths = server.named(door.folders(RUNS.value))
     server.need_packages()
     programs.use_cache(runs.read_config(next(iter(paths.values()))).compile_cache)
     models = server.open_runs(

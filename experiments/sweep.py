@@ -19,10 +19,17 @@ Many machines that share a file system:
   python -m experiments.sweep --sweep=experiments/sweeps/lr.py \\
       --out=/shared/lr_width --scheduler=tcp://HOST:8786
 
-OUT gets report.html (open it in a browser), results.csv, results.json and pictures.
+OUT gets report.html (open it in a browser), results.csv, trials.csv, results.json and
+pictures. Exit codes: 0 done; 1 some trials failed, or the sweep could not go on; 2 a
+mistake in the sweep; 130 and 143 stopped by a signal, the same command goes on.
 """
 
+import glob
+import importlib.util
+import itertools
+import math
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -32,6 +39,12 @@ from absl import flags
 from experiments import door
 
 MOST_LINES = 60  # of the printed table; results.csv has all
+SLURM = ("MEM_PER_NODE", "MEM_PER_CPU", "CPUS_ON_NODE")  # MiB, MiB, cores
+# The variable that says which GPUs a process sees, and what lists them.
+VISIBLE = {
+    "CUDA_VISIBLE_DEVICES": ("nvidia-smi", "-L"),
+    "HIP_VISIBLE_DEVICES": ("rocm-smi", "--showid"),
+}
 
 SWEEP = door.define_path("sweep", "", "Sweep file, e.g. experiments/sweeps/lr.py.")
 OUT = door.define_path("out", "", "Folder (default: runs/sweep_<sweep's name>).")
@@ -48,7 +61,21 @@ STORAGE = flags.DEFINE_string(
     "storage", "", "Optuna storage URL, e.g. postgresql://... (default: a file in OUT)."
 )
 RETRIES = flags.DEFINE_integer(
-    "retries", 1, "So often a trial that crashed or lost its worker runs again."
+    "retries", 1, "So often a trial that crashed, and got no further, runs again."
+)
+TRIAL_TIMEOUT = flags.DEFINE_float(
+    "trial_timeout",
+    0.0,
+    "Seconds without a sign of life after which a trial is killed; 0 = never.",
+)
+METRIC = flags.DEFINE_string(
+    "metric", "", "What tables and report judge by (default: the sweep file's)."
+)
+DIRECTION = flags.DEFINE_enum(
+    "direction", None, ["minimize", "maximize"], "Which of --metric is better."
+)
+AT = flags.DEFINE_string(
+    "at", "", "Which evaluation they count: best, last, or the mean of the 'last 3'."
 )
 RERUN_FAILED = flags.DEFINE_bool("rerun_failed", False, "Run failed trials once more.")
 
@@ -57,8 +84,11 @@ def main(_: list[str]) -> int:
     """Runs a sweep, writes its report, and returns the exit code."""
     if not SWEEP.value:
         raise ValueError("--sweep is missing, e.g. --sweep=experiments/sweeps/lr.py")
-    if WORKERS.value < 0 or RETRIES.value < 0:
-        raise ValueError("--workers and --retries must not be negative")
+    for flag in (WORKERS, RETRIES, TRIAL_TIMEOUT):
+        if not flag.value >= 0:
+            raise ValueError(f"--{flag.name}={flag.value} must not be negative")
+    if TRIAL_TIMEOUT.value and ENGINE.value == "vmap":
+        raise ValueError("--trial_timeout needs --engine=process: vmap is one process")
     from gpt_jax.sweep import plan as plans
 
     plan = plans.load(SWEEP.value, extra=SET.value)
@@ -70,56 +100,80 @@ def main(_: list[str]) -> int:
     from gpt_jax import commands, report
     from gpt_jax.sweep import run
 
+    asked = {"metric": METRIC.value, "direction": DIRECTION.value, "at": AT.value}
+    asked = {key: value for key, value in asked.items() if value}
+    criterion = plan.criterion._replace(**asked)
+    criterion.check()
+
     if ENGINE.value == "process":  # accelerators are for the trials
         jax.config.update("jax_platforms", "cpu")
     if DRY_RUN.value:
-        run.check(plan, base)
+        run.check(plan, base, criterion)
         for line in run.listing(plan, base):
             print(line)
         return 0
     options = {
         "storage": STORAGE.value,
+        "retries": RETRIES.value,
         "rerun_failed": RERUN_FAILED.value,
+        "criterion": criterion,
         "changed": lambda results: report.tables(out, results),
     }
     if ENGINE.value == "vmap":
-        done = run.batched(plan, base, out, members=WORKERS.value, **options)
+        limits = {"members": WORKERS.value, "memory": _memory()}
+        done = run.batched(plan, base, out, **limits, **options)
     else:
         done = run.processes(
             plan,
             base,
             out,
             command=commands.argv("trial")[1:],
-            retries=RETRIES.value,
+            trial_timeout=TRIAL_TIMEOUT.value,
             scheduler=SCHEDULER.value,
             workers=WORKERS.value,
             accelerators=_accelerators(),
             **options,
         )
-    report.write(out, done.results)
-    if len(done.results["trials"]) <= MOST_LINES:
+    missing = report.write(out, done.results)
+    if len(done.results["settings"]) <= MOST_LINES:
         print(report.table(done.results))
     print(report.summary(done.results))
-    if done.exit_code:
+    if done.exit_code > 1:
         print(f"stopped; the same command goes on: {door.command(())}")
         return done.exit_code
-    print(f"  the report   {out}/report.html")
+    print(f"  the report   {missing or f'{out}/report.html'}")
     print(f"  the table    {out}/results.csv")
     print(f"  train best   {done.results['command']}")
-    return 0
+    if done.exit_code:
+        print("some trials failed: --rerun_failed runs them again")
+    return done.exit_code
 
 
-def _accelerators() -> list[str]:
-    """Returns the NVIDIA GPUs that this process may use, as CUDA names them.
+def _memory() -> float:
+    """Returns the bytes that Slurm gave this job on this machine; inf without it."""
+    told = {name: int(os.environ.get(f"SLURM_{name}") or 0) for name in SLURM}
+    of_cores = told["MEM_PER_CPU"] * told["CPUS_ON_NODE"]
+    return 2.0**20 * (told["MEM_PER_NODE"] or of_cores) or math.inf
 
-    JAX is not asked: it would take them.
+
+def _accelerators() -> list[dict[str, str]]:
+    """Returns what a process's environment must hold to use one accelerator alone.
+
+    JAX is not asked: it would take them. {} is a TPU, which a process has as a whole.
     """
-    if chosen := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return chosen.split(",")
-    if not shutil.which("nvidia-smi"):
+    if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
         return []
-    done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    return [str(i) for i, line in enumerate(done.stdout.splitlines()) if "GPU" in line]
+    for name, program in VISIBLE.items():
+        chosen = os.environ.get(name)
+        if chosen is not None:  # "" and -1 hide them all; what follows a -1 is hidden
+            shown = itertools.takewhile(lambda x: x != "-1", chosen.split(","))
+            return [{name: gpu} for gpu in map(str.strip, shown) if gpu]
+        if shutil.which(program[0]):
+            done = subprocess.run(program, capture_output=True, text=True)
+            found = re.findall(r"^GPU\W*(\d+)", done.stdout, re.M)
+            return [{name: gpu} for gpu in dict.fromkeys(found)]
+    chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+    return [{}] if chips and importlib.util.find_spec("libtpu") else []
 
 
 if __name__ == "__main__":

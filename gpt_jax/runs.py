@@ -11,6 +11,7 @@ runs/a/metrics.jsonl    one JSON object a line; loss.png draws it
 runs/a/samples.md       texts written while training
 runs/a/run.lock         the process that trains here, while one does
 runs/a/ended.json       why a population ended this run before its last step
+runs/a/wave.json        while members train that have not saved yet: how many they are
 """
 
 import contextlib

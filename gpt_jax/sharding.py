@@ -203,7 +203,7 @@ def spec(declared: Declared, path: str, shape: tuple[int, ...], mesh: Mesh) -> P
 
     Vectors as long as the residual stream are small and stay whole; so do fewer key and
     value heads than the tensor axis has devices, and what an optimizer keeps of a
-    weight in another shape (row means).
+    weight in another shape (row means, one number of a whole bias).
 
     Raises:
       ValueError: no layer declares such a weight, or an axis does not divide.
@@ -220,10 +220,10 @@ def spec(declared: Declared, path: str, shape: tuple[int, ...], mesh: Mesh) -> P
         few = axis == "kv_heads" and length < mesh.shape["tensor"]
         names.append(None if whole or few else name)
         if names[-1] and length % mesh.shape[name]:
+            cure = "set model.vocab_multiple" if axis == "vocab" else "make it smaller"
             raise ValueError(
                 f"{path} {shape} does not divide over mesh.{name}={mesh.shape[name]}: "
-                f"{length} is not a multiple of it (for the vocabulary, set "
-                "model.vocab_multiple)"
+                f"{length} is not a multiple of it; {cure}"
             )
     return P(*names) if any(names) else P()
 

@@ -14,6 +14,7 @@ import pytest
 from configs import classify as recipe
 from configs import common
 from gpt_jax import classify, data, metrics, model, runs, tasks, tokenizers, train
+from gpt_jax.sweep import after
 from tests import test_step, tiny
 
 BYTES = tokenizers.train("byte", iter(["x"]))
@@ -336,6 +337,7 @@ def test_the_test_part_is_read_once(run, folder):
     kept = json.loads((run / "test_report.json").read_text())
     assert kept["count"] == 18 and kept["accuracy"] > 0.9
     assert (run / "test_report.png").is_file()
+    assert after.test_accuracy(run) == kept["accuracy"]
     kept["accuracy"] = 0.125  # so that reading it is told from measuring it
     (run / "test_report.json").write_text(json.dumps(kept))
     again = folder / "again.png"

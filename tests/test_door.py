@@ -219,3 +219,13 @@ def test_every_flag_that_names_a_file_knows_the_home_folder():
             if of_text and re.search(r"\b([Ff]olders?|[Ff]ile|PNG|Table of)\b", words):
                 wrong.append(f"{file.name}: {words}")
     assert all("'storage'" in words for words in wrong), wrong  # a URL
+
+
+def test_folders_whose_names_hold_commas_can_be_listed(tmp_path):
+    """As the trials of a sweep are called."""
+    for name in ("lr=1,seed=2", "lr=1", "b"):
+        (tmp_path / name).mkdir()
+    given = f"{tmp_path}/lr=1,seed=2,{tmp_path}/b,{tmp_path}/lr=*,absent"
+    assert door.folders(given.split(",")) == [
+        *(f"{tmp_path}/lr=1,seed=2", f"{tmp_path}/b", f"{tmp_path}/lr=*", "absent")
+    ]

@@ -1,5 +1,7 @@
 """Populations: each member is the run that it would have been alone."""
 
+import json
+import math
 import os
 import shutil
 import signal
@@ -47,11 +49,10 @@ def rates(config, *lrs):
     return variants(config, hyper__lr=lrs)
 
 
-def fit(configs, folder, *, members=0, rungs=(), report=lambda *_: None):
+def fit(configs, folder, **options):
     workdirs = [folder / str(i) for i in range(len(configs))]
-    return population.train(
-        configs, workdirs, members=members, rungs=rungs, report=report
-    )
+    given = {"members": 0, "rungs": (), "report": lambda *_: None, **options}
+    return population.train(configs, workdirs, **given)
 
 
 def params_digest(folder):
@@ -193,15 +194,23 @@ def test_as_many_members_train_at_once_as_memory_holds(config, tmp_path, monkeyp
     configs = rates(config, *[1e-3] * 8)
     workdirs = [tmp_path / "runs" / str(i) for i in range(8)]
     stop, ignore = train.signals.Stop(), lambda *_: None
-    shared = population.build(configs, workdirs, stop, ignore)
+    shared = population.build(configs, workdirs, stop, ignore, math.inf)
     few, many = (
         program.needed_bytes(shared.program(slots, 1), shared.mesh.size)
         for slots in (2, 8)
     )
     state = jax.eval_shape(shared.parts.first, jax.random.key(0))
     assert many - few >= 6 * sum(leaf.size * 4 for leaf in jax.tree.leaves(state))
-    assert program.free_bytes(jax.devices()[0]) > many
+    assert program.free_bytes(jax.devices()[0], math.inf) > many
 
+    opened = waves(monkeypatch)
+    free = (few + many) / 2 / program.MEMORY_SHARE  # five of them, on two devices
+    fit(configs, tmp_path / "runs", memory=free)
+    assert opened == [4, 4]
+
+
+def waves(monkeypatch):
+    """Returns the list that the sizes of all waves will be in."""
     opened = []
     open_wave = population.open_wave
 
@@ -209,11 +218,55 @@ def test_as_many_members_train_at_once_as_memory_holds(config, tmp_path, monkeyp
         opened.append(len(trials))
         return open_wave(shared, trials, stack)
 
-    free = (few + many) / 2 / program.MEMORY_SHARE  # five of them, on two devices
     monkeypatch.setattr(population, "open_wave", watch)
-    monkeypatch.setattr(program, "free_bytes", lambda device: free)
-    fit(configs, tmp_path / "runs")
-    assert opened == [4, 4]
+    return opened
+
+
+def test_a_wave_that_was_killed_before_it_saved_comes_again_in_halves(
+    config, tmp_path, monkeypatch, caplog
+):
+    """The note of a process that the system killed, for want of memory, is there."""
+    configs = rates(config, 1e-3, 2e-3, 3e-3, 4e-3)
+    note = tmp_path / "0" / population.NOTE
+    note.parent.mkdir()
+    note.write_text('{"members": 4}')
+    opened, seen = waves(monkeypatch), {}
+
+    def report(member, step, numbers):
+        if member == 0:
+            seen[step] = json.loads(note.read_text()) if note.exists() else None
+
+    results = fit(configs, tmp_path, report=report)
+    assert opened == [2, 2] and [r.step for r in results] == [8] * 4
+    assert "4 members at once were killed before they saved" in caplog.text
+    # The note is there until the first checkpoint is, and never after.
+    assert seen[0] == {"members": 2} and seen[8] is None
+    assert not list(tmp_path.rglob(population.NOTE))
+
+
+def test_a_wave_that_the_devices_have_no_memory_for_is_halved(
+    config, tmp_path, monkeypatch, caplog
+):
+    configs = rates(config, 1e-3, 2e-3, 3e-3)
+    advance, tried = population.advance, []
+
+    def full(shared, wave, until):
+        tried.append(len(wave.members))
+        if len(wave.members) > 2:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return advance(shared, wave, until)
+
+    monkeypatch.setattr(population, "advance", full)
+    assert [r.reason for r in fit(configs, tmp_path)] == ["steps"] * 3
+    assert tried == [3, 2, 1]
+    assert "no memory for 3 members at once" in caplog.text
+
+    def broken(shared, wave, until):
+        raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
+
+    monkeypatch.setattr(population, "advance", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        fit(configs, tmp_path / "other")
 
 
 def test_patience_ends_a_member_alone(config, tmp_path, capsys):

@@ -3,43 +3,72 @@
 import csv
 import json
 import math
+import random
 import re
-import subprocess
-import sys
 
 import pytest
+from ml_collections import ConfigDict
 from scipy import stats
 
 from configs import common
-from gpt_jax import report
-from gpt_jax.report import compare, figures
+from gpt_jax import metrics, report, runs, seeds
+from gpt_jax.report import figures, importance, page, pictures
 from gpt_jax.report import results as tables
+from gpt_jax.sweep import run as sweeps
+from gpt_jax.sweep.study import Setting, Trial
 
 pytest.importorskip("plotly", reason="needs plotly: pip install plotly")
 
 
-def trial(name, overrides, value, status="done", step=8, **more):
-    row = {
-        "name": name,
-        "status": status,
-        "reason": "steps",
-        "value": value,
-        "at": step,
+def trial(name, overrides, value, status="done", step=8, seed=1, **more):
+    row = {"name": name, "status": status, "value": value, "at": step, "last": value}
+    row |= {"step": step, "tokens": step * 64, "seconds": 1.0, "reason": "steps"}
+    row |= {"steps": 8, "seed": seed, "crashes": 0, "overrides": overrides}
+    row |= {
+        "after": {},
+        "parameters": 1000,
+        "flops": 6e3 * 64 * step,
+        "bytes": 200.0 * step,
     }
-    row |= {"last": value, "step": step, "tokens": step * 64, "seconds": 1.0}
-    return {**row, "steps": 8, "attempts": 1, "overrides": overrides, **more}
+    return {**row, **more}
 
 
-def results(trials, keys, best, **more):
+def results(trials, keys, best="", **more):
+    """Results of trials; those of one point are a setting, as `sweep.run` has it."""
+    groups: dict[str, list] = {}
+    for row in trials:
+        groups.setdefault(seeds.text(row["overrides"]), []).append(row)
+    settings = []
+    for rows in groups.values():
+        for row in rows:
+            row["setting"] = rows[0]["name"]
+        values = [row["value"] for row in rows if row["status"] == "done"]
+        mean = seeds.mean(values) if values else None
+        like = [Trial(row["name"], row["overrides"], ConfigDict()) for row in rows]
+        named = {row["name"]: row for row in rows}
+        whole = len(values) == len(rows)
+        setting = Setting(rows[0]["name"], like, mean, whole)
+        settings.append(sweeps._setting(setting, named))
+    direction = more.get("direction", "minimize")
+    settings.sort(
+        key=lambda row: seeds.place(row["value"], row["status"] == "done", direction)
+    )
     found = {"sweep": "mine", "config": "configs/quickstart.py:size=tiny"}
     found |= {"fixed": {"steps": 8}, "metric": "val_loss", "direction": "minimize"}
+    found |= {"at": "best", "after": []}
+    found |= {"title": "val_loss"}
     found |= {"pruner": None, "size": len(trials), "keys": keys, "space": {}}
-    found |= {
-        "importance": None,
-        "best": best,
-        "command": "python -m experiments.train",
-    }
-    return {**found, "trials": trials, **more}
+    found |= {"drawn": False, "command": "python -m experiments.train"}
+    found["best"] = best or (settings[0]["value"] and settings[0]["name"])
+    return {**found, "settings": settings, "trials": trials, **more}
+
+
+def record(folder, values, every=2):
+    """Writes evaluations into a run folder; None is one that was not finite."""
+    folder.mkdir(parents=True)
+    lines = [{"step": every * i, "val_loss": x} for i, x in enumerate(values)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text)
 
 
 @pytest.fixture
@@ -52,107 +81,219 @@ def grid(tmp_path):
             value += 0.3 * (lr > 0.01)
             value -= 0.1 * layers
             trials.append(trial(name, {"h.lr": lr, "m.layers": layers}, value))
-            lines = [{"step": s, "val_loss": value + 4 - s / 2} for s in (0, 2, 4, 8)]
-            (tmp_path / name).mkdir()
-            text = "".join(json.dumps(line) + "\n" for line in lines)
-            (tmp_path / name / "metrics.jsonl").write_text(text)
+            record(tmp_path / name, [value + 4 - s for s in (0, 1, 2, 3, 4)])
     point = {"h.lr": 1.0, "m.layers": 1}
     why = "killed by signal 9: <b>no & memory</b>"
     trials.append(trial("lr=1,layers=1", point, None, "failed", 0, reason=why))
-    keys = {"h.lr": "lr", "m.layers": "layers"}
-    return tmp_path, results(trials, keys, "lr=0.01,layers=2")
+    return tmp_path, results(trials, {"h.lr": "lr", "m.layers": "layers"})
 
 
-def test_the_tables_hold_every_trial_best_first(grid):
+@pytest.fixture
+def seeded(tmp_path):
+    """Three settings of three seeds; the luckiest seed is not of the best setting.
+
+    Of one setting a seed diverged, and the others are the best of all.
+    """
+    values = {1e-3: (2.0, 2.1, 2.2), 1e-2: (1.9, 2.6, 2.7), 1e-1: (1.0, 1.1, None)}
+    trials = []
+    for lr, seeds_ in values.items():
+        for seed, value in enumerate(seeds_):
+            name, status = f"lr={lr},seed={seed}", "done" if value else "diverged"
+            trials.append(trial(name, {"h.lr": lr}, value, status, seed=seed))
+            end = value or 3000.0
+            record(tmp_path / name, [4.0, (4 + end) / 2, end, end, value])
+    return tmp_path, results(trials, {"h.lr": "lr"}, name="lr=0.001")
+
+
+# --- tables ---------------------------------------------------------------------------
+
+
+def read_csv(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_the_tables_hold_every_setting_and_every_trial_best_first(grid):
     out, found = grid
     report.tables(out, found)
-    rows = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
+    rows = read_csv(out / "results.csv")
     assert len(rows) == 7
-    assert rows[0]["trial"] == "lr=0.01,layers=2"
-    assert float(rows[0]["value"]) == pytest.approx(1.8)
-    values = [float(row["value"]) for row in rows[:-1]]
+    assert rows[0]["setting"] == "lr=0.01,layers=2"
+    assert float(rows[0]["mean"]) == pytest.approx(1.8) and rows[0]["n"] == "1"
+    values = [float(row["mean"]) for row in rows[:-1]]
     assert values == sorted(values)
-    assert rows[-1]["status"] == "failed" and "signal 9" in rows[-1]["reason"]
+    assert rows[-1]["status"] == "failed" and rows[-1]["mean"] == ""
     assert {row["h.lr"] for row in rows} == {"0.001", "0.01", "0.1", "1.0"}
+    trials = read_csv(out / "trials.csv")
+    assert [row["trial"] for row in trials] == [row["name"] for row in found["trials"]]
+    assert "signal 9" in trials[-1]["reason"]
     assert json.loads((out / "results.json").read_text()) == found
 
 
-def test_maximizing_turns_the_order_around(grid):
-    _, found = grid
-    down = [row["name"] for row in tables.ranked(found)]
-    up = [row["name"] for row in tables.ranked({**found, "direction": "maximize"})]
-    assert up[:-1] == down[:-1][::-1] and up[-1] == down[-1]
+def test_a_row_of_the_table_is_a_setting_and_its_mean_decides(seeded):
+    """Oracle: scipy. The luckiest seeds are of other settings."""
+    out, found = seeded
+    report.tables(out, found)
+    rows = read_csv(out / "results.csv")
+    assert [row["h.lr"] for row in rows] == ["0.001", "0.01", "0.1"]
+    assert [row["n"] for row in rows] == ["3", "3", "2"]
+    assert [row["status"] for row in rows] == ["done", "done", "diverged"]
+    low, high = stats.t.interval(0.95, 2, 2.1, stats.sem([2.0, 2.1, 2.2]))
+    assert float(rows[0]["low"]) == pytest.approx(low)
+    assert float(rows[0]["high"]) == pytest.approx(high)
+    assert "seed" not in rows[0]
+    said = report.summary(found)
+    assert f"mean of 3 seeds, 95 % within [{low:.4f}, {high:.4f}]" in said
+    assert f"| 2.1000 | {low:.4f} to {high:.4f} | 3 of 3 |" in report.table(found)
+    assert "| 1.0500 (diverged in part) |" in report.table(found)
 
 
-def test_importance_is_the_variance_between_the_values_of_a_key():
+def test_no_column_of_the_tables_has_the_name_of_another_or_of_a_config_key(grid):
+    """`steps`, `seed` and `batch_size` may be swept."""
+    out, found = grid
+    report.tables(out, found)
+    taken = set(runs.flat(common.base()))
+    for name in ("results.csv", "trials.csv"):
+        head = (out / name).read_text().splitlines()[0].split(",")
+        assert len(set(head)) == len(head)
+        assert {*head} & taken <= {"seed"}  # of a trial, and never a swept key
+
+
+def test_every_number_of_the_tables_reads_as_a_number(seeded):
+    out, found = seeded
+    report.tables(out, found)
+    words = {"setting", "status", "reason", "trial"}
+    for name in ("results.csv", "trials.csv"):
+        for row in read_csv(out / name):
+            for column in row.keys() - words:
+                assert row[column] == "" or math.isfinite(float(row[column]))
+
+
+def test_all_curves_are_one_long_table(seeded):
+    """Oracle: the records."""
+    out, found = seeded
+    report.write(out, found)
+    rows = read_csv(out / "curves.csv")
+    assert list(rows[0]) == ["trial", "setting", "seed", "step", "val_loss"]
+    for told in found["trials"]:
+        own = [row for row in rows if row["trial"] == told["name"]]
+        assert {row["setting"] for row in own} == {told["setting"]}
+        for row, line in zip(own, metrics.read(out / told["name"]), strict=True):
+            value = "" if line["val_loss"] is None else str(line["val_loss"])
+            assert (row["step"], row["val_loss"]) == (str(line["step"]), value)
+
+
+def test_a_trial_that_did_not_end_does_not_look_like_one_that_did(seeded, grid):
+    out, found = seeded
+    report.tables(out, found)
+    lost = [row for row in read_csv(out / "trials.csv") if row["status"] == "diverged"]
+    assert [row["value"] for row in lost] == [""]
+    lines = report.table(grid[1]).splitlines()
+    assert lines[-1] == "| lr=1,layers=1 | failed |  | 1 |"
+
+
+# --- importance -----------------------------------------------------------------------
+
+
+def importance_of(found):
+    return importance.importance(found, tables.axes(found))
+
+
+def test_importance_in_a_full_grid_is_the_main_effect_of_a_key():
     """Oracle: by hand."""
-    keys = {"a": "a", "b": "b"}
     points = [{"a": a, "b": b} for a in range(4) for b in range(4)]
     # Ranks of a + 4b are a + 4b themselves: variances 1.25 and 20 of 21.25.
     both = [trial(str(p), p, float(p["a"] + 4 * p["b"])) for p in points]
-    share = tables.importance(results(both, keys, None))
-    assert share["b"] == pytest.approx(20 / 21.25) and list(share) == ["b", "a"]
-    assert share["a"] == pytest.approx(1.25 / 21.25)
+    share = importance_of(results(both, {"a": "a", "b": "b"}))
+    assert share == pytest.approx({"b": 20 / 21.25, "a": 1.25 / 21.25}, rel=1e-6)
+    assert list(share) == ["b", "a"]
 
 
-def test_a_failed_trial_does_not_decide_what_is_important(grid):
-    _, found = grid
-    before = tables.importance(found)
-    for row in found["trials"]:
-        if row["overrides"] == {"h.lr": 0.1, "m.layers": 1}:
-            row["value"] = 1e9  # it was the worst already
-    assert tables.importance(found) == before
+def drawn(count, keys, value, seed=0):
+    source = random.Random(seed)
+    points = [{key: source.random() for key in keys} for _ in range(count)]
+    rows = [trial(str(i), p, value(p, source)) for i, p in enumerate(points)]
+    return results(rows, dict(zip(keys, keys)), drawn=True)
 
 
-def test_a_continuous_key_is_put_into_bins():
-    points = [{"a": i / 40, "b": (i * 17 % 40) / 40} for i in range(40)]
-    rows = [trial(str(i), p, p["a"]) for i, p in enumerate(points)]
-    share = tables.importance(results(rows, {"a": "a", "b": "b"}, None))
-    assert share["a"] > 0.9 and share["b"] < 0.3
-
-
-def test_the_report_is_one_file_that_needs_no_other(grid):
-    out, found = grid
-    report.write(out, found)
-    page = (out / "report.html").read_text()
-    assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page)
-    for title in ("Curves", "Where the optimum lies", "Slices", "Importance", "Trials"):
-        assert f"<h2>{title}</h2>" in page
-    assert "All keys at once" not in page  # two keys need no parallel coordinates
-    assert "1.8000" in page and found["command"].split()[-1] in page
-    assert "killed by signal 9: &lt;b&gt;no &amp; memory&lt;/b&gt;" in page
-    for name in ("curves.png", "slices.png"):
-        assert (out / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-
-
-def test_a_sweep_without_a_finished_trial_still_has_a_report(tmp_path):
-    rows = [trial("a", {"h.lr": 1.0}, None, "failed", 0)]
-    found = results(rows, {"h.lr": "lr"}, None, command=None)
-    report.write(tmp_path, found)
-    assert "<h2>Trials</h2>" in (tmp_path / "report.html").read_text()
-    assert report.summary(found) == "1 failed; no trial is done"
-    cells = report.table(found).splitlines()[-1].split("|")
-    assert [cell.strip() for cell in cells] == ["", "a", "failed", "0", "1", ""]
-
-
-def test_a_curve_is_drawn_for_every_trial_and_the_best_on_top(grid):
-    out, found = grid
-    lines = [
-        t for t in figures.curves(out, found).data if t.x is not None and len(t.x) > 1
+def test_chance_is_no_importance():
+    """Forty sweeps in which nothing matters; 1 in 20 may look as if something did."""
+    found = [
+        importance_of(drawn(30, "abcde", lambda p, source: source.random(), seed))
+        for seed in range(40)
     ]
-    assert len(lines) == 6
-    assert lines[-1].line.color == figures.RED
-    assert list(lines[-1].x) == [0, 2, 4, 8]
-    assert lines[-1].y[-1] == pytest.approx(1.8)
+    assert sum(bool(share) for share in found) <= 5
 
 
-def test_the_optimum_of_each_line_is_starred(grid):
-    _, found = grid
-    lines = figures.interaction(found).data
-    assert [line.name for line in lines] == ["layers 1", "layers 2"]
-    for line in lines:
-        starred = [x for x, s in zip(line.x, line.marker.symbol) if s == "star"]
-        assert starred == [1e-2]
+def test_importances_are_shares_that_never_add_up_to_more_than_one():
+    for seed in range(10):
+        found = drawn(24, "abcd", lambda p, _: 3 * p["a"] + p["b"], seed)
+        share = importance_of(found)
+        assert next(iter(share)) == "a" and sum(share.values()) <= 1
+
+
+def test_of_few_settings_no_importance_is_told():
+    points = [{"a": a} for a in range(5)]
+    rows = [trial(str(p), p, float(p["a"])) for p in points]
+    assert importance_of(results(rows, {"a": "a"})) == {}
+
+
+def test_pruned_and_diverged_trials_tell_what_is_important():
+    """What decides is which trials got to their end; among those nothing does."""
+    rows = []
+    for a in range(4):
+        for b in range(4):
+            status = ("done", "done", "pruned", "diverged")[a]
+            value = 2.0 + (b * 7 + a * 3) % 4 / 10
+            row = trial(
+                f"{a}{b}", {"a": a, "b": b}, value, status, step=8 if a < 2 else 2
+            )
+            rows.append({**row, "value": value if a < 2 else None})
+    assert list(importance_of(results(rows, {"a": "a", "b": "b"}))) == ["a"]
+
+
+# --- axes -----------------------------------------------------------------------------
+
+
+def test_keys_that_move_together_are_one_axis_and_constant_ones_none():
+    points = [
+        {"b": b, "s": 400 // b, "lr": lr, "c": 1} for b in (4, 8) for lr in (1, 2)
+    ]
+    rows = [trial(str(p), p, 1.0) for p in points]
+    found = tables.axes(results(rows, {k: k for k in ("b", "s", "lr", "c")}))
+    assert [(axis.label, axis.tied) for axis in found] == [("b", ["s"]), ("lr", [])]
+    # Drawn values are all different: that alone does not tie them.
+    free = drawn(12, "ab", lambda p, _: p["a"])
+    assert [axis.tied for axis in tables.axes(free)] == [[], []]
+    for row in free["settings"]:
+        row["overrides"]["b"] = row["overrides"]["a"] * 3
+    assert [axis.tied for axis in tables.axes(free)] == [["b"]]
+
+
+def test_keys_that_some_trials_lack_and_values_that_are_lists_have_their_axes(tmp_path):
+    windows = ({"mixer": "attention", "window": 4}, {"mixer": "attention"})
+    points = [{"r": 4, "p": None}, {"r": 8, "p": None}, {"r": None, "p": windows}]
+    rows = [trial(str(i), p, 2.0 + i) for i, p in enumerate(points)]
+    for row in rows:
+        record(tmp_path / row["name"], [5.0, row["value"]])
+    found = results(rows, {"r": "rank", "p": "pattern"})
+    rank, pattern = tables.axes(found)
+    assert rank.values == [4, 8, None] and not rank.numeric
+    assert tables.brief(rank.values[-1]) == tables.ABSENT
+    assert [type(value) for value in pattern.values] == [str, type(None)]
+    assert report.write(tmp_path, found) == ""
+    assert read_csv(tmp_path / "results.csv")[-1]["r"] == ""
+
+
+def test_ticks_stay_apart_and_whole_numbers_look_whole():
+    axis = tables.Axis("x", "x", [], [], True, True)
+    close = [1e-3, 1.05e-3, 1.1e-3, 1e-2]
+    assert tables.ticks(axis, close, apart=0.15) == [1e-3, 1e-2]
+    many = [1e-4 * 1.3**i for i in range(30)]
+    shown = tables.ticks(axis, many, apart=0.1)
+    assert 2 <= len(shown) <= 8 and all(many[0] <= x <= many[-1] for x in shown)
+    assert [tables.brief(x) for x in (1337, 131072.0, 0.016, None, True)] == [
+        *("1337", "131072", "0.016", tables.ABSENT, "True")
+    ]
 
 
 def test_scales_are_logarithmic_where_values_spread_over_decades(grid):
@@ -164,127 +305,158 @@ def test_scales_are_logarithmic_where_values_spread_over_decades(grid):
     assert not tables.logarithmic(searched, "h.lr", [1e-3, 1e-2, 1e-1])
 
 
-def test_a_hopeless_trial_does_not_flatten_the_picture(grid):
-    _, found = grid
-    low, high = figures.interesting(found, [2.0, 2.1, 2.2, 2.3, 1e6])
-    assert low < 2.0 and 2.3 < high < 10
+# --- figures --------------------------------------------------------------------------
 
 
-# --- comparing runs -------------------------------------------------------------------
+def lines_of(figure):
+    """Returns the lines of a figure, its areas and its colours' bar left out."""
+    return [
+        one for one in figure.data
+        if one.x is not None and len(one.x) > 1 and one.fill is None
+    ]  # fmt: skip
 
 
-def run(folder, value, **overrides):
-    """Writes a run folder that compare can read; its last evaluation is the best."""
-    config = common.base()
-    for key, changed in overrides.items():
-        config.update_from_flattened_dict({key.replace("__", "."): changed})
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    rows = [{"step": step, "val_loss": value + 8 - step} for step in (0, 4, 8)]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "metrics.jsonl").write_text(lines)
-    return folder
+def test_the_report_is_one_file_that_needs_no_other(grid):
+    out, found = grid
+    assert report.write(out, found) == ""
+    page = (out / "report.html").read_text()
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page)
+    for title in ("Curves", "Where the optimum lies", "Slices", "Trials"):
+        assert f"<h2>{title}</h2>" in page
+    assert "All keys at once" not in page  # two keys need no parallel coordinates
+    assert "1.8000" in page and found["command"].split()[-1] in page
+    assert "killed by signal 9: &lt;b&gt;no &amp; memory&lt;/b&gt;" in page
+    assert '<a href="lr%3D0.01%2Clayers%3D2/"' in page
+    for name in ("curves.png", "slices.png"):
+        assert (out / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def compared(folders, **more):
-    options = {"direction": "minimize", "at": "best", **more}
-    return compare.compare(folders, options.pop("metric", "val_loss"), **options)
+def test_without_plotly_all_but_the_page_is_written(grid, monkeypatch):
+    out, found = grid
+    monkeypatch.setattr(page.importlib.util, "find_spec", lambda name: None)
+    assert "pip install plotly" in report.write(out, found)
+    assert not (out / "report.html").exists()
+    assert (out / "results.csv").exists() and (out / "curves.png").exists()
 
 
-@pytest.fixture
-def seeds(tmp_path):
-    """Two settings over five seeds: the difference is small beside the seeds'."""
-    a = [2.0, 2.2, 2.4, 2.6, 2.8]
-    b = [2.11, 2.29, 2.50, 2.71, 2.89]
-    folders = []
-    for i in range(5):
-        folders.append(run(tmp_path / f"a{i}", a[i], seed=i, hyper__lr=1e-3))
-        folders.append(run(tmp_path / f"b{i}", b[i], seed=i, hyper__lr=2e-3))
-    return folders
+def test_a_sweep_without_a_finished_trial_still_has_a_report(tmp_path):
+    rows = [trial("a", {"h.lr": 1.0}, None, "failed", 0)]
+    found = results(rows, {"h.lr": "lr"}, command=None)
+    report.write(tmp_path, found)
+    assert "<h2>Trials</h2>" in (tmp_path / "report.html").read_text()
+    assert report.summary(found) == "1 failed; no trial is done"
 
 
-def test_seeds_become_mean_and_standard_error(seeds):
+def test_a_curve_is_drawn_for_every_setting_and_the_best_on_top(grid):
+    out, found = grid
+    lines = lines_of(figures.curves(out, found, tables.axes(found)[0]))
+    assert len(lines) == 6
+    assert lines[-1].line.color == figures.RED
+    assert list(lines[-1].x) == [0, 2, 4, 6, 8]
+    assert lines[-1].y[-1] == pytest.approx(1.8)
+
+
+def test_seeds_are_drawn_as_their_mean_with_a_band(seeded):
     """Oracle: scipy."""
-    found = compared(seeds)
-    assert [setting.name for setting in found.settings] == ["lr=0.001", "lr=0.002"]
-    values = [2.0, 2.2, 2.4, 2.6, 2.8]
-    assert list(found.settings[0].values.values()) == pytest.approx(values)
-    assert found.settings[0].mean == pytest.approx(2.4)
-    assert found.settings[0].error == pytest.approx(stats.sem(values))
+    out, found = seeded
+    figure = figures.curves(out, found, tables.axes(found)[0])
+    lines = {line.name: line for line in lines_of(figure)}
+    best = lines["best: lr=0.001,seed=0"]
+    assert best.y[-1] == pytest.approx(2.1)
+    (band,) = [one for one in figure.data if one.fill and one.fillcolor == figures.RED]
+    error = stats.sem([2.0, 2.1, 2.2])
+    assert max(band.y) == pytest.approx(4.0)
+    assert min(band.y) == pytest.approx(2.1 - error)
+    assert len(lines) == 3
 
 
-def test_pairs_of_one_seed_show_what_the_seeds_hide(seeds):
-    """Oracle: scipy's paired t-test, whose 5 % is the interval's edge."""
-    (pair,) = compared(seeds).pairs
-    a, b = [2.0, 2.2, 2.4, 2.6, 2.8], [2.11, 2.29, 2.50, 2.71, 2.89]
-    interval = stats.ttest_rel(b, a).confidence_interval(0.95)
-    assert (pair.a, pair.b, pair.seeds) == ("lr=0.001", "lr=0.002", 5)
-    assert (pair.low, pair.high) == pytest.approx(tuple(interval))
-    assert pair.low > 0  # sure, although the settings' values overlap widely
-    assert "more than chance" in compare.lines(compared(seeds))[-1]
+def test_a_diverged_point_sets_no_colour_and_no_axis(seeded, tmp_path):
+    out, found = seeded
+    sound = {**found, "settings": found["settings"][:2]}
+    lost = trial("far", {"h.lr": 1e30}, None, "diverged", seed=0)
+    record(tmp_path / "far", [4.0, 1e9, 1e12])
+    more = results([*found["trials"], lost], found["keys"])
+    assert figures.interesting(more) == figures.interesting(found)
+    axis = next(axis for axis in tables.axes(more) if axis.key == "h.lr")
+    own = next(axis for axis in tables.axes(found) if axis.key == "h.lr")
+    for row in sound["settings"]:
+        assert figures.colours(more, axis)(row) == figures.colours(found, own)(row)
+    (far,) = [row for row in more["settings"] if row["name"] == "far"]
+    assert figures.colours(more, axis)(far) == figures.GREY
+    shown = figures.slices(more, [axis]).layout.xaxis
+    assert max(shown.tickvals) == pytest.approx(0.1)
+    assert figures.curves(out, more, axis).layout.yaxis.range[1] < 10
+    report.write(out, more)  # the pictures too
 
 
-def test_settings_without_shared_seeds_are_not_paired(tmp_path):
-    folders = [run(tmp_path / f"a{i}", 2.0 + i, seed=i) for i in range(2)]
-    folders += [run(tmp_path / f"b{i}", 2.5, seed=i + 7, steps=9) for i in range(2)]
-    found = compared(folders)
-    assert len(found.settings) == 2 and found.pairs == []
+def test_words_as_colours_have_a_legend_and_none_is_the_red_of_the_best(tmp_path):
+    names = ("adamw", "lion", "muon", "sgd", "adafactor", "none")
+    rows = [trial(name, {"o": name}, 2.0 + i) for i, name in enumerate(names)]
+    for row in rows:
+        record(tmp_path / row["name"], [5.0, row["value"]])
+    found = results(rows, {"o": "optimizer"})
+    (axis,) = tables.axes(found)
+    lines = lines_of(figures.curves(tmp_path, found, axis))
+    told = {line.name: line.line.color for line in lines if line.showlegend}
+    assert told.keys() == {"best: adamw", *names[1:]}
+    assert len(set(told.values())) == 6
+    assert [name for name, ink in told.items() if ink == figures.RED] == ["best: adamw"]
 
 
-def test_keys_that_decide_nothing_do_not_tell_runs_apart(tmp_path):
-    folders = [run(tmp_path / "a", 2.0, seed=1), run(tmp_path / "b", 2.1, seed=2)]
-    folders.append(run(tmp_path / "c", 2.2, seed=3, grace_s=5.0, mesh__cpu_devices=1))
-    (setting,) = compared(folders).settings
-    assert len(setting.runs) == 3
+def test_forty_lines_look_different():
+    assert len({figures.style(number) for number in range(40)}) == 40
+    assert figures.RED not in figures.PALETTE
+    dashes = {figures.style(number)[1] for number in range(40)}
+    assert "dot" not in dashes  # which stands for what was stopped early
+    assert dashes <= pictures.LINES.keys()
 
 
-def test_what_cannot_be_compared_is_refused(tmp_path):
-    a, b = run(tmp_path / "a", 2.0), run(tmp_path / "b", 2.1)
-    with pytest.raises(ValueError, match="same config and seed"):
-        compared([a, b])
-    with pytest.raises(ValueError, match="not a run folder"):
-        compared([a, tmp_path / "absent"])
-    with pytest.raises(ValueError, match="has no 'val_acc'"):
-        compared([a], metric="val_acc")
+def test_drawn_points_are_never_joined_by_a_line(grid):
+    _, found = grid
+    axes = tables.axes(found)
+    complete = {**found, "settings": found["settings"][:-1]}
+    assert lines_of_mode(figures.slices(complete, tables.axes(complete)))
+    assert not lines_of_mode(figures.slices({**complete, "drawn": True}, axes))
+    free = drawn(8, "ab", lambda p, _: p["a"])
+    assert not lines_of_mode(figures.slices(free, tables.axes(free)))
+    assert figures.interaction(free, tables.axes(free)) is None
+    part = {**found, "settings": found["settings"][:3]}  # of six combinations
+    assert not lines_of_mode(figures.slices(part, axes))
 
 
-def test_the_last_evaluation_may_count_instead_of_the_best(tmp_path):
-    folder = run(tmp_path / "a", 2.0)
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 9, "val_loss": 3.0}\n')
-    assert compared([folder]).settings[0].mean == 2.0
-    assert compared([folder], at="last").settings[0].mean == 3.0
-    assert compared([folder], direction="maximize").settings[0].mean == 10.0
+def test_on_the_front_stands_what_nothing_is_as_good_as_for_less():
+    values = {1: 3.0, 2: 2.5, 3: 2.6, 4: 2.0, 5: 2.0}
+    trials = [trial(f"n={n}", {"m.n": n}, x, parameters=n) for n, x in values.items()]
+    found = results(trials, {"m.n": "n"})
+
+    def ahead():
+        rows = figures.front(found, found["settings"], "parameters")
+        return [row["parameters"] for row in rows]
+
+    assert ahead() == [1, 2, 4]
+    figure = figures.tradeoffs(found)
+    assert figure and list(figure.data[1].x) == [1, 2, 4]
+    assert figure.layout.xaxis.title.text == "parameters"
+    found["direction"] = "maximize"
+    assert ahead() == [1]
+    same = [trial(f"n={n}", {"m.n": n}, x) for n, x in values.items()]
+    assert figures.tradeoffs(results(same, {"m.n": "n"})) is None
 
 
-def test_the_door_writes_table_page_and_picture(seeds, tmp_path):
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "experiments.compare"),
-            *(f"--runs={tmp_path}/a*,{seeds[1]}", f"--out={tmp_path}/out"),
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "2.4000 +- 0.1414" in done.stdout
-    page = (tmp_path / "out/compare.html").read_text()
-    assert "lr=0.001" in page and "<h2>Curves</h2>" in page
-    rows = list(csv.DictReader((tmp_path / "out/compare.csv").read_text().splitlines()))
-    assert len(rows) == 6
-    assert (tmp_path / "out/compare.png").read_bytes()[:4] == b"\x89PNG"
+def lines_of_mode(figure):
+    return [one for one in figure.data if one.mode == "lines"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        ([], "--runs is missing"),
-        (["--runs=no_such_folder/*"], "no run folder matches no_such_folder/*"),
-        (["--runs=no_such_folder"], "no_such_folder is not a run folder"),
-    ],
-)
-def test_the_door_refuses_with_one_sentence(arguments, sentence):
-    command = [sys.executable, "-m", "experiments.compare", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert sentence in done.stderr and "Traceback" not in done.stderr
+def test_the_optimum_of_each_line_is_starred(grid):
+    _, found = grid
+    lines = figures.interaction(found, tables.axes(found)).data
+    assert [line.name for line in lines] == ["layers 1", "layers 2"]
+    for line in lines:
+        starred = [x for x, s in zip(line.x, line.marker.symbol) if s == "star"]
+        assert starred == [1e-2]
+
+
+def test_a_hopeless_trial_does_not_flatten_the_picture():
+    rows = [trial(str(x), {"a": x}, x) for x in (2.0, 2.1, 2.2, 2.3, 1e6)]
+    low, high = figures.interesting(results(rows, {"a": "a"}))
+    assert low < 2.0 and 2.3 < high < 10

@@ -265,6 +265,34 @@ def test_what_does_not_divide_is_refused_and_few_kv_heads_are_copied():
         spec(declared(6), kernel, (48, 6, 8))
     with pytest.raises(ValueError, match=r"mesh.tensor=4: 61 .*vocab_multiple"):
         spec(declared(6), "embed/embedding", (61, 48))
+    cfg = tiny.cfg(d_ff=6)
+    with pytest.raises(ValueError, match=r"6 is not a multiple of it; make it smaller"):
+        spec(model.declared(cfg), "block_0/mlp/up/bias", (6,))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor", "muon"])
+def test_the_memory_of_every_optimizer_has_its_place_on_a_tensor_mesh(name, scan):
+    """Biases too, of which Adafactor keeps one number where matrices have a row."""
+    cfg = tiny.cfg(n_heads=4, vocab_multiple=4, scan_layers=scan)
+    options = {**common.base().optimizer.to_dict(), "name": name}
+    del options["ema"]
+    declared = model.declared(cfg)
+    tx = optimizer.make(declared, **options, spread=lambda x: x)
+    state = jax.eval_shape(
+        lambda key: step.start(model.init(cfg, key), {}, tx, ema=False),
+        jax.random.key(0),
+    )
+    places = sharding.layout(declared, state, mesh_of(tensor=2))
+    assert len(jax.tree.leaves(places)) == len(jax.tree.leaves(state))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [(1, 1, 8), (2, 2, 2)])
+def test_adafactor_with_biases_trains_on_a_tensor_mesh_as_on_one_device(axes):
+    losses, _ = trained("gpt2", axes, name="adafactor", steps=8)
+    alone, _ = trained("gpt2", ONE, name="adafactor", steps=8)
+    np.testing.assert_allclose(losses, alone, rtol=1e-5)
 
 
 @pytest.mark.slow

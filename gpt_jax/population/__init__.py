@@ -24,6 +24,7 @@ other run, and its curve is that of `train.train` up to float32 rounding.
 
 import contextlib
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,6 +42,9 @@ from gpt_jax.population.wave import Wave, advance, open_wave, shrink
 from gpt_jax.train import Result
 
 __all__ = ["Rung", "group", "train", "varies"]
+log = logging.getLogger(__name__)
+
+NOTE = "wave.json"  # in the folder of a wave's first member, until the wave has saved
 
 
 class Rung(NamedTuple):
@@ -73,12 +77,14 @@ def train(
     members: int,
     rungs: Sequence[Rung],
     report: Callable[[int, int, dict], None],
+    memory: float = math.inf,
 ) -> list[Result]:
     """Trains the configs of one group together, going on with what is there.
 
     A trial that is done, or that a rung or its own divergence ended before, is not
     trained again. After a kill, each wave goes back to the newest checkpoint that all
-    of its members have.
+    of its members have; one that was killed before it saved, of too little memory
+    perhaps, comes again in halves, as does one that the devices have no memory for.
 
     Args:
       configs: see `group`.
@@ -87,6 +93,8 @@ def train(
       rungs: by step; evaluated there whatever `eval_every` says. The losers keep their
         checkpoints, so `train.train` can go on with them.
       report: called with (index of the config, step, numbers) after every evaluation.
+      memory: bytes that they may take on a CPU at most, where a job is given a share of
+        a machine; what a container limits is known without it.
 
     Returns:
       How each run ended, in the order of the configs. Reasons are those of
@@ -102,7 +110,7 @@ def train(
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(signals.watch(configs[0].grace_s))
         with signals.at_once():
-            shared = build(configs, folders, stop, report)
+            shared = build(configs, folders, stop, report, memory)
         opened = stack.enter_context(contextlib.ExitStack())
         wave = None
         for rung in [*sorted(rungs), Rung(shared.end, len(configs))]:
@@ -165,6 +173,7 @@ def build(
     workdirs: Sequence[Path],
     stop: signals.Stop,
     report: Callable[[int, int, dict], None],
+    memory: float,
 ) -> Shared:
     """Builds what the trials share, and finds out which have ended already."""
     config = configs[0].copy_and_resolve_references()
@@ -188,7 +197,7 @@ def build(
     parts = alone.make_parts(config, task, strategy)
     parts = parts._replace(eval_fn=program.compile_evaluation(parts))
     end = alone.last_step(config, task)
-    shared = Shared(configs, workdirs, parts, stop, report, {}, {}, end)
+    shared = Shared(configs, workdirs, parts, stop, report, {}, {}, end, memory)
     for i, (config, workdir) in enumerate(zip(configs, workdirs, strict=True)):
         if reached(workdir):  # refuses another config now, not when its turn comes
             runs.create_or_check(
@@ -217,14 +226,43 @@ def climb(
         return wave
     if wave and {*waiting} <= {member.trial for member in wave.members}:
         return advance(shared, shrink(shared, wave, waiting), rung.step)
-    for trials in split(waiting, members or fit(shared, waiting)):
-        if shared.stop:
-            break
+    size = members or fit(shared, waiting)
+    queue = split(waiting, min(size, *(halved(shared, i, size) for i in waiting)))
+    while queue and not shared.stop:
+        trials = queue.pop(0)
         if wave:  # its place on the devices is needed
             jax.tree.map(lambda x: x.delete(), wave.state)
+            wave = None
         opened.close()
-        wave = advance(shared, open_wave(shared, trials, opened), rung.step)
+        note = shared.workdirs[trials[0]] / NOTE
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps({"members": len(trials)}), encoding="utf-8")
+        try:
+            wave = open_wave(shared, trials, opened)
+            wave = advance(shared, wave._replace(note=note), rung.step)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or len(trials) == 1:
+                raise
+            log.warning("there is no memory for %d members at once", len(trials))
+            queue = split(trials, math.ceil(len(trials) / 2)) + queue
+        finally:
+            note.unlink(missing_ok=True)  # not killed: whatever happened is told
     return wave
+
+
+def halved(shared: Shared, trial: int, size: int) -> int:
+    """Returns half the members of a wave that was killed before it saved, or `size`.
+
+    What kills a wave so early, each time again, is most often that the system has no
+    memory left: nobody can be told of it then.
+    """
+    note = shared.workdirs[trial] / NOTE
+    try:
+        members = int(json.loads(note.read_text(encoding="utf-8"))["members"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return size
+    log.warning("%d members at once were killed before they saved: now half", members)
+    return min(size, max(1, members // 2))
 
 
 def fit(shared: Shared, trials: Sequence[int]) -> int:
@@ -234,6 +272,7 @@ def fit(shared: Shared, trials: Sequence[int]) -> int:
         shared.slots(len(trials)),
         shared.mesh,
         lambda slots: shared.program(slots, min(seeds, slots)),
+        shared.memory,
     )
 
 

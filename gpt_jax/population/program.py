@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gpt_jax import files, sharding
+from gpt_jax import memory, sharding
 from gpt_jax.train import Parts
 
 STEPS = 16  # K, the most: a call costs as much as a step of a tiny model
@@ -147,14 +147,16 @@ def gather(tree: Any, slots: np.ndarray, mesh: Mesh) -> Any:
     return jax.block_until_ready(take(tree, slots))
 
 
-def fit(slots: int, mesh: Mesh, compiled: Callable[[int], Any]) -> int:
+def fit(slots: int, mesh: Mesh, compiled: Callable[[int], Any], most: float) -> int:
     """Returns the most slots, up to those asked for, that fit into memory.
+
+    That is what is free and, on a CPU, at most `most` bytes.
 
     The compiler's own count decides, so what is compiled here is what will train; a
     smaller program is compiled only when the whole population does not fit.
     """
     devices = mesh.size
-    free = MEMORY_SHARE * free_bytes(mesh.devices.flat[0])
+    free = MEMORY_SHARE * free_bytes(mesh.devices.flat[0], most)
     while slots > devices and (need := needed_bytes(compiled(slots), devices)) > free:
         smaller = int(slots * free / need) // devices * devices
         slots = max(devices, min(smaller, slots - devices))
@@ -177,9 +179,9 @@ def needed_bytes(compiled: Any, devices: int) -> int:
     return need
 
 
-def free_bytes(device: Any) -> float:
-    """Returns the free memory of a device; of a CPU, the machine's."""
+def free_bytes(device: Any, most: float) -> float:
+    """Returns the free memory of a device; of a CPU, what a process may still take."""
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    return files.free_memory()
+    return min(most, memory.left(), memory.of_machine())

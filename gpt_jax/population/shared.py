@@ -27,6 +27,7 @@ class Shared(NamedTuple):
     results: dict[int, Result]
     programs: dict[tuple[int, int], Any]  # by slots and seeds
     end: int  # the last step
+    memory: float  # bytes that they may take on a CPU, at most
 
     @property
     def mesh(self) -> Mesh:

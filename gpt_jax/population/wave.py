@@ -8,6 +8,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -57,6 +58,7 @@ class Wave(NamedTuple):
       bar: shows how the wave does.
       pending: (sums [S, K], info [S, K], steps) of each call since the last line.
       pace: seconds of a step in the last call.
+      note: a file that is there as long as the wave has not saved.
     """
 
     members: list[Member]
@@ -67,6 +69,7 @@ class Wave(NamedTuple):
     bar: screen.Progress
     pending: list
     pace: float
+    note: Path | None = None
 
 
 def advance(shared: Shared, wave: Wave, until: int) -> Wave:
@@ -336,6 +339,10 @@ def save(wave: Wave) -> None:
         metric = member.loss if member.totals.evaluated == wave.step else None
         state = at(host, member.slot)
         train.save(member.job, state, member.totals, wave.step, metric)
+    if wave.note and wave.note.exists():  # the copies of a save were what takes most
+        for member in wave.members:
+            member.job.saves.wait()
+        wave.note.unlink(missing_ok=True)
 
 
 def at(tree: Any, where: Any) -> Any:

@@ -1,156 +1,244 @@
-"""Interactive figures of a sweep; plotly is imported when one is drawn."""
+"""Interactive figures of a sweep; plotly is imported when one is drawn.
+
+Only settings that were trained to their end set a scale or a colour: one that diverged
+would leave no difference to be seen between the others.
+"""
 
 import itertools
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gpt_jax.report import results as tables
-from gpt_jax.report.results import Results, Row
+from gpt_jax.report.results import Axis, Band, Results, Row
 
 MOST_CURVES = 200  # more are not told apart; the best ones are drawn
+COSTS = {
+    "parameters": "parameters",
+    "flops": "FLOPs of a run",
+    "tokens": "tokens of a run",
+    "bytes": "bytes of text of a run",
+    "seconds": "seconds of a run",
+}
+MOST_WORDS = 10  # that colours stand for
 BLUE, RED, GREY = "#3B6FB6", "#D1495B", "#B8BEC8"
 INK, FAINT = "#1F2933", "#E6E9EE"
 SHADES = [[0, "#2B4C9B"], [0.35, "#3C9DB5"], [0.7, "#8BC34A"], [1, "#F2B134"]]
 BEST_FIRST = [[0, RED], [0.12, "#7B4F94"], [0.35, BLUE], [1, "#CBD6E6"]]
-PALETTE = ("#3B6FB6", "#E08E45", "#4C9F70", "#8F6BB3", "#D1495B", "#7A8794")
+# None is the red of the best.
+PALETTE = (
+    *("#3B6FB6", "#E08E45", "#4C9F70", "#8F6BB3", "#2AA7B8"),
+    *("#C8A415", "#7A8794", "#A0522D", "#D77FB3", "#5B8C2A"),
+)
+DASHES = ("solid", "dash", "dashdot", "longdash")  # dotted ones were stopped early
 FONT = {"family": "Inter, system-ui, Segoe UI, Helvetica, Arial", "color": INK}
 
 
-def curves(out: Path, results: Results):
-    """Returns the metric over steps: a line a trial, coloured by what counts most."""
-    go = plotly()
-    figure = go.Figure()
-    rows = [row for row in tables.ranked(results) if row["step"]][:MOST_CURVES]
-    key, colour = colours(results, rows)
-    ends: list[float] = []
+def curves(out: Path, results: Results, axis: Axis | None):
+    """Returns the metric over steps: a line a setting, coloured by an axis.
+
+    Where a setting has several seeds the line is their mean, the band its standard
+    error.
+    """
+    figure = plotly().Figure()
+    rows = drawn(results)
+    colour = colours(results, axis)
+    named: set[str] = set()
     for row in reversed(rows):  # the best are drawn last, on top
-        steps, values = tables.curve(out / row["name"], results["metric"])
-        if not values:
+        found = band_of(out, results, row)
+        if not found.steps:
             continue
-        ends.append(values[-1])
         best = row["name"] == results["best"]
-        style = {
-            "color": RED if best else colour(row),
-            "width": 3.2 if best else 1.6,
-            "dash": "solid" if row["status"] == "done" else "dot",
-        }
+        shade = RED if best else colour(row)
+        if found.error.any():
+            figure.add_scatter(**area(found, shade), name=row["name"])
+        word = tables.brief(_of(row, axis)) if axis and has_legend(axis) else ""
         figure.add_scatter(
-            x=steps,
-            y=values,
-            mode="lines+markers" if len(values) == 1 else "lines",
-            line=style,
+            x=found.steps,
+            y=found.mean.tolist(),
+            mode="lines+markers" if len(found.steps) == 1 else "lines",
+            line={"color": shade, "width": 3.2 if best else 1.6, "dash": dash(row)},
             opacity=1 if best or len(rows) <= 20 else 0.7,
-            name="best" if best else row["name"],
+            name=best_label(row, word) if best else word or row["name"],
+            legendgroup=f"best {word}" if best else word,
+            showlegend=best or bool(word and word not in named),
             hovertemplate=f"<b>{row['name']}</b> ({row['status']})<br>step %{{x:,}}: "
             f"%{{y:.4f}}<extra></extra>",
-            showlegend=False,
         )
-    if key and _is_scale(rows, key):
-        figure.add_trace(_colour_bar(go, results, rows, key))
-    figure.update_xaxes(title="step", rangemode="tozero")
-    figure.update_yaxes(title=results["metric"], range=interesting(results, ends))
-    return dress(figure, height=440)
+        named.add("" if best else word)
+    if axis and axis.numeric and any(row["value"] is not None for row in rows):
+        figure.add_scatter(**colour_bar(results, axis))
+    figure.update_xaxes(title="step", range=[0, last_step(rows)])
+    figure.update_yaxes(title=results["title"], range=curve_range(out, results))
+    figure = dress(figure, height=440)
+    # Beside the colours of a number line there is no room.
+    place = {} if has_legend(axis) else {"orientation": "h", "x": 0, "y": 1.1}
+    return figure.update_layout(legend={"traceorder": "reversed", **place})
 
 
-def slices(results: Results):
-    """Returns the result over each key: a panel a key, a point a trial.
+def slices(results: Results, axes: list[Axis]):
+    """Returns the result over each axis: a panel a key, a point a setting.
 
-    In a panel of numbers a line joins the best of each value.
+    A line joins the best of each value where all values were crossed with the others.
     """
     from plotly import subplots
 
-    keys = list(tables.importance(results))
-    across, down = tables.panels(len(keys))
+    across, down = tables.panels(len(axes))
     figure = subplots.make_subplots(
         rows=down, cols=across, shared_yaxes=True,
         horizontal_spacing=0.04, vertical_spacing=0.22 / max(1, down - 0.5),
     )  # fmt: skip
-    rows = tables.done(results)
-    values = [row["value"] for row in rows]
-    for index, key in enumerate(keys):
+    joined = tables.crossed(results, *axes)
+    ends = interesting(results, pad=0.12)
+    top = worst_end(results, ends)
+    for index, axis in enumerate(axes):
         where: Any = {"row": index // across + 1, "col": index % across + 1}
-        points = [row["overrides"][key] for row in rows]
-        scale = tables.numeric(points)
-        x = points if scale else [str(point) for point in points]
-        _add_envelope(figure, results, x, values, scale, where)
+        rows = [row for row in tables.valued(results) if can_stand(row, axis)]
+        x, y = [place(row, axis) for row in rows], [row["value"] for row in rows]
+        if joined and axis.numeric:
+            best = best_of_each(results, axis, rows)
+            figure.add_scatter(
+                x=list(best), y=list(best.values()), mode="lines", showlegend=False,
+                line={"color": BLUE, "width": 1.6}, hoverinfo="skip", **where,
+            )  # fmt: skip
         figure.add_scatter(
-            x=x, y=values, mode="markers", showlegend=False,
+            x=x, y=y, mode="markers", showlegend=False, **_bars(rows),
             marker={"size": 8, "color": BLUE, "opacity": 0.65,
+                    "symbol": [symbol(row) for row in rows],
                     "line": {"width": 1, "color": "white"}},
-            text=[row["name"] for row in rows],
-            hovertemplate="<b>%{text}</b><br>%{y:.4f}<extra></extra>", **where,
+            text=[_hover(row, results) for row in rows],
+            hovertemplate="%{text}<extra></extra>", **where,
         )  # fmt: skip
-        _add_best(figure, results, rows, key, scale, where)
-        figure.update_xaxes(
-            title=results["keys"][key], **_axis(results, key, points), **where
-        )
-    figure.update_yaxes(range=interesting(results, values, pad=0.12))
-    figure.update_yaxes(title=results["metric"], col=1)
+        if lost := diverged(results, axis, x):
+            figure.add_scatter(x=lost, y=[top] * len(lost), **_crosses(), **where)
+        for row in rows[:1]:
+            if row["name"] == results["best"]:
+                figure.add_scatter(
+                    x=[place(row, axis)], y=[row["value"]], mode="markers",
+                    marker={"size": 14, "symbol": "star", "color": RED,
+                            "line": {"width": 1, "color": "white"}},
+                    showlegend=False, hoverinfo="skip", **where,
+                )  # fmt: skip
+        apart = 0.16 if across > 1 else 0.06
+        figure.update_xaxes(title=title(axis), **_axis(axis, x, apart), **where)
+    figure.update_yaxes(range=ends)
+    figure.update_yaxes(title=results["title"], col=1)
     return dress(figure, height=330 * down + 20)
 
 
-def interaction(results: Results):
-    """Returns a line for each value of one key over another, its optimum marked.
+def interaction(results: Results, axes: list[Axis]):
+    """Returns a line for each value of one axis over another, its optimum marked.
 
-    None unless two keys of a few values each were swept and one is a number line.
+    At each place stands the best of the settings there. None unless two axes were
+    crossed, the one with a few values and the other a number line.
     """
-    rows, order = tables.done(results), list(tables.importance(results))
-    values = {key: sorted({row["overrides"][key] for row in rows}, key=_sortable)
-              for key in order}  # fmt: skip
-    few = [key for key in order if key != "seed" and len(values[key]) >= 2]
-    lines = [key for key in few if tables.numeric(values[key]) and len(values[key]) > 2]
-    along = max(lines, key=lambda key: len(values[key]), default=None)
-    others = [key for key in few if key != along and len(values[key]) <= 8]
-    if along is None or not others or len(rows) < 1.5 * len(values[along]):
-        return None  # no line would have its points at the places of another
-    by = others[0]
+    pair = interacting(results, axes)
+    if pair is None:
+        return None
+    along, by = pair
     figure = plotly().Figure()
-    sign = 1 if results["direction"] == "minimize" else -1
-    for number, value in enumerate(values[by]):
-        mean: dict[Any, list[float]] = {}
-        for row in rows:
-            if row["overrides"][by] == value:
-                mean.setdefault(row["overrides"][along], []).append(row["value"])
-        if not mean:
+    shown: list[float] = []
+    for number, value in enumerate(by.values):
+        rows = [row for row in tables.valued(results) if _of(row, by) == value]
+        best = best_of_each(results, along, rows)
+        if not best:
             continue
-        xs = sorted(mean)
-        ys = [min(mean[x], key=lambda v: sign * v) for x in xs]
-        best = min(range(len(xs)), key=lambda i: sign * ys[i])
-        shade = _shade(number / max(1, len(values[by]) - 1))
-        colour = shade if tables.numeric(values[by]) else PALETTE[number % len(PALETTE)]
-        label = f"{results['keys'][by]} {value:g}" if tables.numeric([value]) else value
+        xs, ys = list(best), list(best.values())
+        shown += xs
+        choose = min if results["direction"] == "minimize" else max
+        star = ys.index(choose(ys))
+        share = number / max(1, len(by.values) - 1)
+        colour = shade(share) if by.numeric else PALETTE[number % len(PALETTE)]
         figure.add_scatter(
             x=xs,
             y=ys,
             mode="lines+markers",
-            name=str(label),
+            name=f"{by.label} {tables.brief(value)}",
             line={"color": colour, "width": 2.2},
             marker={
-                "size": [13 if i == best else 6 for i in range(len(xs))],
-                "symbol": ["star" if i == best else "circle" for i in range(len(xs))],
+                "size": [13 if i == star else 6 for i in range(len(xs))],
+                "symbol": ["star" if i == star else "circle" for i in range(len(xs))],
                 "line": {"width": 1, "color": "white"},
             },
         )
-    figure.update_xaxes(
-        title=results["keys"][along], **_axis(results, along, values[along])
-    )
-    ends = [row["value"] for row in rows]
-    figure.update_yaxes(
-        title=results["metric"], range=interesting(results, ends, pad=0.1)
-    )
+    figure.update_xaxes(title=title(along), **_axis(along, shown, 0.06))
+    figure.update_yaxes(title=results["title"], range=interesting(results, pad=0.1))
     return dress(figure, height=400)
 
 
-def importances(results: Results):
-    """Returns a bar a key."""
-    go = plotly()
-    found = list(tables.importance(results).items())[::-1]
-    figure = go.Figure()
+def tradeoffs(results: Results):
+    """Returns the result over what a run costs, its Pareto front joined.
+
+    On the front stands what nothing else is as good as for less. A menu chooses the
+    cost; None where no cost differs between settings.
+    """
+    rows = tables.valued(results)
+    known = {key: [row[key] for row in rows] for key in COSTS}
+    differ = [key for key, own in known.items() if all(own) and len(set(own)) > 1]
+    costs = {key: COSTS[key] for key in differ}
+    if not costs:
+        return None
+    figure, first = plotly().Figure(), next(iter(costs))
+    for key in costs:
+        ahead = front(results, rows, key)
+        figure.add_scatter(
+            x=[row[key] for row in rows], y=[row["value"] for row in rows],
+            mode="markers", showlegend=False, visible=key == first,
+            marker={"size": 8, "color": BLUE, "opacity": 0.5},
+            text=[_hover(row, results) for row in rows],
+            hovertemplate="%{text}<br>%{x:.4~g}<extra></extra>",
+        )  # fmt: skip
+        figure.add_scatter(
+            x=[row[key] for row in ahead], y=[row["value"] for row in ahead],
+            mode="lines+markers", showlegend=False, visible=key == first,
+            line={"color": RED, "width": 1.6, "shape": "hv"}, marker={"size": 9},
+            text=[_hover(row, results) for row in ahead],
+            hovertemplate="%{text}<br>%{x:.4~g}<extra></extra>",
+        )  # fmt: skip
+    buttons = [
+        {
+            "label": told,
+            "method": "update",
+            "args": [
+                {"visible": [key == other for other in costs for _ in range(2)]},
+                {"xaxis.title.text": told},
+            ],
+        }
+        for key, told in costs.items()
+    ]
+    figure.update_xaxes(title=costs[first], type="log", dtick="D2", tickformat="~s")
+    figure.update_yaxes(title=results["title"], range=interesting(results, pad=0.1))
+    figure = dress(figure, height=400)
+    menu = {
+        "buttons": buttons,
+        "x": 1,
+        "xanchor": "right",
+        "y": 1.12,
+        "showactive": True,
+    }
+    return figure.update_layout(updatemenus=[menu]) if len(costs) > 1 else figure
+
+
+def front(results: Results, rows: list[Row], cost: str) -> list[Row]:
+    """Returns the settings that none beats for the same cost or less, in order."""
+    sign = 1 if results["direction"] == "minimize" else -1
+    found: list[Row] = []
+    for row in sorted(rows, key=lambda row: (row[cost], sign * row["value"])):
+        if not found or sign * row["value"] < sign * found[-1]["value"]:
+            found.append(row)
+    return found
+
+
+def importances(shares: dict[str, float], axes: list[Axis]):
+    """Returns a bar for each key that is told from chance."""
+    named = {axis.key: title(axis) for axis in axes}
+    found = list(shares.items())[::-1]
+    figure = plotly().Figure()
     figure.add_bar(
-        y=[results["keys"][key] for key, _ in found],
+        y=[named[key] for key, _ in found],
         x=[share for _, share in found],
         orientation="h",
         marker={"color": BLUE},
@@ -159,166 +247,161 @@ def importances(results: Results):
         cliponaxis=False,
         hovertemplate="%{y}: %{x:.1%}<extra></extra>",
     )
-    figure.update_xaxes(tickformat=".0%", rangemode="tozero")
+    figure.update_xaxes(tickformat=".0%", range=[0, 1])
     figure.update_layout(bargap=0.45)
     return dress(figure, height=90 + 46 * len(found))
 
 
-def parallel(results: Results):
-    """Returns parallel coordinates: a line a trial through all of its values."""
-    go = plotly()
-    rows = tables.done(results)
-    dimensions = []
-    for key in tables.importance(results):
-        values = [row["overrides"][key] for row in rows]
-        dimensions.append(
-            {"label": results["keys"][key], **_dimension(results, key, values)}
-        )
-    ends = [row["value"] for row in rows]
-    low, high = _clip(results, ends)
-    shown = [min(max(end, low), high) for end in ends]
+def parallel(results: Results, axes: list[Axis]):
+    """Returns parallel coordinates: a line a setting through all of its values."""
+    rows = tables.valued(results)
+    dimensions = [_dimension(axis, rows) for axis in axes]
+    low, high = clip(results)
+    shown = [min(max(row["value"], low), high) for row in rows]
     dimensions.append({"label": results["metric"], "values": shown})
     scale = BEST_FIRST if results["direction"] == "minimize" else _reverse(BEST_FIRST)
-    figure = go.Figure(
-        go.Parcoords(
-            dimensions=dimensions,
-            line={"color": shown, "colorscale": scale, "showscale": False},
-            labelfont={"size": 13},
-        )
+    figure = plotly().Figure()
+    figure.add_parcoords(
+        dimensions=dimensions,
+        line={"color": shown, "colorscale": scale, "showscale": False},
+        labelfont={"size": 13},
     )
     figure = dress(figure, height=380)
     return figure.update_layout(margin={"l": 70, "r": 60, "t": 60, "b": 30})
 
 
-def colours(results: Results, rows: list[Row]):
-    """Returns the key that colours stand for, and the colour of a trial."""
-    order = tables.importance(results)
-    if len(results["keys"]) == 1:
-        key = next(iter(results["keys"]))
-    else:
-        key = next((key for key in order if order[key] > 0), None)
-    if key is None:
-        return None, lambda row: BLUE
-    values = sorted({row["overrides"][key] for row in rows}, key=_sortable)
-    if _is_scale(rows, key):
-        place = _places(values, tables.logarithmic(results, key, values))
-        return key, lambda row: _shade(place(row["overrides"][key]))
-    return key, lambda row: PALETTE[values.index(row["overrides"][key]) % len(PALETTE)]
+# --- what pictures.py draws as well ---------------------------------------------------
 
 
-def _is_scale(rows: list[Row], key: str) -> bool:
-    values = {row["overrides"][key] for row in rows}
-    return tables.numeric(list(values)) and len(values) > 1
+def drawn(results: Results) -> list[Row]:
+    """Returns the settings whose curves are drawn, best first."""
+    return [row for row in results["settings"] if row["step"]][:MOST_CURVES]
 
 
-def _places(values: list, log: bool):
-    """Returns what maps a value to its place, 0 to 1, on a (logarithmic) scale."""
-    write = math.log if log else float
-    low, high = write(values[0]), write(values[-1])
-    return lambda value: (write(value) - low) / (high - low)
+def band_of(out: Path, results: Results, row: Row) -> Band:
+    """Returns a setting's curve: of the seeds that are done, else of all it has."""
+    status = {trial["name"]: trial["status"] for trial in results["trials"]}
+    done = [name for name in row["trials"] if status[name] == "done"]
+    names = done or row["trials"]
+    return tables.band(tables.curve(out / name, results["metric"]) for name in names)
 
 
-def _colour_bar(go, results: Results, rows: list[Row], key: str):
-    values = sorted({row["overrides"][key] for row in rows})
-    place = _places(values, tables.logarithmic(results, key, values))
-    ends = [values[0], values[len(values) // 2], values[-1]]
-    few = values if len(values) <= 8 else ends
-    return go.Scatter(
-        x=[None],
-        y=[None],
-        mode="markers",
-        showlegend=False,
-        hoverinfo="skip",
-        marker={
-            "colorscale": SHADES,
-            "cmin": 0,
-            "cmax": 1,
-            "color": [0],
-            "colorbar": {
-                "title": {"text": results["keys"][key], "side": "top"},
-                "tickvals": [place(value) for value in few],
-                "ticktext": [f"{value:.3g}" for value in few],
-                "thickness": 12,
-                "outlinewidth": 0,
-                "len": 0.9,
-            },
-        },
-    )
+def last_step(rows: list[Row]) -> int:
+    """Returns where the axis of the steps ends."""
+    sound = [row for row in rows if row["status"] not in ("diverged", "failed")]
+    return max((row["steps"] for row in sound or rows), default=1)
 
 
-def _add_envelope(figure, results, x, values, scale: bool, where: dict) -> None:
-    """Joins the best result of each value, where several trials share values."""
-    if not scale or not len(set(x)) < 25:
-        return
-    sign = 1 if results["direction"] == "minimize" else -1
-    best: dict[Any, float] = {}
-    for point, value in sorted(zip(x, values)):
-        before = best.setdefault(point, value)
-        best[point] = value if sign * value < sign * before else before
-    figure.add_scatter(
-        x=list(best), y=list(best.values()), mode="lines", showlegend=False,
-        line={"color": BLUE, "width": 1.6}, hoverinfo="skip", **where,
-    )  # fmt: skip
+def best_label(row: Row, word: str) -> str:
+    """Returns what the best setting's line is called."""
+    return f"best: {word or tables.brief(row['name'], 60)}"
 
 
-def _add_best(figure, results, rows, key: str, scale: bool, where: dict) -> None:
-    best = next((row for row in rows if row["name"] == results["best"]), None)
-    if best is None:
-        return
-    point = best["overrides"][key]
-    figure.add_scatter(
-        x=[point if scale else str(point)], y=[best["value"]], mode="markers",
-        marker={"size": 14, "symbol": "star", "color": RED,
-                "line": {"width": 1, "color": "white"}},
-        showlegend=False, hoverinfo="skip", **where,
-    )  # fmt: skip
+def colours(results: Results, axis: Axis | None) -> Callable[[Row], str]:
+    """Returns the colour of a setting; those that did not come to an end are grey."""
+    if axis is None:
+        return lambda row: BLUE if row["status"] in ("done", "running") else GREY
+    if axis.numeric:
+        write = math.log10 if axis.log else float
+        known = [write(_of(row, axis)) for row in tables.valued(results)] or [0.0]
+        low, span = min(known), (max(known) - min(known)) or 1.0
+
+        def shaded(row: Row) -> str:
+            value = _of(row, axis)
+            ended = row["status"] not in ("diverged", "failed")
+            if not (ended or row["value"] is not None) or not can_stand(row, axis):
+                return GREY
+            return shade((write(value) - low) / span)
+
+        return shaded
+
+    def worded(row: Row) -> str:
+        if row["status"] in ("diverged", "failed") and row["value"] is None:
+            return GREY
+        return PALETTE[axis.values.index(_of(row, axis))] if has_legend(axis) else BLUE
+
+    return worded
 
 
-def _axis(results: Results, key: str, points: list) -> dict[str, Any]:
-    """Returns the settings of an axis of a key's values."""
-    if not tables.numeric(points):
-        return {"type": "category"}
-    different = sorted(set(points))
-    kind = "log" if tables.logarithmic(results, key, points) else "linear"
-    ticks = {"tickvals": different, "ticktext": [f"{x:.3g}" for x in different]}
-    return {"type": kind, **(ticks if len(different) <= 8 else {})}
+def has_legend(axis: Axis | None) -> bool:
+    """Whether colours stand for words, which a legend tells."""
+    return bool(axis and not axis.numeric and len(axis.values) <= MOST_WORDS)
 
 
-def _dimension(results: Results, key: str, values: list) -> dict[str, Any]:
-    """Returns an axis of the parallel coordinates."""
-    different = sorted(set(values), key=_sortable)
-    if tables.numeric(values):
-        write = math.log10 if tables.logarithmic(results, key, values) else float
-        at = [write(value) for value in different]
-        if len(at) > 8:
-            at = [at[0] + (at[-1] - at[0]) * i / 5 for i in range(6)]
-        back = (lambda x: 10**x) if write is math.log10 else float
-        return {
-            "values": [write(value) for value in values],
-            "tickvals": at,
-            "ticktext": [f"{back(x):.3g}" for x in at],
-        }
-    return {
-        "values": [different.index(value) for value in values],
-        "tickvals": list(range(len(different))),
-        "ticktext": [str(value) for value in different],
-    }
+def dash(row: Row) -> str:
+    """Returns how a curve is drawn: dotted where it was stopped before its end."""
+    return "solid" if row["status"] in ("done", "running") else "dot"
 
 
-def _clip(results: Results, ends: list[float]) -> tuple[float, float]:
-    """Returns the range in which differences matter: hopeless trials are left out."""
-    finite = [end for end in ends if math.isfinite(end)]
-    if not finite:
-        return 0.0, 1.0
-    low, high, middle = min(finite), max(finite), float(np.median(finite))
-    if results["direction"] == "minimize":
+def best_of_each(results: Results, axis: Axis, rows: list[Row]) -> dict[Any, float]:
+    """Returns value of an axis -> the best result there, in the axis's order."""
+    choose = min if results["direction"] == "minimize" else max
+    found: dict[Any, float] = {}
+    for row in rows:
+        value = _of(row, axis)
+        found[value] = choose(found.get(value, row["value"]), row["value"])
+    return {value: found[value] for value in axis.values if value in found}
+
+
+def interacting(results: Results, axes: list[Axis]) -> tuple[Axis, Axis] | None:
+    """Returns the axis to draw along and the one with a line for each value."""
+    lines = [axis for axis in axes if axis.numeric and len(axis.values) > 2]
+    along = max(lines, key=lambda axis: len(axis.values), default=None)
+    for by in axes:
+        few = by is not along and len(by.values) <= 8
+        if along and few and tables.crossed(results, along, by):
+            return along, by
+    return None
+
+
+def place(row: Row, axis: Axis) -> float:
+    """Returns where a setting stands along an axis; words stand at 0, 1, 2, ..."""
+    value = _of(row, axis)
+    return value if axis.numeric else axis.values.index(value)
+
+
+def can_stand(row: Row, axis: Axis) -> bool:
+    """Whether a setting has a place on an axis."""
+    return not axis.log or _of(row, axis) > 0
+
+
+def diverged(results: Results, axis: Axis, shown: Sequence[float]) -> list[float]:
+    """Returns where settings diverged, within what is drawn: they set no scale."""
+    rows = [row for row in results["settings"] if row["status"] == "diverged"]
+    places = {place(row, axis) for row in rows if can_stand(row, axis)}
+    low, high = min(shown, default=0.0), max(shown, default=0.0)
+    return sorted(x for x in places if not axis.numeric or low <= x <= high)
+
+
+def worst_end(results: Results, ends: list[float]) -> float:
+    """Returns the place just inside the bad end of an axis of the metric."""
+    bad, good = ends[::-1] if results["direction"] == "minimize" else ends
+    return bad + 0.03 * (good - bad)
+
+
+def title(axis: Axis) -> str:
+    """Returns what an axis is called, with the keys that move with it."""
+    more = axis.tied[0] if len(axis.tied) == 1 else f"{len(axis.tied)} more"
+    return f"{axis.label} (with {more})" if axis.tied else axis.label
+
+
+def clip(results: Results) -> tuple[float, float]:
+    """Returns the range in which differences matter: hopeless settings are left out."""
+    ends = [row["value"] for row in tables.valued(results)]
+    return clip_values(ends, results["direction"]) if ends else (0.0, 1.0)
+
+
+def clip_values(ends: list[float], direction: str) -> tuple[float, float]:
+    """Returns the range of results without those that are hopeless."""
+    low, high, middle = min(ends), max(ends), float(np.median(ends))
+    if direction == "minimize":
         return low, min(high, max(middle + 4 * (middle - low), low + 1e-9))
     return max(low, min(middle - 4 * (high - middle), high - 1e-9)), high
 
 
-def interesting(results: Results, ends: list[float], pad: float = 0.06) -> list[float]:
+def interesting(results: Results, pad: float = 0.06) -> list[float]:
     """Returns the range of an axis of the metric, so that differences can be seen."""
-    low, high = _clip(results, ends)
+    low, high = clip(results)
     room = (high - low) * pad or 0.05 * max(abs(high), 0.1)
     more = 4 * room if pad < 0.1 else room
     if results["direction"] == "minimize":
@@ -326,29 +409,77 @@ def interesting(results: Results, ends: list[float], pad: float = 0.06) -> list[
     return [low - more, high + room]
 
 
-def _shade(place: float) -> str:
-    """Returns the colour at a place of the scale."""
+def curve_range(out: Path, results: Results) -> list[float]:
+    """Returns the range for curves: the best one is seen from a sixth of its steps."""
+    low, high = interesting(results)
+    if best := tables.best_of(results):
+        found = band_of(out, results, best)
+        late = [y for x, y in zip(found.steps, found.mean) if x >= found.steps[-1] / 6]
+        low, high = min([low, *late]), max([high, *late])
+    return [low, high]
+
+
+def shade(share: float) -> str:
+    """Returns the colour at a place, 0 to 1, of the scale."""
     colours = [(at, _rgb(text)) for at, text in SHADES]
-    place = min(max(place, 0.0), 1.0)
+    share = min(max(share, 0.0), 1.0)
     for (a, one), (b, two) in itertools.pairwise(colours):
-        if place <= b:
-            share = (place - a) / (b - a)
-            mixed = [round(x + share * (y - x)) for x, y in zip(one, two)]
+        if share <= b:
+            part = (share - a) / (b - a)
+            mixed = [round(x + part * (y - x)) for x, y in zip(one, two)]
             return f"rgb({mixed[0]},{mixed[1]},{mixed[2]})"
     return SHADES[-1][1]
 
 
-def _rgb(text: str) -> tuple[int, ...]:
-    return tuple(int(text[i : i + 2], 16) for i in (1, 3, 5))
+def style(number: int) -> tuple[str, str]:
+    """Returns the colour and the dash of a line; forty are different."""
+    dashes = DASHES[number // len(PALETTE) % len(DASHES)]
+    return PALETTE[number % len(PALETTE)], dashes
 
 
-def _reverse(scale: list) -> list:
-    return [[1 - at, colour] for at, colour in reversed(scale)]
+def area(found: Band, colour: str) -> dict[str, Any]:
+    """Returns the band of a mean's standard error."""
+    above, below = found.mean + found.error, found.mean - found.error
+    return {
+        "x": [*found.steps, *found.steps[::-1]],
+        "y": [*above, *below[::-1]],
+        "fill": "toself",
+        "fillcolor": colour,
+        "opacity": 0.16,
+        "mode": "lines",
+        "line": {"width": 0},
+        "hoverinfo": "skip",
+        "showlegend": False,
+    }
 
 
-def _sortable(value: Any) -> tuple:
-    is_number = isinstance(value, int | float)
-    return (0, value, "") if is_number else (1, 0, str(value))
+def colour_bar(results: Results, axis: Axis) -> dict[str, Any]:
+    """Returns a trace of no points that shows which colour is which value."""
+    write = math.log10 if axis.log else float
+    shown = [_of(row, axis) for row in tables.valued(results)]
+    low, span = write(min(shown)), (write(max(shown)) - write(min(shown))) or 1.0
+    at = tables.ticks(axis, shown, apart=0.07)
+    return {
+        "x": [None],
+        "y": [None],
+        "mode": "markers",
+        "showlegend": False,
+        "hoverinfo": "skip",
+        "marker": {
+            "colorscale": SHADES,
+            "cmin": 0,
+            "cmax": 1,
+            "color": [0],
+            "colorbar": {
+                "title": {"text": title(axis), "side": "top"},
+                "tickvals": [(write(value) - low) / span for value in at],
+                "ticktext": [tables.brief(value) for value in at],
+                "thickness": 12,
+                "outlinewidth": 0,
+                "len": 0.9,
+            },
+        },
+    }
 
 
 def dress(figure, *, height: int):
@@ -375,3 +506,78 @@ def plotly():
     import plotly.graph_objects
 
     return plotly.graph_objects
+
+
+# --- details --------------------------------------------------------------------------
+
+
+def _of(row: Row, axis: Axis) -> Any:
+    return tables.at(row, axis.key)
+
+
+def symbol(row: Row) -> str:
+    """Returns the mark of a setting: an open one where seeds of it are missing."""
+    return "circle" if row["status"] == "done" else "circle-open"
+
+
+def _bars(rows: Sequence[Row]) -> dict[str, Any]:
+    """Returns error bars of the mean's interval, where there is one."""
+    if not any(row["low"] is not None for row in rows):
+        return {}
+    reach = [0 if row["low"] is None else row["high"] - row["value"] for row in rows]
+    return {"error_y": {"array": reach, "thickness": 1, "width": 3, "color": GREY}}
+
+
+def _crosses() -> dict[str, Any]:
+    marker = {"symbol": "x-thin", "size": 8, "line": {"width": 1.5, "color": GREY}}
+    told = {"hovertemplate": "diverged<extra></extra>", "showlegend": False}
+    return {"mode": "markers", "marker": marker, **told}
+
+
+def _hover(row: Row, results: Results) -> str:
+    return f"<b>{row['name']}</b><br>{row['value']:.4f} {tables.of_seeds(row)}"
+
+
+def _axis(axis: Axis, shown: list, apart: float) -> dict[str, Any]:
+    """Returns the settings of an axis of a key's values."""
+    if not axis.numeric:
+        words = [tables.brief(value, 14) for value in axis.values]
+        angle = {"tickangle": -30} if sum(map(len, words)) * apart > 5 else {}
+        ends = {"range": [-0.5, len(words) - 0.5]}
+        return {"tickvals": [*range(len(words))], "ticktext": words, **ends, **angle}
+    if not shown:
+        return {}
+    at = tables.ticks(axis, shown, apart)
+    return {
+        "type": "log" if axis.log else "linear",
+        "tickvals": at,
+        "ticktext": [tables.brief(value) for value in at],
+    }
+
+
+def _dimension(axis: Axis, rows: list[Row]) -> dict[str, Any]:
+    """Returns an axis of the parallel coordinates."""
+    values = [_of(row, axis) for row in rows]
+    if axis.numeric and not (axis.log and min(values) <= 0):
+        write = math.log10 if axis.log else float
+        at = tables.ticks(axis, values, apart=0.07)
+        return {
+            "label": axis.label,
+            "values": [write(value) for value in values],
+            "tickvals": [write(value) for value in at],
+            "ticktext": [tables.brief(value) for value in at],
+        }
+    return {
+        "label": axis.label,
+        "values": [axis.values.index(value) for value in values],
+        "tickvals": list(range(len(axis.values))),
+        "ticktext": [tables.brief(value, 16) for value in axis.values],
+    }
+
+
+def _rgb(text: str) -> tuple[int, ...]:
+    return tuple(int(text[i : i + 2], 16) for i in (1, 3, 5))
+
+
+def _reverse(scale: list) -> list:
+    return [[1 - at, colour] for at, colour in reversed(scale)]

@@ -1,92 +1,167 @@
 """A sweep as PNG files, for pages that run no script: curves.png and slices.png."""
 
 from pathlib import Path
+from typing import Any
 
 from gpt_jax import files
 from gpt_jax.report import figures
 from gpt_jax.report import results as tables
-from gpt_jax.report.results import Results
+from gpt_jax.report.results import Axis, Results
+
+LINES: dict[str, Any] = {"solid": "-", "dot": ":", "dash": "--", "dashdot": "-."}
+LINES["longdash"] = (0, (8, 3))  # lengths of ink and of gap
 
 
-def write(out: Path, results: Results) -> None:
-    """Draws what there is to draw into `out`."""
-    rows = [row for row in tables.ranked(results) if row["step"]]
-    if rows:
-        _save(out / "curves.png", *_curves(out, results, rows[: figures.MOST_CURVES]))
-    if len(tables.done(results)) >= 2:
-        _save(out / "slices.png", *_slices(results))
+def write(out: Path, results: Results, axes: list[Axis]) -> None:
+    """Draws what there is to draw into `out`; the first axis gives curves a colour."""
+    if figures.drawn(results):
+        coloured = axes[0] if axes else None
+        save(out / "curves.png", _curves(out, results, coloured))
+    if axes and len(tables.valued(results)) >= 2:
+        save(out / "slices.png", _slices(results, axes))
 
 
-def _curves(out: Path, results: Results, rows: list) -> tuple:
-    figure = _figure(8, 5)
-    axes = figure.add_subplot()
-    _, colour = figures.colours(results, rows)
-    ends = []
-    for row in reversed(rows):
-        steps, values = tables.curve(out / row["name"], results["metric"])
-        if not values:
-            continue
-        ends.append(values[-1])
-        best = row["name"] == results["best"]
-        style = "-" if row["status"] == "done" else ":"
-        shade = figures.RED if best else _rgb(colour(row))
-        label = f"best: {row['name']}" if best else None
-        axes.plot(
-            steps, values, style, color=shade, lw=2.4 if best else 1.2, label=label
-        )
-    axes.set_ylim(*figures.interesting(results, ends))
-    axes.set_title(f"Sweep {results['sweep']}", fontweight="bold")
-    axes.set_xlabel("step")
-    axes.set_ylabel(results["metric"])
-    axes.grid(color="0.9", lw=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    if results["best"]:
-        axes.legend(frameon=False)
-    return (figure,)
-
-
-def _slices(results: Results) -> tuple:
-    keys = list(tables.importance(results))
-    across, down = tables.panels(len(keys))
-    figure = _figure(4 * across + 0.5, 3.2 * down)
-    grid = figure.subplots(down, across, sharey=True, squeeze=False)
-    rows = tables.done(results)
-    values = [row["value"] for row in rows]
-    for axes in grid.flat[len(keys) :]:
-        axes.set_visible(False)
-    for axes, key in zip(grid.flat, keys):
-        points = [row["overrides"][key] for row in rows]
-        x = points if tables.numeric(points) else [str(point) for point in points]
-        axes.scatter(x, values, s=26, color=figures.BLUE, alpha=0.7, edgecolor="white")
-        if tables.logarithmic(results, key, points):
-            axes.set_xscale("log")
-        for row in rows:
-            if row["name"] == results["best"]:
-                at = x[rows.index(row)]
-                axes.scatter([at], [row["value"]], s=150, marker="*", color=figures.RED)
-        axes.set_xlabel(results["keys"][key])
-        axes.grid(color="0.9", lw=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-    grid[0, 0].set_ylim(*figures.interesting(results, values, pad=0.12))
-    for row_of_axes in grid:
-        row_of_axes[0].set_ylabel(results["metric"])
-    return (figure,)
-
-
-def _figure(width: float, height: float):
-    # Imported late: it takes half a second. Without pyplot there is no global state.
-    from matplotlib.figure import Figure
+def empty(width: float, height: float):
+    """Returns a figure; without pyplot there is no global state."""
+    from matplotlib.figure import Figure  # imported late: it takes half a second
 
     return Figure(figsize=(width, height), dpi=130, layout="constrained")
 
 
-def _save(path: Path, figure) -> None:
-    with files.draft(path) as part:
-        figure.savefig(part, format="png")
+def dress(axes) -> None:
+    """Gives a panel the look that all share."""
+    axes.grid(color="0.9", lw=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
-def _rgb(text: str):
+def rgb(text: str):
     """Returns a colour that plotly writes rgb(1,2,3) as matplotlib takes it."""
     if text.startswith("#"):
         return text
     return tuple(int(part) / 255 for part in text[4:-1].split(","))
+
+
+def save(path: Path, figure) -> None:
+    """Writes a picture whole or not at all."""
+    with files.draft(path) as part:
+        figure.savefig(part, format="png")
+
+
+def _curves(out: Path, results: Results, axis: Axis | None):
+    figure = empty(9 if axis else 8, 5)
+    panel = figure.add_subplot()
+    rows, colour = figures.drawn(results), figures.colours(results, axis)
+    labels: dict[str, Any] = {}
+    for row in reversed(rows):
+        found = figures.band_of(out, results, row)
+        if not found.steps:
+            continue
+        best = row["name"] == results["best"]
+        ink = figures.RED if best else rgb(colour(row))
+        low, high = found.mean - found.error, found.mean + found.error
+        if found.error.any():
+            panel.fill_between(found.steps, low, high, color=ink, alpha=0.15, lw=0)
+        (line,) = panel.plot(
+            found.steps, found.mean, LINES[figures.dash(row)], color=ink,
+            lw=2.4 if best else 1.2, marker="o" if len(found.steps) == 1 else None,
+        )  # fmt: skip
+        word = ""
+        if axis and figures.has_legend(axis):
+            word = tables.brief(tables.at(row, axis.key))
+        if best:
+            labels[figures.best_label(row, word)] = line
+        elif word:
+            labels.setdefault(word, line)
+    panel.set_ylim(*figures.curve_range(out, results))
+    panel.set_xlim(0, figures.last_step(rows))
+    panel.set_title(f"Sweep {results['sweep']}", fontweight="bold")
+    panel.set_xlabel("step")
+    panel.set_ylabel(results["title"])
+    dress(panel)
+    if axis and axis.numeric and tables.valued(results):
+        _colour_bar(figure, panel, results, axis)
+    if labels:
+        words, lines = list(labels)[::-1], list(labels.values())[::-1]
+        if figures.has_legend(axis):
+            figure.legend(lines, words, frameon=False, loc="outside right upper")
+        else:
+            panel.legend(lines, words, frameon=False, loc="upper right")
+    return figure
+
+
+def _colour_bar(figure, panel, results: Results, axis: Axis) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
+
+    shown = [tables.at(row, axis.key) for row in tables.valued(results)]
+    shades = LinearSegmentedColormap.from_list(
+        "shades", [rgb(figures.shade(i / 50)) for i in range(51)]
+    )
+    high = max(shown) if max(shown) > min(shown) else min(shown) + 1
+    norm = (LogNorm if axis.log else Normalize)(min(shown), high)
+    bar = figure.colorbar(ScalarMappable(norm, shades), ax=panel, pad=0.02)
+    _ticks(bar.ax.yaxis, tables.ticks(axis, shown, apart=0.06))
+    bar.set_label(figures.title(axis))
+    bar.outline.set_visible(False)
+
+
+def _slices(results: Results, axes: list[Axis]):
+    across, down = tables.panels(len(axes))
+    figure = empty(4 * across + 0.5, 3.2 * down)
+    grid = figure.subplots(down, across, sharey=True, squeeze=False)
+    for panel in grid.flat[len(axes) :]:
+        panel.set_visible(False)
+    for panel, axis in zip(grid.flat, axes):
+        _slice(panel, results, axis, tables.crossed(results, *axes))
+    grid[0, 0].set_ylim(*figures.interesting(results, pad=0.12))
+    for row_of_panels in grid:
+        row_of_panels[0].set_ylabel(results["title"])
+    return figure
+
+
+def _slice(panel, results: Results, axis: Axis, joined: bool) -> None:
+    """Draws the result over one key."""
+    rows = [row for row in tables.valued(results) if figures.can_stand(row, axis)]
+    if not axis.numeric:  # words stand in their order, whoever is drawn first
+        words = [tables.brief(value, 14) for value in axis.values]
+        panel.set_xticks(range(len(words)), words)
+        panel.set_xlim(-0.5, len(words) - 0.5)
+        if sum(map(len, words)) > 36:
+            panel.tick_params(axis="x", rotation=30)
+
+    def x(row):
+        return figures.place(row, axis)
+
+    if joined and axis.numeric:
+        best = figures.best_of_each(results, axis, rows)
+        panel.plot(list(best), list(best.values()), color=figures.BLUE, lw=1.2)
+    sure = [row for row in rows if row["low"] is not None]
+    ends = [[row[end] for row in sure] for end in ("low", "high")]
+    panel.vlines([x(row) for row in sure], *ends, color="0.75", lw=1)
+    for whole, edge, fill in (
+        (True, "white", figures.BLUE),
+        (False, figures.BLUE, "none"),
+    ):
+        own = [row for row in rows if (row["status"] == "done") == whole]
+        at, values = [x(row) for row in own], [row["value"] for row in own]
+        panel.scatter(at, values, s=26, alpha=0.7, edgecolor=edge, color=fill)
+    lost = figures.diverged(results, axis, [x(row) for row in rows])
+    top = figures.worst_end(results, figures.interesting(results, pad=0.12))
+    panel.scatter(lost, [top] * len(lost), s=28, marker="x", color="0.6", lw=1)
+    for row in rows[:1]:
+        if row["name"] == results["best"]:
+            panel.scatter(
+                [x(row)], [row["value"]], s=150, marker="*", color=figures.RED, zorder=3
+            )
+    if axis.log:
+        panel.set_xscale("log")
+    if axis.numeric and rows:
+        _ticks(panel.xaxis, tables.ticks(axis, [x(row) for row in rows], apart=0.17))
+    panel.set_xlabel(figures.title(axis))
+    dress(panel)
+
+
+def _ticks(axis, at: list[float]) -> None:
+    """Sets the ticks of an axis, and none between them."""
+    axis.set_ticks(at, labels=[tables.brief(value) for value in at])
+    axis.set_ticks([], minor=True)

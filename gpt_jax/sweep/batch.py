@@ -6,9 +6,10 @@ from typing import Any
 
 from gpt_jax import population, signals
 from gpt_jax.screen import count
+from gpt_jax.sweep import record
 from gpt_jax.sweep import trial as ends
 from gpt_jax.sweep.space import Pruner
-from gpt_jax.sweep.study import OUTCOME, Study, Trial, failure, write
+from gpt_jax.sweep.study import Study, Trial
 from gpt_jax.sweep.view import View
 
 GENERATION = 16  # trials that a search asks for at once, when members does not say
@@ -18,6 +19,7 @@ def run(
     study: Study,
     *,
     members: int,
+    memory: float,
     check: Callable[[str, Any], None],
     view: View,
     stop: signals.Stop,
@@ -28,6 +30,7 @@ def run(
     Args:
       study: which trials.
       members: trials at once; 0 = as many as fit.
+      memory: see `population.train`.
       check: see `Study.next`.
       view: what shows the state.
       stop: true when the sweep is to end.
@@ -51,7 +54,7 @@ def run(
                 for trial in trials:
                     study.again(trial)
                 continue
-            stop.signal = _train(study, trials, members, view) or stop.signal
+            stop.signal = _train(study, trials, members, memory, view) or stop.signal
             changed()
 
 
@@ -72,12 +75,13 @@ def _batch(study: Study, members: int, check) -> list[Trial]:
     limit = study.plan.size if study.plan.points else members or GENERATION
     batch: list[Trial] = []
     while len(batch) < limit and (trial := study.next(check)):
-        study.began(trial)
         batch.append(trial)
     return batch
 
 
-def _train(study: Study, group: list[Trial], members: int, view: View) -> int:
+def _train(
+    study: Study, group: list[Trial], members: int, memory: float, view: View
+) -> int:
     """Trains a group and records its ends; returns the signal that stopped it, or 0."""
     steps: dict[str, tuple] = {}
 
@@ -94,6 +98,7 @@ def _train(study: Study, group: list[Trial], members: int, view: View) -> int:
         members=members,
         rungs=rungs(study.plan.pruner, group[0].config.steps, len(group)),
         report=report,
+        memory=memory,
     )
     signal = 0
     for trial, result in zip(group, results):
@@ -101,21 +106,15 @@ def _train(study: Study, group: list[Trial], members: int, view: View) -> int:
             signal = result.exit_code - 128
             study.again(trial)
             continue
-        outcome = ends.outcome(
-            study.out / trial.name,
-            study.plan.metric,
-            study.plan.direction,
-            **ends.how(result, study.plan.metric),
-        )
+        folder, ended = study.out / trial.name, ends.how(result, study.plan.metric)
+        if ended["status"] == "done" and study.plan.after:
+            ended |= ends.measured(folder, study.plan.after)
+        outcome = ends.outcome(folder, study.plan.criterion, **ended)
         if outcome.get("no_metric"):
-            study.finish(trial, failure(outcome["reason"]))
+            study.finish(trial, record.failure(outcome["reason"]))
             raise ValueError(f"{trial.name}: {outcome['reason']}")
         outcome["seconds"] /= len(group)  # its share of the time that they took
-        write(study.out / trial.name / OUTCOME, outcome)
+        record.write(folder / record.OUTCOME, outcome)
         study.finish(trial, outcome)
-        value = outcome["value"]
-        said = (
-            outcome["reason"] if value is None else f"{study.plan.metric} {value:.4f}"
-        )
-        view.print(f"{outcome['status']:9s} {trial.name}: {said}")
+        view.print(ends.line(trial.name, study.plan.metric, outcome))
     return signal

@@ -3,18 +3,27 @@
 import contextlib
 import importlib
 import importlib.util
+import itertools
+import json
+import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt_jax import files, metrics, signals
-from gpt_jax.sweep import study as studies
-from gpt_jax.sweep import worker
+from gpt_jax.sweep import record, worker
+from gpt_jax.sweep import trial as ends
+from gpt_jax.sweep.record import failure
 from gpt_jax.sweep.study import Study, Trial
 from gpt_jax.sweep.view import View
 
 TICK_S = 1.0  # the view is drawn anew at least so often
 CONNECT_S = 10.0
+SILENT_S = 600.0  # a trial that shows no sign of life for so long is told of
+GONE = "the dask scheduler is gone; the same command goes on with the sweep"
+TAIL = 8192  # bytes at the end of a record, for its last numbers
 STOPPED = (143, 130, -15, -2)  # exit codes of a trial that was asked to leave
 
 
@@ -31,20 +40,43 @@ class Cluster(NamedTuple):
     places: list[dict[str, str]] | None
 
 
+@dataclass
+class Running:
+    """A trial that runs: its place, and when it last showed that it is alive."""
+
+    trial: Trial
+    place: dict
+    sign: tuple = ()
+    since: float = 0.0
+    told: bool = False
+    killed: str = ""  # why
+
+
 @contextlib.contextmanager
-def local(workers: int, accelerators: Sequence[str]) -> Iterator[Cluster]:
+def local(workers: int, accelerators: Sequence[dict[str, str]]) -> Iterator[Cluster]:
     """Yields a cluster on this machine: a worker per accelerator, else per core.
 
     Args:
       workers: their number; 0 = as many as there are accelerators or cores.
-      accelerators: the machine's GPUs, as CUDA names them; each worker gets one.
+      accelerators: what the environment must hold for a process to use one alone; {}
+        is one that cannot be shared.
+
+    Raises:
+      ValueError: the workers would fight for an accelerator that cannot be shared.
     """
     distributed = _import_distributed()
     cores = files.cores()
     workers = workers or len(accelerators) or cores
+    if {} in accelerators and workers > len(accelerators):
+        raise ValueError(
+            f"--workers={workers}: trials at once would fight for the TPU, which one "
+            "process has as a whole: leave it out, or set JAX_PLATFORMS=cpu to train "
+            "on the CPU; --engine=vmap trains many trials in one process"
+        )
     threads = str(max(1, cores // workers))
     share = dict.fromkeys(THREADS, threads)
-    places = [{**share, **_device(accelerators, i)} for i in range(workers)]
+    own = list(itertools.islice(itertools.cycle(accelerators or [{}]), workers))
+    places = [{**share, **one} for one in own]
     # A trial that lost its worker is ours to retry, and to tell of.
     quiet = {"distributed.scheduler.allowed-failures": 0}
     with (
@@ -69,6 +101,8 @@ def remote(address: str) -> Iterator[Cluster]:
       ValueError: nobody answers there.
     """
     distributed = _import_distributed()
+    # That it lost its scheduler is ours to tell, in a sentence.
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     try:
         client = distributed.Client(address, timeout=CONNECT_S)
     except (OSError, ValueError) as error:
@@ -105,7 +139,7 @@ def run(
     cluster: Cluster,
     *,
     command: list[str],
-    retries: int,
+    timeout_s: float,
     check: Callable[[str, Any], None],
     view: View,
     stop: signals.Stop,
@@ -117,7 +151,8 @@ def run(
       study: which trials.
       cluster: where.
       command: what Python is given to start a trial: its arguments.
-      retries: a trial that crashes, is killed or loses its worker runs again so often.
+      timeout_s: a trial whose record and log stay as they are for so long is killed,
+        which counts as a crash; 0 = never.
       check: see `Study.next`.
       view: what shows the state.
       stop: true when the sweep is to end.
@@ -128,33 +163,37 @@ def run(
       OSError: the scheduler is gone.
     """
     distributed = _import_distributed()
-    running: dict[Any, tuple[Trial, dict]] = {}
+    running: dict[Any, Running] = {}
     told = False
     try:
         while True:
             while not stop and (place := _free(cluster, running, view)) is not None:
                 if (trial := study.next(check)) is None:
                     break
-                study.began(trial)
-                running[_submit(study, cluster, command, trial, place)] = trial, place
+                with _reaching(distributed):
+                    future = _submit(study, cluster, command, trial, place)
+                running[future] = Running(trial, place, since=time.monotonic())
             if not running:
                 return
             if stop and not told:
                 told = True
-                keys = [future.key for future in running]
-                cluster.client.run(Carried(worker.stop), keys)
-            with contextlib.suppress(TimeoutError):
+                _ask(cluster, worker.stop, list(running))
+            with contextlib.suppress(TimeoutError), _reaching(distributed):
                 distributed.wait(
                     list(running), timeout=TICK_S, return_when="FIRST_COMPLETED"
                 )
-            for future in [future for future in running if future.done()]:
-                trial, _ = running.pop(future)
-                _finish(study, trial, future, retries=retries, view=view)
+            for future in _ended(cluster, study, running, timeout_s, view):
+                one = running.pop(future)
+                _finish(study, one, future, view=view)
                 changed()
-            view.update(study, _steps(study, running.values()))
+            trials = [one.trial for one in running.values()]
+            view.update(study, _steps(study, trials))
     finally:
-        cluster.client.cancel(list(running))
+        with contextlib.suppress(Exception):  # nobody to tell, it may be gone
+            cluster.client.cancel(list(running))
 
+
+_numbers = itertools.count()  # of what was handed to dask
 
 # Libraries that would each take all cores. NPROC is XLA's.
 THREADS = ("NPROC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -163,13 +202,73 @@ THREADS = ("NPROC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
 def _free(cluster: Cluster, running: dict, view: View) -> dict | None:
     """Returns a place that no trial runs in, or None."""
     if cluster.places is None:
-        if not running and not cluster.client.nthreads():
-            view.print("waiting for workers: start `dask worker` on every machine")
-            cluster.client.wait_for_workers(1)
-        threads = sum(cluster.client.nthreads().values())
+        with _reaching(_import_distributed()):
+            if not running and not cluster.client.nthreads():
+                view.print("waiting for workers: start `dask worker` on every machine")
+                cluster.client.wait_for_workers(1)
+            threads = sum(cluster.client.nthreads().values())
         return {} if len(running) < threads else None
-    taken = [id(place) for _, place in running.values()]
+    taken = [id(one.place) for one in running.values()]
     return next((place for place in cluster.places if id(place) not in taken), None)
+
+
+@contextlib.contextmanager
+def _reaching(distributed: Any) -> Iterator[None]:
+    """Turns all that dask raises when nobody answers into a sentence.
+
+    Raises:
+      OSError: the scheduler is gone.
+    """
+    lost = (OSError, distributed.CancelledError, RuntimeError)
+    try:
+        yield
+    except TimeoutError:  # an OSError as well; the caller knows for what it waited
+        raise
+    except lost as error:
+        raise OSError(GONE) from error
+
+
+def _ask(cluster: Cluster, function: Callable, futures: list) -> None:
+    """Has the workers do something with these trials, where they run."""
+    with contextlib.suppress(TimeoutError), _reaching(_import_distributed()):
+        cluster.client.run(Carried(function), [future.key for future in futures])
+
+
+def _ended(
+    cluster: Cluster, study: Study, running: dict, timeout_s: float, view: View
+) -> list:
+    """Returns the futures that are done; looks for signs of life of the others."""
+    done, silent = [], []
+    for future, one in running.items():
+        if future.done():
+            done.append(future)
+            continue
+        sign, now = _sign(study.out / one.trial.name), time.monotonic()
+        if sign != one.sign:
+            one.sign, one.since, one.told = sign, now, False
+        quiet = now - one.since
+        if timeout_s and quiet >= timeout_s:
+            one.killed = f"it showed no sign of life for {timeout_s:g} s"
+            one.since = now
+            silent.append(future)
+        elif quiet >= SILENT_S and not one.told:
+            one.told = True
+            then = "" if timeout_s else "; --trial_timeout ends such trials"
+            view.print(
+                f"silent    {one.trial.name}: no sign of life for {quiet:.0f} s{then}"
+            )
+    if silent:
+        _ask(cluster, worker.kill, silent)
+    return done
+
+
+def _sign(folder: Path) -> tuple:
+    """Returns what changes while a trial is alive: the sizes of its record and log."""
+    found = []
+    for name in (metrics.FILE, "trial.log"):
+        with contextlib.suppress(OSError):
+            found.append((name, (folder / name).stat().st_size))
+    return tuple(found)
 
 
 def _submit(
@@ -179,8 +278,8 @@ def _submit(
     order = {
         "folder": str(folder),
         "config": _for_one_device(trial.config.to_dict()),
-        "metric": study.plan.metric,
-        "direction": study.plan.direction,
+        "criterion": study.plan.criterion,
+        "after": {"file": study.plan.file, "names": [*study.plan.after]},
     }
     if study.plan.pruner:
         order["pruner"] = study.plan.pruner
@@ -192,7 +291,7 @@ def _submit(
         place,
         str(Path.cwd()),
         str(folder / "trial.log"),
-        key=f"{study.record['id']}-{trial.name}-{trial.attempts}",
+        key=f"{study.record['id']}-{trial.name}-{next(_numbers)}",
         pure=False,
     )
 
@@ -204,42 +303,41 @@ def _for_one_device(config: dict) -> dict:
     return config
 
 
-def _finish(study: Study, trial: Trial, future, *, retries: int, view: View) -> None:
+def _finish(study: Study, one: Running, future, *, view: View) -> None:
     """Records a trial's outcome, or lets it run again."""
-    outcome = _outcome(study, trial, future)
+    trial = one.trial
+    outcome = _outcome(study, one, future)
     if outcome is None:  # asked to leave: the next sitting goes on with it
         study.again(trial)
         return
     if outcome["status"] == "failed" and not outcome.get("final"):
-        if outcome.get("no_metric"):
-            study.finish(trial, outcome)
-            raise ValueError(f"{trial.name}: {outcome['reason']}")
-        if trial.attempts <= retries:
+        if study.crashed(trial, outcome):
             view.print(f"again     {trial.name}: {outcome['reason']}")
-            study.again(trial)
             return
-    study.finish(trial, outcome)
-    value = outcome["value"]
-    said = outcome["reason"] if value is None else f"{study.plan.metric} {value:.4f}"
-    view.print(f"{outcome['status']:9s} {trial.name}: {said}")
+    else:
+        study.finish(trial, outcome)
+    if outcome.get("no_metric"):
+        raise ValueError(f"{trial.name}: {outcome['reason']}")
+    view.print(ends.line(trial.name, study.plan.metric, outcome))
 
 
-def _outcome(study: Study, trial: Trial, future) -> dict | None:
+def _outcome(study: Study, one: Running, future) -> dict | None:
     """Returns how a trial ended; None when it was asked to leave before its end."""
-    if said := studies.read_outcome(study.out / trial.name):
+    if said := record.read_outcome(study.out / one.trial.name):
         return said
+    if one.killed:
+        return failure(one.killed)
     if future.status == "finished":
-        end = future.result()
-        if end["code"] in STOPPED:
-            return None
-        return studies.failure(_crash(end), attempts=trial.attempts)
+        with _reaching(_import_distributed()):
+            end = future.result()
+        return None if end["code"] in STOPPED else failure(_crash(end))
     if future.status == "cancelled":
-        raise OSError("the dask scheduler is gone; the same command goes on")
+        raise OSError(GONE)
     error = future.exception()
     if type(error).__name__ == "KilledWorker":
-        return studies.failure("its worker was lost", attempts=trial.attempts)
+        return failure("its worker was lost")
     words = " ".join(str(error).split())
-    return studies.failure(f"{type(error).__name__}: {words}")
+    return failure(f"{type(error).__name__}: {words}")
 
 
 def _crash(end: dict) -> str:
@@ -248,26 +346,30 @@ def _crash(end: dict) -> str:
     return f"its process {how} on {end['host']}: {end['said']}".rstrip(": ")
 
 
-def _steps(study: Study, running) -> dict[str, tuple]:
+def _steps(study: Study, running: list[Trial]) -> dict[str, tuple]:
     """Returns name -> (step, last step, last value, seconds) of running trials."""
     found = {}
-    for trial, _ in running:
-        with contextlib.suppress(OSError, ValueError):
-            rows = metrics.read(study.out / trial.name)
-            values = [
-                row[study.plan.metric] for row in rows if study.plan.metric in row
-            ]
-            last = rows[-1] if rows else {"step": 0}
-            value = values[-1] if values else None
-            seconds = last.get("seconds", 0)
-            found[trial.name] = (last["step"], trial.config.steps, value, seconds)
+    for trial in running:
+        rows = _last_rows(study.out / trial.name / metrics.FILE)
+        values = [row[study.plan.metric] for row in rows if study.plan.metric in row]
+        last = rows[-1] if rows else {"step": 0}
+        value = values[-1] if values else None
+        seconds = last.get("seconds", 0)
+        found[trial.name] = (last["step"], trial.config.steps, value, seconds)
     return found
 
 
-def _device(accelerators: Sequence[str], index: int) -> dict[str, str]:
-    if not accelerators:
-        return {}
-    return {"CUDA_VISIBLE_DEVICES": accelerators[index % len(accelerators)]}
+def _last_rows(path: Path) -> list[dict]:
+    """Returns the last lines of a record: the whole of a long one takes long."""
+    rows = []
+    with contextlib.suppress(OSError):
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL))
+            lines = file.read().split(b"\n")
+        for line in lines:
+            with contextlib.suppress(ValueError):  # cut at either end
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and "step" in row]
 
 
 def _dask_config():

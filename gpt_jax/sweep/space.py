@@ -4,17 +4,25 @@ A point is a dict of dotted config keys: {"hyper.lr": 1e-3, "model.d_model": 128
 A combinator returns a list of points; combinators nest:
 
     product(grid({"hyper.lr": (1e-3, 3e-3)}), seeds(3))     # 6 points
+
+Two keys of a point are not the config's: "config" holds further options of the config
+file, "label" says what the point is called.
 """
 
 import itertools
 import random as python_random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gpt_jax import files
+from gpt_jax import seeds as repetitions
 
 Point = dict[str, Any]
+
+
+class Drawn(dict):
+    """A point drawn at random: a picture joins it to no other by a line."""
 
 
 # --- points ---------------------------------------------------------------------------
@@ -47,11 +55,13 @@ def product(*lists: Iterable[Point]) -> list[Point]:
     """
     points = []
     for parts in itertools.product(*map(list, lists)):
-        point: Point = {}
+        drawn = any(isinstance(part, Drawn) for part in parts)
+        point: Point = Drawn() if drawn else {}
         for part in parts:
-            if twice := sorted(point.keys() & part.keys()):
+            if twice := sorted((point.keys() & part.keys()) - {LABEL}):
                 raise ValueError(f"product() is given {twice[0]} twice")
-            point |= part
+            both = [one[LABEL] for one in (point, part) if LABEL in one]
+            point |= {**part, **({LABEL: ", ".join(both)} if both else {})}
         points.append(point)
     return points
 
@@ -84,22 +94,35 @@ def shuffle(points: Iterable[Point], seed: int = 0) -> list[Point]:
 
 def random(space: Mapping[str, "Dimension"], count: int, seed: int = 0) -> list[Point]:
     """Returns `count` points drawn independently from a space."""
-    draw = python_random.Random(seed)
-    return [{key: axis.draw(draw) for key, axis in space.items()} for _ in range(count)]
+    source = python_random.Random(seed)
+    points = []
+    for _ in range(count):
+        points.append(Drawn())
+        for key, axis in space.items():
+            if axis.applies(points[-1]):
+                points[-1][key] = axis.draw(source)
+    return points
 
 
 # --- spaces ---------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dimension:
-    """One key of a search space; `kind` is float, log, int or choice."""
+    """One key of a search space.
+
+    Attributes:
+      kind: float, log, steps (a float in steps), int, logint or choice.
+      low, high, step, choices: of which values.
+      when: what other keys must have been drawn as, so that this one is.
+    """
 
     kind: str
     low: float = 0
     high: float = 0
-    step: int = 1
+    step: float = 1
     choices: tuple = ()
+    when: Mapping[str, tuple] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.kind == "choice":
@@ -110,32 +133,62 @@ class Dimension:
             raise ValueError(
                 f"a range goes from low to high, not from {self.low} to {self.high}"
             )
-        if self.kind == "log" and self.low <= 0:
-            raise ValueError(f"log_uniform() starts above 0, not at {self.low}")
-        if self.kind == "int" and (self.step < 1 or (self.high - self.low) % self.step):
-            raise ValueError(
-                f"integer() from {self.low} to {self.high} in steps of {self.step} "
-                f"does not end at {self.high}"
-            )
+        if self.kind in ("log", "logint") and self.low <= 0:
+            made = "log_uniform()" if self.kind == "log" else "integer(log=True)"
+            raise ValueError(f"{made} starts above 0, not at {self.low}")
+        if self.kind in ("int", "steps"):
+            count = (self.high - self.low) / self.step if self.step > 0 else 0.5
+            if abs(count - round(count)) > 1e-6 * max(1, count):
+                made = "integer()" if self.kind == "int" else "uniform()"
+                raise ValueError(
+                    f"{made} from {self.low} to {self.high} in steps of {self.step} "
+                    f"does not end at {self.high}"
+                )
+
+    def __repr__(self) -> str:  # sweep.json holds it: what old ones say stays
+        told = [f"{name}={getattr(self, name)!r}" for name in
+                ("kind", "low", "high", "step", "choices")]  # fmt: skip
+        told += [f"when={dict(self.when)!r}"] if self.when else []
+        return f"Dimension({', '.join(told)})"
+
+    def applies(self, drawn: Mapping[str, Any]) -> bool:
+        """Whether this key is drawn where others were drawn so."""
+        return all(drawn.get(key, self) in known for key, known in self.when.items())
 
     def draw(self, source: python_random.Random) -> Any:
         """Returns a value drawn at random."""
         if self.kind == "choice":
             return source.choice(self.choices)
         if self.kind == "int":
-            return source.randrange(int(self.low), int(self.high) + 1, self.step)
+            return source.randrange(int(self.low), int(self.high) + 1, int(self.step))
         if self.kind == "log":
             return self.low * (self.high / self.low) ** source.random()
+        if self.kind == "logint":
+            low, high = self.low - 0.5, self.high + 0.5
+            drawn = round(low * (high / low) ** source.random())
+            return min(max(drawn, int(self.low)), int(self.high))
+        if self.kind == "steps":
+            count = round((self.high - self.low) / self.step)
+            return self.low + self.step * source.randrange(count + 1)
         return source.uniform(self.low, self.high)
 
     def ends(self) -> tuple:
         """Returns the values that must be allowed for all others to be."""
         return self.choices if self.kind == "choice" else (self.low, self.high)
 
+    def holds(self, value: Any) -> bool:
+        """Whether a value may be drawn."""
+        if self.kind == "choice":
+            known = [repetitions.text({"": choice}) for choice in self.choices]
+            return repetitions.text({"": value}) in known
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and self.low <= value <= self.high
 
-def uniform(low: float, high: float) -> Dimension:
-    """A number between low and high."""
-    return Dimension("float", float(low), float(high))
+
+def uniform(low: float, high: float, step: float = 0) -> Dimension:
+    """A number between low and high, in steps where one is given."""
+    kind, step = ("steps", float(step)) if step else ("float", 1)
+    return Dimension(kind, float(low), float(high), step)
 
 
 def log_uniform(low: float, high: float) -> Dimension:
@@ -143,14 +196,28 @@ def log_uniform(low: float, high: float) -> Dimension:
     return Dimension("log", float(low), float(high))
 
 
-def integer(low: int, high: int, step: int = 1) -> Dimension:
-    """A whole number from low to high, both included, in steps."""
-    return Dimension("int", int(low), int(high), step)
+def integer(low: int, high: int, step: int = 1, log: bool = False) -> Dimension:
+    """A whole number from low to high, both included, in steps or on a log scale."""
+    if log and step != 1:
+        raise ValueError(f"integer() is given log and step={step}: leave one out")
+    if step < 1:
+        raise ValueError(f"integer() is given step={step}: it must be at least 1")
+    return Dimension("logint" if log else "int", int(low), int(high), step)
 
 
 def choice(*values: Any) -> Dimension:
     """One of the values."""
     return Dimension("choice", choices=values)
+
+
+def when(condition: Mapping[str, Any], axis: Dimension) -> Dimension:
+    """An axis that is drawn only where keys before it were drawn as these values.
+
+    when({"optimizer.name": "muon"}, log_uniform(2e-3, 1e-1)); several values of a key
+    are a tuple.
+    """
+    wanted = {key: x if isinstance(x, tuple) else (x,) for key, x in condition.items()}
+    return replace(axis, when=wanted)
 
 
 # --- pruners --------------------------------------------------------------------------
@@ -202,6 +269,7 @@ def _pruner(name: str, **numbers: int) -> Pruner:
 # --- names ----------------------------------------------------------------------------
 
 OPTIONS = "config"  # the key of a point that holds options of the config file
+LABEL = "label"  # and the one that says what the point is called
 LONGEST = 100  # characters in a trial's name, which is a folder
 
 
@@ -215,10 +283,9 @@ def names(points: Sequence[Point]) -> list[str]:
     """
     seen: dict[str, int] = {}
     for index, point in enumerate(points):
-        same = repr(sorted(point.items()))
-        if same in seen:
-            raise ValueError(f"points {seen[same]} and {index} are the same: {point}")
-        seen[same] = index
+        first = seen.setdefault(repetitions.text(point), index)
+        if first < index:
+            raise ValueError(f"points {first} and {index} are the same: {point}")
     short = short_keys(key for point in points for key in point)
     for write in (_brief, str, _digest):
         found = [name(point, short, write) for point in points]
@@ -232,9 +299,11 @@ def name(
 ) -> str:
     """Returns a point as a folder's name: lr=0.001,d_model=128."""
     write = write or _brief
+    if LABEL in point:
+        point = {key: x for key, x in point.items() if key in (LABEL, repetitions.SEED)}
     parts = [
         _clean(value, "=,")
-        if key == OPTIONS
+        if key in (OPTIONS, LABEL)
         else f"{short[key]}={_clean(write(value))}"
         for key, value in point.items()
     ]

@@ -1,41 +1,47 @@
-"""Which trial is next, and what became of each: the only file that knows Optuna.
+"""Which trial is next, and what became of each: asks and tells Optuna.
 
-The storage is the record: a journal in the sweep's folder, or any Optuna storage URL.
-One process, the sweep, asks and tells; the trials' own processes report evaluations
-to it when something prunes. A trial that the storage calls running and that nobody
-runs was left by a sweep that died: it goes on under the same number, so what it
-reported still counts.
+The storage is the record (storage.py). One process, the sweep, asks and tells; the
+trials' own processes report evaluations to it when something prunes. A trial that the
+storage calls running and that nobody runs was left by a sweep that died: it goes on
+under the same number, so what it reported still counts.
+
+Trials that differ in the seed alone are one setting: its mean is what is judged.
 """
 
 import contextlib
-import importlib
-import importlib.util
-import json
-import re
-import uuid
 import warnings
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from gpt_jax import files, metrics, runs
+from gpt_jax import runs, seeds
+from gpt_jax.checkpoint import Checkpoints
+from gpt_jax.criterion import Criterion
 from gpt_jax.sweep import plan as plans
+from gpt_jax.sweep import record, space
+from gpt_jax.sweep import storage as storages
 from gpt_jax.sweep.plan import Plan
-from gpt_jax.sweep.space import Dimension, Point, Pruner
-from gpt_jax.sweep.space import name as name_of
+from gpt_jax.sweep.record import failure
+from gpt_jax.sweep.space import Dimension, Point
 
-RECORD = "sweep.json"
-OUTCOME = "outcome.json"
 JOURNAL = "optuna.journal"
 ENDED = ("done", "pruned", "diverged", "failed")
+MOST_REFUSED = 200  # draws in a row that to_config() does not allow
+SCALAR = (str, int, float, bool, type(None))  # what Optuna stores as it is
 
 
 @dataclass
 class Trial:
-    """One point of a sweep: `status` is waiting, running, or one of ENDED."""
+    """One point of a sweep: `status` is waiting, running, or one of ENDED.
+
+    `crashes` counts its ends that were none, since step `saved`, the newest checkpoint
+    then; a trial that got further meanwhile begins to count anew.
+    """
 
     name: str
     overrides: Point
@@ -43,14 +49,42 @@ class Trial:
     number: int = -1  # in the storage
     id: int = -1
     status: str = "waiting"
-    attempts: int = 0
+    crashes: int = 0
+    saved: int = 0
     outcome: dict = field(default_factory=dict)
+    draw: int = -1  # of the search that chose its values, where that has its own record
+    drawn: Point = field(default_factory=dict)  # what to_config made the overrides of
+
+
+class Setting(NamedTuple):
+    """Trials that differ in the seed alone.
+
+    Attributes:
+      name: of the trial without its seed.
+      trials: one for each seed.
+      mean: of the metric over the trials that are done; None when none is.
+      whole: whether every trial is done.
+    """
+
+    name: str
+    trials: list[Trial]
+    mean: seeds.Mean | None
+    whole: bool
 
 
 class Study:
     """The trials of a sweep and their record."""
 
-    def __init__(self, plan: Plan, base: ConfigDict, out: Path, *, storage: str):
+    def __init__(
+        self,
+        plan: Plan,
+        base: ConfigDict,
+        out: Path,
+        *,
+        storage: str,
+        retries: int,
+        criterion: Criterion | None = None,
+    ):
         """Opens the record of the sweep in `out`, or begins one.
 
         Args:
@@ -58,40 +92,71 @@ class Study:
           base: the config that trials change; `plan.fixed` is in it.
           out: the sweep's folder.
           storage: an Optuna storage URL; "" = a journal in the folder.
+          retries: so often a trial that crashed runs again.
+          criterion: that of the report; None = the plan's.
 
         Raises:
           ValueError: the folder is another sweep's, a point does not fit, or a package
             is missing.
         """
         self.plan, self.base, self.out = plan, base, out
-        self.trials: dict[str, Trial] = {
-            name: Trial(name, *built)
-            for name, built in plans.configs(base, plan).items()
-        }
-        self.record = _open_record(plan, base, out, list(self.trials), storage)
+        self.criterion = criterion or plan.criterion
+        self._build = plans.builder(base, plan)
+        self.trials: dict[str, Trial] = {}
+        self.counts: Counter[str] = Counter()
+        self._retries = retries
+        self._waiting: deque[Trial] = deque()
+        self._ended: dict[str, Trial] = {}  # the first of the same values, by them
+        self._groups: dict[str, list[Trial]] = {}  # by what their setting is
+        self._settings: dict[str, Setting] = {}
+        self._measured: dict[str, dict] = {}
+        self._best: Setting | None = None
+        built = plans.configs(base, plan)
+        trials = [Trial(name, *parts) for name, parts in built.items()]
+        seeded = {seeds.setting(t.overrides): seeds.without(t.overrides)
+                  for t in trials if seeds.SEED in t.overrides}  # fmt: skip
+        self._names = dict(zip(seeded, space.names(list(seeded.values()))))
+        for trial in trials:
+            self._add(trial)
+        self.record = record.open_record(plan, base, out, list(self.trials), storage)
         self.storage = storage or str((out / JOURNAL).resolve())
-        self._optuna = _import_optuna()
-        _mend(out / JOURNAL)
+        self._optuna = storages.import_optuna()
+        storages.mend(out / JOURNAL)
         self._sampler(0)  # a missing package shows now
         self._study = self._optuna.create_study(
-            storage=open_storage(self.storage),
+            storage=storages.open_storage(self.storage),
             study_name=self.record["id"],
             direction=plan.direction,
-            pruner=make_pruner(plan.pruner, base.steps),
+            pruner=storages.make_pruner(plan.pruner, base.steps),
             load_if_exists=True,
         )
+        self._draws = self._study
+        self._of_draw: dict[int, list[Trial]] = {}
+        if plan.space and plan.seeds:  # a draw is several trials, told as one
+            self._draws = self._optuna.create_study(
+                storage=self._study._storage,
+                study_name=f"{self.record['id']}-draws",
+                direction=plan.direction,
+                load_if_exists=True,
+            )
+            self._restore_draws()
+        if not self._draws.get_trials(deepcopy=False):
+            self._begin_search()
         self._restore()
 
     def left(self) -> int:
         """Returns how many trials have not ended."""
-        ended = sum(trial.status in ENDED for trial in self.trials.values())
-        return self.plan.size - ended
+        return self.plan.size - sum(self.counts[status] for status in ENDED)
 
-    def best(self) -> Trial | None:
-        """Returns the done trial with the best value."""
-        done = [trial for trial in self.trials.values() if trial.status == "done"]
-        sign = 1 if self.plan.direction == "minimize" else -1
-        return min(done, key=lambda t: sign * t.outcome["value"], default=None)
+    def settings(self) -> list[Setting]:
+        """Returns the settings, best first."""
+        return sorted(self._settings.values(), key=self._place)
+
+    def best(self) -> Setting | None:
+        """Returns the setting with the best mean; None when no trial is done."""
+        if self._best is None:
+            self._best = min(self._settings.values(), key=self._place, default=None)
+        return self._best if self._best and self._best.mean else None
 
     def next(self, check: Callable[[str, ConfigDict], None]) -> Trial | None:
         """Returns a trial to run, marked as running; None when none is left.
@@ -100,31 +165,21 @@ class Study:
           check: raises ValueError for a config that no run can have; that trial then
             has failed.
         """
-        for trial in self.trials.values():
-            if trial.status != "waiting":
-                continue
-            if trial.number < 0:
-                self._enter(trial, self._study.ask())
-            trial.status = "running"
-            return trial
-        while self.plan.space and len(self.trials) < self.plan.trials:
-            trial = self._ask()
-            twin = self._twin(trial)
-            if twin:
-                self.finish(trial, {**twin.outcome, "same_as": twin.name})
-                continue
-            try:
-                trial.config = plans.override(self.base, trial.overrides)
-                check(trial.name, trial.config)
-            except ValueError as error:
-                self.finish(trial, failure(str(error)))
-                continue
-            trial.status = "running"
-            return trial
-        return None
+        while not self._waiting and self.plan.space and self._drawn < self.plan.trials:
+            self._draw(check)
+        if not self._waiting:
+            return None
+        trial = self._waiting.popleft()
+        if trial.number < 0:
+            self._enter(trial)
+        self._set(trial, "running")
+        return trial
 
     def finish(self, trial: Trial, outcome: dict) -> None:
         """Records how a trial ended."""
+        if outcome["status"] == "failed":  # maybe it has not even become a run
+            told = {**outcome, "final": True, "config": trial.config.to_dict()}
+            record.write(self.out / trial.name / record.OUTCOME, told)
         state = self._optuna.trial.TrialState
         states = {"done": state.COMPLETE, "failed": state.FAIL}
         self._attribute(trial, "outcome", outcome)
@@ -133,77 +188,243 @@ class Study:
             outcome["value"] if outcome["status"] == "done" else None,
             state=states.get(outcome["status"], state.PRUNED),
         )
-        trial.status, trial.outcome = outcome["status"], outcome
+        self._end(trial, outcome)
 
-    def began(self, trial: Trial) -> None:
-        """Counts an attempt at a trial."""
-        trial.attempts += 1
-        self._attribute(trial, "attempts", trial.attempts)
+    def crashed(self, trial: Trial, outcome: dict) -> bool:
+        """Counts an end that was none; returns whether the trial waits to run again.
+
+        It does `retries` times without a newer checkpoint; then it has failed.
+        """
+        folder = self.out / trial.name / "checkpoints"
+        saved = Checkpoints(folder, keep=None).latest() or 0
+        if saved > trial.saved:
+            trial.crashes, trial.saved = 0, saved
+        trial.crashes += 1
+        self._attribute(trial, "crashes", [trial.crashes, trial.saved])
+        if trial.crashes <= self._retries:
+            self.again(trial)
+            return True
+        self.finish(trial, outcome)
+        return False
 
     def again(self, trial: Trial) -> None:
-        """Puts a trial that was running back among those that wait."""
-        trial.status = "waiting"
+        """Puts a trial that was running in front of those that wait."""
+        self._set(trial, "waiting")
+        self._waiting.appendleft(trial)
 
     def forget_failures(self) -> int:
         """Lets failed trials run once more; returns how many."""
         failed = [trial for trial in self.trials.values() if trial.status == "failed"]
         for trial in failed:
-            (self.out / trial.name / OUTCOME).unlink(missing_ok=True)
-            point = trial.overrides
-            if self.plan.space:
-                self._study.enqueue_trial(point)
-                self._enter(trial, self._study.ask(self._distributions()))
-            else:
-                trial.number = -1
-            trial.status, trial.outcome, trial.attempts = "waiting", {}, 0
+            (self.out / trial.name / record.OUTCOME).unlink(missing_ok=True)
+            trial.crashes, trial.number = 0, -1
+            self._reopen(trial)
+            self._waiting.append(trial)
         return len(failed)
 
     def report(self, trial: Trial, step: int, value: float) -> None:
         """Records an evaluation of a running trial (a trial's own process prunes)."""
         self._optuna.trial.Trial(self._study, trial.id).report(value, step)
 
-    def importance(self) -> dict[str, float] | None:
-        """Returns Optuna's importance of every searched key; None where it has none.
+    def measured(self, trial: Trial) -> dict:
+        """Returns a trial's outcome by the metric of the report; {} before its end."""
+        if trial.outcome and trial.name not in self._measured:
+            folder = self.out / trial.name
+            found = record.judged(trial.outcome, folder, self.criterion)
+            self._measured[trial.name] = found
+        return self._measured.get(trial.name, {})
 
-        PED-ANOVA (Watanabe et al. 2023): which keys decide whether a trial is among
-        the best.
-        """
-        done = [trial for trial in self.trials.values() if trial.status == "done"]
-        if not self.plan.space or len(done) < 10:
-            return None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            evaluator = self._optuna.importance.PedAnovaImportanceEvaluator()
-            return self._optuna.importance.get_param_importances(
-                self._study, evaluator=evaluator
-            )
+    def setting_of(self, trial: Trial) -> str:
+        """Returns the name of the setting that a trial is of."""
+        return self._settings[seeds.setting(trial.overrides)].name
 
-    def _enter(self, trial: Trial, asked) -> None:
-        trial.number, trial.id = asked.number, asked._trial_id
-        asked.set_user_attr("name", trial.name)
-        asked.set_user_attr("overrides", trial.overrides)
+    # --- trials and settings ---
+
+    def _add(self, trial: Trial) -> None:
+        self.trials[trial.name] = trial
+        self.counts[trial.status] += 1
+        self._waiting.append(trial)
+        key = seeds.setting(trial.overrides)
+        self._groups.setdefault(key, []).append(trial)
+        self._judge(key)
+
+    def _reopen(self, trial: Trial) -> None:
+        """Lets a trial that has ended wait again."""
+        trial.outcome = {}
+        self._measured.pop(trial.name, None)
+        self._ended.pop(seeds.text(trial.overrides), None)
+        self._set(trial, "waiting")
+
+    def _set(self, trial: Trial, status: str) -> None:
+        self.counts[trial.status] -= 1
+        self.counts[status] += 1
+        trial.status = status
+
+    def _end(self, trial: Trial, outcome: dict) -> None:
+        trial.outcome = outcome
+        self._set(trial, outcome["status"])
+        self._ended.setdefault(seeds.text(trial.overrides), trial)
+        self._judge(seeds.setting(trial.overrides))
+        if trial.draw >= 0:
+            self._tell_draw(trial.draw)
+
+    def _judge(self, key: str) -> None:
+        """Takes the mean of a setting anew."""
+        trials = [one for one in self._groups[key] if "same_as" not in one.outcome]
+        if not trials:
+            return
+        name = self._names.get(key, trials[0].name)
+        done = [self.measured(trial) for trial in trials if trial.status == "done"]
+        values = [one["value"] for one in done if one["value"] is not None]
+        mean = seeds.mean(values) if values else None
+        found = Setting(name, trials, mean, len(values) == len(trials))
+        before, self._settings[key] = self._settings.get(key), found
+        # Looking at all settings for each end of a trial would take ever longer.
+        if self._best is before or not self._best:
+            self._best = None
+        elif self._place(found) < self._place(self._best):
+            self._best = found
+
+    def _place(self, setting: Setting) -> tuple:
+        value = setting.mean.value if setting.mean else None
+        return seeds.place(value, setting.whole, self.criterion.direction)
+
+    # --- Optuna ---
+
+    def _enter(self, trial: Trial) -> None:
+        """Adds a trial whose values are known to the storage, as one that runs."""
+        create, state = self._optuna.trial.create_trial, self._optuna.trial.TrialState
+        axes = {} if self.plan.seeds else self.plan.space or {}
+        template = create(
+            state=state.RUNNING,
+            params={key: _written(axis, trial.drawn[key])
+                    for key, axis in axes.items() if key in trial.drawn},
+            distributions={key: self._distribution(axis)
+                           for key, axis in axes.items() if key in trial.drawn},
+            user_attrs={"name": trial.name, "overrides": trial.overrides},
+        )  # fmt: skip
+        store = self._study._storage  # Study.add_trial() does not tell the number
+        trial.id = store.create_new_trial(self._study._study_id, template)
+        trial.number = store.get_trial_number_from_id(trial.id)
 
     def _attribute(self, trial: Trial, key: str, value: Any) -> None:
         self._optuna.trial.Trial(self._study, trial.id).set_user_attr(key, value)
 
-    def _ask(self) -> Trial:
-        """Returns a new trial whose values the sampler chose."""
-        self._study.sampler = self._sampler(len(self._study.get_trials(deepcopy=False)))
-        asked = self._study.ask(self._distributions())
-        point = {key: asked.params[key] for key in self.plan.space or ()}
-        name = f"{asked.number:03d}-{name_of(point, self.plan.short)}"
-        trial = Trial(name, point, self.base)
-        self._enter(trial, asked)
-        self.trials[name] = trial
-        return trial
+    @property
+    def _drawn(self) -> int:
+        return len(self._of_draw if self.plan.seeds else self.trials)
 
-    def _twin(self, trial: Trial) -> Trial | None:
-        """Returns an earlier trial of the same values that has ended, if any."""
-        for other in self.trials.values():
-            same = other is not trial and other.overrides == trial.overrides
-            if same and other.status in ENDED and "same_as" not in other.outcome:
-                return other
-        return None
+    def _draw(self, check: Callable[[str, ConfigDict], None]) -> None:
+        """Adds the trials whose values the sampler chooses; those that can run wait.
+
+        Raises:
+          ValueError: none of many draws is allowed.
+        """
+        drawn: Point = {}
+        for _ in range(MOST_REFUSED):
+            number = len(self._draws.get_trials(deepcopy=False))
+            self._draws.sampler = self._sampler(number)
+            asked = self._draws.ask()
+            drawn, point = self.plan.draw(partial(_suggest, asked))
+            if point is not None:
+                break
+            asked.set_user_attr("refused", drawn)
+            self._draws.tell(asked.number, state=self._optuna.trial.TrialState.FAIL)
+        else:
+            raise ValueError(
+                f"to_config() allows none of {MOST_REFUSED} draws in a row, the last "
+                f"of which was {drawn}"
+            )
+        asked.set_user_attr("drawn", drawn)
+        asked.set_user_attr("point", point)
+        trials = self._trials_of(asked.number, asked._trial_id, drawn, point)
+        for trial in trials:
+            if not self.plan.seeds:
+                self._attribute(trial, "name", trial.name)
+                self._attribute(trial, "overrides", trial.overrides)
+            if twin := self._ended.get(seeds.text(trial.overrides)):
+                self._end_unrun(trial, {**twin.outcome, "same_as": twin.name})
+                continue
+            try:
+                trial.overrides, trial.config = self._build(trial.overrides)
+                check(trial.name, trial.config)
+            except ValueError as error:
+                self._end_unrun(trial, failure(str(error)))
+
+    def _end_unrun(self, trial: Trial, outcome: dict) -> None:
+        """Records the end of a trial that waits."""
+        self._waiting.remove(trial)
+        if trial.number < 0:
+            self._enter(trial)
+        self.finish(trial, outcome)
+
+    def _trials_of(
+        self, draw: int, id_: int, drawn: Point, point: Point
+    ) -> list[Trial]:
+        """Adds the trial of a draw, or one for each seed, and returns them."""
+        found = []
+        for own in self.plan.with_seeds(point):
+            name = f"{draw:03d}-{space.name(own, space.short_keys(own))}"
+            config = self.base
+            with contextlib.suppress(ValueError):  # it has failed then, and says so
+                own, config = self._build(own)
+            trial = Trial(name, own, config, drawn=drawn)
+            if self.plan.seeds:
+                trial.draw = draw
+            else:
+                trial.number, trial.id = draw, id_
+            found.append(trial)
+        if self.plan.seeds:
+            self._of_draw[draw] = found
+            short = space.name(point, space.short_keys(point))
+            self._names.setdefault(seeds.setting(point), f"{draw:03d}-{short}")
+        for trial in found:
+            self._add(trial)
+        return found
+
+    def _tell_draw(self, draw: int) -> None:
+        """Tells the sampler the mean over the seeds of a draw, once all have ended."""
+        own, states = self._of_draw[draw], self._optuna.trial.TrialState
+        if not all(trial.status in ENDED for trial in own):
+            return
+        told = self._draws.get_trials(deepcopy=False)[draw]
+        if told.state.is_finished():
+            return
+        values = [one.outcome["value"] for one in own if one.status == "done"]
+        bad = any(trial.status in ("pruned", "diverged") for trial in own)
+        if values and not bad:
+            self._draws.tell(draw, sum(values) / len(values))
+        else:
+            self._draws.tell(draw, state=states.PRUNED if bad else states.FAIL)
+
+    def _restore_draws(self) -> None:
+        """Adds the trials of the draws that were made before."""
+        for found in self._draws.get_trials(deepcopy=False):
+            told = {key: runs.tuples(x) for key, x in found.user_attrs.items()}
+            if "point" in told:
+                self._trials_of(found.number, -1, told["drawn"], told["point"])
+            elif found.state == self._optuna.trial.TrialState.RUNNING:
+                fail = self._optuna.trial.TrialState.FAIL  # it died while it asked
+                self._draws.tell(found.number, state=fail)
+
+    def _begin_search(self) -> None:
+        """Tells the sampler what an earlier sweep found, and what to draw first."""
+        axes = self.plan.space or {}
+        for row in record.earlier(self.plan):
+            point = row.get("drawn") or row["overrides"]
+            own = {k: axis for k, axis in axes.items() if point.get(k) is not None}
+            self._draws.add_trial(
+                self._optuna.trial.create_trial(
+                    value=row["value"],
+                    params={k: _written(axis, point[k]) for k, axis in own.items()},
+                    distributions={k: self._distribution(a) for k, a in own.items()},
+                    user_attrs={"from": self.plan.start},
+                )
+            )
+        for drawn in self.plan.first:
+            self._draws.enqueue_trial(
+                {key: _written(axes[key], value) for key, value in drawn.items()}
+            )
 
     def _sampler(self, number: int):
         """Returns the sampler; what trial `number` draws depends on nothing else."""
@@ -217,25 +438,25 @@ class Study:
             if self.plan.sampler == "qmc":  # its scrambling must stay the same
                 return samplers.QMCSampler(scramble=True, seed=self.plan.seed)
             if self.plan.sampler == "cmaes":
-                _need("cmaes", "sampler = 'cmaes'")
+                storages.need("cmaes", "sampler = 'cmaes'")
                 return samplers.CmaEsSampler(seed=seed)
             if self.plan.sampler == "gp":
-                _need("torch", "sampler = 'gp'")
-                _need("scipy", "sampler = 'gp'")
+                storages.need("torch", "sampler = 'gp'")
+                storages.need("scipy", "sampler = 'gp'")
                 return samplers.GPSampler(seed=seed)
             return samplers.RandomSampler(seed=seed)
-
-    def _distributions(self) -> dict:
-        space = self.plan.space or {}
-        return {key: self._distribution(axis) for key, axis in space.items()}
 
     def _distribution(self, axis: Dimension):
         kinds = self._optuna.distributions
         if axis.kind == "choice":
-            return kinds.CategoricalDistribution(axis.choices)
-        if axis.kind == "int":
-            return kinds.IntDistribution(int(axis.low), int(axis.high), step=axis.step)
-        return kinds.FloatDistribution(axis.low, axis.high, log=axis.kind == "log")
+            return kinds.CategoricalDistribution(_choices(axis))
+        if axis.kind in ("int", "logint"):
+            ends, log = (int(axis.low), int(axis.high)), axis.kind == "logint"
+            return kinds.IntDistribution(*ends, log=log, step=int(axis.step))
+        log, step = axis.kind == "log", axis.step if axis.kind == "steps" else None
+        return kinds.FloatDistribution(axis.low, axis.high, log=log, step=step)
+
+    # --- what was there before ---
 
     def _restore(self) -> None:
         """Takes over what the storage knows; see this file's head for running ones."""
@@ -248,13 +469,21 @@ class Study:
                     self._study.tell(found.number, state=fail)
                 continue
             trial.number, trial.id = found.number, found._trial_id
-            trial.attempts = found.user_attrs.get("attempts", 0)
-            trial.status, trial.outcome = "waiting", {}
+            trial.crashes, trial.saved = found.user_attrs.get("crashes", (0, 0))
             if found.state.is_finished():
-                trial.outcome = found.user_attrs["outcome"]
-                trial.status = trial.outcome["status"]
-            elif outcome := read_outcome(self.out / trial.name):
+                self._end(trial, found.user_attrs["outcome"])
+                continue
+            if trial.outcome:  # of an older one of its name, which failed
+                self._reopen(trial)
+            outcome = record.read_outcome(self.out / trial.name)
+            if outcome and (outcome["status"] != "failed" or outcome.get("final")):
                 self.finish(trial, outcome)
+            elif outcome:
+                (self.out / trial.name / record.OUTCOME).unlink()
+                self.crashed(trial, outcome)
+        self._waiting = deque(
+            trial for trial in self.trials.values() if trial.status == "waiting"
+        )
 
     def _known(self, found) -> Trial | None:
         """Returns the trial that an Optuna trial stands for."""
@@ -262,158 +491,40 @@ class Study:
         overrides = found.user_attrs.get("overrides")
         if name is None or overrides is None:
             return None
-        if self.plan.space and name not in self.trials:
-            config = self.base
-            with contextlib.suppress(ValueError):  # it has failed then, and says so
-                config = plans.override(self.base, overrides)
-            self.trials[name] = Trial(name, overrides, config)
+        searched = self.plan.space and not self.plan.seeds
+        if searched and name not in self.trials:
+            point = runs.tuples(overrides)
+            drawn = runs.tuples(found.user_attrs.get("drawn", point))
+            self._trials_of(found.number, found._trial_id, drawn, point)
         return self.trials.get(name)
 
 
-# --- outcomes -------------------------------------------------------------------------
+def _choices(axis: Dimension) -> list:
+    """Returns the choices as Optuna takes them: others than scalars by their number."""
+    plain = all(isinstance(value, SCALAR) for value in axis.choices)
+    return list(axis.choices if plain else range(len(axis.choices)))
 
 
-def failure(reason: str, **more: Any) -> dict:
-    """Returns the outcome of a trial that failed."""
-    return {"status": "failed", "reason": reason, "value": None, "step": 0, **more}
+def _suggest(asked, key: str, axis: Dimension) -> Any:
+    """Returns the value that a sampler chooses for a key."""
+    if axis.kind == "choice":
+        return _read(axis, asked.suggest_categorical(key, _choices(axis)))
+    if axis.kind in ("int", "logint"):
+        ends, log = (int(axis.low), int(axis.high)), axis.kind == "logint"
+        return asked.suggest_int(key, *ends, log=log, step=int(axis.step))
+    log, step = axis.kind == "log", axis.step if axis.kind == "steps" else None
+    return asked.suggest_float(key, axis.low, axis.high, log=log, step=step)
 
 
-def measure(folder: Path, metric: str, direction: str) -> dict:
-    """Returns what a run's record says of a metric.
-
-    Returns:
-      "value", the best evaluation, and "at", its step; "last", the last one; "step",
-      "tokens", "seconds": how far the run got. Without the metric, "value" is None and
-      "names" are those that the record has.
-    """
-    rows = metrics.read(folder) if (folder / metrics.FILE).is_file() else []
-    final = {key: value for row in rows for key, value in row.items()}
-    known = {key: final.get(key, 0) for key in ("step", "tokens", "seconds")}
-    points = [(row[metric], row["step"]) for row in rows if row.get(metric) is not None]
-    if not points:
-        return {**known, "value": None, "names": sorted(final.keys() - known.keys())}
-    choose = min if direction == "minimize" else max
-    value, at = choose(points, key=lambda point: point[0])
-    return {**known, "value": value, "at": at, "last": points[-1][0]}
+def _written(axis: Dimension, value: Any) -> Any:
+    """Returns a value of an axis as Optuna takes it; `_read` is the way back."""
+    if axis.kind != "choice":
+        return value
+    same = [seeds.text({"": choice}) for choice in axis.choices]
+    return _choices(axis)[same.index(seeds.text({"": value}))]
 
 
-def read_outcome(folder: Path) -> dict | None:
-    """Returns how a trial's process said it ended; None when it did not."""
-    try:
-        return json.loads((folder / OUTCOME).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-
-
-def write(path: Path, content: Any) -> None:
-    """Writes JSON whole or not at all."""
-    files.write(path, json.dumps(content, indent=2) + "\n")
-
-
-# --- storage and pruners --------------------------------------------------------------
-
-
-def open_storage(where: str):
-    """Returns an Optuna storage: a URL's, or the journal in a file.
-
-    Raises:
-      ValueError: it cannot be opened.
-    """
-    optuna = _import_optuna()
-    if "://" not in where:
-        backend = importlib.import_module("optuna.storages.journal").JournalFileBackend
-        return optuna.storages.JournalStorage(backend(where))
-    try:
-        return optuna.storages.get_storage(where)
-    except Exception as error:  # SQLAlchemy and its drivers raise whatever they like
-        text = str(error).splitlines()[0]
-        secret, _, place = where.rpartition("@")  # a user and a password
-        text = text.replace(secret, "...") if secret else text
-        raise ValueError(f"the storage {place} cannot be opened: {text}") from None
-
-
-def make_pruner(chosen: Pruner | None, steps: int):
-    """Returns Optuna's pruner for runs of so many steps."""
-    pruners = _import_optuna().pruners
-    if chosen is None:
-        return pruners.NopPruner()
-    if chosen["name"] == "asha":
-        return pruners.SuccessiveHalvingPruner(
-            min_resource=chosen["first"], reduction_factor=chosen["factor"]
-        )
-    if chosen["name"] == "median":
-        return pruners.MedianPruner(
-            n_startup_trials=chosen["trials"], n_warmup_steps=chosen["first"] - 1
-        )
-    return pruners.HyperbandPruner(
-        min_resource=chosen["first"],
-        max_resource=steps,
-        reduction_factor=chosen["factor"],
-    )
-
-
-def _mend(journal: Path) -> None:
-    """Cuts off a last line whose writer was killed; the next would be part of it."""
-    if not journal.is_file():
-        return
-    with journal.open("rb+") as file:
-        content = file.read()
-        if not content.endswith(b"\n"):
-            file.truncate(content.rfind(b"\n") + 1)
-
-
-def _open_record(
-    plan: Plan, base: ConfigDict, out: Path, trials: list[str], storage: str
-) -> dict:
-    """Returns sweep.json, made or checked: points may be added, no more changes."""
-    new = {
-        "sweep": plan.name,
-        "config": plan.config,
-        "base": json.loads(json.dumps(base.to_dict())),
-        "metric": plan.metric,
-        "direction": plan.direction,
-        "pruner": plan.pruner,
-        "space": {key: str(axis) for key, axis in (plan.space or {}).items()},
-        "sampler": [plan.sampler, plan.seed] if plan.space else None,
-        # A password before the @ stays out of the file.
-        "storage": storage.rpartition("@")[2],
-    }
-    path = out / RECORD
-    if not path.is_file():
-        if out.is_dir() and any(p.name != "run.lock" for p in out.iterdir()):
-            raise ValueError(
-                f"{out} is not a sweep's folder (it has no {RECORD}) and not empty: "
-                f"use another --out"
-            )
-        made = {"id": f"{out.name}-{uuid.uuid4().hex[:8]}", **new, "trials": trials}
-        write(path, made)
-        return made
-    old = json.loads(path.read_text(encoding="utf-8"))
-    changed = [key for key in new if key != "base" and new[key] != old.get(key)]
-    lines = [f"{key}: {old.get(key)!r} -> {new[key]!r}" for key in changed]
-    before, now = ConfigDict(old["base"]), ConfigDict(new["base"])
-    differences = runs.difference(before, now)
-    where = "|".join(runs.WHERE)
-    lines += [d for d in differences if not re.fullmatch(where, d.split(":")[0])]
-    if gone := sorted(set(old["trials"]) - set(trials)):
-        lines.append(f"{len(gone)} of its trials are no points any more: {gone[0]}")
-    if lines:
-        raise ValueError(
-            f"{out} holds another sweep:\n  " + "\n  ".join(lines) + "\n"
-            "put these back to go on, or use another --out"
-        )
-    now_known = {**old, **new, "trials": trials}
-    write(path, now_known)
-    return now_known
-
-
-def _import_optuna():
-    _need("optuna", "a sweep")
-    optuna = importlib.import_module("optuna")
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
-
-
-def _need(package: str, what: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise ValueError(f"{what} needs the package {package}: pip install {package}")
+def _read(axis: Dimension, value: Any) -> Any:
+    if axis.kind != "choice":
+        return value
+    return axis.choices[_choices(axis).index(value)]

@@ -1,14 +1,19 @@
 """What the process of one trial does: train, report, and write down how it ended."""
 
+import contextlib
+import json
 import math
+import runpy
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt_jax import runs, train
-from gpt_jax.sweep import study
+from gpt_jax import metrics, model, runs, tokenizers, train
+from gpt_jax.criterion import Criterion
+from gpt_jax.sweep import record
+from gpt_jax.sweep import storage as storages
 
 WAIT_S = 0.2
 
@@ -17,7 +22,8 @@ def run(order: dict[str, Any]) -> int:
     """Trains a trial and writes outcome.json, unless it was stopped by a signal.
 
     Args:
-      order: "folder", "config" (every key), "metric", "direction"; and for a pruned
+      order: "folder", "config" (every key), "criterion"; "after": the "names" of what
+        is measured afterwards, and the sweep "file" that says how; and for a pruned
         sweep "storage", "study", "id" (of the trial in it), "pruner".
 
     Returns:
@@ -25,7 +31,7 @@ def run(order: dict[str, Any]) -> int:
     """
     folder = Path(order["folder"])
     config = runs.as_config(order["config"])
-    (folder / study.OUTCOME).unlink(missing_ok=True)
+    (folder / record.OUTCOME).unlink(missing_ok=True)
     try:
         wait_until_free(folder, config.grace_s)
         result = train.train(config, folder, report=reporter(order))
@@ -38,7 +44,44 @@ def run(order: dict[str, Any]) -> int:
         return _end(order, status="failed", reason=_sentence(error))
     if result.reason == "signal":
         return result.exit_code
-    return _end(order, **how(result, order["metric"]))
+    ended = how(result, order["criterion"][0])
+    if ended["status"] == "done" and order["after"]["names"]:
+        functions = runpy.run_path(order["after"]["file"])["after"]
+        ended |= measured(
+            folder, {name: functions[name] for name in order["after"]["names"]}
+        )
+    return _end(order, **ended)
+
+
+def measured(
+    folder: Path, functions: Mapping[str, Callable[[Path], float]]
+) -> dict[str, Any]:
+    """Measures a run that is done, and writes that into its record.
+
+    Returns:
+      "after": what was found; or how the trial failed.
+    """
+    found: dict[str, float] = {}
+    for name, measure in functions.items():
+        try:
+            found[name] = float(measure(folder))
+        except Exception as error:  # whatever a function of the user raises
+            traceback.print_exc()
+            reason = f"it is trained, but {name} was not measured: {_sentence(error)}"
+            return {"status": "failed", "reason": reason, "final": True}
+    last = metrics.read(folder)[-1]
+    spent = {key: last[key] for key in ("tokens", "seconds") if key in last}
+    config = runs.read_config(folder)
+    writer = metrics.Writer(
+        folder,
+        tensorboard=config.tensorboard,
+        wandb=config.wandb,
+        config=config.to_dict(),
+        resume_step=max(last["step"], 1),  # nothing of it is dropped
+    )
+    with contextlib.closing(writer):
+        writer.write(last["step"], **spent, **found)
+    return {"after": found}
 
 
 def how(result: train.Result, metric: str) -> dict[str, str]:
@@ -53,20 +96,66 @@ def how(result: train.Result, metric: str) -> dict[str, str]:
 
 
 def outcome(
-    folder: Path, metric: str, direction: str, *, status: str, reason: str, **more: Any
+    folder: Path, criterion: Criterion, *, status: str, reason: str, **more: Any
 ) -> dict:
     """Returns how a trial ended, with what its record says of the metric."""
-    found = study.measure(folder, metric, direction)
+    found = record.measure(folder, criterion)
     if status == "done" and found["value"] is None:
         names = ", ".join(found["names"]) or "nothing"
-        status, more["no_metric"] = "failed", True
-        reason = f"the metric {metric!r} never appeared; the record has {names}"
-    return {"status": status, "reason": reason, **found, **more}
+        status = "failed"
+        more |= {"no_metric": True, "final": True}
+        reason = (
+            f"the metric {criterion.metric!r} never appeared; the record has {names}"
+        )
+    return {"status": status, "reason": reason, **found, **size(folder), **more}
+
+
+def size(folder: Path) -> dict[str, float]:
+    """Returns what a run's numbers of tokens mean, where it became a run.
+
+    Returns:
+      "parameters"; "flops_per_token" of training; "bytes_per_token" of the validation
+      text, where its loss is per token.
+    """
+    if not all((folder / name).is_file() for name in ("config.json", "tokenizer.json")):
+        return {}
+    config, classes = runs.read_config(folder), runs.read_classes(folder)
+    length = config.data.seq_len or config.model.context_length
+    what = (json.dumps(config.model.to_dict()), classes, length)
+    text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    if (key := (*what, text)) not in _sizes:  # the same for most trials of a sweep
+        tokenizer = tokenizers.load(folder / "tokenizer.json")
+        cfg = runs.model_config(config, tokenizer, classes)
+        parameters = model.count(cfg)
+        flops = metrics.flops_per_token(
+            parameters,
+            n_layers=cfg.n_layers,
+            n_heads=cfg.n_heads,
+            head_dim=cfg.head_dim,
+            seq_len=length,
+        )
+        _sizes[key] = {"parameters": parameters, "flops_per_token": flops}
+    rows = metrics.read(folder) if (folder / metrics.FILE).is_file() else []
+    for row in rows:
+        if row.get("val_loss") and row.get("val_bpb"):
+            bits = row["val_loss"] / math.log(2)
+            return {**_sizes[key], "bytes_per_token": bits / row["val_bpb"]}
+    return dict(_sizes[key])
+
+
+_sizes: dict[tuple, dict[str, float]] = {}
+
+
+def line(name: str, metric: str, outcome: dict) -> str:
+    """Returns the line that tells of a trial's end."""
+    told = outcome["status"] in ("done", "pruned") and outcome["value"] is not None
+    said = f"{metric} {outcome['value']:.4f}" if told else outcome["reason"]
+    return f"{outcome['status']:9s} {name}: {said}"
 
 
 def reporter(order: dict[str, Any]) -> Callable[[int, dict[str, float]], str]:
     """Returns what `train` calls after each evaluation; it ends hopeless trials."""
-    metric = order["metric"]
+    metric = order["criterion"][0]
     judge = _pruner(order) if order.get("pruner") else lambda step, value: ""
 
     def report(step: int, numbers: dict[str, float]) -> str:
@@ -98,8 +187,8 @@ def wait_until_free(folder: Path, patience_s: float) -> None:
 def _pruner(order: dict[str, Any]) -> Callable[[int, float], str]:
     import optuna
 
-    storage = study.open_storage(order["storage"])
-    pruner = study.make_pruner(order["pruner"], order["config"]["steps"])
+    storage = storages.open_storage(order["storage"])
+    pruner = storages.make_pruner(order["pruner"], order["config"]["steps"])
     # The sampler is not used: a trial's values are in the storage.
     sampler = optuna.samplers.RandomSampler()
     opened = optuna.load_study(
@@ -118,8 +207,8 @@ def _pruner(order: dict[str, Any]) -> Callable[[int, float], str]:
 
 def _end(order: dict[str, Any], **ended: Any) -> int:
     folder = Path(order["folder"])
-    found = outcome(folder, order["metric"], order["direction"], **ended)
-    study.write(folder / study.OUTCOME, found)
+    found = outcome(folder, Criterion(*order["criterion"]), **ended)
+    record.write(folder / record.OUTCOME, found)
     print(f"{found['status']}: {found['reason']}", flush=True)
     return 0
 

@@ -3,7 +3,7 @@
 import time
 
 from gpt_jax import screen
-from gpt_jax.sweep.study import ENDED, Study, Trial
+from gpt_jax.sweep.study import ENDED, Study
 
 PLAIN_EVERY_S = 30.0  # the least time between two summary lines in a log file
 
@@ -21,9 +21,8 @@ class View:
 
     def update(self, study: Study, steps: dict[str, tuple]) -> None:
         """Shows the state; `steps`: of running trials (step, last step, value, s)."""
-        trials = list(study.trials.values())
         if self._ended_before is None:
-            self._ended_before = _count(trials, *ENDED)
+            self._ended_before = _count(study, *ENDED)
         self._area.show(lambda: self._summary(study), lambda: self._table(study, steps))
 
     def print(self, text: str) -> None:
@@ -39,17 +38,17 @@ class View:
         self._area.close()
 
     def _summary(self, study: Study) -> str:
-        trials = list(study.trials.values())
-        ended = _count(trials, *ENDED)
+        ended = _count(study, *ENDED)
         parts = [
             f"{ended}/{screen.count(self._total, 'trial')}",
-            f"{_count(trials, 'running')} running",
+            f"{_count(study, 'running')} running",
         ]
         for status in ENDED:
-            if number := _count(trials, status):
+            if number := _count(study, status):
                 parts.append(f"{number} {status}")
-        if best := study.best():
-            parts.append(f"best {best.outcome['value']:.4f} ({best.name})")
+        if (best := study.best()) and best.mean:
+            over = f", {best.mean.n} seeds" if best.mean.n > 1 else ""
+            parts.append(f"best {best.mean.value:.4f} ({best.name}{over})")
         if left := self._left(ended):
             parts.append(f"{left} left")
         return ", ".join(parts)
@@ -83,7 +82,7 @@ class View:
                 "" if value is None else f"{value:.4f}",
                 f"{int(seconds) // 60}:{int(seconds) % 60:02}" if end else "",
             )
-        ended = _count(list(study.trials.values()), *ENDED)
+        ended = _count(study, *ENDED)
         whole = Table.grid()
         whole.add_row(Text(self._summary(study), style="bold"))
         whole.add_row(ProgressBar(total=self._total, completed=ended, width=40))
@@ -92,5 +91,5 @@ class View:
         return whole
 
 
-def _count(trials: list[Trial], *statuses: str) -> int:
-    return sum(trial.status in statuses for trial in trials)
+def _count(study: Study, *statuses: str) -> int:
+    return sum(study.counts[status] for status in statuses)

@@ -69,9 +69,11 @@ def stop(keys: list[str], dask_worker: Any) -> None:
             _let_go(process)
 
 
-def pids(dask_worker: Any) -> list[int]:
-    """Returns the processes of the trials that run here."""
-    return [process.pid for process in list(_trials(dask_worker).values())]
+def kill(keys: list[str], dask_worker: Any) -> None:
+    """Ends the trials of these tasks, where they run here, at once."""
+    for key, process in list(_trials(dask_worker).items()):
+        if key in keys:
+            process.kill()
 
 
 def _trials(worker: Any) -> dict[Any, subprocess.Popen]:

@@ -1,5 +1,6 @@
 """Classification: one label for a whole text."""
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from gpt_jax import (
     losses,
     names,
     prepare,
+    runs,
     screen,
     settings,
     tokenizers,
@@ -212,6 +214,54 @@ def texts_of(key: str, values: Sequence[Any]) -> tuple[str, ...]:
     if len(values) == 1 and isinstance(values[0], str):
         values = values[0].split(",")
     return tuple(labelled.plain(value, f"{key}: one of its names") for value in values)
+
+
+def report(run: runs.Run, rows: Sequence[labelled.LabelledText]) -> classify.Report:
+    """Returns how well a run labels the texts of a table."""
+    texts, labels = [row.text for row in rows], classes_of(run).labels
+    given = classify.labelled(texts, probabilities(run, texts), labels)
+    return classify.report(
+        [row.label for row in rows], [one.label for one in given], labels
+    )
+
+
+def classes_of(run: runs.Run) -> Classes:
+    """Returns the classes of a run; raises ValueError for a language model."""
+    if run.classes is None:
+        raise ValueError(f"{run.folder} is a language model: it has no classes")
+    return run.classes
+
+
+def probabilities(run: runs.Run, texts: Sequence[str]) -> np.ndarray:
+    """Returns how likely a run finds each class [N, C] of texts."""
+    return classify.probabilities(
+        texts,
+        model=run.model,
+        params=run.params,
+        tokenizer=run.tokenizer,
+        length=classes_of(run).length,
+        pool=run.config.task.pool,
+        causal=run.config.task.causal,
+    )
+
+
+def test_rows(run: runs.Run) -> Sequence[labelled.LabelledText]:
+    """Returns the test part of the table that a run learnt from.
+
+    Raises:
+      ValueError: there is none, or the table is no longer what it was.
+    """
+    config, length = run.config, classes_of(run).length
+    found = labelled.load(source_of(config.task.to_dict(), config.data))
+    told = json.loads((run.folder / "data.json").read_text(encoding="utf-8"))
+    if fingerprint(found, run.tokenizer, length) != told["fingerprint"]:
+        raise ValueError(
+            f"{config.data.source} is no longer what {run.folder} learnt from, so its "
+            "test part may hold what the model has seen; put the table back"
+        )
+    if not found.parts.test:
+        raise ValueError(f"{run.folder} was trained without a test part")
+    return found.parts.test
 
 
 def fingerprint(

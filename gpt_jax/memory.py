@@ -1,0 +1,72 @@
+"""How much memory a process may still take, where a container or a job limits it.
+
+The machine's own figure says nothing there: a process that takes more than its control
+group may is killed, and nobody tells it why.
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+UNLIMITED = 2.0**60  # version 1 writes a number near 2^63 for "no limit"
+# Where the limit, what is used, and how much of that are files that can be dropped are
+# written, of control groups version 2 and 1.
+V2 = ("memory.max", "memory.current", "inactive_file")
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def left(root: Path = Path("/")) -> float:
+    """Returns the bytes that this process's control groups leave it; inf = no limit.
+
+    A group is limited by those above it too. `root` is another one in tests.
+    """
+    return min((_of_group(*place) for place in _groups(root)), default=math.inf)
+
+
+def of_machine() -> float:
+    """Returns the bytes of the machine's memory that programs could still have."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):  # Linux
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        row = next(line for line in lines if line.startswith("MemAvailable"))
+        return 1024.0 * int(row.split()[1])
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return math.inf
+
+
+def _groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    """Yields the folders of this process's groups and of those above them."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # no Linux
+        return
+    for line in lines:
+        number, kinds, path = line.split(":", 2)
+        if number == "0":
+            top, names = root / "sys/fs/cgroup", V2
+        elif "memory" in kinds.split(","):
+            top, names = root / "sys/fs/cgroup/memory", V1
+        else:
+            continue
+        # Inside a container the path may be the one outside: its own group is the top.
+        own = top / path.strip("/")
+        own = own if (own / names[1]).is_file() else top
+        yield own, names
+        yield from (
+            (above, names) for above in own.parents if above.is_relative_to(top)
+        )
+
+
+def _of_group(folder: Path, names: tuple[str, str, str]) -> float:
+    limit, used, files = names
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        most = (folder / limit).read_text().strip()
+        if most == "max" or float(most) >= UNLIMITED:
+            return math.inf
+        stat = (folder / "memory.stat").read_text().splitlines()
+        dropped = float(dict(line.split() for line in stat)[files])
+        taken = float((folder / used).read_text()) - dropped
+        return max(0.0, float(most) - taken)
+    return math.inf
