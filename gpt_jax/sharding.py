@@ -21,11 +21,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpt_jax import weights
+from gpt_jax.mesh import AXES, EXAMPLES
 from gpt_jax.weights import Declared
 
-AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")  # the axes that examples are split over
-ROWS = P(None, BATCH)  # how batches [A, B, ...] lie
+ROWS = P(None, EXAMPLES)  # how batches [A, B, ...] lie
 
 # Which axis of the mesh splits an axis of a weight (weights.AXES). Optimizer memory
 # follows its weight. What `fsdp` splits is gathered before it is used (ZeRO:
@@ -275,7 +274,7 @@ def mesh_strategy(mesh: Mesh, declared: Declared) -> Strategy:
     def spread(x: jax.Array) -> jax.Array:
         if x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
             return x
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH)))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(EXAMPLES)))
 
     def place(tree: Any) -> Any:
         def leaf(x, where):
@@ -406,7 +405,7 @@ def check(
 
 def rows(mesh: Mesh, count: int) -> list[int]:
     """Returns which of `count` examples this process's devices hold, in order."""
-    parts = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((count,))
+    parts = NamedSharding(mesh, P(EXAMPLES)).addressable_devices_indices_map((count,))
     mine = [range(count)[part[0]] for part in parts.values() if part]
     return sorted({row for part in mine for row in part})
 
@@ -423,13 +422,13 @@ def replicate(tree: Any, *, mesh: Mesh) -> Any:
 
 def split_rows(batch: Any, *, mesh: Mesh) -> Any:
     """Places a host batch [A, B, ...], the same in all processes, split over B."""
-    where = NamedSharding(mesh, P(None, BATCH))
+    where = NamedSharding(mesh, P(None, EXAMPLES))
     return jax.tree.map(lambda x: _put(x, where), batch)
 
 
 def join_rows(batch: Any, *, mesh: Mesh) -> Any:
     """Places a host batch of which each process has its `rows` of B, split over B."""
-    where = NamedSharding(mesh, P(None, BATCH))
+    where = NamedSharding(mesh, P(None, EXAMPLES))
     if where.is_fully_addressable:
         return jax.device_put(batch, where)
     return jax.make_array_from_process_local_data(where, batch)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # Imports go down at least one floor. Doors (experiments) stand on top of all.
 FLOORS = (
-    "names files screen devices weights",
+    "names files screen devices weights mesh",
     "model attention tokenizers chat corpora data losses adapters optimizer sharding "
     "programs processes checkpoint metrics signals",
     "prepare instructions sample runs plots tables classify pretrained",

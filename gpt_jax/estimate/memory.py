@@ -13,7 +13,7 @@ from gpt_jax.estimate.plan import Plan, trained
 from gpt_jax.estimate.residuals import Saved
 from gpt_jax.model import GPT, Dropout, GPTConfig, hidden
 from gpt_jax.sharding import Strategy
-from gpt_jax.tasks import lm
+from gpt_jax.tasks.scores import fitting_chunk
 from gpt_jax.tasks.task import DROPOUTS
 
 LOGITS = 3  # copies at once: logits, probabilities, gradient; all float32
@@ -138,8 +138,7 @@ def measure(plan: Plan, per_row: PerRow, rows: int) -> Memory:
 def logits(plan: Plan, rows: int) -> int:
     """Returns the bytes of the logits that exist at once on one device."""
     cfg, chunk = plan.cfg, plan.config.task.get("loss_chunk", 0)
-    like = jax.ShapeDtypeStruct((rows * plan.sharers, plan.task.tokens), jnp.int32)
-    chunk = min(chunk or lm.fitting_chunk(like, cfg), plan.task.tokens)
+    chunk = min(chunk or fitting_chunk(rows, cfg), plan.task.tokens)
     parts = math.ceil(plan.task.tokens / chunk)
     positions = math.ceil(plan.task.tokens / parts)
     columns = cfg.vocab_rows // plan.mesh.shape["tensor"]

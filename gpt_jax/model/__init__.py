@@ -19,11 +19,11 @@ from flax.traverse_util import unflatten_dict
 
 from gpt_jax import weights
 from gpt_jax.attention import RopeScaling, drop
+from gpt_jax.mesh import EXAMPLES, constrained
 from gpt_jax.model import initializers
 from gpt_jax.model.architecture import REMAT, GPTConfig, LayerKind
 from gpt_jax.model.cache import Cache, free, insert, stretch
 from gpt_jax.model.layers import (
-    EXAMPLES,
     MLP,
     Attention,
     Dense,
@@ -32,7 +32,6 @@ from gpt_jax.model.layers import (
     Head,
     Norm,
     Where,
-    constrained,
     rotations,
 )
 from gpt_jax.model.layouts import for_one_row, stack, unstack
@@ -151,7 +150,7 @@ class GPT(nn.Module):
     def embed(self, tokens_BT, positions_BT=None, *, dropout: Dropout | None = None):
         """Returns the residual stream [B, T, D] before the first layer."""
         cfg, T = self.cfg, tokens_BT.shape[1]
-        if T > cfg.context_length:
+        if cfg.context_length < T:
             raise ValueError(
                 f"{T} tokens are more than context_length {cfg.context_length}; "
                 "pass fewer or build the model with a longer context"
