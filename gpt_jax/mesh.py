@@ -9,18 +9,25 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
 EXAMPLES = ("data", "fsdp")  # the axes that examples are split over
 ROWS, WHOLE = P(EXAMPLES), P()  # an array of examples; one that every device has
+NONE = AbstractMesh((), ())  # no mesh: what is traced in its sight is for one device
 
 
 def in_sight() -> Any:
     """Returns the mesh that the program is traced for, or None."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh if AxisType.Auto in mesh.axis_types else None
+
+
+def length(axis: str) -> int:
+    """Returns how many devices an axis of the mesh in sight has; 1 without one."""
+    mesh = in_sight()
+    return mesh.shape[axis] if mesh else 1
 
 
 def sharers() -> int:
@@ -59,6 +66,21 @@ def by_examples(function: Callable, takes: tuple[P, ...], gives: Any) -> Callabl
     if sharers() == 1:
         return function
     where = {"in_specs": takes, "out_specs": gives, "axis_names": {*EXAMPLES}}
+    return jax.shard_map(function, **where, check_vma=False)
+
+
+def by_heads(function: Callable, *, heads: int, rows: int) -> Callable:
+    """Returns `function` run by each device on its own examples and heads.
+
+    Args:
+      function: takes `heads` arrays [B, T, H, K], then `rows` arrays [B, ...], and
+        returns one [B, T, H, K].
+    """
+    if in_sight() is None:
+        return function
+    split = P(EXAMPLES, None, "tensor")
+    takes = (split,) * heads + (ROWS,) * rows
+    where = {"in_specs": takes, "out_specs": split, "axis_names": {*AXES}}
     return jax.shard_map(function, **where, check_vma=False)
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gpt_jax import attention
 from gpt_jax.estimate import residuals
 from gpt_jax.estimate.plan import Plan, trained
 from gpt_jax.estimate.residuals import Saved
@@ -257,16 +258,18 @@ def _traced(plan: Plan, cfg: GPTConfig, n_layers: int, platform: str) -> Saved:
 def with_attention(cfg: GPTConfig, plan: Plan, platform: str) -> tuple[GPTConfig, bool]:
     """Returns the model with the attention that `platform` would take, and whether
     that keeps no scores; see `attention.choose`."""
-    name = cfg.attention
+    name, dropout = cfg.attention, "dropout_attn" in plan.dropout
     if name == "auto":
-        small = jnp.dtype(cfg.dtype).itemsize == 2 and not plan.packed
-        on_cpu = "blocked" if plan.task.tokens >= 128 else "plain"
-        name = {"cpu": on_cpu, "gpu": "cudnn" if small else "xla"}.get(platform, "xla")
-    plain = cfg.attn_softcap or "dropout_attn" in plan.dropout
-    fused = name == "cudnn" and not plain
-    if name == "cudnn":
-        name = "plain"
-    return replace(cfg, attention=name), bool(fused)
+        name = attention.best(
+            platform,
+            tokens=plan.task.tokens,
+            halves=jnp.dtype(cfg.dtype).itemsize == 2,
+            softcap=bool(cfg.attn_softcap),
+            dropout=dropout,
+            cudnn=lambda: True,
+        )
+    fused = name in ("cudnn", "splash", "streamed") and not dropout
+    return replace(cfg, attention="plain" if fused else name), fused
 
 
 def largest(plan: Plan, per_row: PerRow, memory: int) -> int:

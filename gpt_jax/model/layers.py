@@ -228,6 +228,7 @@ class Attention(nn.Module):
         attend = attention.choose(
             cfg.attention,
             q_BTHK,
+            k_BTGK,
             sight,
             cached=past is not None,
             softcap=cfg.attn_softcap,
