@@ -10,12 +10,13 @@ copied to each, gradients are summed by an explicit `psum`. Both take the same
 import contextlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -166,12 +167,40 @@ def make_mesh(
             "run use all that they have: make batch_size / accumulate a multiple of "
             f"{len(devices) // tensor}, or begin with fewer devices"
         )
-    return jax.make_mesh(
-        found,
-        AXES,
-        axis_types=(AxisType.Auto,) * len(AXES),
-        devices=devices[: math.prod(found)],
-    )
+    return arranged(found, devices[: math.prod(found)])
+
+
+def arranged(axes: tuple[int, int, int], devices: Sequence[Any]) -> Mesh:
+    """Returns the mesh of these devices, neighbours on it near each other in fact.
+
+    Of several slices of TPUs, which a slower network joins, the data axis goes from
+    slice to slice, or `fsdp` where it does not divide. Devices that make no grid (some
+    of a slice's) stand in their order.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    outer = [1, 1, 1]
+    if slices > 1:
+        crossing = next((i for i in (0, 1) if axes[i] % slices == 0), None)
+        if crossing is None:
+            raise ValueError(
+                f"mesh.data {axes[0]} and mesh.fsdp {axes[1]} are no multiples of the "
+                f"{slices} slices: one of them must go from slice to slice"
+            )
+        outer[crossing] = slices
+    inner = [length // times for length, times in zip(axes, outer, strict=True)]
+    try:
+        if slices > 1:
+            grid = mesh_utils.create_hybrid_device_mesh(
+                inner, outer, devices, allow_split_physical_axes=True
+            )
+        else:
+            grid = mesh_utils.create_device_mesh(
+                axes, devices, allow_split_physical_axes=True
+            )
+    # Of a part of a slice it says so by any of these.
+    except (ValueError, NotImplementedError, AssertionError):
+        grid = np.array(devices).reshape(axes)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def lengths(

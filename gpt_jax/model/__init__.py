@@ -34,7 +34,7 @@ from gpt_jax.model.layers import (
     Where,
     rotations,
 )
-from gpt_jax.model.layouts import for_one_row, stack, unstack
+from gpt_jax.model.layouts import for_one_row, rounded, stack, unstack
 from gpt_jax.weights import Weight
 
 __all__ = [
@@ -54,6 +54,7 @@ __all__ = [
     "init_cache",
     "insert",
     "logits",
+    "rounded",
     "stack",
     "stretch",
     "unstack",
