@@ -19,6 +19,10 @@ SIZES = {
     "xl": {"n_layers": 48, "d_model": 1600, "n_heads": 25},
     "tiny": {},
 }
+# A scanned stack keeps what its layers need of the whole depth in one array and copies
+# it: for 12 layers a step takes 1.4 times as long on a TPU v5e (compiled cycles), but
+# compiles four times as fast. Deep models scan, and compute their layers again.
+DEEP = ("large", "xl")
 
 
 def get_config(arg: str | None = None):
@@ -31,8 +35,9 @@ def get_config(arg: str | None = None):
         vocab_multiple=128,
         context_length=1024,
         dtype="bfloat16",
-        scan_layers=True,
     )
+    if options["size"] in DEEP:
+        config.model.update(scan_layers=True, remat="full")
     config.batch_size = 480
     config.accumulate = 40
     config.steps = 600_000

@@ -8,16 +8,19 @@ R query heads per key/value head (H = G R)  K head dim
 
 import functools
 import logging
+import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
-from gpt_jax import names, settings
+from gpt_jax import mesh, names, settings
 
 log = logging.getLogger(__name__)
 
@@ -218,6 +221,26 @@ def blocked(q_BTHK, k_BSGK, v_BSGK, sight: Sight, *, scale, softcap, dropout):
     return jnp.concatenate(ys, axis=1)
 
 
+def xla(q_BTHK, k_BSGK, v_BSGK, sight: Sight, *, scale, softcap, dropout):
+    """JAX's own attention."""
+    assert not softcap and dropout is None and sight.query_BT is None
+    return _fused(q_BTHK, k_BSGK, v_BSGK, sight, scale=scale, implementation="xla")
+
+
+def cudnn(q_BTHK, k_BSGK, v_BSGK, sight: Sight, *, scale, softcap, dropout):
+    """Flash attention by cuDNN; NVIDIA GPUs and 16-bit floats only.
+
+    Its backward pass refuses an odd number of tokens: one more is put behind the last,
+    which no other sees.
+    """
+    assert not softcap and dropout is None and sight.query_BT is None
+    T = q_BTHK.shape[1]
+    rows, sight = _filled((q_BTHK, k_BSGK, v_BSGK), sight, to=2)
+    q_BTHK, k_BSGK, v_BSGK = _split_heads(*rows)
+    how = {"scale": scale, "implementation": "cudnn"}
+    return _fused(q_BTHK, k_BSGK, v_BSGK, sight, **how)[:, :T]
+
+
 def _fused(q_BTHK, k_BSGK, v_BSGK, sight: Sight, *, scale, implementation):
     window = None
     if sight.window:
@@ -238,76 +261,381 @@ def _fused(q_BTHK, k_BSGK, v_BSGK, sight: Sight, *, scale, implementation):
     )
 
 
-def xla(q_BTHK, k_BSGK, v_BSGK, sight: Sight, *, scale, softcap, dropout):
-    """JAX's own attention."""
-    assert not softcap and dropout is None and sight.query_BT is None
-    return _fused(q_BTHK, k_BSGK, v_BSGK, sight, scale=scale, implementation="xla")
+def splash(
+    q_BTHK, k_BSGK, v_BSGK, sight: Sight, *, scale, softcap, dropout, interpret=False
+):
+    """Flash attention by JAX's kernel for TPUs (Pallas); no scores in memory.
+
+    Args: as of all; interpret runs the kernel's steps one by one, on any device.
+    """
+    assert dropout is None and sight.query_BT is None
+    # Imported late: it takes a second, and only a TPU needs it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernels,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as masks,
+    )
+
+    T = q_BTHK.shape[1]
+    rows, sight = _filled((q_BTHK, k_BSGK, v_BSGK), sight, to=TILE)
+    rows = _split_heads(rows[0] * jnp.asarray(scale, q_BTHK.dtype), *rows[1:])
+    length = rows[0].shape[1]
+    size = next(n for n in (512, 384, 256, TILE) if length % n == 0)
+    near = sight.window - 1 if sight.window else None
+    mask = masks.LocalMask(
+        (length, length), (near, 0 if sight.causal else near), offset=0
+    )
+
+    def local(q_BTHK, k_BSGK, v_BSGK, *segments):
+        kernel = kernels.make_splash_mha(
+            mask=masks.MultiHeadMask([mask] * q_BTHK.shape[2]),
+            head_shards=1,
+            q_seq_shards=1,
+            block_sizes=kernels.BlockSizes(
+                **dict.fromkeys(("block_q", "block_kv", "block_kv_compute"), size),
+                **dict.fromkeys(("block_q_dkv", "block_kv_dkv"), size),
+                **dict.fromkeys(("block_kv_dkv_compute",), size),
+                **dict.fromkeys(("block_q_dq", "block_kv_dq"), size),
+            ),
+            attn_logits_soft_cap=softcap or None,
+            residual_checkpoint_name="attn_out",
+            interpret=interpret,
+        )
+        rows = [x.transpose(0, 2, 1, 3) for x in (q_BTHK, k_BSGK, v_BSGK)]
+        ids = [kernels.SegmentIds(segment_BT, segment_BT) for segment_BT in segments]
+        y_BHTK: Any = jax.vmap(kernel)(*rows, *ids)
+        return y_BHTK.transpose(0, 2, 1, 3)
+
+    documents = () if sight.segment_BT is None else (sight.segment_BT,)
+    return mesh.by_heads(local, heads=3, rows=len(documents))(*rows, *documents)[:, :T]
 
 
-def cudnn(q_BTHK, k_BSGK, v_BSGK, sight: Sight, *, scale, softcap, dropout):
-    """Flash attention by cuDNN; NVIDIA GPUs and 16-bit floats only."""
-    assert not softcap and dropout is None and sight.query_BT is None
-    return _fused(q_BTHK, k_BSGK, v_BSGK, sight, scale=scale, implementation="cudnn")
+TILE = 128  # tokens in a block of splash's, or a multiple of it
 
 
-IMPLEMENTATIONS = {"plain": plain, "blocked": blocked, "xla": xla, "cudnn": cudnn}
+def _filled(rows, sight: Sight, *, to: int):
+    """Returns queries, keys and values with a multiple of `to` tokens, and the sight.
+
+    No token sees those behind the end: they come later, or are a document apart.
+    """
+    more = -rows[0].shape[1] % to
+    if not more:
+        return rows, sight
+    if not sight.causal or sight.segment_BT is not None:
+        B, T = rows[0].shape[:2]
+        segment_BT = jnp.zeros((B, T), jnp.int32)
+        if sight.segment_BT is not None:
+            segment_BT = sight.segment_BT
+        apart = segment_BT.max(axis=1, keepdims=True) + 1
+        segment_BT = jnp.concatenate([segment_BT, jnp.repeat(apart, more, 1)], 1)
+        sight = sight._replace(segment_BT=segment_BT)
+    return tuple(jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in rows), sight
+
+
+def _split_heads(q_BTHK, k_BSGK, v_BSGK):
+    """Returns the same with all heads split alike over the mesh in sight.
+
+    Where there are fewer key and value heads than devices to split them over, each
+    stands as often as it is needed.
+    """
+    tensor = mesh.length("tensor")
+    times = tensor // math.gcd(k_BSGK.shape[2], tensor)
+    if times > 1:
+        k_BSGK, v_BSGK = (jnp.repeat(x, times, axis=2) for x in (k_BSGK, v_BSGK))
+    rows = (q_BTHK, k_BSGK, v_BSGK)
+    return tuple(mesh.constrained(x, mesh.EXAMPLES, None, "tensor") for x in rows)
+
+
+# ---------------------------------------------------------------- long contexts
+
+BLOCK = 512  # queries, and keys, whose scores exist at once
+
+
+def streamed(q_BTHK, k_BSGK, v_BSGK, sight: Sight, *, scale, softcap, dropout):
+    """Blocks of keys go by with a running softmax: memory grows with T, not with T^2.
+
+    Forward and backward pass of FlashAttention-2 (Dao 2023, algorithms 1 and 2).
+    """
+    assert dropout is None and sight.query_BT is None
+    T, (B, _, G, K) = q_BTHK.shape[1], k_BSGK.shape
+    rows, sight = _filled((q_BTHK, k_BSGK, v_BSGK), sight, to=min(BLOCK, T))
+    q_BTHK, k_BSGK, v_BSGK = rows
+    q_BTGRK = q_BTHK.reshape(B, q_BTHK.shape[1], G, -1, K)
+    fixed = _Stream(sight.causal, sight.window, float(scale), float(softcap))
+    y_BTGRK: Any = _streamed(fixed, q_BTGRK, k_BSGK, v_BSGK, sight.segment_BT)
+    return y_BTGRK.reshape(q_BTHK.shape)[:, :T]
+
+
+class _Stream(NamedTuple):
+    """What is fixed of a streamed attention."""
+
+    causal: bool
+    window: int
+    scale: float
+    softcap: float
+
+    def first(self, i, size: int):
+        """Returns the first block of keys that block i of queries can see."""
+        return (
+            jnp.maximum(0, (i * size - self.window + 1) // size) if self.window else 0
+        )
+
+    def last(self, i, size: int, blocks: int):
+        """Returns the block of keys behind the last one that they can see."""
+        if self.causal:
+            return i + 1
+        if not self.window:
+            return blocks
+        return jnp.minimum(blocks, ((i + 1) * size + self.window - 2) // size + 1)
+
+    def scores(self, q_BTGRK, k_BSGK, i, j, size: int, segment_BT):
+        """Returns (scores, capped but not masked; what may be seen) of two blocks."""
+        s_BGRTS = self.scale * jnp.einsum(
+            "BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32
+        )
+        if self.softcap:
+            s_BGRTS = self.softcap * jnp.tanh(s_BGRTS / self.softcap)
+        place = jnp.arange(size)
+        query_T1, key_1S = (i * size + place)[:, None], (j * size + place)[None]
+        seen = jnp.ones((size, size), bool)
+        if self.causal:
+            seen &= key_1S <= query_T1
+        if self.window:
+            seen &= key_1S > query_T1 - self.window
+        if self.window and not self.causal:
+            seen &= key_1S < query_T1 + self.window
+        seen_B11TS = seen[None, None, None]
+        if segment_BT is not None:
+            ours_BT, theirs_BS = (_part(segment_BT, n, size) for n in (i, j))
+            same_BTS = ours_BT[:, :, None] == theirs_BS[:, None, :]
+            seen_B11TS = seen_B11TS & same_BTS[:, None, None]
+        return s_BGRTS, seen_B11TS
+
+
+def _part(x, n, size: int):
+    """Returns block n of the tokens of x [B, T, ...]."""
+    return jax.lax.dynamic_slice_in_dim(x, n * size, size, axis=1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _streamed(fixed: _Stream, q_BTGRK, k_BSGK, v_BSGK, segment_BT):
+    return _streamed_forward(fixed, q_BTGRK, k_BSGK, v_BSGK, segment_BT)[0]
+
+
+def _streamed_forward(fixed, q_BTGRK, k_BSGK, v_BSGK, segment_BT):
+    B, T, G, R, K = q_BTGRK.shape
+    size = min(BLOCK, T)
+    blocks = T // size
+
+    def queries(i):
+        q_BTGRK_i = _part(q_BTGRK, i, size)
+
+        def keys(j, carry):
+            most, total, sum_BGRTK = carry
+            s_BGRTS, seen = fixed.scores(
+                q_BTGRK_i, _part(k_BSGK, j, size), i, j, size, segment_BT
+            )
+            s_BGRTS = jnp.where(seen, s_BGRTS, HIDDEN)
+            higher = jnp.maximum(most, s_BGRTS.max(-1))
+            p_BGRTS = jnp.where(seen, jnp.exp(s_BGRTS - higher[..., None]), 0)
+            shrink = jnp.exp(most - higher)
+            v_BSGK_j = _part(v_BSGK, j, size)
+            grown = jnp.einsum(
+                "BGRTS,BSGK->BGRTK",
+                p_BGRTS.astype(v_BSGK_j.dtype),
+                v_BSGK_j,
+                preferred_element_type=jnp.float32,
+            )
+            total = total * shrink + p_BGRTS.sum(-1)
+            return higher, total, sum_BGRTK * shrink[..., None] + grown
+
+        low = jnp.full((B, G, R, size), HIDDEN)
+        start = (low, jnp.zeros_like(low), jnp.zeros((B, G, R, size, K)))
+        first, last = fixed.first(i, size), fixed.last(i, size, blocks)
+        most, total, sum_BGRTK = jax.lax.fori_loop(first, last, keys, start)
+        y_BGRTK = sum_BGRTK / total[..., None]
+        return y_BGRTK.astype(q_BTGRK.dtype), most + jnp.log(total)
+
+    y_nBGRTK, norm_nBGRT = jax.lax.map(queries, jnp.arange(blocks))
+    # [n, B, G, R, t, K] -> [B, n t, G, R, K]
+    y_BTGRK = y_nBGRTK.transpose(1, 0, 4, 2, 3, 5).reshape(q_BTGRK.shape)
+    y_BTGRK = checkpoint_name(y_BTGRK, "attn_out")
+    norm_nBGRT = checkpoint_name(norm_nBGRT, "attn_out")
+    return y_BTGRK, (q_BTGRK, k_BSGK, v_BSGK, segment_BT, y_BTGRK, norm_nBGRT)
+
+
+def _streamed_backward(fixed, kept, dy_BTGRK):
+    q_BTGRK, k_BSGK, v_BSGK, segment_BT, y_BTGRK, norm_nBGRT = kept
+    T = q_BTGRK.shape[1]
+    size = min(BLOCK, T)
+    blocks = T // size
+    products = {"preferred_element_type": jnp.float32}
+
+    def queries(carry, i):
+        q_i, y_i, dy_i = (_part(x, i, size) for x in (q_BTGRK, y_BTGRK, dy_BTGRK))
+        norm_BGRT1 = norm_nBGRT[i][..., None]
+        pull_BTGR = (dy_i.astype(jnp.float32) * y_i).sum(-1)
+        pull_BGRT1 = pull_BTGR.transpose(0, 2, 3, 1)[..., None]
+
+        def keys(j, carry):
+            dk_BSGK, dv_BSGK, dq_BTGRK = carry
+            k_j, v_j = _part(k_BSGK, j, size), _part(v_BSGK, j, size)
+            s_BGRTS, seen = fixed.scores(q_i, k_j, i, j, size, segment_BT)
+            p_BGRTS = jnp.where(seen, jnp.exp(s_BGRTS - norm_BGRT1), 0)
+            dv_j = jnp.einsum(
+                "BGRTS,BTGRK->BSGK", p_BGRTS.astype(dy_i.dtype), dy_i, **products
+            )
+            dp_BGRTS = jnp.einsum("BTGRK,BSGK->BGRTS", dy_i, v_j, **products)
+            ds_BGRTS = p_BGRTS * (dp_BGRTS - pull_BGRT1) * fixed.scale
+            if fixed.softcap:
+                ds_BGRTS *= 1 - jnp.square(s_BGRTS / fixed.softcap)
+            ds_BGRTS = ds_BGRTS.astype(q_i.dtype)
+            dq_j = jnp.einsum("BGRTS,BSGK->BTGRK", ds_BGRTS, k_j, **products)
+            dk_j = jnp.einsum("BGRTS,BTGRK->BSGK", ds_BGRTS, q_i, **products)
+            added = (
+                jax.lax.dynamic_update_slice_in_dim(
+                    x, _part(x, j, size) + new, j * size, axis=1
+                )
+                for x, new in ((dk_BSGK, dk_j), (dv_BSGK, dv_j))
+            )
+            return *added, dq_BTGRK + dq_j
+
+        first, last = fixed.first(i, size), fixed.last(i, size, blocks)
+        start = (*carry, jnp.zeros(q_i.shape))
+        dk_BSGK, dv_BSGK, dq_i = jax.lax.fori_loop(first, last, keys, start)
+        return (dk_BSGK, dv_BSGK), dq_i.astype(q_BTGRK.dtype)
+
+    none = (jnp.zeros(k_BSGK.shape), jnp.zeros(v_BSGK.shape))
+    (dk, dv), dq_nBTGRK = jax.lax.scan(queries, none, jnp.arange(blocks))
+    dq_BTGRK = jnp.moveaxis(dq_nBTGRK, 0, 1).reshape(q_BTGRK.shape)
+    return dq_BTGRK, dk.astype(k_BSGK.dtype), dv.astype(v_BSGK.dtype), None
+
+
+_streamed.defvjp(_streamed_forward, _streamed_backward)
+
+
+# ---------------------------------------------------------------- which one
+
+IMPLEMENTATIONS = {
+    **{"plain": plain, "blocked": blocked, "streamed": streamed},
+    **{"xla": xla, "cudnn": cudnn, "splash": splash},
+}
+KNOW_SOFTCAPS = ("plain", "blocked", "streamed", "splash")
+KNOW_DROPOUT = ("plain", "blocked")
+LONG = 2048  # from more tokens on, scores are not kept for the backward pass
 
 
 def choose(
-    name: str, q_BTHK, sight: Sight, *, cached: bool, softcap: float, dropout: bool
+    name: str, q_BTHK, k_BSGK, sight: Sight, *, cached: bool, softcap: float, dropout
 ):
     """Returns the implementation for `name`; "auto" looks at platform and queries.
 
-    A cache needs `plain` (its queries stand anywhere among the keys); JAX's fused
-    attention knows neither soft-caps nor dropout; JAX's cuDNN one looks ahead where a
-    window is not causal, without an error (jax issue 39576).
+    A cache needs `plain` (its queries stand anywhere among the keys). What knows no
+    soft-caps or no dropout gives way to `plain`, and JAX's cuDNN attention to its own
+    where a window is not causal: it would look ahead, without an error (jax issue
+    39576).
     """
     if cached:
         return plain
     if name == "auto":
-        name = _best(q_BTHK, sight)
-    if name in ("xla", "cudnn") and (softcap or dropout):
+        name = best(
+            jax.default_backend(),
+            tokens=q_BTHK.shape[1],
+            halves=q_BTHK.dtype.itemsize == 2,
+            softcap=bool(softcap),
+            dropout=dropout,
+            cudnn=lambda: cudnn_works(
+                str(q_BTHK.dtype),
+                q_BTHK.shape[1:],
+                k_BSGK.shape[2],
+                sight.causal,
+                sight.window,
+                sight.segment_BT is not None,
+            ),
+        )
+    blind = (softcap and name not in KNOW_SOFTCAPS) or (
+        dropout and name not in KNOW_DROPOUT
+    )
+    if blind:
         return plain
     if name == "cudnn" and sight.window and not sight.causal:
         return xla
     return IMPLEMENTATIONS[name]
 
 
-def _best(q_BTHK, sight: Sight) -> str:
-    platform = jax.default_backend()
+def best(
+    platform: str,
+    *,
+    tokens: int,
+    halves: bool,
+    softcap: bool,
+    dropout: bool,
+    cudnn: Callable[[], bool],
+) -> str:
+    """Returns the fastest implementation.
+
+    Args:
+      platform: cpu, gpu or tpu.
+      tokens: of a row.
+      halves: queries are 16-bit floats.
+      softcap, dropout: there is one.
+      cudnn: whether cuDNN takes the shapes; asked where it would be best.
+    """
+    if platform == "tpu" and tokens >= TILE and not dropout:
+        return "splash"
+    if platform == "gpu" and halves and not softcap and not dropout and cudnn():
+        return "cudnn"
+    if tokens > LONG and not dropout:
+        return "streamed"
     if platform == "cpu":
-        return "blocked" if q_BTHK.shape[1] >= 128 else "plain"
-    # Documents would be a mask as large as all the scores, which cuDNN is to avoid.
-    if platform != "gpu" or q_BTHK.dtype.itemsize != 2 or sight.segment_BT is not None:
-        return "xla"
-    works = cudnn_works(str(q_BTHK.dtype), q_BTHK.shape[3], sight.causal, sight.window)
-    return "cudnn" if works else "xla"
+        return "blocked" if tokens >= 128 else "plain"
+    return "xla"
 
 
 @functools.cache
-def cudnn_works(dtype: str, head_dim: int, causal: bool, window: int) -> bool:
+def cudnn_works(
+    dtype: str,
+    queries: tuple[int, int, int],
+    kv_heads: int,
+    causal: bool,
+    window: int,
+    packed: bool,
+) -> bool:
     """Tries cuDNN's attention on this GPU, forward and backward; a warning if not.
 
     Which shapes it takes depends on the GPU and on the versions of cuDNN and JAX, so
     it is asked for what the model needs, once for each.
+
+    Args:
+      dtype: of queries, keys and values.
+      queries: tokens, heads, features of a head.
+      kv_heads: key and value heads.
+      causal, window: see Sight.
+      packed: rows hold several documents.
     """
     if window and not causal:
         return False
-    sight = Sight(causal, window, None, None)
-    x_BTHK = np.ones((1, 128, 2, head_dim), dtype)
+    T, H, K = queries
+    documents: Any = np.zeros((1, T), np.int32) if packed else None
+    sight = Sight(causal, window, None, documents)
+    q_BTHK, k_BSGK = np.ones((1, T, H, K), dtype), np.ones((1, T, kv_heads, K), dtype)
 
-    def total(x_BTHK):
+    def total(q_BTHK, k_BSGK):
         how = {"scale": 1.0, "softcap": 0.0, "dropout": None}
-        return cudnn(x_BTHK, x_BTHK, x_BTHK, sight, **how).astype(jnp.float32).sum()
+        y_BTHK = cudnn(q_BTHK, k_BSGK, k_BSGK, sight, **how)
+        return y_BTHK.astype(jnp.float32).sum()
 
-    try:  # compiled by hand, since the caller is being traced
-        jax.block_until_ready(jax.jit(jax.grad(total)).lower(x_BTHK).compile()(x_BTHK))
+    try:  # compiled by hand, since the caller is being traced; on one device
+        with jax.sharding.use_abstract_mesh(mesh.NONE):
+            run = jax.jit(jax.grad(total)).lower(q_BTHK, k_BSGK).compile()
+        jax.block_until_ready(run(q_BTHK, k_BSGK))
     except Exception as error:  # XLA raises whatever cuDNN tells it
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         log.warning(
-            "cuDNN attention does not run here (%s head_dim %d: %s); JAX's own is "
-            "used, which model.attention=xla asks for",
-            *(dtype, head_dim, reason),
+            "cuDNN attention does not run here (%s, tokens x heads x head_dim %s: %s); "
+            "JAX's own is used, which model.attention=xla asks for",
+            *(dtype, "x".join(map(str, queries)), reason),
         )
         return False
     return True

@@ -1,13 +1,42 @@
 """Losses: arrays in, float32 SUMS out; the mean is taken once, by who shows it."""
 
-from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from gpt_jax import mesh
+
+HIDDEN = -1e30  # the logit of a column that only pads; finite, so no NaN
+
 # Shape legend: B batch  T time  C time within a chunk  D width  V vocabulary
 # N classes  P chosen and rejected answer.
+
+
+class Scores(NamedTuple):
+    """What a loss has to know of the logits of each position, float32 [B, T].
+
+    Attributes:
+      right_BT: the logit of the target.
+      norm_BT: log(sum(exp(logits))).
+      mean_BT: of all logits.
+    """
+
+    right_BT: jax.Array
+    norm_BT: jax.Array
+    mean_BT: jax.Array
+
+
+def scores(logits_BTV: jax.Array, target_BT: jax.Array, mask_BT: jax.Array) -> Scores:
+    """Returns the scores of logits; arguments as in `next_token`."""
+    # Replaced before any arithmetic: 0 * nan would be nan, in the gradient too.
+    counts_BT1 = mask_BT[..., None] > 0
+    logits_BTV = jnp.where(counts_BT1, logits_BTV, 0).astype(jnp.float32)
+    target_BT1 = jnp.clip(target_BT, 0, logits_BTV.shape[-1] - 1)[..., None]
+    right_BT = jnp.take_along_axis(logits_BTV, target_BT1, axis=-1)[..., 0]
+    norm_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    return Scores(right_BT, norm_BT, logits_BTV.mean(axis=-1))
 
 
 def next_token(
@@ -36,17 +65,21 @@ def next_token(
       Float32 scalars, weighted sums over B and T: "loss" (what is trained), "nll" (the
       plain negative log-likelihood in nats), "weight" (the sum of the mask).
     """
+    found = scores(logits_BTV, target_BT, mask_BT)
+    return cross_entropy(found, mask_BT, label_smoothing, z_loss)
+
+
+def cross_entropy(
+    found: Scores,
+    mask_BT: jax.Array,
+    label_smoothing: jax.Array | float,
+    z_loss: jax.Array | float,
+) -> dict[str, jax.Array]:
+    """Returns what `next_token` does, from scores."""
     mask_BT = mask_BT.astype(jnp.float32)
-    # Replaced before any arithmetic: 0 * nan would be nan, in the gradient too.
-    counts_BT1 = mask_BT[..., None] > 0
-    logits_BTV = jnp.where(counts_BT1, logits_BTV, 0).astype(jnp.float32)
-    vocab_size = logits_BTV.shape[-1]
-    target_BT1 = jnp.clip(target_BT, 0, vocab_size - 1)[..., None]
-    right_BT = jnp.take_along_axis(logits_BTV, target_BT1, axis=-1)[..., 0]
-    norm_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    nll_BT = norm_BT - right_BT
-    even_BT = norm_BT - logits_BTV.mean(axis=-1)
-    loss_BT = nll_BT + label_smoothing * (even_BT - nll_BT) + z_loss * norm_BT**2
+    nll_BT = found.norm_BT - found.right_BT
+    even_BT = found.norm_BT - found.mean_BT
+    loss_BT = nll_BT + label_smoothing * (even_BT - nll_BT) + z_loss * found.norm_BT**2
     return {
         "loss": (loss_BT * mask_BT).sum(),
         "nll": (nll_BT * mask_BT).sum(),
@@ -54,36 +87,172 @@ def next_token(
     }
 
 
-def next_token_in_chunks(
-    head: Callable[[jax.Array], jax.Array],
-    x_BTD: jax.Array,
-    target_BT: jax.Array,
-    mask_BT: jax.Array,
-    *,
-    chunk: int,
-    label_smoothing: jax.Array | float,
-    z_loss: jax.Array | float,
-) -> dict[str, jax.Array]:
-    """`next_token` of head(x_BTD), of which only a chunk of T ever exists.
+# ---------------------------------------------------------------- a head in chunks
 
-    The backward pass computes the logits of each chunk again: the price is one more
-    product with the head's matrix.
 
-    Args:
-      head: x [B, C, D] -> logits [B, C, V]; may close over weights.
-      x_BTD: what the head reads.
-      target_BT: see `next_token`.
-      mask_BT: see `next_token`.
-      chunk: at most so many of the T positions at once.
-      label_smoothing: see `next_token`.
-      z_loss: see `next_token`.
+class Head(NamedTuple):
+    """A matrix that makes logits, in place of the logits.
+
+    Attributes:
+      matrix: [V, D], or [D, V] where `turned` is not set; V may be padded.
+      bias_V: or None.
+      turned: whether V comes first, as in the table of tokens.
+      vocab_size: what is true of V.
+      softcap: cap * tanh(logit / cap); 0 = off.
     """
 
-    def part(x_BCD, target_BC, mask_BC):
-        numbers = {"label_smoothing": label_smoothing, "z_loss": z_loss}
-        return next_token(head(x_BCD), target_BC, mask_BC, **numbers)
+    matrix: jax.Array
+    bias_V: jax.Array | None
+    turned: bool
+    vocab_size: int
+    softcap: float
 
-    return _add_chunks(part, (x_BTD, target_BT, mask_BT), chunk)
+
+def scores_in_chunks(
+    head: Head, x_BTD: jax.Array, target_BT: jax.Array, mask_BT: jax.Array, chunk: int
+) -> Scores:
+    """Returns the scores of the head's logits, of which a chunk of T exists at once.
+
+    The backward pass computes the logits again, rounds their gradient to the dtype of
+    x, and adds the gradient of the matrix up in float32. Over a mesh the matrix is
+    gathered, and its gradient added up over the devices, once and not for each chunk.
+
+    Args:
+      head: the matrix.
+      x_BTD: what it reads.
+      target_BT: see `next_token`, as for the mask.
+      mask_BT: see `next_token`.
+      chunk: at most so many of the T positions at once.
+    """
+    chunks = -(-x_BTD.shape[1] // chunk)
+    kind = _Kind(head.turned, head.vocab_size, head.softcap, chunks)
+    target_BT = jnp.clip(target_BT, 0, head.vocab_size - 1)
+    return _scores(kind, x_BTD, head.matrix, head.bias_V, target_BT, mask_BT > 0)
+
+
+class _Kind(NamedTuple):
+    """What is fixed of a head and its chunks."""
+
+    turned: bool
+    vocab_size: int
+    softcap: float
+    chunks: int
+
+    @property
+    def product(self) -> str:
+        """The einsum of x and the matrix."""
+        return "BCD,VD->BCV" if self.turned else "BCD,DV->BCV"
+
+    def logits(self, x_BCD, matrix, bias_V):
+        """Returns float32 logits; columns that only pad are hidden."""
+        how = {"preferred_element_type": jnp.float32}
+        y_BCV = jnp.einsum(self.product, x_BCD, matrix, **how)
+        if bias_V is not None:
+            y_BCV = y_BCV + bias_V
+        if self.softcap:
+            y_BCV = self.softcap * jnp.tanh(y_BCV / self.softcap)
+        column_V = jnp.arange(y_BCV.shape[-1])
+        return jnp.where(column_V < self.vocab_size, y_BCV, HIDDEN), column_V
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scores(kind: _Kind, x_BTD, matrix, bias_V, target_BT, counts_BT) -> Scores:
+    return _scores_forward(kind, x_BTD, matrix, bias_V, target_BT, counts_BT)[0]
+
+
+def _scores_forward(kind, x_BTD, matrix, bias_V, target_BT, counts_BT):
+    def local(x_BTD, target_BT, counts_BT, matrix, bias_V):
+        def part(_, piece):
+            x_BCD, target_BC, counts_BC = piece
+            y_BCV, column_V = kind.logits(x_BCD, matrix, bias_V)
+            y_BCV = jnp.where(counts_BC[..., None], y_BCV, 0)
+            # Compared, not indexed: the gradient of an index is a scatter.
+            right_BC = jnp.where(column_V == target_BC[..., None], y_BCV, 0).sum(-1)
+            true_BCV = jnp.where(column_V < kind.vocab_size, y_BCV, 0)
+            mean_BC = true_BCV.sum(-1) / kind.vocab_size
+            return None, Scores(right_BC, jax.nn.logsumexp(y_BCV, -1), mean_BC)
+
+        pieces = _pieces((x_BTD, target_BT, counts_BT), kind.chunks)
+        _, found = jax.lax.scan(part, None, pieces)
+        return jax.tree.map(partial(_whole, length=x_BTD.shape[1]), found)
+
+    run = mesh.by_examples(local, (mesh.ROWS,) * 3 + (mesh.WHOLE,) * 2, mesh.ROWS)
+    gathered = _gathered(kind, matrix, x_BTD.dtype)
+    found = run(x_BTD, target_BT, counts_BT, gathered, bias_V)
+    return found, (x_BTD, matrix, bias_V, target_BT, counts_BT, found.norm_BT)
+
+
+def _scores_backward(kind, kept, slope: Scores):
+    x_BTD, matrix, bias_V, target_BT, counts_BT, norm_BT = kept
+    width = 1 if kind.turned else 0  # the axis of D
+    back = "BCV,VD->BCD" if kind.turned else "BCV,DV->BCD"
+    outer = "BCV,BCD->VD" if kind.turned else "BCD,BCV->DV"
+
+    def local(*arrays):
+        *rows, matrix, bias_V = arrays
+
+        def part(sums, piece):
+            x_BCD, target_BC, counts_BC, norm_BC, right_BC, whole_BC, mean_BC = (
+                a[..., None] if a.ndim == 2 else a for a in piece
+            )
+            y_BCV, column_V = kind.logits(x_BCD, matrix, bias_V)
+            d_BCV = whole_BC * jnp.exp(y_BCV - norm_BC) + mean_BC / kind.vocab_size
+            d_BCV += jnp.where(column_V == target_BC, right_BC, 0)
+            if kind.softcap:
+                d_BCV *= 1 - jnp.square(y_BCV / kind.softcap)
+            there_BCV = counts_BC & (column_V < kind.vocab_size)
+            d_BCV = jnp.where(there_BCV, d_BCV, 0)
+            small_BCV = d_BCV.astype(x_BCD.dtype)
+            dx_BCD = jnp.einsum(back, small_BCV, matrix)
+            pair = (small_BCV, x_BCD) if kind.turned else (x_BCD, small_BCV)
+            grown = jnp.einsum(outer, *pair, preferred_element_type=jnp.float32)
+            bias = None if bias_V is None else sums[1] + d_BCV.sum((0, 1))
+            return (sums[0] + grown, bias), dx_BCD
+
+        none = jnp.zeros(matrix.shape, jnp.float32)
+        start = (none, None if bias_V is None else jnp.zeros(bias_V.shape, jnp.float32))
+        (grown, bias), dx = jax.lax.scan(part, start, _pieces(tuple(rows), kind.chunks))
+        if bias is not None:
+            bias = mesh.added(bias[None], 0)[0]
+        return _whole(dx, length=rows[0].shape[1]), mesh.added(grown, width), bias
+
+    gives = (mesh.ROWS, mesh.share(matrix.shape, width), mesh.WHOLE)
+    run = mesh.by_examples(local, (mesh.ROWS,) * 7 + (mesh.WHOLE,) * 2, gives)
+    gathered = _gathered(kind, matrix, x_BTD.dtype)
+    dx_BTD, grown, bias = run(
+        *(x_BTD, target_BT, counts_BT, norm_BT),
+        *(slope.right_BT, slope.norm_BT, slope.mean_BT),
+        *(gathered, bias_V),
+    )
+    bias = None if bias_V is None else bias.astype(bias_V.dtype)
+    return dx_BTD, grown.astype(matrix.dtype), bias, None, None
+
+
+_scores.defvjp(_scores_forward, _scores_backward)
+
+
+def _gathered(kind: _Kind, matrix, dtype):
+    """Returns the matrix as products read it: rounded, whole but for the vocabulary."""
+    axes = ("tensor", None) if kind.turned else (None, "tensor")
+    return mesh.constrained(matrix.astype(dtype), *axes)
+
+
+def _pieces(arrays: tuple[jax.Array, ...], chunks: int) -> tuple[jax.Array, ...]:
+    """Returns arrays [B, T, ...] as [chunks, B, C, ...]; zeros, so mask 0, fill up."""
+
+    def split(a):
+        size = -(-a.shape[1] // chunks)
+        widths = [(0, 0), (0, chunks * size - a.shape[1])] + [(0, 0)] * (a.ndim - 2)
+        a = jnp.pad(a, widths).reshape(len(a), chunks, size, *a.shape[2:])
+        return jnp.moveaxis(a, 1, 0)
+
+    return tuple(map(split, arrays))
+
+
+def _whole(pieces, length: int):
+    """Returns [chunks, B, C, ...] as [B, T, ...]: the inverse of `_pieces`."""
+    a = jnp.moveaxis(pieces, 0, 1)
+    return a.reshape(len(a), -1, *a.shape[3:])[:, :length]
 
 
 def classification(
@@ -117,26 +286,12 @@ def classification(
     }
 
 
-def sequence_logp(
-    head: Callable[[jax.Array], jax.Array],
-    x_BTD: jax.Array,
-    target_BT: jax.Array,
-    mask_BT: jax.Array,
-    *,
-    chunk: int,
-) -> jax.Array:
+def sequence_logp(found: Scores, mask_BT: jax.Array) -> jax.Array:
     """Returns float32 [B]: the log-probability of each row's targets, in nats.
 
-    Arguments are those of `next_token_in_chunks`; a row whose mask is all 0 has 0.
+    A row whose mask is all 0 has 0.
     """
-
-    def part(x_BCD, target_BC, mask_BC):
-        row = partial(next_token, label_smoothing=0.0, z_loss=0.0)
-        # A row is a batch of its own, so that its sum stays its own.
-        rows = (head(x_BCD)[:, None], target_BC[:, None], mask_BC[:, None])
-        return -jax.vmap(row)(*rows)["nll"]
-
-    return _add_chunks(part, (x_BTD, target_BT, mask_BT), chunk)
+    return ((found.right_BT - found.norm_BT) * mask_BT.astype(jnp.float32)).sum(-1)
 
 
 def preference(
@@ -219,16 +374,9 @@ def _orpo(ratio_BP, beta, label_smoothing):
 PREFERENCES = {"dpo": _dpo, "ipo": _ipo, "orpo": _orpo}
 
 
-def token_logp(
-    logits_BTV: jax.Array, target_BT: jax.Array, mask_BT: jax.Array
-) -> jax.Array:
+def token_logp(found: Scores, mask_BT: jax.Array) -> jax.Array:
     """Returns float32 [B, T]: log-probabilities of the targets, 0 where mask is 0."""
-    counts_BT = mask_BT > 0
-    logits_BTV = jnp.where(counts_BT[..., None], logits_BTV, 0).astype(jnp.float32)
-    norm_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    target_BT1 = jnp.where(counts_BT, target_BT, 0)[..., None]
-    right_BT = jnp.take_along_axis(logits_BTV, target_BT1, axis=-1)[..., 0]
-    return jnp.where(counts_BT, right_BT - norm_BT, 0)
+    return jnp.where(mask_BT > 0, found.right_BT - found.norm_BT, 0)
 
 
 def policy(
@@ -277,21 +425,3 @@ def policy(
         gain_BT = gain_BT - kl * apart_BT
         sums["kl"] = (apart_BT * mean_BT).sum()
     return {"loss": -(gain_BT * weight_BT).sum(), **sums}
-
-
-def _add_chunks(part: Callable, arrays: tuple[jax.Array, ...], chunk: int):
-    """Returns part(*arrays) as the sum of part over chunks of their second axis."""
-    length = arrays[0].shape[1]
-    chunks = -(-length // chunk)
-    if chunks == 1:
-        return part(*arrays)
-    size = -(-length // chunks)
-
-    def split(a):  # [B, T, ...] -> [chunks, B, C, ...]; zeros, so mask 0, fill up
-        widths = [(0, 0), (0, chunks * size - length)] + [(0, 0)] * (a.ndim - 2)
-        a = jnp.pad(a, widths).reshape(len(a), chunks, size, *a.shape[2:])
-        return jnp.moveaxis(a, 1, 0)
-
-    again = jax.checkpoint(part, prevent_cse=False)  # the loop prevents it
-    parts = jax.lax.map(lambda piece: again(*piece), tuple(map(split, arrays)))
-    return jax.tree.map(lambda sums: sums.sum(0), parts)

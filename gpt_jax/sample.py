@@ -32,6 +32,7 @@ from gpt_jax.model import (
     hidden,
     init_cache,
     logits,
+    rounded,
     unstack,
 )
 
@@ -323,11 +324,14 @@ def laid_out(model: GPT, params, *, rows: int):
 
     One array per layer: slices of stacked weights would be copied for every token,
     three times slower. For one row on a CPU, kernels transposed (`model.for_one_row`),
-    which are a second copy. What is laid out already is returned as is.
+    which are a second copy. Weights wider than the activations are rounded, once. What
+    is laid out already is returned as is.
     """
     if model.cfg.scan_layers:
         params = unstack(params, model.cfg)
         model = GPT(replace(model.cfg, scan_layers=False))
+    if model.cfg.dtype != model.cfg.param_dtype:
+        params = rounded(params, declared(model.cfg), model.cfg.dtype)
     if rows == 1 and jax.default_backend() == "cpu":
         params = for_one_row(params, declared(model.cfg))
     return model, params

@@ -9,22 +9,22 @@ copied to each, gradients are summed by an explicit `psum`. Both take the same
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpt_jax import files, names, weights
+from gpt_jax.mesh import AXES, EXAMPLES
 from gpt_jax.weights import Declared
 
-AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")  # the axes that examples are split over
-ROWS = P(None, BATCH)  # how batches [A, B, ...] lie
+ROWS = P(None, EXAMPLES)  # how batches [A, B, ...] lie
 
 # Which axis of the mesh splits an axis of a weight (weights.AXES). Optimizer memory
 # follows its weight. What `fsdp` splits is gathered before it is used (ZeRO:
@@ -165,12 +165,40 @@ def make_mesh(
             "run use all that they have: make batch_size / accumulate a multiple of "
             f"{len(devices) // tensor}, or begin with fewer devices"
         )
-    return jax.make_mesh(
-        found,
-        AXES,
-        axis_types=(AxisType.Auto,) * len(AXES),
-        devices=devices[: math.prod(found)],
-    )
+    return arranged(found, devices[: math.prod(found)])
+
+
+def arranged(axes: tuple[int, int, int], devices: Sequence[Any]) -> Mesh:
+    """Returns the mesh of these devices, neighbours on it near each other in fact.
+
+    Of several slices of TPUs, which a slower network joins, the data axis goes from
+    slice to slice, or `fsdp` where it does not divide. Devices that make no grid (some
+    of a slice's) stand in their order.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    outer = [1, 1, 1]
+    if slices > 1:
+        crossing = next((i for i in (0, 1) if axes[i] % slices == 0), None)
+        if crossing is None:
+            raise ValueError(
+                f"mesh.data {axes[0]} and mesh.fsdp {axes[1]} are no multiples of the "
+                f"{slices} slices: one of them must go from slice to slice"
+            )
+        outer[crossing] = slices
+    inner = [length // times for length, times in zip(axes, outer, strict=True)]
+    try:
+        if slices > 1:
+            grid = mesh_utils.create_hybrid_device_mesh(
+                inner, outer, devices, allow_split_physical_axes=True
+            )
+        else:
+            grid = mesh_utils.create_device_mesh(
+                axes, devices, allow_split_physical_axes=True
+            )
+    # Of a part of a slice it says so by any of these.
+    except (ValueError, NotImplementedError, AssertionError):
+        grid = np.array(devices).reshape(axes)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def lengths(
@@ -273,7 +301,7 @@ def mesh_strategy(mesh: Mesh, declared: Declared) -> Strategy:
     def spread(x: jax.Array) -> jax.Array:
         if x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
             return x
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH)))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(EXAMPLES)))
 
     def place(tree: Any) -> Any:
         def leaf(x, where):
@@ -401,7 +429,7 @@ def check(
 
 def rows(mesh: Mesh, count: int) -> list[int]:
     """Returns which of `count` examples this process's devices hold, in order."""
-    parts = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((count,))
+    parts = NamedSharding(mesh, P(EXAMPLES)).addressable_devices_indices_map((count,))
     mine = [range(count)[part[0]] for part in parts.values() if part]
     return sorted({row for part in mine for row in part})
 
@@ -418,13 +446,13 @@ def replicate(tree: Any, *, mesh: Mesh) -> Any:
 
 def split_rows(batch: Any, *, mesh: Mesh) -> Any:
     """Places a host batch [A, B, ...], the same in all processes, split over B."""
-    where = NamedSharding(mesh, P(None, BATCH))
+    where = NamedSharding(mesh, P(None, EXAMPLES))
     return jax.tree.map(lambda x: _put(x, where), batch)
 
 
 def join_rows(batch: Any, *, mesh: Mesh) -> Any:
     """Places a host batch of which each process has its `rows` of B, split over B."""
-    where = NamedSharding(mesh, P(None, BATCH))
+    where = NamedSharding(mesh, P(None, EXAMPLES))
     if where.is_fully_addressable:
         return jax.device_put(batch, where)
     return jax.make_array_from_process_local_data(where, batch)

@@ -1,4 +1,5 @@
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ SEGMENTS = jnp.asarray(np.sort(np.random.default_rng(3).integers(0, 3, (B, T)), 
 
 
 @pytest.mark.fault(19)
-@pytest.mark.parametrize("name", ["plain", "blocked", "xla"])
+@pytest.mark.parametrize("name", ["plain", "blocked", "xla", "streamed"])
 @pytest.mark.parametrize(
     ("causal", "window", "packed"),
     [(True, 0, False), (True, 4, True), (False, 0, True), (False, 3, False)],
@@ -71,7 +72,7 @@ def test_every_implementation_equals_the_loops(name, causal, window, packed):
     np.testing.assert_allclose(y_BTHK, want, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["plain", "blocked"])
+@pytest.mark.parametrize("name", ["plain", "blocked", "streamed"])
 def test_softcap_bounds_the_scores(name):
     q_BTHK, k_BSGK, v_BSGK = inputs()
     sight = Sight(True, 0, None, None)
@@ -106,9 +107,10 @@ def test_blocks_equal_plain_at_ragged_lengths(length):
 
 def chosen(asked="auto", length=256, dtype="float32", sight=None, **changes):
     q_BTHK = jax.ShapeDtypeStruct((1, length, H, K), jnp.dtype(dtype))
+    k_BTGK = jax.ShapeDtypeStruct((1, length, G, K), jnp.dtype(dtype))
     sight = sight or Sight(True, 0, None, None)
     options = {"cached": False, "softcap": 0.0, "dropout": False, **changes}
-    return attention.choose(asked, q_BTHK, sight, **options).__name__
+    return attention.choose(asked, q_BTHK, k_BTGK, sight, **options).__name__
 
 
 def test_choose_follows_platform_and_ability(monkeypatch):
@@ -118,19 +120,23 @@ def test_choose_follows_platform_and_ability(monkeypatch):
         assert chosen(dtype=dtype) == "blocked"
         assert chosen(length=16, dtype=dtype) == "plain"
         assert chosen(cached=True, dtype=dtype) == "plain"
+        assert chosen(length=4096, dtype=dtype) == "streamed"
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert chosen(dtype="bfloat16") == "xla"
+    for dtype in ("float32", "bfloat16"):
+        assert chosen(dtype=dtype) == chosen(dtype=dtype, softcap=5.0) == "splash"
+        assert chosen(dtype=dtype, length=100) == "xla"
+        assert chosen(dtype=dtype, dropout=True) == "plain"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert chosen() == "xla"  # cuDNN's is for 16-bit floats
-    packed = Sight(True, 0, None, SEGMENTS)
-    assert chosen(dtype="bfloat16", sight=packed) == "xla"
+    assert chosen(length=4096) == "streamed"
     assert chosen(softcap=5.0) == "plain"
     assert chosen(dropout=True) == "plain"
     assert chosen("cudnn") == "cudnn"
     assert chosen("cudnn", dropout=True) == "plain"
     assert chosen("cudnn", sight=Sight(False, 3, None, None)) == "xla"
     monkeypatch.setattr(attention, "cudnn_works", lambda *_: True)
-    assert chosen(dtype="bfloat16") == "cudnn"
+    packed = Sight(True, 0, None, SEGMENTS)
+    assert chosen(dtype="bfloat16") == chosen(dtype="bfloat16", sight=packed) == "cudnn"
 
 
 def test_without_cudnn_one_warning_names_the_error(monkeypatch, caplog):
@@ -148,7 +154,10 @@ def test_without_cudnn_one_warning_names_the_error(monkeypatch, caplog):
     attention.cudnn_works.cache_clear()
     assert names == ["xla", "xla"]
     (record,) = caplog.records
-    assert "cuDNN attention does not run here (bfloat16 head_dim 8: " in record.message
+    assert (
+        "cuDNN attention does not run here (bfloat16, tokens x heads x head_dim 256x4x8"
+        in record.message
+    )
     assert "cuDNN" in record.message.partition(": ")[2]
 
 
@@ -159,13 +168,28 @@ def test_the_probe_runs_what_it_compiles(monkeypatch, caplog):
     works = []
 
     def traced(x):
-        works.append(attention.cudnn_works("bfloat16", 16, True, 0))
+        works.append(attention.cudnn_works("bfloat16", (7, 4, 16), 2, True, 0, True))
         return x.sum()
 
     jax.jit(jax.grad(traced))(jnp.ones(2))
-    works.append(attention.cudnn_works("bfloat16", 16, True, 64))
+    works.append(attention.cudnn_works("bfloat16", (128, 4, 16), 4, True, 64, False))
     attention.cudnn_works.cache_clear()
     assert works == [True, True] and not caplog.records
+
+
+def gradients(run, qkv, sight, pull, **how):
+    """Returns the weighed sum of an implementation's output, and its gradients."""
+
+    def weighed(q_BTHK, k_BSGK, v_BSGK):
+        options = {"scale": 0.1, "softcap": 0.0, "dropout": None, **how}
+        return (run(q_BTHK, k_BSGK, v_BSGK, sight, **options) * pull).sum()
+
+    return jit(jax.value_and_grad(weighed, argnums=(0, 1, 2)))(*qkv)
+
+
+def alike(got, want, near=1e-5):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=near, atol=near)
 
 
 @pytest.mark.parametrize("name", ["plain", "blocked", "xla", "cudnn"])
@@ -178,20 +202,68 @@ def test_every_implementation_has_the_gradients_of_plain(name, window, groups):
     shapes = [(B, length, heads, width) for heads in (4, groups, groups)]
     qkv = [draw(*shape, seed=i).astype(dtype) for i, shape in enumerate(shapes)]
     pull = draw(B, length, 4, width, seed=9)
+    got = gradients(attention.IMPLEMENTATIONS[name], qkv, sight, pull)
+    exact = [x.astype(jnp.float32) for x in qkv]
+    want = gradients(attention.plain, exact, sight, pull)
+    alike(got, want, near=1e-5 if dtype == jnp.float32 else 0.05)
 
-    def gradients(name, *qkv):
-        def weighed(q_BTHK, k_BSGK, v_BSGK):
-            how = {"scale": 0.1, "softcap": 0.0, "dropout": None}
-            run = attention.IMPLEMENTATIONS[name]
-            return (run(q_BTHK, k_BSGK, v_BSGK, sight, **how) * pull).sum()
 
-        return jit(jax.value_and_grad(weighed, argnums=(0, 1, 2)))(*qkv)
+SIGHTS = {  # tokens, causal, window, documents
+    "causal": (32, True, 0, False),
+    "window": (32, True, 11, False),
+    "packed": (32, True, 0, True),
+    "ragged": (29, True, 5, True),
+    "both ways": (32, False, 0, False),
+    "both ways, ragged, window": (27, False, 6, False),
+}
 
-    got = gradients(name, *qkv)
-    want = gradients("plain", *(x.astype(jnp.float32) for x in qkv))
-    near = 1e-5 if dtype == jnp.float32 else 0.05
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=near, atol=near)
+
+def seen(name):
+    T, causal, window, packed = SIGHTS[name]
+    ids = np.sort(np.random.default_rng(3).integers(0, 3, (B, T)), axis=1)
+    return T, Sight(causal, window, None, jnp.asarray(ids) if packed else None)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("name", SIGHTS)
+def test_a_stream_of_blocks_has_the_values_and_gradients_of_plain(
+    monkeypatch, name, softcap
+):
+    monkeypatch.setattr(attention, "BLOCK", 8)
+    T, sight = seen(name)
+    qkv = [draw(B, T, heads, K, seed=i) for i, heads in enumerate((H, G, G))]
+    pull = draw(B, T, H, K, seed=9)
+    got = gradients(attention.streamed, qkv, sight, pull, softcap=softcap, scale=0.5)
+    want = gradients(attention.plain, qkv, sight, pull, softcap=softcap, scale=0.5)
+    alike(got, want)
+
+
+def test_a_stream_of_blocks_keeps_nothing_that_grows_with_the_square():
+    def memory(T):
+        like = jax.ShapeDtypeStruct((1, T, 1, K), jnp.float32)
+        how = {"scale": 1.0, "softcap": 0.0, "dropout": None}
+        sight = Sight(True, 0, None, None)
+
+        def loss(*qkv):
+            return attention.streamed(*qkv, sight=sight, **how).sum()
+
+        run = jit(jax.grad(loss, argnums=(0, 1, 2)))
+        return run.lower(*[like] * 3).compile().memory_analysis().temp_size_in_bytes
+
+    assert memory(16384) < 3 * memory(8192)
+
+
+@pytest.mark.slow  # the kernel's steps, one by one
+@pytest.mark.parametrize("name", ["causal", "ragged", "both ways, ragged, window"])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_splash_has_the_values_and_gradients_of_plain(name, softcap):
+    T, sight = seen(name)
+    qkv = [draw(B, T, heads, 64, seed=i) for i, heads in enumerate((H, G, G))]
+    pull = draw(B, T, H, 64, seed=9)
+    run = partial(attention.splash, interpret=True)
+    got = gradients(run, qkv, sight, pull, softcap=softcap)
+    want = gradients(attention.plain, qkv, sight, pull, softcap=softcap)
+    alike(got, want, near=2e-5)
 
 
 def test_rotated_products_depend_on_distance_only():

@@ -7,10 +7,13 @@ import pytest
 
 from gpt_jax.losses import (
     PREFERENCES,
+    Head,
     classification,
+    cross_entropy,
     next_token,
-    next_token_in_chunks,
     preference,
+    scores,
+    scores_in_chunks,
     sequence_logp,
 )
 
@@ -160,27 +163,52 @@ def test_smoothing_and_z_weight_are_traced(case):
 
 @pytest.mark.fault(18)
 @pytest.mark.parametrize("chunk", [1, 2, 3, 4, 5, 100])
-def test_chunks_have_the_sums_and_gradients_of_the_whole(case, chunk):
+@pytest.mark.parametrize("turned, softcap", [(True, 0.0), (False, 2.0)])
+def test_chunks_have_the_sums_and_gradients_of_the_whole(case, chunk, turned, softcap):
+    """With two columns that only pad, and with a bias where the head has one."""
     _, target, mask = case
     rng = np.random.default_rng(1)
     x = rng.normal(size=(2, 5, 3)).astype(np.float32)
-    kernel = rng.normal(size=(3, V)).astype(np.float32)
+    kernel = rng.normal(size=(3, V + 2)).astype(np.float32)
+    bias = rng.normal(size=V + 2).astype(np.float32)
     numbers = {"label_smoothing": 0.1, "z_loss": 0.01}
+    if turned:
+        bias = 0 * bias
 
-    def whole(x, kernel):
-        sums = next_token(x @ kernel, target, mask, **numbers)
+    def whole(x, kernel, bias):
+        logits = (x @ kernel + bias)[..., :V]
+        capped = softcap * jnp.tanh(logits / softcap) if softcap else logits
+        sums = next_token(capped, target, mask, **numbers)
         return sums["loss"], sums
 
-    def chunks(x, kernel):
-        sums = next_token_in_chunks(
-            lambda x: x @ kernel, x, target, mask, chunk=chunk, **numbers
-        )
+    def chunks(x, kernel, bias):
+        matrix, bias = (kernel.T, None) if turned else (kernel, bias)
+        head = Head(matrix, bias, turned, V, softcap)
+        found = scores_in_chunks(head, x, target, mask, chunk)
+        sums = cross_entropy(found, mask, **numbers)
         return sums["loss"], sums
 
-    wanted, sums = jax.grad(whole, argnums=(0, 1), has_aux=True)(x, kernel)
-    got, parts = jax.grad(chunks, argnums=(0, 1), has_aux=True)(x, kernel)
+    which = (0, 1) if turned else (0, 1, 2)
+    wanted, sums = jax.grad(whole, argnums=which, has_aux=True)(x, kernel, bias)
+    got, parts = jax.grad(chunks, argnums=which, has_aux=True)(x, kernel, bias)
     same = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     jax.tree.map(same, (got, parts), (wanted, sums))
+
+
+def test_a_chunked_position_under_mask_0_may_hold_anything(case):
+    _, target, mask = case
+    x = np.random.default_rng(1).normal(size=(2, 5, 3)).astype(np.float32)
+    kernel = jnp.ones((3, V))
+    huge = np.where(mask[..., None] > 0, x, 1e30)
+
+    def loss(x):
+        head = Head(kernel, None, False, V, 0.0)
+        found = scores_in_chunks(head, x, target, mask, 2)
+        return cross_entropy(found, mask, 0.0, 0.0)["loss"]
+
+    np.testing.assert_allclose(loss(huge), loss(x), rtol=1e-6)
+    slope = jax.grad(loss)(huge)
+    assert np.isfinite(slope).all() and not slope[mask == 0].any()
 
 
 def test_classes_are_scored_by_hand():
@@ -194,8 +222,7 @@ def test_classes_are_scored_by_hand():
     assert got["weight"] == 4.0
 
 
-@pytest.mark.parametrize("chunk", [2, 5])
-def test_the_log_probability_of_a_row_is_the_sum_over_its_targets(case, chunk):
+def test_the_log_probability_of_a_row_is_the_sum_over_its_targets(case):
     """Oracle: `by_hand`, a row at a time. Nan under mask 0 has no say."""
     logits, target, mask = case
     mask = (mask > 0).astype(np.float32)
@@ -206,9 +233,9 @@ def test_the_log_probability_of_a_row_is_the_sum_over_its_targets(case, chunk):
         for i in range(2)
     ]
     logits[mask == 0] = np.nan
-    got = sequence_logp(lambda x: x, logits, target, mask, chunk=chunk)
+    got = sequence_logp(scores(logits, target, mask), mask)
     np.testing.assert_allclose(got, wanted, rtol=1e-5)
-    nothing = sequence_logp(lambda x: x, logits, target, 0 * mask, chunk=chunk)
+    nothing = sequence_logp(scores(logits, target, 0 * mask), 0 * mask)
     np.testing.assert_array_equal(nothing, [0, 0])
 
 

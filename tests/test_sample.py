@@ -627,3 +627,19 @@ def test_mistakes_at_the_door_are_one_sentence_and_exit_code_2(args, words):
     code, out, err = door(*args)
     assert code == 2 and not out
     assert words in err and err.count("\n") == 1
+
+
+def test_weights_wider_than_the_activations_are_rounded_once_with_the_same_logits():
+    cfg = tiny.cfg(dtype="bfloat16")
+    params = models.init(cfg, jax.random.key(0))
+    gpt, laid = sample.laid_out(models.GPT(cfg), params, rows=2)
+    again = sample.laid_out(gpt, laid, rows=2)[1]
+    assert again is laid
+    assert laid["block_0"]["mlp"]["up"]["kernel"].dtype == jnp.bfloat16
+    assert laid["block_0"]["norm1"]["scale"].dtype == jnp.float32
+    tokens_BT = jnp.arange(8)[None]
+    one, other = (
+        tiny.jit(lambda p: gpt.apply({"params": p}, tokens_BT)[0])(tree)
+        for tree in (params, laid)
+    )
+    np.testing.assert_array_equal(one, other)

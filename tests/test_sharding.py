@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache, partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -387,3 +388,44 @@ def test_a_run_from_another_begins_with_its_weights_split(tmp_path):
             for key in path:
                 found = found[key.key]
             np.testing.assert_array_equal(found, x)
+
+
+class Chip:
+    """What JAX tells of a TPU's chip, as far as a mesh is made of it."""
+
+    def __init__(self, number, coords, slice_index=0):
+        self.id, self.coords, self.slice_index = number, coords, slice_index
+        self.platform, self.device_kind = "tpu", "TPU v5 lite"
+        self.core_on_chip, self.process_index = 0, slice_index
+
+    def __repr__(self):
+        return f"Chip({self.id})"
+
+
+def chips(slices=1):
+    """A v5e-8 each: 4 x 2 chips."""
+    places = [(x, y, 0) for y in range(2) for x in range(4)]
+    return [
+        Chip(8 * s + i, place, s)
+        for s in range(slices)
+        for i, place in enumerate(places)
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 7, 8])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_some_of_a_slices_chips_make_a_mesh(count, axis):
+    axes: Any = tuple(count if i == axis else 1 for i in range(3))
+    mesh = sharding.arranged(axes, chips()[:count])
+    assert mesh.devices.shape == axes
+    assert {d.id for d in mesh.devices.flat} == set(range(count))
+
+
+def test_slices_are_joined_along_the_data_axis_or_else_fsdp():
+    mesh = sharding.arranged((2, 4, 2), chips(2))
+    assert [{d.slice_index for d in part.flat} for part in mesh.devices] == [{0}, {1}]
+    mesh = sharding.arranged((1, 8, 2), chips(2))
+    halves = mesh.devices[0, :4], mesh.devices[0, 4:]
+    assert [{d.slice_index for d in part.flat} for part in halves] == [{0}, {1}]
+    with pytest.raises(ValueError, match="no multiples of the 2 slices"):
+        sharding.arranged((1, 1, 16), chips(2))

@@ -9,7 +9,7 @@ import pytest
 
 from configs import common
 from gpt_jax import model, sharding, tasks
-from gpt_jax.tasks import lm
+from gpt_jax.tasks import lm, scores
 from tests import test_step, tiny
 
 
@@ -163,7 +163,7 @@ def test_chunks_bound_the_memory_of_logits(monkeypatch):
     assert least < 0.2 * whole
     # What 0 chooses: everything while it fits, and then as much as fits.
     assert gradient_memory(0) == whole
-    monkeypatch.setattr(lm, "LOGITS_BYTES", logits // 4)
+    monkeypatch.setattr(scores, "LOGITS_BYTES", logits // 4)
     assert gradient_memory(0) == quarter
 
 

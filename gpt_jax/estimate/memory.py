@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gpt_jax import attention
 from gpt_jax.estimate import residuals
 from gpt_jax.estimate.plan import Plan, trained
 from gpt_jax.estimate.residuals import Saved
 from gpt_jax.model import GPT, Dropout, GPTConfig, hidden
 from gpt_jax.sharding import Strategy
-from gpt_jax.tasks import lm
+from gpt_jax.tasks.scores import fitting_chunk
 from gpt_jax.tasks.task import DROPOUTS
 
 LOGITS = 3  # copies at once: logits, probabilities, gradient; all float32
@@ -138,8 +139,7 @@ def measure(plan: Plan, per_row: PerRow, rows: int) -> Memory:
 def logits(plan: Plan, rows: int) -> int:
     """Returns the bytes of the logits that exist at once on one device."""
     cfg, chunk = plan.cfg, plan.config.task.get("loss_chunk", 0)
-    like = jax.ShapeDtypeStruct((rows * plan.sharers, plan.task.tokens), jnp.int32)
-    chunk = min(chunk or lm.fitting_chunk(like, cfg), plan.task.tokens)
+    chunk = min(chunk or fitting_chunk(rows, cfg), plan.task.tokens)
     parts = math.ceil(plan.task.tokens / chunk)
     positions = math.ceil(plan.task.tokens / parts)
     columns = cfg.vocab_rows // plan.mesh.shape["tensor"]
@@ -258,16 +258,18 @@ def _traced(plan: Plan, cfg: GPTConfig, n_layers: int, platform: str) -> Saved:
 def with_attention(cfg: GPTConfig, plan: Plan, platform: str) -> tuple[GPTConfig, bool]:
     """Returns the model with the attention that `platform` would take, and whether
     that keeps no scores; see `attention.choose`."""
-    name = cfg.attention
+    name, dropout = cfg.attention, "dropout_attn" in plan.dropout
     if name == "auto":
-        small = jnp.dtype(cfg.dtype).itemsize == 2 and not plan.packed
-        on_cpu = "blocked" if plan.task.tokens >= 128 else "plain"
-        name = {"cpu": on_cpu, "gpu": "cudnn" if small else "xla"}.get(platform, "xla")
-    plain = cfg.attn_softcap or "dropout_attn" in plan.dropout
-    fused = name == "cudnn" and not plain
-    if name == "cudnn":
-        name = "plain"
-    return replace(cfg, attention=name), bool(fused)
+        name = attention.best(
+            platform,
+            tokens=plan.task.tokens,
+            halves=jnp.dtype(cfg.dtype).itemsize == 2,
+            softcap=bool(cfg.attn_softcap),
+            dropout=dropout,
+            cudnn=lambda: True,
+        )
+    fused = name in ("cudnn", "splash", "streamed") and not dropout
+    return replace(cfg, attention="plain" if fused else name), fused
 
 
 def largest(plan: Plan, per_row: PerRow, memory: int) -> int:

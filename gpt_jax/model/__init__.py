@@ -19,11 +19,11 @@ from flax.traverse_util import unflatten_dict
 
 from gpt_jax import weights
 from gpt_jax.attention import RopeScaling, drop
+from gpt_jax.mesh import EXAMPLES, constrained
 from gpt_jax.model import initializers
 from gpt_jax.model.architecture import REMAT, GPTConfig, LayerKind
 from gpt_jax.model.cache import Cache, free, insert, stretch
 from gpt_jax.model.layers import (
-    EXAMPLES,
     MLP,
     Attention,
     Dense,
@@ -32,10 +32,9 @@ from gpt_jax.model.layers import (
     Head,
     Norm,
     Where,
-    constrained,
     rotations,
 )
-from gpt_jax.model.layouts import for_one_row, stack, unstack
+from gpt_jax.model.layouts import for_one_row, rounded, stack, unstack
 from gpt_jax.weights import Weight
 
 __all__ = [
@@ -55,6 +54,7 @@ __all__ = [
     "init_cache",
     "insert",
     "logits",
+    "rounded",
     "stack",
     "stretch",
     "unstack",

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AxisType, PartitionSpec
 
 from gpt_jax import attention, weights
 from gpt_jax.attention import Rotation, Sight, drop
+from gpt_jax.mesh import EXAMPLES, constrained
 from gpt_jax.model.architecture import ACTIVATIONS, GPTConfig, LayerKind
 
 
@@ -41,28 +41,6 @@ def _weight(module, name: str, axes: tuple[str, ...], draw: str, **how) -> Any:
     shape = tuple(cfg.lengths[axis] for axis in axes)
     dtype = jnp.dtype(cfg.param_dtype)
     return weights.param(module, name, shape, axes, draw=draw, dtype=dtype, **how)
-
-
-EXAMPLES = ("data", "fsdp")  # axes of the mesh that examples are split over
-
-
-def constrained(x, *axes):
-    """Returns x split so over the mesh in sight, if one is (`sharding.within`).
-
-    Left to itself, XLA may split the residual stream over its width, as the weights
-    are, and move activations instead of weights. What does not divide is not split: a
-    few rows of text that is written, few key and value heads.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if AxisType.Auto not in mesh.axis_types:  # none, or each device for itself
-        return x
-
-    def fitting(length, axis):
-        names = (axis,) if isinstance(axis, str) else axis or ()
-        return None if length % math.prod(mesh.shape[n] for n in names) else axis
-
-    axes = [fitting(length, axis) for length, axis in zip(x.shape, axes, strict=False)]
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
 
 
 class Where(NamedTuple):
@@ -250,6 +228,7 @@ class Attention(nn.Module):
         attend = attention.choose(
             cfg.attention,
             q_BTHK,
+            k_BTGK,
             sight,
             cached=past is not None,
             softcap=cfg.attn_softcap,

@@ -43,6 +43,23 @@ def unstack(params: Mapping[str, Any], cfg: GPTConfig) -> dict:
     return flat
 
 
+def rounded(params: Mapping[str, Any], declared: Declared, dtype: Any) -> Any:
+    """Returns weights with kernels and tables as products read them, of `dtype`.
+
+    Decoding would round them anew for every token, and so read four times as much. The
+    numbers are the same: what is added to activations in float32 stays as it is. A tree
+    without anything to round is returned as is.
+    """
+    leaves: dict[str, Any] = flatten_dict(params, sep="/")  # type: ignore[assignment]
+    wide = [
+        path
+        for path, leaf in leaves.items()
+        if path in declared and not declared[path].is_vector and leaf.dtype == "float32"
+    ]
+    narrow = {path: leaves[path].astype(dtype) for path in wide}
+    return unflatten_dict({**leaves, **narrow}, sep="/") if wide else params
+
+
 def for_one_row(params: Mapping[str, Any], declared: Declared) -> dict:
     """Returns unstacked weights with every kernel as `transposed` [outputs, inputs].
 

@@ -91,7 +91,7 @@ class Slots:
             )
         self.model, many = sample.laid_out(model, params, rows=sizes[-1])
         # One row reads its weights in an order of its own where that is faster.
-        _, one = sample.laid_out(model, params, rows=sizes[0])
+        _, one = sample.laid_out(self.model, many, rows=sizes[0])
         self._params = share(many)
         self._params_of_one = self._params if one is many else share(one)
         self.room, self.sizes = model.cfg.context_length, tuple(sizes)

@@ -14,8 +14,9 @@ import jax
 import numpy as np
 
 from gpt_jax import adapters, chat, data, instructions, losses, names, screen, settings
-from gpt_jax.model import GPT, hidden, logits
+from gpt_jax.model import GPT, hidden
 from gpt_jax.tasks import lm, sft
+from gpt_jax.tasks.scores import scores
 from gpt_jax.tasks.task import (
     OF_ROWS,
     OF_THE_MODEL,
@@ -188,13 +189,9 @@ def make_loss(
     def logps(weights, batch, rates):  # [B, P] of batch arrays [B, P, T]; own losses
         rows = {name: x.reshape(-1, x.shape[-1]) for name, x in batch.items()}
         found = hidden(model, weights, rows["tokens"], dropout=rates)
-        logp_R = losses.sequence_logp(
-            partial(logits, model, weights),
-            found.x_BTD,
-            rows["targets"],
-            rows["mask"],
-            chunk=loss_chunk or lm.fitting_chunk(rows["tokens"], model.cfg),
-        )
+        wanted = (rows["targets"], rows["mask"])
+        each = scores(model, weights, found.x_BTD, *wanted, loss_chunk=loss_chunk)
+        logp_R = losses.sequence_logp(each, rows["mask"])
         return logp_R.reshape(-1, 2), found.sums
 
     def loss(weights, frozen, batch, key, hyper):

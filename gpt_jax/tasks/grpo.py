@@ -252,7 +252,8 @@ def logp(common: Parts, options: Options, weights, batch):
     """
     found = hidden(common.model, weights, batch["tokens"])
     logits_RTV = logits(common.model, weights, found.x_BTD) / options.temperature
-    logp_RT = losses.token_logp(logits_RTV, batch["targets"], batch["weight"])
+    each = losses.scores(logits_RTV, batch["targets"], batch["weight"])
+    logp_RT = losses.token_logp(each, batch["weight"])
     return logp_RT, found.sums
 
 

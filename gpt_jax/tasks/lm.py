@@ -2,14 +2,14 @@
 
 import functools
 from collections.abc import Collection, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from gpt_jax import data, losses, settings, words
-from gpt_jax.model import GPT, GPTConfig, hidden, logits
+from gpt_jax.model import GPT, GPTConfig, hidden
 from gpt_jax.prepare import prepare
+from gpt_jax.tasks.scores import scores
 from gpt_jax.tasks.task import (
     OF_ROWS,
     OF_THE_LOSS,
@@ -19,10 +19,6 @@ from gpt_jax.tasks.task import (
     dropout_of,
     with_own,
 )
-
-# Float32 logits of a micro-batch, over all devices, that exist at once when the config
-# does not say how many positions do. With their gradient they take three times that.
-LOGITS_BYTES = 2**31
 
 
 class Options(NamedTuple):
@@ -123,7 +119,7 @@ def make_loss(model: GPT, token_bytes_V, *, loss_chunk: int, dropout: Collection
     Args:
       model: the architecture.
       token_bytes_V: UTF-8 bytes that each token stands for, for bits per byte.
-      loss_chunk: positions whose logits exist at once; 0 = as LOGITS_BYTES allows.
+      loss_chunk: positions whose logits exist at once; 0 = as many as fit.
       dropout: which of DROPOUTS may be above zero; the others are left out of the
         compiled program, and with them what keeps attention from being fused.
 
@@ -146,12 +142,10 @@ def make_loss(model: GPT, token_bytes_V, *, loss_chunk: int, dropout: Collection
             batch.get("segments"),
             dropout=dropout_of(key, hyper, dropout),
         )
-        sums = losses.next_token_in_chunks(
-            partial(logits, model, weights),
-            found.x_BTD,
-            batch["targets"],
+        wanted = (batch["targets"], batch["mask"])
+        sums = losses.cross_entropy(
+            scores(model, weights, found.x_BTD, *wanted, loss_chunk=loss_chunk),
             batch["mask"],
-            chunk=loss_chunk or fitting_chunk(batch["tokens"], model.cfg),
             label_smoothing=hyper.label_smoothing if training else 0.0,
             z_loss=hyper.z_loss if training else 0.0,
         )
@@ -161,12 +155,6 @@ def make_loss(model: GPT, token_bytes_V, *, loss_chunk: int, dropout: Collection
         return {**sums, "bytes": (bytes_BT * batch["mask"]).sum()}
 
     return loss
-
-
-def fitting_chunk(tokens_BT, cfg: GPTConfig) -> int:
-    """Returns how many positions of all rows have logits within LOGITS_BYTES."""
-    rows = tokens_BT.shape[0]
-    return max(1, LOGITS_BYTES // (4 * rows * cfg.vocab_rows))
 
 
 KIND = Kind(
