@@ -187,7 +187,7 @@ function drawArcs() {
     width += wide;
   }
   let tall = 30;
-  for (let s = 0; s <= chosen; s++) if (visible(l, chosen, s) && weight(l, h, chosen, s) > 0.02)
+  for (let s = 0; s <= chosen; s++) if (visible(l, chosen, s) && weight(l, h, chosen, s) >= 0.004)
     tall = Math.max(tall, Math.min(150, (places[chosen][1] - places[s][1]) / 3));
   const ground = tall + 16;
   drawing.setAttribute("width", width + 10);
