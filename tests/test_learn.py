@@ -233,7 +233,7 @@ def test_a_body_of_another_form_is_right(tmp_path):
     written(tmp_path, "attention", body)
     verdict = learn.check("attention", tmp_path)
     assert verdict.right and verdict.lines == [
-        f"{what}: right" for what in ("values", "gradients", "jit", "vmap")
+        f"{what}: right" for what in ("values", "jit", "gradients", "vmap")
     ]
 
 

@@ -142,13 +142,6 @@ def test_attention_weights_are_those_of_numpy(name):
         assert not seen.weight_LHTS[layer][:, ~seen_TS].any()
 
 
-def test_weights_of_more_tokens_than_a_head_has_features_are_whole():
-    """They are read K at a time."""
-    c, *_, seen = family("gpt2")
-    assert c.head_dim < len(IDS)
-    assert (seen.weight_LHTS[:, :, -1] > 0).all()
-
-
 @FOUR
 def test_patching_with_the_same_prompt_changes_nothing(name):
     _, gpt, params, *_ = family(name)

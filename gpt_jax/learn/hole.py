@@ -107,17 +107,19 @@ class Hole:
         """Yields (name, run): `run(function)` returns what is to be compared."""
         cases = list(self.cases())
         yield "values", lambda f: [f(*case) for case in cases]
-        if self.grads:
-            yield (
-                "gradients",
-                lambda f: [_slopes(f, case, self.grads) for case in cases],
-            )
         if self.traced:
             # A static argument of another value is a program of its own: one does.
             yield "jit", lambda f: [self._compiled(f)(*cases[0])]
+        if self.grads:  # of whole programs: operation by operation they take long
+            yield (
+                "gradients",
+                lambda f: [
+                    self._compiled(_slopes(f, self.grads))(*case) for case in cases
+                ],
+            )
         if self.batched:
             twice = [jnp.stack([x, x[::-1]]) for x in cases[0]]
-            yield "vmap", lambda f: jax.vmap(f)(*twice)
+            yield "vmap", lambda f: jax.jit(jax.vmap(f))(*twice)
 
     def _compiled(self, f: Callable) -> Callable:
         """Returns a function as one program; one of ours is quicker so."""
@@ -184,20 +186,17 @@ def _close(a: Any, b: Any) -> bool:
     )
 
 
-def _slopes(f: Callable, case: tuple, grads: tuple[int, ...]) -> Any:
-    """Returns gradients of the results, weighted by fixed random numbers."""
+def _slopes(f: Callable, grads: tuple[int, ...]) -> Callable:
+    """Returns the gradients of a function's results, weighted by fixed numbers."""
 
     def total(*args):
-        leaves = jax.tree.leaves(f(*args))
-        rng = np.random.default_rng(1)
-        terms = [
-            (jnp.asarray(x) * rng.normal(size=np.shape(x)).astype(np.float32)).sum()
-            for x in leaves
-            if jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating)
-        ]
-        return sum(terms, jnp.zeros(()))
+        rng, sums = np.random.default_rng(1), jnp.zeros(())
+        for x in jax.tree.leaves(f(*args)):
+            if jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating):
+                sums += (x * rng.normal(size=np.shape(x)).astype(np.float32)).sum()
+        return sums
 
-    return jax.grad(total, argnums=grads)(*case)
+    return jax.grad(total, argnums=grads)
 
 
 def _difference(found: Any, wanted: Any) -> str:
