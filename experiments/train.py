@@ -79,6 +79,8 @@ def main(_: list[str]) -> int:
     if result.reason == "signal":
         print(f"stopped after step {result.step}; the same command resumes")
         return result.exit_code
+    from gpt_jax.report import run as report
+
     sample = commands.typed("sample")
     use = f"sample           {sample} --run={workdir} --prompt=..."
     if (Path(workdir) / "classes.json").is_file():
@@ -103,6 +105,8 @@ def main(_: list[str]) -> int:
     curves = (Path(workdir) / f"{name}.png" for name in ("margins", "reward", "loss"))
     if curve := next((curve for curve in curves if curve.is_file()), None):
         print(f"  the curve        {curve}")
+    if page := report.of_run(workdir) if result.trained else None:
+        print(f"  the report       {page}")
     print(f"  {use}")
     if result.reason == "steps":
         steps = 2 * max(result.step, 1)

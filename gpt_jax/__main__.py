@@ -19,7 +19,9 @@ from gpt_jax import commands, names
 # What the first word after a door is, when it is no flag.
 FIRST = {
     **dict.fromkeys(("train", "prepare", "estimate", "verify_resume"), "config"),
-    **dict.fromkeys(("sample", "chat", "classify", "evaluate", "doctor"), "run"),
+    **dict.fromkeys(
+        ("sample", "chat", "classify", "evaluate", "doctor", "look"), "run"
+    ),
     **dict.fromkeys(("convert",), "run"),
     **dict.fromkeys(("serve", "compare"), "runs"),
     "sweep": "sweep",

@@ -9,6 +9,8 @@ runs/a/test_report.json how a classifier did on its test; test_report.png draws 
 runs/a/checkpoints/     see checkpoint.py; weights that never change in frozen/
 runs/a/metrics.jsonl    one JSON object a line; loss.png draws it
 runs/a/samples.md       texts written while training
+runs/a/report.html      all of that on one page, for a browser
+runs/a/machine.json     where and with which versions it was last trained
 runs/a/run.lock         the process that trains here, while one does
 runs/a/ended.json       why a population ended this run before its last step
 runs/a/wave.json        while members train that have not saved yet: how many they are

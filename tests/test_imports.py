@@ -17,10 +17,10 @@ FLOORS = (
     "model attention tokenizers chat rows corpora data losses adapters optimizer "
     "sharding programs processes checkpoint metrics seeds signals criterion",
     "prepare instructions sample runs plots labelled classify pretrained words",
-    "tasks evaluate",
+    "tasks evaluate microscope",
     "step checks train",
     "population serve",
-    "sweep report bench estimate doctor",
+    "sweep report bench estimate doctor learn",
     "__main__",
 )
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names.split()}

@@ -34,6 +34,9 @@ def run(tmp_path_factory):
     assert "step 6: val_loss" in said and "done: steps reached after step 6" in said
     assert f"--run={folder / 'run'}" in said
     assert f"--workdir={folder / 'run'} --config.steps=12\n" in said
+    assert {"loss.png", "report.html"} <= {
+        path.name for path in (folder / "run").iterdir()
+    }
     return folder / "run"
 
 
