@@ -90,7 +90,7 @@ MOST_ROWS = 2000  # of the table; results.csv has all
 
 
 def write(out: Path, results: Results) -> str:
-    """Writes the tables, report.html, curves.png and slices.png.
+    """Writes the tables, report.html and pictures.
 
     Returns:
       "", or what to do where plotly, which the page needs, is not installed.
@@ -147,7 +147,8 @@ def _comparisons(
     """Returns the figures that need several finished settings."""
     metric, parts = results["title"], []
     if (lines := figures.interaction(results, axes)) is not None:
-        text = "A star marks the best of a line; other keys are at their best."
+        told = figures.told_optima(results, axes)
+        text = f"A star marks the best of a line; other keys are at their best. {told}."
         parts.append(section("Where the optimum lies", text, lines))
     text = f"{metric} over each key, the other keys as they come; the star is the best."
     for axis in axes:

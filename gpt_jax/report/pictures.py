@@ -1,4 +1,7 @@
-"""A sweep as PNG files, for pages that run no script: curves.png and slices.png."""
+"""A sweep as PNG files, for pages that run no script.
+
+curves.png, slices.png; optima.png where two keys were crossed, front.png with a cost.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,10 @@ def write(out: Path, results: Results, axes: list[Axis]) -> None:
         save(out / "curves.png", _curves(out, results, coloured))
     if axes and len(tables.valued(results)) >= 2:
         save(out / "slices.png", _slices(results, axes))
+        if (found := figures.optima(results, axes)) is not None:
+            save(out / "optima.png", _optima(results, *found))
+        if results["cost"] and results["cost"] in figures.spent(results):
+            save(out / "front.png", _front(results, results["cost"]))
 
 
 def empty(width: float, height: float):
@@ -159,6 +166,51 @@ def _slice(panel, results: Results, axis: Axis, joined: bool) -> None:
         _ticks(panel.xaxis, tables.ticks(axis, [x(row) for row in rows], apart=0.17))
     panel.set_xlabel(figures.title(axis))
     dress(panel)
+
+
+def _optima(results: Results, along: Axis, by: Axis, lines: list[figures.Line]):
+    """Draws the valley of each line and a star where it is deepest."""
+    figure = empty(8, 4.6)
+    panel = figure.add_subplot()
+    for line in lines:
+        ink = rgb(line.colour)
+        label = f"{by.label} {tables.brief(line.of)}"
+        panel.plot(line.xs, line.ys, "-o", color=ink, lw=1.8, ms=4, label=label)
+        best = line.xs[line.star], line.ys[line.star]
+        panel.scatter(*best, s=170, marker="*", color=ink, edgecolor="w", zorder=3)
+    panel.set_ylim(*figures.interesting(results, pad=0.1))
+    if along.log:
+        panel.set_xscale("log")
+    shown = [x for line in lines for x in line.xs]
+    _ticks(panel.xaxis, tables.ticks(along, shown, apart=0.08))
+    panel.set_title(f"Sweep {results['sweep']}", fontweight="bold")
+    panel.set_xlabel(figures.title(along))
+    panel.set_ylabel(results["title"])
+    panel.legend(frameon=False)
+    dress(panel)
+    return figure
+
+
+def _front(results: Results, cost: str):
+    """Draws the result over a cost, and the Pareto front."""
+    figure = empty(8, 4.6)
+    panel = figure.add_subplot()
+    rows, ahead = tables.valued(results), tables.front(results, cost)
+    rows = [row for row in rows if tables.cost(row, cost) is not None]
+    paid: list[Any] = [tables.cost(row, cost) for row in rows]
+    values = [row["value"] for row in rows]
+    panel.scatter(paid, values, s=30, alpha=0.6, color=figures.BLUE, edgecolor="w")
+    xs: list[Any] = [tables.cost(row, cost) for row in ahead]
+    ys = [row["value"] for row in ahead]
+    panel.step(xs, ys, "-o", where="post", color=figures.RED, lw=1.6, ms=5)
+    if figures.positive(results, cost):
+        panel.set_xscale("log")
+    panel.set_ylim(*figures.interesting(results, pad=0.1))
+    panel.set_title(f"Sweep {results['sweep']}", fontweight="bold")
+    panel.set_xlabel(figures.spent(results)[cost])
+    panel.set_ylabel(results["title"])
+    dress(panel)
+    return figure
 
 
 def _ticks(axis, at: list[float]) -> None:

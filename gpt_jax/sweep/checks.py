@@ -132,6 +132,11 @@ def _check(
     recorded = _once(known, losses, lambda: metrics_of(config, task))
     if both := sorted(plan.after.keys() & {*recorded}):
         raise ValueError(f"after has {both[0]}, which a run records: rename it")
+    if plan.cost == "bytes" and "val_bpb" not in recorded:
+        raise ValueError(
+            f"cost is 'bytes', but task {config.task.name} does not record val_bpb, "
+            "which says how many bytes its tokens are: take 'tokens'"
+        )
     for criterion in criteria:
         names.choose("metric", criterion.metric, [*recorded, *plan.after])
         _same_tokens(task, criterion.metric, recorded, known)

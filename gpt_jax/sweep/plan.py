@@ -21,6 +21,7 @@ from gpt_jax.sweep import space as spaces
 from gpt_jax.sweep.space import LABEL, OPTIONS, Dimension, Drawn, Point, Pruner
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
+COSTS = ("parameters", "flops", "tokens", "bytes", "seconds")
 SAMPLERS = ("tpe", "random", "qmc", "cmaes", "gp")
 
 
@@ -50,6 +51,8 @@ class Plan:
       metric: what is compared: a name in metrics.jsonl.
       direction: minimize or maximize it.
       at: which evaluation counts: best, last, or as in "last 3" the mean of so many.
+      cost: what is to be small as well, one of COSTS or a name of `after`: a search
+        then looks for the front that nothing beats in both; "" = the metric alone.
       after: further metrics, measured once when a trial is done: functions from its run
         folder to a number (after.py has some).
       file: where this was read.
@@ -72,6 +75,7 @@ class Plan:
     metric: str = "val_loss"
     direction: str = "minimize"
     at: str = "best"
+    cost: str = ""
     after: Mapping[str, Callable[[Path], float]] = field(default_factory=dict)
     file: str = ""
 
@@ -90,6 +94,7 @@ class Plan:
         for key in () if self.to_config else self.labels:  # whose keys any words are
             names.choose("a key of labels", key, [*self.keys, self.metric])
         self._check_after()
+        self._check_cost()
         if self.seeds < 0:
             raise ValueError(f"seeds is {self.seeds}: it must not be negative")
         if self.seeds and SEED in self.fixed.keys() | set(self.keys):
@@ -98,6 +103,20 @@ class Plan:
             )
         if both := sorted(self.fixed.keys() & set(self.keys)):
             raise ValueError(f"{both[0]} is fixed, so it cannot be swept as well")
+
+    def _check_cost(self) -> None:
+        if not self.cost:
+            return
+        names.choose("cost", self.cost, [*COSTS, *self.after])
+        if self.pruner:
+            raise ValueError(
+                f"the pruner {self.pruner['name']} judges by {self.metric} alone, and "
+                f"cost = {self.cost!r} wants the cheap ones kept: leave one out"
+            )
+        if self.space and self.sampler == "cmaes":
+            raise ValueError(
+                "sampler = 'cmaes' knows one objective: with a cost use 'tpe'"
+            )
 
     def _check_after(self) -> None:
         for name, measure in self.after.items():

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from gpt_jax import runs, seeds, signals
 from gpt_jax.criterion import Criterion
-from gpt_jax.sweep import batch, checks, engine
+from gpt_jax.sweep import batch, checks, engine, record
 from gpt_jax.sweep import plan as plans
 from gpt_jax.sweep import space as spaces
 from gpt_jax.sweep.plan import Plan
@@ -248,6 +248,7 @@ def results(study: Study, rows: dict[str, Row] | None = None) -> Results:
         "size": plan.size,
         "keys": keys,
         "after": [*plan.after],
+        "cost": plan.cost,
         "drawn": plan.drawn,
         "space": {key: axis.kind for key, axis in (plan.space or {}).items()},
         "best": best.name if best else None,
@@ -274,9 +275,8 @@ def _row(trial: Trial, study: Study, keys: Mapping[str, str]) -> Row:
     told |= {"seconds": 0.0, "reason": "", "parameters": None}
     outcome = study.measured(trial)
     told |= {key: outcome[key] for key in told if key in outcome}
-    for name in ("flops", "bytes"):
-        per_token = outcome.get(f"{name}_per_token")
-        told[name] = per_token and per_token * told["tokens"]
+    costs = record.costs(outcome)
+    told |= {"flops": costs["flops"], "bytes": costs["bytes"]}
     after = outcome.get("after", {})
     told["after"] = {name: after.get(name) for name in study.plan.after}
     if twin := outcome.get("same_as"):  # it was not trained again

@@ -123,10 +123,13 @@ class Study:
         self._optuna = storages.import_optuna()
         storages.mend(out / JOURNAL)
         self._sampler(0)  # a missing package shows now
+        # Of points the sampler chooses nothing, so that the cost is for the report.
+        self._costs = [plan.cost] if plan.cost and plan.space else []
+        directions = [plan.direction, *("minimize" for _ in self._costs)]
         self._study = self._optuna.create_study(
             storage=storages.open_storage(self.storage),
             study_name=self.record["id"],
-            direction=plan.direction,
+            directions=directions,
             pruner=storages.make_pruner(plan.pruner, base.steps),
             load_if_exists=True,
         )
@@ -136,7 +139,7 @@ class Study:
             self._draws = self._optuna.create_study(
                 storage=self._study._storage,
                 study_name=f"{self.record['id']}-draws",
-                direction=plan.direction,
+                directions=directions,
                 load_if_exists=True,
             )
             self._restore_draws()
@@ -185,7 +188,7 @@ class Study:
         self._attribute(trial, "outcome", outcome)
         self._study.tell(
             trial.number,
-            outcome["value"] if outcome["status"] == "done" else None,
+            self._values(outcome) if outcome["status"] == "done" else None,
             state=states.get(outcome["status"], state.PRUNED),
         )
         self._end(trial, outcome)
@@ -224,6 +227,8 @@ class Study:
 
     def report(self, trial: Trial, step: int, value: float) -> None:
         """Records an evaluation of a running trial (a trial's own process prunes)."""
+        if self._costs:  # Optuna has no such record of several objectives
+            return
         self._optuna.trial.Trial(self._study, trial.id).report(value, step)
 
     def measured(self, trial: Trial) -> dict:
@@ -306,6 +311,11 @@ class Study:
         store = self._study._storage  # Study.add_trial() does not tell the number
         trial.id = store.create_new_trial(self._study._study_id, template)
         trial.number = store.get_trial_number_from_id(trial.id)
+
+    def _values(self, outcome: dict) -> list[float]:
+        """Returns what the sampler is told of a trial that is done."""
+        costs = record.costs(outcome)
+        return [outcome["value"], *(costs[name] or 0.0 for name in self._costs)]
 
     def _attribute(self, trial: Trial, key: str, value: Any) -> None:
         self._optuna.trial.Trial(self._study, trial.id).set_user_attr(key, value)
@@ -390,10 +400,10 @@ class Study:
         told = self._draws.get_trials(deepcopy=False)[draw]
         if told.state.is_finished():
             return
-        values = [one.outcome["value"] for one in own if one.status == "done"]
+        values = [self._values(one.outcome) for one in own if one.status == "done"]
         bad = any(trial.status in ("pruned", "diverged") for trial in own)
         if values and not bad:
-            self._draws.tell(draw, sum(values) / len(values))
+            self._draws.tell(draw, [sum(each) / len(values) for each in zip(*values)])
         else:
             self._draws.tell(draw, state=states.PRUNED if bad else states.FAIL)
 
@@ -410,12 +420,12 @@ class Study:
     def _begin_search(self) -> None:
         """Tells the sampler what an earlier sweep found, and what to draw first."""
         axes = self.plan.space or {}
-        for row in record.earlier(self.plan):
+        for row in record.earlier(self.plan, self._costs):
             point = row.get("drawn") or row["overrides"]
             own = {k: axis for k, axis in axes.items() if point.get(k) is not None}
             self._draws.add_trial(
                 self._optuna.trial.create_trial(
-                    value=row["value"],
+                    values=[row["value"], *(record.took(row, x) for x in self._costs)],
                     params={k: _written(axis, point[k]) for k, axis in own.items()},
                     distributions={k: self._distribution(a) for k, a in own.items()},
                     user_attrs={"from": self.plan.start},
