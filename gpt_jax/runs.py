@@ -44,7 +44,7 @@ WHERE = (
 # other keys decide the weights, and would make two runs of one.
 RESUMABLE = (
     *WHERE,
-    r"steps|max_tokens|max_seconds|max_skipped|patience|hyper\.decay_steps",
+    r"steps|max_tokens|max_bytes|max_seconds|max_skipped|patience|hyper\.decay_steps",
     r"eval_.*|early_from|task\.loss_chunk|model\.(remat|attention)",
 )
 # What may change with the data, where allow_data_change says that it may.
@@ -59,6 +59,7 @@ ADDED = {
     "model.n_classes": 0,
     "spike_window": 0,
     "early_from": 0,
+    "max_bytes": 0,
     "sample.words": False,
     "optimizer.moment_dtype": "float32",
 }

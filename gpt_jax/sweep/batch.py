@@ -45,12 +45,12 @@ def run(
             f"--engine=vmap prunes by asha and val_loss, not by {pruner['name']} and "
             f"{study.plan.metric}: use --engine=process, or pruner = asha(...)"
         )
-    while not stop and (batch := _batch(study, members, check)):
+    while not (stop or study.late()) and (batch := _batch(study, members, check)):
         groups = population.group([trial.config for trial in batch])
         view.print(f"{count(len(batch), 'trial')} in {count(len(groups), 'program')}")
         for group in groups:
             trials = [batch[i] for i in group]
-            if stop:  # the next sitting trains them
+            if stop or study.late():  # the next sitting trains them
                 for trial in trials:
                     study.again(trial)
                 continue

@@ -17,8 +17,9 @@ from gpt_jax.sweep import batch, checks, engine, record
 from gpt_jax.sweep import plan as plans
 from gpt_jax.sweep import space as spaces
 from gpt_jax.sweep.plan import Plan
+from gpt_jax.sweep.shard import Shard, hold
 from gpt_jax.sweep.space import OPTIONS
-from gpt_jax.sweep.study import ENDED, Setting, Study, Trial
+from gpt_jax.sweep.study import ENDED, Budget, Setting, Study, Trial
 from gpt_jax.sweep.view import View
 
 Results = dict[str, Any]
@@ -35,10 +36,12 @@ class Done(NamedTuple):
     Attributes:
       results: see `results`.
       exit_code: 0; 1 where trials failed; that of a signal where it was stopped.
+      left: how many trials of this sitting's shard have not ended.
     """
 
     results: Results
     exit_code: int
+    left: int
 
 
 def check(plan: Plan, base: ConfigDict, criterion: Criterion | None = None) -> dict:
@@ -90,6 +93,7 @@ def processes(
     scheduler: str,
     workers: int,
     accelerators: Sequence[dict[str, str]],
+    environment: Mapping[str, str] | None = None,
     **options: Any,
 ) -> Done:
     """Runs a sweep with a process per trial.
@@ -103,6 +107,7 @@ def processes(
       scheduler: the address of a dask scheduler; "" = this machine.
       workers: trials at once on this machine; 0 = one per accelerator, or per core.
       accelerators: see `engine.local`.
+      environment: what that of every trial holds besides.
       **options: see `_opened`.
 
     Raises:
@@ -121,6 +126,7 @@ def processes(
                 stack.enter_context(where),
                 command=command,
                 timeout_s=trial_timeout,
+                environment=environment or {},
                 check=lambda name, config: checks.validate(
                     [(name, config)], plan, known
                 ),
@@ -170,32 +176,45 @@ def _opened(
     retries: int,
     rerun_failed: bool,
     criterion: Criterion | None = None,
+    budget: Budget = Budget(),  # noqa: B008  # it cannot be changed
+    shard: Shard = Shard(),  # noqa: B008
     changed: Callable[[Results], None],
 ) -> Iterator[tuple]:
     """Yields what both engines need, the folder locked and every trial checked.
 
     Args:
       plan, base, out: see `processes`.
-      storage, retries, criterion: see `Study`.
+      storage, retries, criterion, budget, shard: see `Study`.
       rerun_failed: whether failed trials run once more.
-      changed: called with the results when trials have ended, as often as is cheap.
+      changed: called with the results when trials have ended, as often as is cheap;
+        not by a shard, which knows of a part only.
     """
     known = check(plan, base, criterion)
-    if not (out / "sweep.json").is_file() and out.is_dir() and any(out.iterdir()):
+    strange = out.is_dir() and any(path.name != runs.LOCK for path in out.iterdir())
+    if strange and not (out / record.RECORD).is_file():
         raise ValueError(f"{out} is no sweep's folder and not empty; use another --out")
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(signals.watch(base.grace_s + 10))
-        stack.enter_context(runs.lock(out, "--out"))
+        alone, opened = stack.enter_context(hold(out, shard))
         study = Study(
-            plan, base, out, storage=storage, retries=retries, criterion=criterion
+            plan,
+            base,
+            out,
+            storage=storage,
+            retries=retries,
+            criterion=criterion,
+            budget=budget,
+            shard=shard,
+            alone=alone,
         )
+        opened()
         if rerun_failed:
             study.forget_failures()
-        view = View(total=plan.size)
+        view = View(total=study.size)
         stack.callback(view.close, study)
         view.print(_greeting(study))
         rows: dict[str, Row] = {}
-        tell = _seldom(lambda: changed(results(study, rows)))
+        tell = _seldom(lambda: changed(results(study, rows)) if shard.whole else None)
         yield study, view, stop, tell, known
 
 
@@ -338,15 +357,16 @@ def _setting(setting: Setting, rows: Mapping[str, Row]) -> Row:
 
 
 def _greeting(study: Study) -> str:
-    plan, ended = study.plan, study.plan.size - study.left()
+    plan, ended = study.plan, study.size - study.left()
     what = f"searched by {plan.sampler}" if plan.space else "points"
     pruned = f", pruned by {plan.pruner['name']}" if plan.pruner else ""
     before = f"; {ended} ended before" if ended else ""
-    return f"{plan.size} trials ({what}{pruned}) in {study.out}{before}"
+    of = f" of {plan.size}" if study.size < plan.size else ""
+    return f"{study.size}{of} trials ({what}{pruned}) in {study.out}{before}"
 
 
 def _done(study: Study, stop: signals.Stop) -> Done:
-    trials = study.trials.values()
+    trials = [trial for trial in study.trials.values() if trial.own]
     failed = [trial for trial in trials if trial.status == "failed"]
     if failed and not stop and len(failed) == len(trials):
         raise ValueError(
@@ -355,4 +375,5 @@ def _done(study: Study, stop: signals.Stop) -> Done:
             f"{study.out / failed[0].name / 'trial.log'}; after the cause is mended, "
             f"--rerun_failed runs them again"
         )
-    return Done(results(study), stop.exit_code if stop else int(bool(failed)))
+    code = stop.exit_code if stop else int(bool(failed))
+    return Done(results(study), code, study.left())
