@@ -20,8 +20,8 @@ Many machines that share a file system:
   python -m experiments.sweep --sweep=experiments/sweeps/lr.py \\
       --out=/shared/lr_width --scheduler=tcp://HOST:8786
 
-An array of jobs needs no scheduler: --shard=3/16 trains every 16th point, from the third
-on, of a list of points; the same command without it writes the report at the end.
+An array of jobs needs no scheduler: of a list of points --shard=3/16 trains every 16th,
+from the third on; the same command without it writes the report at the end.
 
 OUT gets report.html (open it in a browser), results.csv, trials.csv, results.json and
 pictures. Exit codes: 0 done; 1 some trials failed, or the sweep could not go on; 2 a
@@ -59,7 +59,7 @@ ENGINE = flags.DEFINE_enum(
     "engine",
     "process",
     ["process", "vmap", "auto"],
-    "A process per trial, many trials in one program, or what is measured to be faster.",
+    "A process per trial, many trials in a program, or what is measured to be faster.",
 )
 WORKERS = flags.DEFINE_integer(
     "workers", 0, "Trials at once; 0 = one per accelerator or core (vmap: what fits)."

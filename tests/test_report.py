@@ -55,7 +55,7 @@ def results(trials, keys, best="", **more):
     )
     found = {"sweep": "mine", "config": "configs/quickstart.py:size=tiny"}
     found |= {"fixed": {"steps": 8}, "metric": "val_loss", "direction": "minimize"}
-    found |= {"at": "best", "after": [], "cost": ""}
+    found |= {"at": "best", "after": [], "cost": "", "evolved": {}}
     found |= {"title": "val_loss"}
     found |= {"pruner": None, "size": len(trials), "keys": keys, "space": {}}
     found |= {"drawn": False, "command": "python -m experiments.train"}

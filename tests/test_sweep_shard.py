@@ -1,10 +1,11 @@
-"""Parts of a sweep beside each other, what a sitting may take, what others see of it."""
+"""Parts of a sweep beside each other, what a sitting may take, what others see."""
 
 import json
 import os
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,7 @@ def test_shards_train_their_points_into_one_record(base, tmp_path):
     one, two = (open_study(chosen, base, out, shard=Shard(i, 3)) for i in (1, 2))
     assert (one.size, two.size) == (3, 2)
     first, second = one.next(lambda *_: None), two.next(lambda *_: None)
+    assert first and second
     three = open_study(chosen, base, out, shard=Shard(3, 3), alone=False)
     assert three.left() == 2 and drain(three) == ["seed=2", "seed=5"]
     for study, trial in ((one, first), (two, second)):
@@ -63,6 +65,7 @@ def test_a_shard_goes_on_with_what_it_was_running_and_leaves_that_of_others(
     mine, theirs = one.next(lambda *_: None), two.next(lambda *_: None)
     again = open_study(chosen, base, out, shard=Shard(1, 2), alone=False)
     reclaimed = again.next(lambda *_: None)
+    assert mine and theirs and reclaimed
     assert (reclaimed.name, reclaimed.number) == (mine.name, mine.number)
     assert again.trials[theirs.name].number == -1
     two.finish(theirs, result(1.0))  # the record still calls it running
@@ -75,7 +78,7 @@ def test_who_trains_what_is_held_by_locks(base, tmp_path):
         "with shard.hold(Path(sys.argv[1]), shard.parse(sys.argv[2])) as (_, opened):\n"
         "    opened()\n    print('held', flush=True)\n    sys.stdin.read()\n"
     )
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     command = [sys.executable, str(script), str(out), "2/3"]
     env = {**os.environ, "PYTHONPATH": os.getcwd()}
     with subprocess.Popen(command, env=env, text=True, **pipes) as other:
@@ -83,20 +86,17 @@ def test_who_trains_what_is_held_by_locks(base, tmp_path):
         with shard.hold(out, Shard(1, 3)) as (alone, opened):
             assert not alone
             with pytest.raises(ValueError, match=f"in use by process {os.getpid()}"):
-                with shard.hold(out, Shard()):
-                    pass
+                shard.hold(out, Shard()).__enter__()
             opened()
         told = rf"--shard=2/3 of .*out is in use by process {other.pid}"
         for wanted in (Shard(), Shard(2, 3), Shard(1, 2)):
             with pytest.raises(ValueError, match=told):
-                with shard.hold(out, wanted):
-                    pass
+                shard.hold(out, wanted).__enter__()
         other.stdin.close()
     with shard.hold(out, Shard()) as (alone, _):
         assert alone
         with pytest.raises(ValueError, match="out is in use by process"):
-            with runs.lock(out):
-                pass
+            runs.lock(out).__enter__()
 
 
 def test_a_search_has_no_shards(base, tmp_path):
@@ -117,8 +117,7 @@ def test_a_sweep_folder_of_shards_is_no_other_folder(base, tmp_path):
             assert len(drain(study)) == 1
             changed()
             with pytest.raises(files.Held):
-                with files.lock(out / shard.FOLDER / f"{part}-of-2.lock"):
-                    pass
+                files.lock(out / shard.FOLDER / f"{part}-of-2.lock").__enter__()
     assert told == []  # a shard knows of its own part only
     with sweeps._opened(chosen, base, out, changed=told.append, **options) as parts:
         assert parts[0].left() == 0
@@ -186,6 +185,7 @@ def test_runs_of_a_sweep_are_a_group_of_wandb(base, tmp_path):
     code = "import os; print(os.environ['WANDB_RUN_GROUP'], os.environ['NPROC'])"
     with sweeps.engine.local(1, []) as cluster:
         one = study.next(lambda *_: None)
+        assert one is not None
         place = {"WANDB_RUN_GROUP": "mine", **cluster.places[0]}
         future = sweeps.engine._submit(study, cluster, ["-c", code], one, place)
         assert future.result()["code"] == 0

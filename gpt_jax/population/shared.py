@@ -19,7 +19,7 @@ from gpt_jax.train import Parts, Result, ends_by, make_hyper
 class Shared(NamedTuple):
     """The trials, what trains them, and the results so far, by trial."""
 
-    configs: Sequence[ConfigDict]
+    configs: list[ConfigDict]  # a population that evolves changes their numbers
     workdirs: Sequence[Path]
     parts: Parts
     stop: signals.Stop

@@ -213,6 +213,34 @@ def tradeoffs(results: Results):
     return figure.update_layout(updatemenus=[menu]) if len(costs) > 1 else figure
 
 
+def schedules(results: Results):
+    """Returns the numbers that each member's weights were trained with, over steps.
+
+    The best one is red. None where points do not evolve.
+    """
+    from plotly import subplots
+
+    if not (evolved := results["evolved"]):
+        return None
+    keys = list(next(iter(evolved.values()))[0][1])
+    figure = subplots.make_subplots(rows=1, cols=len(keys), horizontal_spacing=0.09)
+    for column, key in enumerate(keys, start=1):
+        for name in reversed(evolved):  # the best is drawn last, on top
+            steps, values = stairs(results, name, key)
+            best = name == results["best"]
+            figure.add_scatter(
+                x=steps, y=values, mode="lines", showlegend=False, name=name,
+                line={"color": RED if best else BLUE, "width": 3.2 if best else 1.2,
+                      "shape": "hv"},
+                opacity=1 if best else 0.5, row=1, col=column,
+                hovertemplate=f"<b>{name}</b><br>from step %{{x:,}}: %{{y:.4~g}}"
+                "<extra></extra>",
+            )  # fmt: skip
+        figure.update_yaxes(title=key, type="log", row=1, col=column)
+    figure.update_xaxes(title="step")
+    return dress(figure, height=380)
+
+
 def _scale(results: Results, cost: str, prefix: str = "") -> dict[str, Any]:
     """Returns the settings of an axis of a cost: logarithmic where that is possible."""
     log = positive(results, cost)
@@ -270,6 +298,14 @@ def spent(results: Results) -> dict[str, str]:
         if (key == own or all(known)) and len({*known} - {None}) > 1:
             found[key] = COSTS.get(key, key)
     return found
+
+
+def stairs(results: Results, name: str, key: str) -> tuple[list[int], list[float]]:
+    """Returns from which step on a member's weights had which number, to the end."""
+    changes = results["evolved"][name]
+    end = next(row["step"] for row in results["trials"] if row["name"] == name)
+    values = [numbers[key] for _, numbers in changes]
+    return [*(step for step, _ in changes), end], [*values, values[-1]]
 
 
 def positive(results: Results, cost: str) -> bool:

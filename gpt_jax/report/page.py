@@ -135,6 +135,12 @@ def sections(
         above = explore.controls(results, axes, data)
         parts.append(section("Curves", text, drawn, name="curves", above=above))
         parts.append(explore.script(data))
+    if (found := figures.schedules(results)) is not None:
+        text = (
+            "The numbers that the weights of each member were trained with, those "
+            "from before it became a copy included. Red is the best."
+        )
+        parts.append(section("What evolved", text, found))
     if axes and len(tables.valued(results)) >= 2:
         parts += _comparisons(results, axes, shares)
     parts.append(_table(results))

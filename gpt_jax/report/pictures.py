@@ -1,6 +1,7 @@
 """A sweep as PNG files, for pages that run no script.
 
-curves.png, slices.png; optima.png where two keys were crossed, front.png with a cost.
+curves.png, slices.png; optima.png where two keys were crossed, front.png with a cost,
+schedules.png where points evolve.
 """
 
 from pathlib import Path
@@ -20,6 +21,8 @@ def write(out: Path, results: Results, axes: list[Axis]) -> None:
     if figures.drawn(results):
         coloured = axes[0] if axes else None
         save(out / "curves.png", _curves(out, results, coloured))
+    if results["evolved"]:
+        save(out / "schedules.png", _schedules(results))
     if axes and len(tables.valued(results)) >= 2:
         save(out / "slices.png", _slices(results, axes))
         if (found := figures.optima(results, axes)) is not None:
@@ -188,6 +191,30 @@ def _optima(results: Results, along: Axis, by: Axis, lines: list[figures.Line]):
     panel.set_ylabel(results["title"])
     panel.legend(frameon=False)
     dress(panel)
+    return figure
+
+
+def _schedules(results: Results):
+    """Draws the numbers that each member's weights were trained with."""
+    evolved = results["evolved"]
+    keys = list(next(iter(evolved.values()))[0][1])
+    figure = empty(7 * len(keys), 4)
+    panels = figure.subplots(1, len(keys), squeeze=False)[0]
+    for panel, key in zip(panels, keys):
+        for name in reversed(evolved):
+            best = name == results["best"]
+            ink = figures.RED if best else figures.BLUE
+            style = {
+                "color": ink,
+                "lw": 2.4 if best else 1,
+                "alpha": 1 if best else 0.5,
+            }
+            panel.step(*figures.stairs(results, name, key), where="post", **style)
+        panel.set_yscale("log")
+        panel.set_xlabel("step")
+        panel.set_ylabel(key)
+        dress(panel)
+    figure.suptitle(f"Sweep {results['sweep']}", fontweight="bold")
     return figure
 
 

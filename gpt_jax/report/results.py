@@ -144,7 +144,24 @@ def summary(results: Results) -> str:
     where = f"at step {best['at']}" if best["n"] == 1 else f"{of_seeds(best)}"
     whole = "" if best["status"] == "done" else f" ({best['status']} in part)"
     value = f"{results['metric']} {best['value']:.4f} {where}"
-    return f"{said}; best: {best['name']}, {value}{whole}" + _told_front(results)
+    return (
+        f"{said}; best: {best['name']}, {value}{whole}"
+        + _told_front(results)
+        + (_told_schedule(results))
+    )
+
+
+def _told_schedule(results: Results) -> str:
+    """Returns the lines of the numbers of the best one where they evolved; else ""."""
+    changes = results["evolved"].get(results["best"], [])
+    lines = [
+        f"  from step {step}: "
+        + ", ".join(f"{key.removeprefix('hyper.')} {brief(numbers[key])}"
+                    for key in numbers)
+        for step, numbers in changes
+    ]  # fmt: skip
+    head = "the numbers that its weights were trained with:"
+    return "\n".join(["", head, *lines]) if lines else ""
 
 
 def _told_front(results: Results) -> str:

@@ -12,6 +12,8 @@ from ml_collections import ConfigDict
 
 from gpt_jax import adapters, evaluate, model, names, runs, seeds, tasks, train
 from gpt_jax.criterion import Criterion
+from gpt_jax.population import Evolve
+from gpt_jax.population.evolve import check_members
 from gpt_jax.sweep.plan import Plan
 from gpt_jax.sweep.space import LABEL, OPTIONS
 
@@ -123,6 +125,9 @@ def _check(
             f"the pruner {plan.pruner['name']} first judges at step "
             f"{plan.pruner['first']}, but the run has {config.steps} steps"
         )
+    if plan.evolve:
+        evolve = Evolve(**plan.evolve)
+        check_members([config, config], evolve, config.steps)
     text = (config.task, config.data, config.init_from, config.model.context_length)
     task = _once(known, ("task", *text), lambda: train.make_task(config, NOWHERE))
     classes = ("model", config.model, *text)

@@ -64,6 +64,8 @@ def engine(
       workers: trials at once; 0 = one on each.
       needs_processes: whether something was asked for that only processes do.
     """
+    if plan.evolve:
+        return "vmap", "points that evolve train together"
     if needs_processes:
         return "process", "--scheduler and --trial_timeout need it"
     if plan.pruner and (plan.pruner["name"], plan.metric) != ("asha", "val_loss"):
@@ -83,8 +85,8 @@ def engine(
     chosen = "vmap" if together <= alone else "process"
     return chosen, (
         f"about {clock(together)} in {count(round(scale * len(groups)), 'program')}, "
-        f"{clock(alone)} in {plan.size} processes (measured: start {found.start:.1f} s, "
-        f"of which compiling {found.compile:.1f} s, step {1000 * found.step:.1f} ms)"
+        f"{clock(alone)} in {plan.size} processes (measured: start {found.start:.1f} "
+        f"s, of which compiling {found.compile:.1f} s, step {1000 * found.step:.1f} ms)"
     )
 
 

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from gpt_jax import commands, names
 from gpt_jax import configs as recipes
 from gpt_jax.criterion import Criterion
+from gpt_jax.population import Evolve
 from gpt_jax.seeds import SEED
 from gpt_jax.sweep import space as spaces
 from gpt_jax.sweep.space import LABEL, OPTIONS, Dimension, Drawn, Point, Pruner
@@ -48,6 +49,8 @@ class Plan:
       sampler, trials, seed: how a space is searched, how many times it draws, and the
         seed of the draws.
       pruner: which trials stop early; None = none.
+      evolve: how the points, trained together, copy each other on the way, as
+        space.pbt says it; None = they do not.
       metric: what is compared: a name in metrics.jsonl.
       direction: minimize or maximize it.
       at: which evaluation counts: best, last, or as in "last 3" the mean of so many.
@@ -72,6 +75,7 @@ class Plan:
     trials: int = 0
     seed: int = 0
     pruner: Pruner | None = None
+    evolve: Mapping[str, Any] | None = None
     metric: str = "val_loss"
     direction: str = "minimize"
     at: str = "best"
@@ -95,6 +99,7 @@ class Plan:
             names.choose("a key of labels", key, [*self.keys, self.metric])
         self._check_after()
         self._check_cost()
+        self._check_evolve()
         if self.seeds < 0:
             raise ValueError(f"seeds is {self.seeds}: it must not be negative")
         if self.seeds and SEED in self.fixed.keys() | set(self.keys):
@@ -116,6 +121,21 @@ class Plan:
         if self.space and self.sampler == "cmaes":
             raise ValueError(
                 "sampler = 'cmaes' knows one objective: with a cost use 'tpe'"
+            )
+
+    def _check_evolve(self) -> None:
+        if self.evolve is None:
+            return
+        Evolve(**self.evolve).check()
+        if self.space or self.pruner or self.seeds:
+            raise ValueError(
+                "evolve trains a list of points together: leave space, pruner and "
+                "seeds out"
+            )
+        if self.criterion != Criterion(at=self.at):
+            raise ValueError(
+                "evolve judges members by val_loss, the less the better: leave metric "
+                "and direction out"
             )
 
     def _check_after(self) -> None:

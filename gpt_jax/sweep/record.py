@@ -101,6 +101,7 @@ def open_record(
         "at": plan.at,
         "cost": plan.cost if plan.space else "",  # of points it chooses nothing
         "pruner": plan.pruner,
+        "evolve": json.loads(json.dumps(plan.evolve)),
         "space": {key: str(axis) for key, axis in (plan.space or {}).items()},
         "sampler": sampler if plan.space else None,
         # A password before the @ stays out of the file.
@@ -117,7 +118,8 @@ def open_record(
         write(path, made)
         return made
     old = {"at": "best", "cost": "", **json.loads(path.read_text(encoding="utf-8"))}
-    free = ("base", *(() if plan.space or plan.pruner else CRITERION))
+    decides = plan.space or plan.pruner or plan.evolve
+    free = ("base", *(() if decides else CRITERION))
     changed = [key for key in new if key not in free and new[key] != old.get(key)]
     lines = [f"{key}: {old.get(key)!r} -> {new[key]!r}" for key in changed]
     before, now = ConfigDict(old["base"]), ConfigDict(new["base"])

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from gpt_jax import runs, seeds, signals
 from gpt_jax.criterion import Criterion
+from gpt_jax.population import evolve
 from gpt_jax.sweep import batch, checks, engine, record
 from gpt_jax.sweep import plan as plans
 from gpt_jax.sweep import space as spaces
@@ -114,6 +115,8 @@ def processes(
       ValueError: the sweep cannot be what it says, all its trials failed, its folder is
         another sweep's, or no scheduler answers.
     """
+    if plan.evolve:
+        raise ValueError("points that evolve train together: use --engine=vmap")
     with contextlib.ExitStack() as stack:
         study, view, stop, changed, known = stack.enter_context(
             _opened(plan, base, out, **options)
@@ -254,8 +257,13 @@ def results(study: Study, rows: dict[str, Row] | None = None) -> Results:
         found[name] = rows.get(name) or _row(trial, study, keys)
         if trial.status in ENDED:
             rows[name] = found[name]
-    words = best and plans.command(
-        plan, seeds.without(best.trials[0].overrides), f"runs/best_{plan.name}"
+    evolved = _evolved(study)
+    words = (
+        best
+        and not evolved
+        and plans.command(
+            plan, seeds.without(best.trials[0].overrides), f"runs/best_{plan.name}"
+        )
     )
     return {
         "sweep": plan.name,
@@ -268,6 +276,7 @@ def results(study: Study, rows: dict[str, Row] | None = None) -> Results:
         "keys": keys,
         "after": [*plan.after],
         "cost": plan.cost,
+        "evolved": evolved,
         "drawn": plan.drawn,
         "space": {key: axis.kind for key, axis in (plan.space or {}).items()},
         "best": best.name if best else None,
@@ -275,6 +284,23 @@ def results(study: Study, rows: dict[str, Row] | None = None) -> Results:
         "settings": [_setting(setting, found) for setting in study.settings()],
         "trials": list(found.values()),
     }
+
+
+def _evolved(study: Study) -> dict[str, list]:
+    """Returns by member the numbers of its weights, from which step on; best first.
+
+    {} where points do not evolve.
+    """
+    if not study.plan.evolve:
+        return {}
+    keys = study.plan.evolve["keys"]
+    trials = [setting.trials[0] for setting in study.settings()]
+    folders = {trial.name: study.out / trial.name for trial in trials}
+    starts = {}
+    for trial in trials:
+        flat = runs.flat(trial.config)
+        starts[trial.name] = {key: flat[key] for key in keys}
+    return {name: evolve.schedule(folders, starts, name) for name in folders}
 
 
 def _row(trial: Trial, study: Study, keys: Mapping[str, str]) -> Row:
@@ -360,6 +386,7 @@ def _greeting(study: Study) -> str:
     plan, ended = study.plan, study.size - study.left()
     what = f"searched by {plan.sampler}" if plan.space else "points"
     pruned = f", pruned by {plan.pruner['name']}" if plan.pruner else ""
+    pruned += ", evolving" if plan.evolve else ""
     before = f"; {ended} ended before" if ended else ""
     of = f" of {plan.size}" if study.size < plan.size else ""
     return f"{study.size}{of} trials ({what}{pruned}) in {study.out}{before}"

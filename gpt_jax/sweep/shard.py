@@ -1,8 +1,8 @@
 """A part of a sweep's points, trained by a process of its own beside others.
 
-An array of jobs needs no scheduler then: each takes every n-th point, all write into one
-folder and one record. Their locks lie in shards/; that of the whole folder is held by a
-shard only while it opens the record.
+An array of jobs needs no scheduler then: each takes every n-th point, all write into
+one folder and one record. Their locks lie in shards/; that of the whole folder is held
+by a shard only while it opens the record.
 """
 
 import contextlib

@@ -266,6 +266,24 @@ def _pruner(name: str, **numbers: int) -> Pruner:
     return {"name": name, **numbers}
 
 
+# --- populations ----------------------------------------------------------------------
+
+
+def pbt(
+    every: int,
+    keys: Sequence[str],
+    share: float = 0.25,
+    factors: Sequence[float] = (0.8, 1.25),
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Population based training: the worst points go on as copies of the best.
+
+    Args: see `population.Evolve`.
+    """
+    told = {"every": every, "keys": tuple(keys), "share": share}
+    return {**told, "factors": tuple(factors), "seed": seed}
+
+
 # --- names ----------------------------------------------------------------------------
 
 OPTIONS = "config"  # the key of a point that holds options of the config file

@@ -385,9 +385,9 @@ class Study:
         kinds, found, known = self._optuna.distributions, {}, {}
         for one in self._study.get_trials(deepcopy=False):
             known |= one.distributions
-        for key in {key: 0 for one in self.trials.values() for key in one.overrides}:
-            values = {seeds.text({"": x}): x for one in self.trials.values()
-                      if (x := one.overrides.get(key)) is not None}.values()  # fmt: skip
+        for key in dict.fromkeys([*self.plan.keys, seeds.SEED]):
+            all_of = [one.overrides.get(key) for one in self.trials.values()]
+            values = {seeds.text({"": x}): x for x in all_of if x is not None}.values()
             types = {type(value) for value in values}
             if not types:
                 continue
