@@ -16,7 +16,7 @@ from gpt_jax.sweep import run as sweeps
 from gpt_jax.sweep import study as studies
 from gpt_jax.sweep.shard import Shard
 from gpt_jax.sweep.study import Budget
-from tests.test_sweep import base, drain, make, open_study, result
+from tests.test_sweep import ROOT, base, drain, make, open_study, result
 
 __all__ = ["base"]  # a fixture
 
@@ -151,6 +151,28 @@ def test_a_budget_bounds_the_trials_of_a_program(base, tmp_path):
     assert sorted(path.parent.name for path in out.glob("*/outcome.json")) == [
         *("seed=0", "seed=1"),
     ]
+
+
+DEVICES = """
+import json, sys, jax
+from gpt_jax import runs
+from gpt_jax.sweep import plan, run
+from gpt_jax.sweep.study import Budget
+base = runs.as_config(json.loads(sys.argv[1]))
+chosen = plan.Plan("p", "c", {}, points=({"seed": 1}, {"seed": 2}))
+run.batched(chosen, base, run.Path(sys.argv[2]), members=0, memory=1e9, storage="",
+    retries=0, rerun_failed=False, changed=print, budget=Budget(seconds=1e-9))
+print(jax.device_count())
+"""
+
+
+def test_a_program_of_many_trials_has_a_device_for_each_core(base, tmp_path):
+    """Whatever the checks before it have JAX do."""
+    env = {key: x for key, x in os.environ.items() if key not in ("XLA_FLAGS", "NPROC")}
+    words = [sys.executable, "-c", DEVICES, base.to_json(), str(tmp_path / "out")]
+    env |= {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1:] == [str(min(files.cores(), 8))], done.stderr
 
 
 # --- what others see ------------------------------------------------------------------

@@ -43,7 +43,7 @@ from gpt_jax.population.shared import Shared, loss_at, reached
 from gpt_jax.population.wave import Wave, advance, open_wave, shrink
 from gpt_jax.train import Result
 
-__all__ = ["Evolve", "Rung", "group", "train", "varies"]
+__all__ = ["Evolve", "Rung", "group", "train", "use_devices", "varies"]
 log = logging.getLogger(__name__)
 
 NOTE = "wave.json"  # in the folder of a wave's first member, until the wave has saved
@@ -198,9 +198,7 @@ def build(
     if jax.process_count() > 1:
         raise ValueError("a population trains in one process; start one on each host")
     programs.use_cache(config.compile_cache)
-    axes = config.mesh.to_dict()
-    del axes["strategy"]  # the devices of a population do not talk
-    sharding.set_cpu_devices(0, **axes)
+    axes = use_devices(config)
     task = alone.make_task(config, workdirs[0])
     if task.rollout:
         raise ValueError(
@@ -223,6 +221,18 @@ def build(
         elif shared.through(i, end):
             shared.conclude(i, shared.done(), reached(workdir))
     return shared
+
+
+def use_devices(config: ConfigDict) -> dict[str, int]:
+    """Asks for a CPU device per core, before anything else asks JAX for devices.
+
+    Returns:
+      The axes of the mesh.
+    """
+    axes = config.mesh.to_dict()
+    del axes["strategy"]  # the devices of a population do not talk
+    sharding.set_cpu_devices(0, **axes)
+    return axes
 
 
 def climb(

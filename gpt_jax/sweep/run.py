@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from gpt_jax import runs, seeds, signals
+from gpt_jax import population, runs, seeds, signals
 from gpt_jax.criterion import Criterion
 from gpt_jax.population import evolve
 from gpt_jax.sweep import batch, checks, engine, record
@@ -154,6 +154,7 @@ def batched(
     Args: as `processes`; `members` trials train at once, 0 = as many as fit into what
       is free, on a CPU into at most `memory` bytes.
     """
+    population.use_devices(base)  # the checks trace, which starts the backend
     opened = _opened(plan, base, out, **options)
     with opened as (study, view, stop, changed, known):
         check = lambda name, config: checks.validate([(name, config)], plan, known)  # noqa: E731
