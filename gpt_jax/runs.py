@@ -273,9 +273,7 @@ def read_config(folder: str | Path) -> ConfigDict:
         )
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in ADDED.items():
-            part, _, key = name.rpartition(".")
-            (tree.get(part, {}) if part else tree).setdefault(key, value)
+        complete(tree)
         if tree.get("task", {}).get("name") in TUNED and not tree.get("init_from"):
             tree["init_from"] = "random"  # which "" meant for every task
         if absent := [part for part in PARTS if not isinstance(tree.get(part), dict)]:
@@ -297,6 +295,13 @@ def read_classes(folder: str | Path) -> Classes | None:
         raise ValueError(
             f"{path} does not hold the classes of a run: {error}"
         ) from error
+
+
+def complete(tree: dict) -> None:
+    """Gives the config of an older run the keys that are newer than it."""
+    for name, value in ADDED.items():
+        part, _, key = name.rpartition(".")
+        (tree.get(part, {}) if part else tree).setdefault(key, value)
 
 
 def as_config(tree: dict) -> ConfigDict:

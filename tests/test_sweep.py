@@ -505,6 +505,15 @@ def test_points_may_be_added_but_another_sweep_is_refused(base, tmp_path):
     assert drain(open_study(make(space.seeds(4, first=0)), base, out)) == ["seed=3"]
 
 
+def test_a_sweep_goes_on_whose_config_lacked_newer_keys(base, tmp_path):
+    chosen, out = make(space.seeds(2, first=0)), tmp_path / "out"
+    drain(open_study(chosen, base, out), at_most=1)
+    told = json.loads((out / record.RECORD).read_text())
+    del told["base"]["max_bytes"], told["base"]["data"]["skip_bad_docs"]
+    record.write(out / record.RECORD, told)
+    assert drain(open_study(chosen, base, out)) == ["seed=1"]
+
+
 def test_a_folder_of_something_else_is_left_alone(base, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("mine")

@@ -141,7 +141,7 @@ def sections(
             "from before it became a copy included. Red is the best."
         )
         parts.append(section("What evolved", text, found))
-    if axes and len(tables.valued(results)) >= 2:
+    if axes and len(tables.valued(results)) >= 2 and not results["evolved"]:
         parts += _comparisons(results, axes, shares)
     parts.append(_table(results))
     return "".join(parts)

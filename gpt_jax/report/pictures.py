@@ -23,7 +23,7 @@ def write(out: Path, results: Results, axes: list[Axis]) -> None:
         save(out / "curves.png", _curves(out, results, coloured))
     if results["evolved"]:
         save(out / "schedules.png", _schedules(results))
-    if axes and len(tables.valued(results)) >= 2:
+    elif axes and len(tables.valued(results)) >= 2:
         save(out / "slices.png", _slices(results, axes))
         if (found := figures.optima(results, axes)) is not None:
             save(out / "optima.png", _optima(results, *found))

@@ -122,6 +122,7 @@ def open_record(
     free = ("base", *(() if decides else CRITERION))
     changed = [key for key in new if key not in free and new[key] != old.get(key)]
     lines = [f"{key}: {old.get(key)!r} -> {new[key]!r}" for key in changed]
+    runs.complete(old["base"])
     before, now = ConfigDict(old["base"]), ConfigDict(new["base"])
     differences = runs.difference(before, now)
     where = "|".join(runs.WHERE)
