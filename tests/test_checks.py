@@ -234,8 +234,9 @@ def used(function, *arguments) -> set[str]:
 def test_an_optimizer_reads_what_is_said_of_it(name):
     rule = config_of()["optimizer"] | {"name": name, "schedule": "constant"}
     del rule["ema"]
-    tx = optimizer.make(**rule)
-    params = {"block_0": {"up": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}}}
+    cfg = tiny.cfg(n_layers=1)
+    tx = optimizer.make(model.declared(cfg), **rule)
+    params = model.init(cfg, jax.random.key(0))
     state = tx.init(params)
 
     def update(hyper):
