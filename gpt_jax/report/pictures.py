@@ -4,6 +4,7 @@ curves.png, slices.png; optima.png where two keys were crossed, front.png with a
 schedules.png where points evolve.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,9 @@ def _front(results: Results, cost: str):
     panel.step(xs, ys, "-o", where="post", color=figures.RED, lw=1.6, ms=5)
     if figures.positive(results, cost):
         panel.set_xscale("log")
+        axis = Axis(cost, cost, [], [], numeric=True, log=True)
+        at = tables.ticks(axis, paid, apart=0.1)
+        _ticks(panel.xaxis, at, tables.amount)
     panel.set_ylim(*figures.interesting(results, pad=0.1))
     panel.set_title(f"Sweep {results['sweep']}", fontweight="bold")
     panel.set_xlabel(figures.spent(results)[cost])
@@ -240,7 +244,7 @@ def _front(results: Results, cost: str):
     return figure
 
 
-def _ticks(axis, at: list[float]) -> None:
+def _ticks(axis, at: list[float], write: Callable = tables.brief) -> None:
     """Sets the ticks of an axis, and none between them."""
-    axis.set_ticks(at, labels=[tables.brief(value) for value in at])
+    axis.set_ticks(at, labels=[write(value) for value in at])
     axis.set_ticks([], minor=True)

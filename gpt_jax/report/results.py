@@ -51,6 +51,7 @@ OF_TRIALS = {
 }
 STATUSES = ("done", "pruned", "diverged", "failed", "running", "waiting")
 ABSENT = "–"  # of a key that a setting's config does not have
+POWERS = ("", "K", "M", "G", "T", "P", "E")
 ROOM = 28  # characters of a value in a label
 
 
@@ -346,6 +347,12 @@ def brief(value: Any, room: int = ROOM) -> str:
     text = value if isinstance(value, str) else at({"overrides": {"": value}}, "")
     text = str(text)
     return text if len(text) <= room else f"{text[: room - 10]}...{text[-7:]}"
+
+
+def amount(value: float) -> str:
+    """Returns a large number as 786 K or 4.83 G."""
+    power = min(max(0, math.floor(math.log10(max(value, 1)) / 3)), len(POWERS) - 1)
+    return f"{value / 1000**power:.3g} {POWERS[power]}".rstrip()
 
 
 def ticks(axis: Axis, shown: Sequence[float], apart: float) -> list[float]:
