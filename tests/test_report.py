@@ -455,7 +455,7 @@ def test_the_optimum_of_each_line_is_starred(grid):
         starred = [x for x, s in zip(line.x, line.marker.symbol) if s == "star"]
         assert starred == [1e-2]
     told = figures.told_optima(found, tables.axes(found))
-    assert told.startswith("best lr by layers: 1: 0.01 (") and "widen" not in told
+    assert told.startswith("Best lr by layers: 1: 0.01 (") and "widen" not in told
 
 
 def test_a_hopeless_trial_does_not_flatten_the_picture():

@@ -436,7 +436,7 @@ def told_optima(results: Results, axes: list[Axis]) -> str:
         value = tables.brief(line.xs[line.star])
         return f"{tables.brief(line.of)}: {value} ({line.ys[line.star]:.4f}{more})"
 
-    return f"best {along.label} by {by.label}: {'; '.join(map(told, lines))}"
+    return f"Best {along.label} by {by.label}: {'; '.join(map(told, lines))}"
 
 
 def interacting(results: Results, axes: list[Axis]) -> tuple[Axis, Axis] | None:
