@@ -214,7 +214,7 @@ def loop(
             numbers |= measured
             metric = measured.get("val_loss")
             if measured and not last:
-                reason = report(step, measured)
+                reason = report(step, {**measured, "tokens": totals.tokens})
         sample_now(job, state, totals, step, samples)
         improved = metric is not None and totals.stale == 0
         if last or improved or due(step, config.checkpoint_every):

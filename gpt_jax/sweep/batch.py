@@ -41,6 +41,10 @@ def run(
         cannot train together.
     """
     pruner = study.plan.pruner
+    if pruner and "by" in pruner:
+        raise ValueError(
+            "--engine=vmap prunes after steps, not by tokens: use --engine=process"
+        )
     if pruner and (pruner["name"], study.plan.metric) != ("asha", "val_loss"):
         raise ValueError(
             f"--engine=vmap prunes by asha and val_loss, not by {pruner['name']} and "

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,16 +120,13 @@ def _check(
             f"eval_every is {config.eval_every} of {config.steps} steps: the pruner "
             f"{plan.pruner['name']} needs evaluations on the way"
         )
-    if plan.pruner and plan.pruner["first"] >= config.steps:
-        raise ValueError(
-            f"the pruner {plan.pruner['name']} first judges at step "
-            f"{plan.pruner['first']}, but the run has {config.steps} steps"
-        )
     if plan.evolve:
         evolve = Evolve(**plan.evolve)
         check_members([config, config], evolve, config.steps)
     text = (config.task, config.data, config.init_from, config.model.context_length)
     task = _once(known, ("task", *text), lambda: train.make_task(config, NOWHERE))
+    if plan.pruner:
+        _judged(config, plan.pruner, task)
     classes = ("model", config.model, *text)
     _once(known, classes, lambda: runs.model_config(
         config, task.tokenizer, task.classes))  # fmt: skip
@@ -147,6 +144,19 @@ def _check(
         _same_tokens(task, criterion.metric, recorded, known)
         once = criterion.metric in plan.after
         _evaluated(config, 1 if once else train.last_step(config, task), criterion)
+
+
+def _judged(config: ConfigDict, pruner: Mapping[str, Any], task: tasks.Task) -> None:
+    """Refuses runs that end before a pruner first judges them."""
+    by, end = pruner.get("by", "steps"), train.last_step(config, task)
+    if by == "tokens":
+        end *= train.tokens_per_step(config, task)
+    if pruner["first"] >= end:
+        where = "step " if by == "steps" else ""
+        raise ValueError(
+            f"the pruner {pruner['name']} first judges at {where}{pruner['first']}"
+            f"{'' if by == 'steps' else ' tokens'}, but the run has {end} {by}"
+        )
 
 
 def _evaluated(config: ConfigDict, steps: int, criterion: Criterion) -> None:

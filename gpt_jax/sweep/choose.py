@@ -68,6 +68,8 @@ def engine(
         return "vmap", "points that evolve train together"
     if needs_processes:
         return "process", "--scheduler and --trial_timeout need it"
+    if plan.pruner and "by" in plan.pruner:
+        return "process", "only it prunes by tokens"
     if plan.pruner and (plan.pruner["name"], plan.metric) != ("asha", "val_loss"):
         return "process", f"only it prunes by {plan.pruner['name']} and {plan.metric}"
     configs = sample(plan, base)
