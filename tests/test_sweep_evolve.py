@@ -16,7 +16,8 @@ pytest.importorskip("optuna", reason="needs optuna: pip install optuna")
 pytest.importorskip("plotly", reason="needs plotly: pip install plotly")
 
 PBT = space.pbt(every=4, keys=("hyper.lr",), share=0.5)
-POINTS = [{"hyper.lr": 1e-2}, {"hyper.lr": 1e-4}]
+POINTS = [{"hyper.lr": rate, "seed": 1} for rate in (1e-2, 1e-4)]
+GOOD, BAD = "lr=0.01,seed=1", "lr=0.0001,seed=1"
 
 
 def batched(chosen, base, out, **more):
@@ -29,19 +30,21 @@ def test_a_sweep_evolves_and_its_report_says_how(base, tmp_path):
     """Oracle: the folders."""
     out = tmp_path / "out"
     done = batched(make(POINTS, evolve=PBT), base, out)
-    (move,) = evolve.lineage(out / "lr=0.0001")
-    assert (move["step"], move["from"]) == (4, "lr=0.01")
+    (move,) = evolve.lineage(out / BAD)
+    assert (move["step"], move["from"]) == (4, GOOD)
     rate = move["hyper"]["hyper.lr"]
-    assert runs.read_config(out / "lr=0.0001").hyper.lr == rate
+    assert runs.read_config(out / BAD).hyper.lr == rate
     assert rate in (1e-2 * 0.8, 1e-2 * 1.25)
-    assert done.results["evolved"]["lr=0.0001"] == [
+    assert done.results["evolved"][BAD] == [
         (0, {"hyper.lr": 1e-2}),
         (4, {"hyper.lr": rate}),
     ]
     assert done.results["command"] is None  # no command trains that again
-    told = {**done.results, "best": "lr=0.0001"}
+    assert next(iter(done.results["evolved"])).startswith(done.results["best"])
+    changes = {BAD: done.results["evolved"][BAD]}
+    told = {**done.results, "evolved": changes}
     assert f"from step 4: lr {rate:.4g}" in report.summary(told)
-    assert figures.stairs(told, "lr=0.0001", "hyper.lr") == (
+    assert figures.stairs(told, BAD, "hyper.lr") == (
         [0, 4, 8],
         [1e-2, rate, rate],
     )

@@ -203,15 +203,16 @@ def test_a_dashboard_sees_the_values_of_points(base, tmp_path):
 def test_runs_of_a_sweep_are_a_group_of_wandb(base, tmp_path):
     """The environment of a trial's process, from the process itself."""
     pytest.importorskip("distributed")
-    study = open_study(make(space.seeds(1, first=0)), base, tmp_path / "out")
     code = "import os; print(os.environ['WANDB_RUN_GROUP'], os.environ['NPROC'])"
-    with sweeps.engine.local(1, []) as cluster:
-        one = study.next(lambda *_: None)
-        assert one is not None
-        place = {"WANDB_RUN_GROUP": "mine", **cluster.places[0]}
-        future = sweeps.engine._submit(study, cluster, ["-c", code], one, place)
-        assert future.result()["code"] == 0
-    said = (study.out / one.name / "trial.log").read_text()
+    options = {"storage": "", "retries": 0, "rerun_failed": False, "workers": 1}
+    options |= {"trial_timeout": 0, "scheduler": "", "accelerators": []}
+    with pytest.raises(ValueError, match="all 1 trials failed"):  # it prints alone
+        sweeps.processes(
+            make([{"seed": 0}]), base, tmp_path / "out", command=["-c", code],
+            environment={"WANDB_RUN_GROUP": "mine"}, changed=lambda results: None,
+            **options,
+        )  # fmt: skip
+    said = (tmp_path / "out" / "seed=0" / "trial.log").read_text()
     assert said == f"mine {files.cores()}\n"
 
 

@@ -227,7 +227,7 @@ def schedules(results: Results):
     for column, key in enumerate(keys, start=1):
         for name in reversed(evolved):  # the best is drawn last, on top
             steps, values = stairs(results, name, key)
-            best = name == results["best"]
+            best = name == next(iter(evolved))
             figure.add_scatter(
                 x=steps, y=values, mode="lines", showlegend=False, name=name,
                 line={"color": RED if best else BLUE, "width": 3.2 if best else 1.2,

@@ -203,7 +203,7 @@ def _schedules(results: Results):
     panels = figure.subplots(1, len(keys), squeeze=False)[0]
     for panel, key in zip(panels, keys):
         for name in reversed(evolved):
-            best = name == results["best"]
+            best = name == next(iter(evolved))
             ink = figures.RED if best else figures.BLUE
             style = {
                 "color": ink,

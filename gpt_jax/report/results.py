@@ -154,7 +154,7 @@ def summary(results: Results) -> str:
 
 def _told_schedule(results: Results) -> str:
     """Returns the lines of the numbers of the best one where they evolved; else ""."""
-    changes = results["evolved"].get(results["best"], [])
+    changes = next(iter(results["evolved"].values()), [])
     lines = [
         f"  from step {step}: "
         + ", ".join(f"{key.removeprefix('hyper.')} {brief(numbers[key])}"

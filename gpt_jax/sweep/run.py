@@ -288,19 +288,24 @@ def results(study: Study, rows: dict[str, Row] | None = None) -> Results:
 
 
 def _evolved(study: Study) -> dict[str, list]:
-    """Returns by member the numbers of its weights, from which step on; best first.
+    """Returns by trial the numbers of its weights, from which step on; best first.
 
     {} where points do not evolve.
     """
     if not study.plan.evolve:
         return {}
-    keys = study.plan.evolve["keys"]
-    trials = [setting.trials[0] for setting in study.settings()]
+
+    def place(trial: Trial) -> float:
+        value = study.measured(trial).get("value")
+        return math.inf if value is None else value
+
+    trials = sorted(study.trials.values(), key=place)
     folders = {trial.name: study.out / trial.name for trial in trials}
-    starts = {}
-    for trial in trials:
-        flat = runs.flat(trial.config)
-        starts[trial.name] = {key: flat[key] for key in keys}
+    flat = {trial.name: runs.flat(trial.config) for trial in trials}
+    starts = {
+        name: {key: own[key] for key in study.plan.evolve["keys"]}
+        for name, own in flat.items()
+    }
     return {name: evolve.schedule(folders, starts, name) for name in folders}
 
 
