@@ -75,7 +75,8 @@ def wrong():
                 continue
             seen |= {key} if not key.startswith(("task.", "adapter.")) else set()
             for value in ODD:
-                if not is_right(value, default):
+                numbers = key == "task.labels" and value == ("a", 1)  # names as well
+                if not is_right(value, default) and not numbers:
                     yield task, adapter, key, value
 
 

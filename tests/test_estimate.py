@@ -281,6 +281,7 @@ def test_a_config_that_makes_no_run_is_refused_with_the_numbers(change, message)
 def test_a_task_that_cannot_be_estimated_names_those_that_can():
     made = config()
     made.task, made.init_from = common.TASKS["dpo"](), "random"
+    made.task.template = "plain"
     with pytest.raises(ValueError, match="only lm, sft, answers can be estimated"):
         plan(made)
 
