@@ -433,7 +433,8 @@ class Study:
             if point is not None:
                 break
             asked.set_user_attr("refused", drawn)
-            self._draws.tell(asked.number, state=self._optuna.trial.TrialState.FAIL)
+            # A sampler forgets what failed, and would draw it for ever.
+            self._draws.tell(asked.number, state=self._optuna.trial.TrialState.PRUNED)
         else:
             raise ValueError(
                 f"to_config() allows none of {MOST_REFUSED} draws in a row, the last "
