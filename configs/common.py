@@ -147,6 +147,8 @@ def base() -> ConfigDict:
     config.accumulate = 1  # micro-batches that one step is made of
     config.steps = 1000
     config.max_tokens = 0  # stop after so many training tokens; 0 = no limit
+    # Stop after so many bytes of training text, whatever its tokens are; 0 = no limit
+    config.max_bytes = 0
     config.max_seconds = 0.0  # stop after so much wall time; 0 = no limit
     config.patience = 0  # stop after so many evaluations without a new best; 0 = never
     # An update is skipped when its loss is a spike against so many before it; 0 = never

@@ -4,13 +4,14 @@
   python -m experiments.sweep --sweep=experiments/sweeps/lr.py --out=runs/long \\
       --set=steps=2000 --set=hyper.weight_decay=0
   python -m experiments.sweep --sweep=experiments/sweeps/lr.py --dry_run
-  python -m experiments.sweep --sweep=experiments/sweeps/seeds.py --engine=vmap
+  python -m experiments.sweep --sweep=experiments/sweeps/seeds.py --engine=auto
 
 A sweep file (see experiments/sweeps/) names a config and lists points, or a space to
 search. Every point is built and checked before the first trial starts. Each trial is a
 process of its own and an ordinary run folder, OUT/<its name>/; with --engine=vmap those
-that differ in the seed and hyper.* alone share a program. The same command goes on with
-a sweep that was stopped or killed: what has ended is not run again.
+that differ in the seed and hyper.* alone share a program, and --engine=auto measures
+which is faster. The same command goes on with a sweep that was stopped or killed: what
+has ended is not run again.
 
 Many machines that share a file system:
 
@@ -18,6 +19,9 @@ Many machines that share a file system:
   dask worker tcp://HOST:8786 --nthreads 1  # on every machine, as often as it has room
   python -m experiments.sweep --sweep=experiments/sweeps/lr.py \\
       --out=/shared/lr_width --scheduler=tcp://HOST:8786
+
+An array of jobs needs no scheduler: of a list of points --shard=3/16 trains every 16th,
+from the third on; the same command without it writes the report at the end.
 
 OUT gets report.html (open it in a browser), results.csv, trials.csv, results.json and
 pictures. Exit codes: 0 done; 1 some trials failed, or the sweep could not go on; 2 a
@@ -33,6 +37,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -51,7 +56,10 @@ OUT = door.define_path("out", "", "Folder (default: runs/sweep_<sweep's name>)."
 SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE of the config, for all trials.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check all trials and list them only.")
 ENGINE = flags.DEFINE_enum(
-    "engine", "process", ["process", "vmap"], "A process per trial, or many in one."
+    "engine",
+    "process",
+    ["process", "vmap", "auto"],
+    "A process per trial, many trials in a program, or what is measured to be faster.",
 )
 WORKERS = flags.DEFINE_integer(
     "workers", 0, "Trials at once; 0 = one per accelerator or core (vmap: what fits)."
@@ -77,6 +85,16 @@ DIRECTION = flags.DEFINE_enum(
 AT = flags.DEFINE_string(
     "at", "", "Which evaluation they count: best, last, or the mean of the 'last 3'."
 )
+SHARD = flags.DEFINE_string(
+    "shard", "", "3/16: only every 16th point, from the third on; others run the rest."
+)
+MAX_TRIALS = flags.DEFINE_integer(
+    "max_trials", 0, "So many trials begin at most this time; 0 = all."
+)
+MAX_SECONDS = flags.DEFINE_float(
+    "max_seconds", 0.0, "No trial begins after so much time; 0 = no limit."
+)
+GPUS_PER_TRIAL = flags.DEFINE_integer("gpus_per_trial", 1, "GPUs of a trial's process.")
 RERUN_FAILED = flags.DEFINE_bool("rerun_failed", False, "Run failed trials once more.")
 
 
@@ -84,11 +102,16 @@ def main(_: list[str]) -> int:
     """Runs a sweep, writes its report, and returns the exit code."""
     if not SWEEP.value:
         raise ValueError("--sweep is missing, e.g. --sweep=experiments/sweeps/lr.py")
-    for flag in (WORKERS, RETRIES, TRIAL_TIMEOUT):
+    for flag in (WORKERS, RETRIES, TRIAL_TIMEOUT, MAX_TRIALS, MAX_SECONDS):
         if not flag.value >= 0:
             raise ValueError(f"--{flag.name}={flag.value} must not be negative")
-    if TRIAL_TIMEOUT.value and ENGINE.value == "vmap":
-        raise ValueError("--trial_timeout needs --engine=process: vmap is one process")
+    if GPUS_PER_TRIAL.value < 1:
+        raise ValueError(f"--gpus_per_trial={GPUS_PER_TRIAL.value} must be at least 1")
+    for flag in (TRIAL_TIMEOUT, SCHEDULER):
+        if flag.value and ENGINE.value == "vmap":
+            raise ValueError(
+                f"--{flag.name} needs --engine=process: vmap is one process"
+            )
     from gpt_jax.sweep import plan as plans
 
     plan = plans.load(SWEEP.value, extra=SET.value)
@@ -98,14 +121,32 @@ def main(_: list[str]) -> int:
     import jax
 
     from gpt_jax import commands, report
-    from gpt_jax.sweep import run
+    from gpt_jax.sweep import choose, run
+    from gpt_jax.sweep.shard import parse
+    from gpt_jax.sweep.study import Budget
 
     asked = {"metric": METRIC.value, "direction": DIRECTION.value, "at": AT.value}
     asked = {key: value for key, value in asked.items() if value}
     criterion = plan.criterion._replace(**asked)
     criterion.check()
 
-    if ENGINE.value == "process":  # accelerators are for the trials
+    shard = parse(SHARD.value)
+    os.environ.setdefault("WANDB_RUN_GROUP", out.name)  # what W&B shows together
+    groups = {"WANDB_RUN_GROUP": os.environ["WANDB_RUN_GROUP"]}
+    places = _places()
+    engine = ENGINE.value
+    if engine == "auto":
+        engine, why = choose.engine(
+            plan,
+            base,
+            command=commands.argv("trial"),
+            environment={**os.environ, **(places[0] if places else {})},
+            accelerators=len(places),
+            workers=WORKERS.value,
+            needs_processes=bool(SCHEDULER.value or TRIAL_TIMEOUT.value),
+        )
+        print(f"engine {engine}: {why}")
+    if engine == "process":  # accelerators are for the trials
         jax.config.update("jax_platforms", "cpu")
     if DRY_RUN.value:
         run.check(plan, base, criterion)
@@ -117,9 +158,11 @@ def main(_: list[str]) -> int:
         "retries": RETRIES.value,
         "rerun_failed": RERUN_FAILED.value,
         "criterion": criterion,
+        "budget": Budget(MAX_TRIALS.value, MAX_SECONDS.value),
+        "shard": shard,
         "changed": lambda results: report.tables(out, results),
     }
-    if ENGINE.value == "vmap":
+    if engine == "vmap":
         limits = {"members": WORKERS.value, "memory": _memory()}
         done = run.batched(plan, base, out, **limits, **options)
     else:
@@ -131,9 +174,12 @@ def main(_: list[str]) -> int:
             trial_timeout=TRIAL_TIMEOUT.value,
             scheduler=SCHEDULER.value,
             workers=WORKERS.value,
-            accelerators=_accelerators(),
+            accelerators=places,
+            environment=groups,
             **options,
         )
+    if not shard.whole:  # it knows of its own part
+        return _end_of_shard(out, done)
     missing = report.write(out, done.results)
     if len(done.results["settings"]) <= MOST_LINES:
         print(report.table(done.results))
@@ -141,12 +187,49 @@ def main(_: list[str]) -> int:
     if done.exit_code > 1:
         print(f"stopped; the same command goes on: {door.command(())}")
         return done.exit_code
+    if done.left:
+        print(f"{done.left} trials are left; the same command goes on")
     print(f"  the report   {missing or f'{out}/report.html'}")
     print(f"  the table    {out}/results.csv")
-    print(f"  train best   {done.results['command']}")
+    if done.results["command"]:
+        print(f"  train best   {done.results['command']}")
     if done.exit_code:
         print("some trials failed: --rerun_failed runs them again")
     return done.exit_code
+
+
+def _end_of_shard(out: Path, done: Any) -> int:
+    """Says what became of a shard, and returns its exit code."""
+    if done.exit_code > 1:
+        print(f"stopped; the same command goes on: {door.command(())}")
+    elif done.left:
+        print(f"{done.left} trials are left; the same command goes on")
+    else:
+        failed = ", some of its trials failed" if done.exit_code else ""
+        print(
+            f"shard {SHARD.value} has ended{failed}; when all have, the same command "
+            f"without --shard writes {out}/report.html"
+        )
+    return done.exit_code
+
+
+def _places() -> list[dict[str, str]]:
+    """Returns what the environment of each trial at once must hold, by accelerators.
+
+    Raises:
+      ValueError: there are not as many as a trial is to have.
+    """
+    found, each = _accelerators(), GPUS_PER_TRIAL.value
+    if each == 1:
+        return found
+    gpus = [place for place in found if place]
+    if len(gpus) < each:
+        raise ValueError(
+            f"--gpus_per_trial={each}: there are {len(gpus)} GPUs for trials here"
+        )
+    (name,) = gpus[0]
+    groups = [gpus[i : i + each] for i in range(0, len(gpus) - each + 1, each)]
+    return [{name: ",".join(gpu[name] for gpu in group)} for group in groups]
 
 
 def _memory() -> float:

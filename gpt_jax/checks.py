@@ -36,8 +36,8 @@ AT_LEAST_1 = (
     "heartbeat_timeout_seconds",
 )
 NOT_NEGATIVE = (
-    *("steps", "max_tokens", "max_seconds", "patience", "sample_every"),
-    *("spike_window", "early_from"),
+    *("steps", "max_tokens", "max_bytes", "max_seconds", "patience"),
+    *("sample_every", "spike_window", "early_from"),
     *("eval_every", "eval_windows", "eval_batch_size", "checkpoint_every", "seed"),
 )
 BELOW_1 = (
@@ -51,6 +51,7 @@ SWITCHES = (
     *("hyper.label_smoothing", "hyper.z_loss", "hyper.dropout_embed"),
     *("hyper.dropout_attn", "hyper.dropout_residual", "hyper.dropout_adapter"),
     *("data.stride", "data.skip_bad_docs", "model.n_classes", "patience"),
+    "max_bytes",
 )
 
 
@@ -65,6 +66,7 @@ class Run:
     accumulate: int
     steps: int
     max_tokens: int
+    max_bytes: int
     max_seconds: float
     patience: int
     spike_window: int

@@ -22,7 +22,7 @@ FILE = "metrics.jsonl"
 GROUPS = {
     **dict.fromkeys(("lr", "grad_norm", "skipped"), "update"),
     **dict.fromkeys(("tokens_per_second", "mfu"), "speed"),
-    **dict.fromkeys(("tokens", "seconds", "evaluated_since"), "progress"),
+    **dict.fromkeys(("tokens", "bytes", "seconds", "evaluated_since"), "progress"),
 }
 
 
@@ -33,6 +33,7 @@ class Writer:
     a step. Names:
       step: updates made.
       tokens: training tokens seen, over all devices.
+      bytes: of training text, that these tokens stand for; where `max_bytes` is set.
       seconds: wall time of the run, over all its sittings.
       train_loss: mean of the trained loss per target since the last line, in nats;
         other means that the task's loss knows, as train_reward, beside it.

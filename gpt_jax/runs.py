@@ -46,7 +46,7 @@ WHERE = (
 # other keys decide the weights, and would make two runs of one.
 RESUMABLE = (
     *WHERE,
-    r"steps|max_tokens|max_seconds|max_skipped|patience|hyper\.decay_steps",
+    r"steps|max_tokens|max_bytes|max_seconds|max_skipped|patience|hyper\.decay_steps",
     r"eval_.*|early_from|task\.loss_chunk|model\.(remat|attention)",
 )
 # What may change with the data, where allow_data_change says that it may.
@@ -61,6 +61,7 @@ ADDED = {
     "model.n_classes": 0,
     "spike_window": 0,
     "early_from": 0,
+    "max_bytes": 0,
     "sample.words": False,
     "optimizer.moment_dtype": "float32",
 }
@@ -274,9 +275,7 @@ def read_config(folder: str | Path) -> ConfigDict:
         )
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in ADDED.items():
-            part, _, key = name.rpartition(".")
-            (tree.get(part, {}) if part else tree).setdefault(key, value)
+        complete(tree)
         if tree.get("task", {}).get("name") in TUNED and not tree.get("init_from"):
             tree["init_from"] = "random"  # which "" meant for every task
         if absent := [part for part in PARTS if not isinstance(tree.get(part), dict)]:
@@ -298,6 +297,13 @@ def read_classes(folder: str | Path) -> Classes | None:
         raise ValueError(
             f"{path} does not hold the classes of a run: {error}"
         ) from error
+
+
+def complete(tree: dict) -> None:
+    """Gives the config of an older run the keys that are newer than it."""
+    for name, value in ADDED.items():
+        part, _, key = name.rpartition(".")
+        (tree.get(part, {}) if part else tree).setdefault(key, value)
 
 
 def as_config(tree: dict) -> ConfigDict:

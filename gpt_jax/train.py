@@ -214,7 +214,7 @@ def loop(
             numbers |= measured
             metric = measured.get("val_loss")
             if measured and not last:
-                reason = report(step, measured)
+                reason = report(step, {**measured, "tokens": totals.tokens})
         sample_now(job, state, totals, step, samples)
         improved = metric is not None and totals.stale == 0
         if last or improved or due(step, config.checkpoint_every):
@@ -649,11 +649,8 @@ def adopt(weights: Any, task: tasks.Task, key: jax.Array) -> Any:
 
 
 def last_step(config: ConfigDict, task: tasks.Task) -> int:
-    """Returns the step at which `steps` or `max_tokens`, the sooner, ends the run."""
-    if not config.max_tokens:
-        return config.steps
-    steps = math.ceil(config.max_tokens / tokens_per_step(config, task))
-    return min(config.steps, math.ceil(steps / task.updates) * task.updates)
+    """Returns the step at which `steps`, or a limit before it, ends the run."""
+    return min(_last_steps(config, task).values())
 
 
 def at_end(config: ConfigDict, task: tasks.Task, totals: Totals, step: int) -> bool:
@@ -664,7 +661,28 @@ def at_end(config: ConfigDict, task: tasks.Task, totals: Totals, step: int) -> b
 
 def ends_by(config: ConfigDict, task: tasks.Task) -> str:
     """Returns which key ends a run at its last step."""
-    return "steps" if last_step(config, task) == config.steps else "max_tokens"
+    ends = _last_steps(config, task)
+    return min(ends, key=lambda key: ends[key])
+
+
+def _last_steps(config: ConfigDict, task: tasks.Task) -> dict[str, int]:
+    """Returns the last step by each key that sets one; `steps` goes first."""
+    found, each = {"steps": config.steps}, tokens_per_step(config, task)
+    if config.max_tokens:
+        found["max_tokens"] = math.ceil(config.max_tokens / each)
+    if config.max_bytes and task.bytes_per_token:
+        found["max_bytes"] = math.ceil(config.max_bytes / bytes_of(task, each))
+    rounds = task.updates
+    return {
+        key: step if key == "steps" else math.ceil(step / rounds) * rounds
+        for key, step in found.items()
+    }
+
+
+def bytes_of(task: tasks.Task, tokens: int) -> float:
+    """Returns the bytes of training text that so many tokens stand for."""
+    assert task.bytes_per_token, "checks.unread refuses max_bytes there"
+    return tokens * task.bytes_per_token()
 
 
 def tokens_per_step(config: ConfigDict, task: tasks.Task) -> int:
@@ -848,8 +866,11 @@ def log(job: Job, totals: Totals, step: int, pending: list) -> dict[str, float]:
 
 def write(job: Job, totals: Totals, step: int, numbers: dict[str, float]) -> None:
     """Records numbers; a line that a full disk refuses is written with a later one."""
+    spent = {"tokens": totals.tokens, "seconds": totals.seconds}
+    if job.config.max_bytes:
+        spent["bytes"] = bytes_of(job.task, totals.tokens)
     with save_errors(job):
-        job.writer.write(step, tokens=totals.tokens, seconds=totals.seconds, **numbers)
+        job.writer.write(step, **spent, **numbers)
 
 
 def give_up(job: Job, worst: int, step: int) -> FloatingPointError:

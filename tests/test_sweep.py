@@ -505,6 +505,15 @@ def test_points_may_be_added_but_another_sweep_is_refused(base, tmp_path):
     assert drain(open_study(make(space.seeds(4, first=0)), base, out)) == ["seed=3"]
 
 
+def test_a_sweep_goes_on_whose_config_lacked_newer_keys(base, tmp_path):
+    chosen, out = make(space.seeds(2, first=0)), tmp_path / "out"
+    drain(open_study(chosen, base, out), at_most=1)
+    told = json.loads((out / record.RECORD).read_text())
+    del told["base"]["max_bytes"], told["base"]["data"]["skip_bad_docs"]
+    record.write(out / record.RECORD, told)
+    assert drain(open_study(chosen, base, out)) == ["seed=1"]
+
+
 def test_a_folder_of_something_else_is_left_alone(base, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("mine")
@@ -623,6 +632,30 @@ def test_asha_lets_the_better_half_of_those_before_go_on(base, tmp_path):
     assert second(3, {"val_loss": float("nan")}) == "diverged"
     assert second(0, {"val_loss": float("nan")}) == ""
     assert second(3, {"train_loss": 1.0}) == ""
+
+
+def test_asha_may_count_tokens_where_steps_are_not_of_one_size(base, tmp_path):
+    """16 tokens in a window: of 2 rows 32 in a step, of 8 rows 128."""
+    pruner = space.asha(first=100, factor=2, by="tokens")
+    points = space.together({"batch_size": (2, 8, 8)})
+    chosen = make(points[:2], pruner=pruner)
+    sweeps.check(chosen, base)
+    study = open_study(chosen, base, tmp_path / "out")
+    small, large = reporters(study, pruner)
+    assert large(1, {"val_loss": 1.0, "tokens": 128}) == ""
+    assert small(2, {"val_loss": 9.0, "tokens": 64}) == ""  # not judged yet
+    assert small(4, {"val_loss": 2.0, "tokens": 128}) == "pruned"
+    seen = {}
+    train.train(base, tmp_path / "run", report=lambda step, numbers: seen.update(
+        {step: numbers["tokens"]}) or "")  # fmt: skip
+    each = base.batch_size * 16
+    assert seen == {step: step * each for step in seen} and seen
+    with pytest.raises(ValueError, match="judges at 256 tokens, but the run has 256 t"):
+        sweeps.check(make(points[:1], pruner={**pruner, "first": 256}), base)
+    with pytest.raises(ValueError, match="by 'token' is not one of"):
+        space.asha(first=1, by="token")
+    with pytest.raises(ValueError, match="prunes after steps, not by tokens"):
+        batched(make(points[:2], pruner=pruner), base, tmp_path / "vmap")
 
 
 def test_asha_judges_no_trial_after_its_last_rung(base, tmp_path):

@@ -113,6 +113,21 @@ def test_a_space_without_an_allowed_draw_is_told(base, tmp_path, monkeypatch):
         drain(study)
 
 
+def test_a_sampler_learns_what_is_not_allowed(base, tmp_path):
+    """Nobody has seen heads=3, so to TPE it is as good as what it knows is good."""
+    axes = {"heads": space.choice(1, 2, 3), "rate": space.log_uniform(1e-4, 1e-1)}
+
+    def to_config(drawn):
+        if drawn["heads"] == 3:
+            return None
+        return {"model.n_heads": drawn["heads"], "hyper.lr": drawn["rate"]}
+
+    chosen = make(space=axes, to_config=to_config, trials=30)
+    study = open_study(chosen, base, tmp_path / "out")
+    drain(study, lambda trial: trial.overrides["hyper.lr"])
+    assert study.left() == 0 and len(study._draws.trials) < 90
+
+
 def test_whole_numbers_on_a_log_scale_and_floats_in_steps():
     axes = {
         "log": space.integer(1, 1000, log=True),

@@ -1,6 +1,7 @@
 """Training runs: what they leave behind, how they stop, how they go on."""
 
 import gc
+import math
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ import pytest
 
 from configs import common
 from gpt_jax import checkpoint, metrics, model, runs, tasks, tokenizers, train
+from gpt_jax.report import compare
 from tests import tiny
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 300
@@ -355,6 +357,29 @@ def test_changed_data_under_a_run_is_refused(config, tmp_path):
     config.steps = 10
     with pytest.raises(ValueError, match="data"):
         train.train(config, tmp_path / "run")
+
+
+def test_max_bytes_ends_runs_of_any_tokenizer_after_the_same_text(config, tmp_path):
+    """Oracle: the ids of the text themselves, decoded."""
+    text = "naïve façade, 5 € a piece. " * 200
+    (tmp_path / "text.txt").write_text(text)
+    config.data.update(source=str(tmp_path / "text.txt"), folder=str(tmp_path / "data"))
+    config.update(max_bytes=2000, steps=10_000, eval_every=40)
+    spent = {}
+    for kind in ("char", "byte"):
+        config.data.tokenizer = kind
+        result = train.train(config, tmp_path / kind)
+        assert result.reason == "max_bytes"
+        each = config.batch_size * config.model.context_length
+        length = 1 if kind == "byte" else len(text.encode()) / len(text)
+        assert result.step == math.ceil(2000 / (each * length))
+        spent[kind] = metrics.read(tmp_path / kind)[-1]["bytes"]
+        assert spent[kind] == pytest.approx(result.step * each * length, rel=2e-3)
+        assert train.train(config, tmp_path / kind).trained is False
+    assert spent["char"] == pytest.approx(spent["byte"], rel=0.05)
+    assert compare.compare([tmp_path / "char"]).settings[0].state == "done"
+    config.task.name = "sft"
+    assert "max_bytes" in train.unread(config)
 
 
 def test_max_tokens_patience_and_max_seconds_end_a_run(config, tmp_path):

@@ -36,12 +36,14 @@ from ml_collections import ConfigDict
 
 from gpt_jax import files, programs, runs, sharding, signals
 from gpt_jax import train as alone
+from gpt_jax.population import evolve as evolution
 from gpt_jax.population import program
+from gpt_jax.population.evolve import Evolve
 from gpt_jax.population.shared import Shared, loss_at, reached
 from gpt_jax.population.wave import Wave, advance, open_wave, shrink
 from gpt_jax.train import Result
 
-__all__ = ["Rung", "group", "train", "varies"]
+__all__ = ["Evolve", "Rung", "group", "train", "use_devices", "varies"]
 log = logging.getLogger(__name__)
 
 NOTE = "wave.json"  # in the folder of a wave's first member, until the wave has saved
@@ -78,6 +80,7 @@ def train(
     rungs: Sequence[Rung],
     report: Callable[[int, int, dict], None],
     memory: float = math.inf,
+    evolve: Evolve | None = None,
 ) -> list[Result]:
     """Trains the configs of one group together, going on with what is there.
 
@@ -95,6 +98,7 @@ def train(
       report: called with (index of the config, step, numbers) after every evaluation.
       memory: bytes that they may take on a CPU at most, where a job is given a share of
         a machine; what a container limits is known without it.
+      evolve: how members copy each other on the way (evolve.py); None = they do not.
 
     Returns:
       How each run ended, in the order of the configs. Reasons are those of
@@ -107,17 +111,28 @@ def train(
     """
     folders = [files.expand(workdir) for workdir in workdirs]
     check(configs, folders, members, rungs)
+    if evolve:
+        if rungs:
+            raise ValueError("rungs end members and evolve replaces them: give one")
+        evolve.check()
+        configs = [evolution.settled(*one) for one in zip(configs, folders)]
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(signals.watch(configs[0].grace_s))
         with signals.at_once():
             shared = build(configs, folders, stop, report, memory)
         opened = stack.enter_context(contextlib.ExitStack())
         wave = None
+        if evolve:
+            evolution.check_members(configs, evolve, shared.end)
+        stops = evolution.milestones(evolve, shared.end)
+        rungs = [*rungs, *(Rung(step, len(configs)) for step in stops)]
         for rung in [*sorted(rungs), Rung(shared.end, len(configs))]:
             wave = climb(shared, wave, rung, members, opened)
             if stop:
                 break
             prune(shared, rung)
+            if evolve and rung.step in stops:
+                wave = move_on(shared, wave, evolve, rung.step, opened)
         for i in shared.going():
             shared.conclude(i, "signal", reached(folders[i]))
     return [shared.results[i] for i in range(len(configs))]
@@ -183,9 +198,7 @@ def build(
     if jax.process_count() > 1:
         raise ValueError("a population trains in one process; start one on each host")
     programs.use_cache(config.compile_cache)
-    axes = config.mesh.to_dict()
-    del axes["strategy"]  # the devices of a population do not talk
-    sharding.set_cpu_devices(0, **axes)
+    axes = use_devices(config)
     task = alone.make_task(config, workdirs[0])
     if task.rollout:
         raise ValueError(
@@ -197,7 +210,7 @@ def build(
     parts = alone.make_parts(config, task, strategy)
     parts = parts._replace(eval_fn=program.compile_evaluation(parts))
     end = alone.last_step(config, task)
-    shared = Shared(configs, workdirs, parts, stop, report, {}, {}, end, memory)
+    shared = Shared([*configs], workdirs, parts, stop, report, {}, {}, end, memory)
     for i, (config, workdir) in enumerate(zip(configs, workdirs, strict=True)):
         if reached(workdir):  # refuses another config now, not when its turn comes
             runs.create_or_check(
@@ -208,6 +221,18 @@ def build(
         elif shared.through(i, end):
             shared.conclude(i, shared.done(), reached(workdir))
     return shared
+
+
+def use_devices(config: ConfigDict) -> dict[str, int]:
+    """Asks for a CPU device per core, before anything else asks JAX for devices.
+
+    Returns:
+      The axes of the mesh.
+    """
+    axes = config.mesh.to_dict()
+    del axes["strategy"]  # the devices of a population do not talk
+    sharding.set_cpu_devices(0, **axes)
+    return axes
 
 
 def climb(
@@ -230,10 +255,7 @@ def climb(
     queue = split(waiting, min(size, *(halved(shared, i, size) for i in waiting)))
     while queue and not shared.stop:
         trials = queue.pop(0)
-        if wave:  # its place on the devices is needed
-            jax.tree.map(lambda x: x.delete(), wave.state)
-            wave = None
-        opened.close()
+        wave = drop(wave, opened)  # its place on the devices is needed
         note = shared.workdirs[trials[0]] / NOTE
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps({"members": len(trials)}), encoding="utf-8")
@@ -247,6 +269,35 @@ def climb(
             queue = split(trials, math.ceil(len(trials) / 2)) + queue
         finally:
             note.unlink(missing_ok=True)  # not killed: whatever happened is told
+    return wave
+
+
+def drop(wave: Wave | None, opened: contextlib.ExitStack) -> None:
+    """Closes the run folders of a wave and frees its place on the devices."""
+    if wave:
+        jax.tree.map(lambda x: x.delete(), wave.state)
+    opened.close()
+
+
+def move_on(
+    shared: Shared,
+    wave: Wave | None,
+    evolve: Evolve,
+    step: int,
+    opened: contextlib.ExitStack,
+) -> Wave | None:
+    """Has the worst members go on as copies of the best; returns the wave, if it does.
+
+    They come from the disk then, as after a kill: so both are the same.
+    """
+    found = evolution.moves(shared, evolve, step)
+    if not found:
+        return wave
+    wave = drop(wave, opened)
+    for move in found:
+        evolution.apply(shared, move, step)
+    names = [shared.workdirs[move.to].name for move in found]
+    log.info("after step %d %s go on as copies", step, ", ".join(names))
     return wave
 
 

@@ -13,13 +13,13 @@ from ml_collections import ConfigDict
 from gpt_jax import metrics, plots, signals
 from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.population import program
-from gpt_jax.train import Parts, Result, make_hyper
+from gpt_jax.train import Parts, Result, ends_by, make_hyper
 
 
 class Shared(NamedTuple):
     """The trials, what trains them, and the results so far, by trial."""
 
-    configs: Sequence[ConfigDict]
+    configs: list[ConfigDict]  # a population that evolves changes their numbers
     workdirs: Sequence[Path]
     parts: Parts
     stop: signals.Stop
@@ -60,7 +60,7 @@ class Shared(NamedTuple):
 
     def done(self) -> str:
         """Returns what ends a run at its last step."""
-        return "steps" if self.end == self.configs[0].steps else "max_tokens"
+        return ends_by(self.configs[0], self.parts.task)
 
     def through(self, trial: int, step: int) -> bool:
         """Whether a trial has a checkpoint of `step`, evaluated, or a newer one."""

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from gpt_jax import evaluate, runs, screen, sharding, train
 from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.population import program
+from gpt_jax.population.evolve import born
 from gpt_jax.population.shared import Shared
 from gpt_jax.step import TrainState, averaged
 from gpt_jax.train import Job, Totals, due
@@ -154,8 +155,24 @@ def open_runs(
             opened = [run(i, attempt) for i in trials]
             # A damaged checkpoint was set aside just now, and the one before it taken.
             if len({int(state.step) for _, state, _ in opened}) == 1:
+                check_born(workdirs, int(opened[0][1].step))
                 stack.push(attempt.pop_all())
                 return opened
+
+
+def check_born(workdirs: Sequence[Path], step: int) -> None:
+    """Refuses to go back to before a run became a copy of another one.
+
+    Raises:
+      ValueError: its numbers are no longer those that it had then.
+    """
+    for workdir in workdirs:
+        if step < (since := born(workdir)):
+            raise ValueError(
+                f"{workdir} became a copy of another run after step {since}, and of "
+                f"what all members have step {step} is the newest: the population "
+                "cannot go on; begin it anew in other folders"
+            )
 
 
 def with_inputs(shared: Shared, wave: Wave) -> Wave:

@@ -385,9 +385,10 @@ def _state(folder: Path, keys: dict[str, Any], metric: str) -> str:
     told = _outcome(folder)
     if told.get("step", -1) >= step or told.get("status") == "failed":
         return told["status"]
-    tokens = max((row.get("tokens", 0) for row in rows), default=0)
-    if 0 < keys["max_tokens"] <= tokens:
-        return "done"
+    for key in ("tokens", "bytes"):
+        spent = max((row.get(key, 0) for row in rows), default=0)
+        if 0 < keys.get(f"max_{key}", 0) <= spent:
+            return "done"
     return "unfinished"
 
 

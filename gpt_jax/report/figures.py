@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -135,32 +135,24 @@ def interaction(results: Results, axes: list[Axis]):
     At each place stands the best of the settings there. None unless two axes were
     crossed, the one with a few values and the other a number line.
     """
-    pair = interacting(results, axes)
-    if pair is None:
+    if (found := optima(results, axes)) is None:
         return None
-    along, by = pair
+    along, by, lines = found
     figure = plotly().Figure()
     shown: list[float] = []
-    for number, value in enumerate(by.values):
-        rows = [row for row in tables.valued(results) if _of(row, by) == value]
-        best = best_of_each(results, along, rows)
-        if not best:
-            continue
-        xs, ys = list(best), list(best.values())
-        shown += xs
-        choose = min if results["direction"] == "minimize" else max
-        star = ys.index(choose(ys))
-        share = number / max(1, len(by.values) - 1)
-        colour = shade(share) if by.numeric else PALETTE[number % len(PALETTE)]
+    for line in lines:
+        shown += line.xs
         figure.add_scatter(
-            x=xs,
-            y=ys,
+            x=line.xs,
+            y=line.ys,
             mode="lines+markers",
-            name=f"{by.label} {tables.brief(value)}",
-            line={"color": colour, "width": 2.2},
+            name=f"{by.label} {tables.brief(line.of)}",
+            line={"color": line.colour, "width": 2.2},
             marker={
-                "size": [13 if i == star else 6 for i in range(len(xs))],
-                "symbol": ["star" if i == star else "circle" for i in range(len(xs))],
+                "size": [13 if i == line.star else 6 for i in range(len(line.xs))],
+                "symbol": [
+                    "star" if i == line.star else "circle" for i in range(len(line.xs))
+                ],
                 "line": {"width": 1, "color": "white"},
             },
         )
@@ -172,30 +164,28 @@ def interaction(results: Results, axes: list[Axis]):
 def tradeoffs(results: Results):
     """Returns the result over what a run costs, its Pareto front joined.
 
-    On the front stands what nothing else is as good as for less. A menu chooses the
-    cost; None where no cost differs between settings.
+    A menu chooses the cost; None where no cost differs between settings.
     """
-    rows = tables.valued(results)
-    known = {key: [row[key] for row in rows] for key in COSTS}
-    differ = [key for key, own in known.items() if all(own) and len(set(own)) > 1]
-    costs = {key: COSTS[key] for key in differ}
+    costs = spent(results)
     if not costs:
         return None
     figure, first = plotly().Figure(), next(iter(costs))
     for key in costs:
-        ahead = front(results, rows, key)
+        rows, ahead = tables.valued(results), tables.front(results, key)
+        rows = [row for row in rows if tables.cost(row, key) is not None]
         figure.add_scatter(
-            x=[row[key] for row in rows], y=[row["value"] for row in rows],
+            x=[tables.cost(row, key) for row in rows], y=[row["value"] for row in rows],
             mode="markers", showlegend=False, visible=key == first,
             marker={"size": 8, "color": BLUE, "opacity": 0.5},
             text=[_hover(row, results) for row in rows],
             hovertemplate="%{text}<br>%{x:.4~g}<extra></extra>",
         )  # fmt: skip
         figure.add_scatter(
-            x=[row[key] for row in ahead], y=[row["value"] for row in ahead],
+            x=[tables.cost(row, key) for row in ahead],
+            y=[row["value"] for row in ahead],
             mode="lines+markers", showlegend=False, visible=key == first,
-            line={"color": RED, "width": 1.6, "shape": "hv"}, marker={"size": 9},
-            text=[_hover(row, results) for row in ahead],
+            line={"color": RED, "width": 1.6, "shape": "hv"},
+            marker={"size": 9}, text=[_hover(row, results) for row in ahead],
             hovertemplate="%{text}<br>%{x:.4~g}<extra></extra>",
         )  # fmt: skip
     buttons = [
@@ -204,12 +194,13 @@ def tradeoffs(results: Results):
             "method": "update",
             "args": [
                 {"visible": [key == other for other in costs for _ in range(2)]},
-                {"xaxis.title.text": told},
+                {"xaxis.title.text": told, **_scale(results, key, "xaxis.")},
             ],
         }
         for key, told in costs.items()
     ]
-    figure.update_xaxes(title=costs[first], type="log", dtick="D2", tickformat="~s")
+    scale = _scale(results, first)
+    figure.update_xaxes(title=costs[first], tickformat="~s", **scale)
     figure.update_yaxes(title=results["title"], range=interesting(results, pad=0.1))
     figure = dress(figure, height=400)
     menu = {
@@ -222,14 +213,39 @@ def tradeoffs(results: Results):
     return figure.update_layout(updatemenus=[menu]) if len(costs) > 1 else figure
 
 
-def front(results: Results, rows: list[Row], cost: str) -> list[Row]:
-    """Returns the settings that none beats for the same cost or less, in order."""
-    sign = 1 if results["direction"] == "minimize" else -1
-    found: list[Row] = []
-    for row in sorted(rows, key=lambda row: (row[cost], sign * row["value"])):
-        if not found or sign * row["value"] < sign * found[-1]["value"]:
-            found.append(row)
-    return found
+def schedules(results: Results):
+    """Returns the numbers that each member's weights were trained with, over steps.
+
+    The best one is red. None where points do not evolve.
+    """
+    from plotly import subplots
+
+    if not (evolved := results["evolved"]):
+        return None
+    keys = list(next(iter(evolved.values()))[0][1])
+    figure = subplots.make_subplots(rows=1, cols=len(keys), horizontal_spacing=0.09)
+    for column, key in enumerate(keys, start=1):
+        for name in reversed(evolved):  # the best is drawn last, on top
+            steps, values = stairs(results, name, key)
+            best = name == next(iter(evolved))
+            figure.add_scatter(
+                x=steps, y=values, mode="lines", showlegend=False, name=name,
+                line={"color": RED if best else BLUE, "width": 3.2 if best else 1.2,
+                      "shape": "hv"},
+                opacity=1 if best else 0.5, row=1, col=column,
+                hovertemplate=f"<b>{name}</b><br>from step %{{x:,}}: %{{y:.4~g}}"
+                "<extra></extra>",
+            )  # fmt: skip
+        figure.update_yaxes(title=key, type="log", row=1, col=column)
+    figure.update_xaxes(title="step")
+    return dress(figure, height=380)
+
+
+def _scale(results: Results, cost: str, prefix: str = "") -> dict[str, Any]:
+    """Returns the settings of an axis of a cost: logarithmic where that is possible."""
+    log = positive(results, cost)
+    return {f"{prefix}type": "log" if log else "linear",
+            f"{prefix}dtick": "D2" if log else None}  # fmt: skip
 
 
 def importances(shares: dict[str, float], axes: list[Axis]):
@@ -271,6 +287,31 @@ def parallel(results: Results, axes: list[Axis]):
 
 
 # --- what pictures.py draws as well ---------------------------------------------------
+
+
+def spent(results: Results) -> dict[str, str]:
+    """Returns the costs that differ between settings, that of the sweep first."""
+    rows, own = tables.valued(results), results["cost"]
+    found = {}
+    for key in dict.fromkeys([*filter(None, [own]), *COSTS]):
+        known = [tables.cost(row, key) for row in rows]
+        if (key == own or all(known)) and len({*known} - {None}) > 1:
+            found[key] = COSTS.get(key, key)
+    return found
+
+
+def stairs(results: Results, name: str, key: str) -> tuple[list[int], list[float]]:
+    """Returns from which step on a member's weights had which number, to the end."""
+    changes = results["evolved"][name]
+    end = next(row["step"] for row in results["trials"] if row["name"] == name)
+    values = [numbers[key] for _, numbers in changes]
+    return [*(step for step, _ in changes), end], [*values, values[-1]]
+
+
+def positive(results: Results, cost: str) -> bool:
+    """Whether a cost can stand on a logarithmic axis."""
+    known = [tables.cost(row, cost) for row in tables.valued(results)]
+    return all(x > 0 for x in known if x is not None)
 
 
 def drawn(results: Results) -> list[Row]:
@@ -341,6 +382,61 @@ def best_of_each(results: Results, axis: Axis, rows: list[Row]) -> dict[Any, flo
         value = _of(row, axis)
         found[value] = choose(found.get(value, row["value"]), row["value"])
     return {value: found[value] for value in axis.values if value in found}
+
+
+class Line(NamedTuple):
+    """The best results over one axis at one value of another.
+
+    Attributes:
+      of: that value.
+      xs, ys: places and results.
+      star: which of them is the best.
+      colour: of the line.
+    """
+
+    of: Any
+    xs: list
+    ys: list
+    star: int
+    colour: str
+
+
+def optima(results: Results, axes: list[Axis]) -> tuple[Axis, Axis, list[Line]] | None:
+    """Returns the axis to draw along, that of the lines, and those.
+
+    None unless two axes were crossed, the one with a few values and the other a number
+    line.
+    """
+    pair = interacting(results, axes)
+    if pair is None:
+        return None
+    (along, by), lines = pair, []
+    choose = min if results["direction"] == "minimize" else max
+    for number, value in enumerate(by.values):
+        rows = [row for row in tables.valued(results) if _of(row, by) == value]
+        best = best_of_each(results, along, rows)
+        if not best:
+            continue
+        xs, ys = list(best), list(best.values())
+        share = number / max(1, len(by.values) - 1)
+        colour = shade(share) if by.numeric else PALETTE[number % len(PALETTE)]
+        lines.append(Line(value, xs, ys, ys.index(choose(ys)), colour))
+    return along, by, lines
+
+
+def told_optima(results: Results, axes: list[Axis]) -> str:
+    """Returns the best place of each line in words; "" where there are none."""
+    if (found := optima(results, axes)) is None:
+        return ""
+    along, by, lines = found
+
+    def told(line: Line) -> str:
+        end = line.star in (0, len(line.xs) - 1)
+        more = ", an end of the row: widen it" if end and len(line.xs) > 1 else ""
+        value = tables.brief(line.xs[line.star])
+        return f"{tables.brief(line.of)}: {value} ({line.ys[line.star]:.4f}{more})"
+
+    return f"Best {along.label} by {by.label}: {'; '.join(map(told, lines))}"
 
 
 def interacting(results: Results, axes: list[Axis]) -> tuple[Axis, Axis] | None:

@@ -3,7 +3,6 @@
 import html
 import importlib
 import importlib.util
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,12 +84,11 @@ for (const table of document.querySelectorAll("table.sorts"))
 """
 
 SIZES = {"parameters": "parameters", "tokens": "tokens", "flops": "FLOPs"}
-POWERS = ("", "K", "M", "G", "T", "P", "E")
 MOST_ROWS = 2000  # of the table; results.csv has all
 
 
 def write(out: Path, results: Results) -> str:
-    """Writes the tables, report.html, curves.png and slices.png.
+    """Writes the tables, report.html and pictures.
 
     Returns:
       "", or what to do where plotly, which the page needs, is not installed.
@@ -135,7 +133,13 @@ def sections(
         above = explore.controls(results, axes, data)
         parts.append(section("Curves", text, drawn, name="curves", above=above))
         parts.append(explore.script(data))
-    if axes and len(tables.valued(results)) >= 2:
+    if (found := figures.schedules(results)) is not None:
+        text = (
+            "The numbers that the weights of each member were trained with, those "
+            "from before it became a copy included. Red is the best."
+        )
+        parts.append(section("What evolved", text, found))
+    if axes and len(tables.valued(results)) >= 2 and not results["evolved"]:
         parts += _comparisons(results, axes, shares)
     parts.append(_table(results))
     return "".join(parts)
@@ -147,7 +151,8 @@ def _comparisons(
     """Returns the figures that need several finished settings."""
     metric, parts = results["title"], []
     if (lines := figures.interaction(results, axes)) is not None:
-        text = "A star marks the best of a line; other keys are at their best."
+        told = figures.told_optima(results, axes)
+        text = f"A star marks the best of a line; other keys are at their best. {told}."
         parts.append(section("Where the optimum lies", text, lines))
     text = f"{metric} over each key, the other keys as they come; the star is the best."
     for axis in axes:
@@ -329,9 +334,7 @@ def _amount(value: float | None) -> str:
     """Returns the cell of a large number: 786 K, 4.83 G."""
     if value is None:
         return _cell(None)
-    power = min(max(0, math.floor(math.log10(max(value, 1)) / 3)), len(POWERS) - 1)
-    text = f"{value / 1000**power:.3g} {POWERS[power]}".rstrip()
-    return f"<td class=number data-value={value}>{text}</td>"
+    return f"<td class=number data-value={value}>{tables.amount(value)}</td>"
 
 
 def _cell(value: Any, form: str = "") -> str:

@@ -1,5 +1,10 @@
-"""A sweep as PNG files, for pages that run no script: curves.png and slices.png."""
+"""A sweep as PNG files, for pages that run no script.
 
+curves.png, slices.png; optima.png where two keys were crossed, front.png with a cost,
+schedules.png where points evolve.
+"""
+
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +22,14 @@ def write(out: Path, results: Results, axes: list[Axis]) -> None:
     if figures.drawn(results):
         coloured = axes[0] if axes else None
         save(out / "curves.png", _curves(out, results, coloured))
-    if axes and len(tables.valued(results)) >= 2:
+    if results["evolved"]:
+        save(out / "schedules.png", _schedules(results))
+    elif axes and len(tables.valued(results)) >= 2:
         save(out / "slices.png", _slices(results, axes))
+        if (found := figures.optima(results, axes)) is not None:
+            save(out / "optima.png", _optima(results, *found))
+        if results["cost"] and results["cost"] in figures.spent(results):
+            save(out / "front.png", _front(results, results["cost"]))
 
 
 def empty(width: float, height: float):
@@ -161,7 +172,79 @@ def _slice(panel, results: Results, axis: Axis, joined: bool) -> None:
     dress(panel)
 
 
-def _ticks(axis, at: list[float]) -> None:
+def _optima(results: Results, along: Axis, by: Axis, lines: list[figures.Line]):
+    """Draws the valley of each line and a star where it is deepest."""
+    figure = empty(8, 4.6)
+    panel = figure.add_subplot()
+    for line in lines:
+        ink = rgb(line.colour)
+        label = f"{by.label} {tables.brief(line.of)}"
+        panel.plot(line.xs, line.ys, "-o", color=ink, lw=1.8, ms=4, label=label)
+        best = line.xs[line.star], line.ys[line.star]
+        panel.scatter(*best, s=170, marker="*", color=ink, edgecolor="w", zorder=3)
+    panel.set_ylim(*figures.interesting(results, pad=0.1))
+    if along.log:
+        panel.set_xscale("log")
+    shown = [x for line in lines for x in line.xs]
+    _ticks(panel.xaxis, tables.ticks(along, shown, apart=0.08))
+    panel.set_title(f"Sweep {results['sweep']}", fontweight="bold")
+    panel.set_xlabel(figures.title(along))
+    panel.set_ylabel(results["title"])
+    panel.legend(frameon=False)
+    dress(panel)
+    return figure
+
+
+def _schedules(results: Results):
+    """Draws the numbers that each member's weights were trained with."""
+    evolved = results["evolved"]
+    keys = list(next(iter(evolved.values()))[0][1])
+    figure = empty(7 * len(keys), 4)
+    panels = figure.subplots(1, len(keys), squeeze=False)[0]
+    for panel, key in zip(panels, keys):
+        for name in reversed(evolved):
+            best = name == next(iter(evolved))
+            ink = figures.RED if best else figures.BLUE
+            style = {
+                "color": ink,
+                "lw": 2.4 if best else 1,
+                "alpha": 1 if best else 0.5,
+            }
+            panel.step(*figures.stairs(results, name, key), where="post", **style)
+        panel.set_yscale("log")
+        panel.set_xlabel("step")
+        panel.set_ylabel(key)
+        dress(panel)
+    figure.suptitle(f"Sweep {results['sweep']}", fontweight="bold")
+    return figure
+
+
+def _front(results: Results, cost: str):
+    """Draws the result over a cost, and the Pareto front."""
+    figure = empty(8, 4.6)
+    panel = figure.add_subplot()
+    rows, ahead = tables.valued(results), tables.front(results, cost)
+    rows = [row for row in rows if tables.cost(row, cost) is not None]
+    paid: list[Any] = [tables.cost(row, cost) for row in rows]
+    values = [row["value"] for row in rows]
+    panel.scatter(paid, values, s=30, alpha=0.6, color=figures.BLUE, edgecolor="w")
+    xs: list[Any] = [tables.cost(row, cost) for row in ahead]
+    ys = [row["value"] for row in ahead]
+    panel.step(xs, ys, "-o", where="post", color=figures.RED, lw=1.6, ms=5)
+    if figures.positive(results, cost):
+        panel.set_xscale("log")
+        axis = Axis(cost, cost, [], [], numeric=True, log=True)
+        at = tables.ticks(axis, paid, apart=0.1)
+        _ticks(panel.xaxis, at, tables.amount)
+    panel.set_ylim(*figures.interesting(results, pad=0.1))
+    panel.set_title(f"Sweep {results['sweep']}", fontweight="bold")
+    panel.set_xlabel(figures.spent(results)[cost])
+    panel.set_ylabel(results["title"])
+    dress(panel)
+    return figure
+
+
+def _ticks(axis, at: list[float], write: Callable = tables.brief) -> None:
     """Sets the ticks of an axis, and none between them."""
-    axis.set_ticks(at, labels=[tables.brief(value) for value in at])
+    axis.set_ticks(at, labels=[write(value) for value in at])
     axis.set_ticks([], minor=True)

@@ -51,6 +51,7 @@ OF_TRIALS = {
 }
 STATUSES = ("done", "pruned", "diverged", "failed", "running", "waiting")
 ABSENT = "–"  # of a key that a setting's config does not have
+POWERS = ("", "K", "M", "G", "T", "P", "E")
 ROOM = 28  # characters of a value in a label
 
 
@@ -144,7 +145,35 @@ def summary(results: Results) -> str:
     where = f"at step {best['at']}" if best["n"] == 1 else f"{of_seeds(best)}"
     whole = "" if best["status"] == "done" else f" ({best['status']} in part)"
     value = f"{results['metric']} {best['value']:.4f} {where}"
-    return f"{said}; best: {best['name']}, {value}{whole}"
+    return (
+        f"{said}; best: {best['name']}, {value}{whole}"
+        + _told_front(results)
+        + (_told_schedule(results))
+    )
+
+
+def _told_schedule(results: Results) -> str:
+    """Returns the lines of the numbers of the best one where they evolved; else ""."""
+    changes = next(iter(results["evolved"].values()), [])
+    lines = [
+        f"  from step {step}: "
+        + ", ".join(f"{key.removeprefix('hyper.')} {brief(numbers[key])}"
+                    for key in numbers)
+        for step, numbers in changes
+    ]  # fmt: skip
+    head = "the numbers that its weights were trained with:"
+    return "\n".join(["", head, *lines]) if lines else ""
+
+
+def _told_front(results: Results) -> str:
+    """Returns the lines of what nothing beats for less; "" without a cost."""
+    if not (name := results["cost"]):
+        return ""
+    rows = front(results, name)
+    lines = [f"  {row['value']:.4f}  {cost(row, name):.4g}  {row['name']}"
+             for row in rows]  # fmt: skip
+    head = f"nothing is as good for less ({results['metric']}, {name}):"
+    return "\n".join(["", head, *lines])
 
 
 def of_seeds(row: Row) -> str:
@@ -190,6 +219,26 @@ def best_of(results: Results) -> Row | None:
 def valued(results: Results) -> list[Row]:
     """Returns the settings of which trials were trained to their end, best first."""
     return [row for row in results["settings"] if row["value"] is not None]
+
+
+def cost(row: Row, name: str) -> float | None:
+    """Returns what a run of a setting took, or what was measured after it."""
+    return row["after"][name] if name in row["after"] else row[name]
+
+
+def front(results: Results, name: str) -> list[Row]:
+    """Returns the settings on the Pareto front, cheapest first.
+
+    Nothing else is as good as they are for the same cost or less.
+    """
+    sign = 1 if results["direction"] == "minimize" else -1
+    known = [(cost(row, name), sign * row["value"], row) for row in valued(results)]
+    ranked = [one for one in known if one[0] is not None]
+    found: list[tuple] = []
+    for one in sorted(ranked, key=lambda one: one[:2]):
+        if not found or one[1] < found[-1][1]:
+            found.append(one)
+    return [row for *_, row in found]
 
 
 # --- curves ---------------------------------------------------------------------------
@@ -298,6 +347,12 @@ def brief(value: Any, room: int = ROOM) -> str:
     text = value if isinstance(value, str) else at({"overrides": {"": value}}, "")
     text = str(text)
     return text if len(text) <= room else f"{text[: room - 10]}...{text[-7:]}"
+
+
+def amount(value: float) -> str:
+    """Returns a large number as 786 K or 4.83 G."""
+    power = min(max(0, math.floor(math.log10(max(value, 1)) / 3)), len(POWERS) - 1)
+    return f"{value / 1000**power:.3g} {POWERS[power]}".rstrip()
 
 
 def ticks(axis: Axis, shown: Sequence[float], apart: float) -> list[float]:

@@ -37,24 +37,37 @@ def run(
       changed: called whenever a group ended.
 
     Raises:
-      ValueError: the pruner is not ASHA by val_loss.
+      ValueError: the pruner is not ASHA by val_loss, or points that are to evolve
+        cannot train together.
     """
     pruner = study.plan.pruner
+    if pruner and "by" in pruner:
+        raise ValueError(
+            "--engine=vmap prunes after steps, not by tokens: use --engine=process"
+        )
     if pruner and (pruner["name"], study.plan.metric) != ("asha", "val_loss"):
         raise ValueError(
             f"--engine=vmap prunes by asha and val_loss, not by {pruner['name']} and "
             f"{study.plan.metric}: use --engine=process, or pruner = asha(...)"
         )
-    while not stop and (batch := _batch(study, members, check)):
+    evolve = population.Evolve(**study.plan.evolve) if study.plan.evolve else None
+    while not (stop or study.late()) and (batch := _batch(study, members, check)):
         groups = population.group([trial.config for trial in batch])
+        if evolve and (len(groups) > 1 or study.left() > len(batch)):
+            raise ValueError(
+                "points that evolve train together: they may differ in seed and "
+                "hyper.* alone, and --shard and --max_trials would part them"
+            )
         view.print(f"{count(len(batch), 'trial')} in {count(len(groups), 'program')}")
         for group in groups:
             trials = [batch[i] for i in group]
-            if stop:  # the next sitting trains them
+            if stop or study.late():  # the next sitting trains them
                 for trial in trials:
                     study.again(trial)
                 continue
-            stop.signal = _train(study, trials, members, memory, view) or stop.signal
+            stop.signal = _train(study, trials, members, memory, view, evolve) or (
+                stop.signal
+            )
             changed()
 
 
@@ -80,7 +93,12 @@ def _batch(study: Study, members: int, check) -> list[Trial]:
 
 
 def _train(
-    study: Study, group: list[Trial], members: int, memory: float, view: View
+    study: Study,
+    group: list[Trial],
+    members: int,
+    memory: float,
+    view: View,
+    evolve: population.Evolve | None,
 ) -> int:
     """Trains a group and records its ends; returns the signal that stopped it, or 0."""
     steps: dict[str, tuple] = {}
@@ -99,6 +117,7 @@ def _train(
         rungs=rungs(study.plan.pruner, group[0].config.steps, len(group)),
         report=report,
         memory=memory,
+        evolve=evolve,
     )
     signal = 0
     for trial, result in zip(group, results):

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from ml_collections import ConfigDict
 
 from gpt_jax import adapters, evaluate, model, names, runs, seeds, tasks, train
 from gpt_jax.criterion import Criterion
+from gpt_jax.population import Evolve
+from gpt_jax.population.evolve import check_members
 from gpt_jax.sweep.plan import Plan
 from gpt_jax.sweep.space import LABEL, OPTIONS
 
@@ -118,13 +120,13 @@ def _check(
             f"eval_every is {config.eval_every} of {config.steps} steps: the pruner "
             f"{plan.pruner['name']} needs evaluations on the way"
         )
-    if plan.pruner and plan.pruner["first"] >= config.steps:
-        raise ValueError(
-            f"the pruner {plan.pruner['name']} first judges at step "
-            f"{plan.pruner['first']}, but the run has {config.steps} steps"
-        )
+    if plan.evolve:
+        evolve = Evolve(**plan.evolve)
+        check_members([config, config], evolve, config.steps)
     text = (config.task, config.data, config.init_from, config.model.context_length)
     task = _once(known, ("task", *text), lambda: train.make_task(config, NOWHERE))
+    if plan.pruner:
+        _judged(config, plan.pruner, task)
     classes = ("model", config.model, *text)
     _once(known, classes, lambda: runs.model_config(
         config, task.tokenizer, task.classes))  # fmt: skip
@@ -132,11 +134,29 @@ def _check(
     recorded = _once(known, losses, lambda: metrics_of(config, task))
     if both := sorted(plan.after.keys() & {*recorded}):
         raise ValueError(f"after has {both[0]}, which a run records: rename it")
+    if plan.cost == "bytes" and "val_bpb" not in recorded:
+        raise ValueError(
+            f"cost is 'bytes', but task {config.task.name} does not record val_bpb, "
+            "which says how many bytes its tokens are: take 'tokens'"
+        )
     for criterion in criteria:
         names.choose("metric", criterion.metric, [*recorded, *plan.after])
         _same_tokens(task, criterion.metric, recorded, known)
         once = criterion.metric in plan.after
         _evaluated(config, 1 if once else train.last_step(config, task), criterion)
+
+
+def _judged(config: ConfigDict, pruner: Mapping[str, Any], task: tasks.Task) -> None:
+    """Refuses runs that end before a pruner first judges them."""
+    by, end = pruner.get("by", "steps"), train.last_step(config, task)
+    if by == "tokens":
+        end *= train.tokens_per_step(config, task)
+    if pruner["first"] >= end:
+        where = "step " if by == "steps" else ""
+        raise ValueError(
+            f"the pruner {pruner['name']} first judges at {where}{pruner['first']}"
+            f"{'' if by == 'steps' else ' tokens'}, but the run has {end} {by}"
+        )
 
 
 def _evaluated(config: ConfigDict, steps: int, criterion: Criterion) -> None:

@@ -7,7 +7,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,6 +140,7 @@ def run(
     *,
     command: list[str],
     timeout_s: float,
+    environment: Mapping[str, str],
     check: Callable[[str, Any], None],
     view: View,
     stop: signals.Stop,
@@ -153,6 +154,7 @@ def run(
       command: what Python is given to start a trial: its arguments.
       timeout_s: a trial whose record and log stay as they are for so long is killed,
         which counts as a crash; 0 = never.
+      environment: what that of every trial holds besides its place's.
       check: see `Study.next`.
       view: what shows the state.
       stop: true when the sweep is to end.
@@ -171,7 +173,8 @@ def run(
                 if (trial := study.next(check)) is None:
                     break
                 with _reaching(distributed):
-                    future = _submit(study, cluster, command, trial, place)
+                    own = {**environment, **place}
+                    future = _submit(study, cluster, command, trial, own)
                 running[future] = Running(trial, place, since=time.monotonic())
             if not running:
                 return

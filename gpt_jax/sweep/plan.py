@@ -16,11 +16,13 @@ from ml_collections import ConfigDict
 from gpt_jax import commands, names
 from gpt_jax import configs as recipes
 from gpt_jax.criterion import Criterion
+from gpt_jax.population import Evolve
 from gpt_jax.seeds import SEED
 from gpt_jax.sweep import space as spaces
 from gpt_jax.sweep.space import LABEL, OPTIONS, Dimension, Drawn, Point, Pruner
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
+COSTS = ("parameters", "flops", "tokens", "bytes", "seconds")
 SAMPLERS = ("tpe", "random", "qmc", "cmaes", "gp")
 
 
@@ -47,9 +49,13 @@ class Plan:
       sampler, trials, seed: how a space is searched, how many times it draws, and the
         seed of the draws.
       pruner: which trials stop early; None = none.
+      evolve: how the points, trained together, copy each other on the way, as
+        space.pbt says it; None = they do not.
       metric: what is compared: a name in metrics.jsonl.
       direction: minimize or maximize it.
       at: which evaluation counts: best, last, or as in "last 3" the mean of so many.
+      cost: what is to be small as well, one of COSTS or a name of `after`: a search
+        then looks for the front that nothing beats in both; "" = the metric alone.
       after: further metrics, measured once when a trial is done: functions from its run
         folder to a number (after.py has some).
       file: where this was read.
@@ -69,9 +75,11 @@ class Plan:
     trials: int = 0
     seed: int = 0
     pruner: Pruner | None = None
+    evolve: Mapping[str, Any] | None = None
     metric: str = "val_loss"
     direction: str = "minimize"
     at: str = "best"
+    cost: str = ""
     after: Mapping[str, Callable[[Path], float]] = field(default_factory=dict)
     file: str = ""
 
@@ -90,6 +98,8 @@ class Plan:
         for key in () if self.to_config else self.labels:  # whose keys any words are
             names.choose("a key of labels", key, [*self.keys, self.metric])
         self._check_after()
+        self._check_cost()
+        self._check_evolve()
         if self.seeds < 0:
             raise ValueError(f"seeds is {self.seeds}: it must not be negative")
         if self.seeds and SEED in self.fixed.keys() | set(self.keys):
@@ -98,6 +108,35 @@ class Plan:
             )
         if both := sorted(self.fixed.keys() & set(self.keys)):
             raise ValueError(f"{both[0]} is fixed, so it cannot be swept as well")
+
+    def _check_cost(self) -> None:
+        if not self.cost:
+            return
+        names.choose("cost", self.cost, [*COSTS, *self.after])
+        if self.pruner:
+            raise ValueError(
+                f"the pruner {self.pruner['name']} judges by {self.metric} alone, and "
+                f"cost = {self.cost!r} wants the cheap ones kept: leave one out"
+            )
+        if self.space and self.sampler == "cmaes":
+            raise ValueError(
+                "sampler = 'cmaes' knows one objective: with a cost use 'tpe'"
+            )
+
+    def _check_evolve(self) -> None:
+        if self.evolve is None:
+            return
+        Evolve(**self.evolve).check()
+        if self.space or self.pruner or self.seeds:
+            raise ValueError(
+                "evolve trains a list of points together: leave space, pruner and "
+                "seeds out"
+            )
+        if self.criterion != Criterion(at=self.at):
+            raise ValueError(
+                "evolve judges members by val_loss, the less the better: leave metric "
+                "and direction out"
+            )
 
     def _check_after(self) -> None:
         for name, measure in self.after.items():

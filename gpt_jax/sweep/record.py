@@ -8,6 +8,7 @@ one; "step", "tokens" and "seconds": how far the run got. The storage holds it t
 import json
 import re
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,7 @@ from gpt_jax.sweep.plan import Plan
 
 RECORD = "sweep.json"
 OUTCOME = "outcome.json"
-CRITERION = (
-    "metric",
-    "direction",
-    "at",
-)  # decide what is computed only for some sweeps
+CRITERION = ("metric", "direction", "at")  # decide what runs for some sweeps only
 
 
 def failure(reason: str, **more: Any) -> dict:
@@ -54,6 +51,20 @@ def judged(outcome: dict, folder: Path, criterion: Criterion) -> dict:
         return outcome
     found = {"value": None, "at": None, "last": None}
     return outcome | found | measure(folder, criterion)
+
+
+def costs(outcome: dict) -> dict[str, float | None]:
+    """Returns what a trial took: each of COSTS, and what was measured after it."""
+    found = {name: outcome.get(name) for name in ("parameters", "tokens", "seconds")}
+    for name in ("flops", "bytes"):
+        per_token = outcome.get(f"{name}_per_token")
+        found[name] = per_token and per_token * (found["tokens"] or 0)
+    return {**found, **outcome.get("after", {})}
+
+
+def took(row: dict, cost: str) -> float | None:
+    """Returns what a row of results.json says of a cost; None where nothing."""
+    return row["after"].get(cost) if cost in row.get("after", {}) else row.get(cost)
 
 
 def read_outcome(folder: Path) -> dict | None:
@@ -88,7 +99,9 @@ def open_record(
         "metric": plan.metric,
         "direction": plan.direction,
         "at": plan.at,
+        "cost": plan.cost if plan.space else "",  # of points it chooses nothing
         "pruner": plan.pruner,
+        "evolve": json.loads(json.dumps(plan.evolve)),
         "space": {key: str(axis) for key, axis in (plan.space or {}).items()},
         "sampler": sampler if plan.space else None,
         # A password before the @ stays out of the file.
@@ -104,10 +117,12 @@ def open_record(
         made = {"id": f"{out.name}-{uuid.uuid4().hex[:8]}", **new, "trials": trials}
         write(path, made)
         return made
-    old = {"at": "best", **json.loads(path.read_text(encoding="utf-8"))}
-    free = ("base", *(() if plan.space or plan.pruner else CRITERION))
+    old = {"at": "best", "cost": "", **json.loads(path.read_text(encoding="utf-8"))}
+    decides = plan.space or plan.pruner or plan.evolve
+    free = ("base", *(() if decides else CRITERION))
     changed = [key for key in new if key not in free and new[key] != old.get(key)]
     lines = [f"{key}: {old.get(key)!r} -> {new[key]!r}" for key in changed]
+    runs.complete(old["base"])
     before, now = ConfigDict(old["base"]), ConfigDict(new["base"])
     differences = runs.difference(before, now)
     where = "|".join(runs.WHERE)
@@ -127,8 +142,12 @@ def open_record(
     return now_known
 
 
-def earlier(plan: Plan) -> list[dict]:
+def earlier(plan: Plan, costs: Sequence[str]) -> list[dict]:
     """Returns the settings of the sweep that a search starts from, those that fit it.
+
+    Args:
+      plan: whose `start` it is.
+      costs: what must be known of them.
 
     Raises:
       ValueError: there is no such sweep, it was judged by something else, or nothing
@@ -159,7 +178,9 @@ def earlier(plan: Plan) -> list[dict]:
                 if not axis.holds(point.get(key)):
                     return False
                 known[key] = point[key]
-        return row["value"] is not None
+        return all(
+            x is not None for x in (row["value"], *(took(row, c) for c in costs))
+        )
 
     rows = [runs.tuples(row) for row in rows if fits(row)]
     if not rows:

@@ -11,14 +11,16 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from gpt_jax import runs, seeds, signals
+from gpt_jax import population, runs, seeds, signals
 from gpt_jax.criterion import Criterion
-from gpt_jax.sweep import batch, checks, engine
+from gpt_jax.population import evolve
+from gpt_jax.sweep import batch, checks, engine, record
 from gpt_jax.sweep import plan as plans
 from gpt_jax.sweep import space as spaces
 from gpt_jax.sweep.plan import Plan
+from gpt_jax.sweep.shard import Shard, hold
 from gpt_jax.sweep.space import OPTIONS
-from gpt_jax.sweep.study import ENDED, Setting, Study, Trial
+from gpt_jax.sweep.study import ENDED, Budget, Setting, Study, Trial
 from gpt_jax.sweep.view import View
 
 Results = dict[str, Any]
@@ -35,10 +37,12 @@ class Done(NamedTuple):
     Attributes:
       results: see `results`.
       exit_code: 0; 1 where trials failed; that of a signal where it was stopped.
+      left: how many trials of this sitting's shard have not ended.
     """
 
     results: Results
     exit_code: int
+    left: int
 
 
 def check(plan: Plan, base: ConfigDict, criterion: Criterion | None = None) -> dict:
@@ -90,6 +94,7 @@ def processes(
     scheduler: str,
     workers: int,
     accelerators: Sequence[dict[str, str]],
+    environment: Mapping[str, str] | None = None,
     **options: Any,
 ) -> Done:
     """Runs a sweep with a process per trial.
@@ -103,12 +108,15 @@ def processes(
       scheduler: the address of a dask scheduler; "" = this machine.
       workers: trials at once on this machine; 0 = one per accelerator, or per core.
       accelerators: see `engine.local`.
+      environment: what that of every trial holds besides.
       **options: see `_opened`.
 
     Raises:
       ValueError: the sweep cannot be what it says, all its trials failed, its folder is
         another sweep's, or no scheduler answers.
     """
+    if plan.evolve:
+        raise ValueError("points that evolve train together: use --engine=vmap")
     with contextlib.ExitStack() as stack:
         study, view, stop, changed, known = stack.enter_context(
             _opened(plan, base, out, **options)
@@ -121,6 +129,7 @@ def processes(
                 stack.enter_context(where),
                 command=command,
                 timeout_s=trial_timeout,
+                environment=environment or {},
                 check=lambda name, config: checks.validate(
                     [(name, config)], plan, known
                 ),
@@ -145,6 +154,7 @@ def batched(
     Args: as `processes`; `members` trials train at once, 0 = as many as fit into what
       is free, on a CPU into at most `memory` bytes.
     """
+    population.use_devices(base)  # the checks trace, which starts the backend
     opened = _opened(plan, base, out, **options)
     with opened as (study, view, stop, changed, known):
         check = lambda name, config: checks.validate([(name, config)], plan, known)  # noqa: E731
@@ -170,32 +180,45 @@ def _opened(
     retries: int,
     rerun_failed: bool,
     criterion: Criterion | None = None,
+    budget: Budget = Budget(),  # noqa: B008  # it cannot be changed
+    shard: Shard = Shard(),  # noqa: B008
     changed: Callable[[Results], None],
 ) -> Iterator[tuple]:
     """Yields what both engines need, the folder locked and every trial checked.
 
     Args:
       plan, base, out: see `processes`.
-      storage, retries, criterion: see `Study`.
+      storage, retries, criterion, budget, shard: see `Study`.
       rerun_failed: whether failed trials run once more.
-      changed: called with the results when trials have ended, as often as is cheap.
+      changed: called with the results when trials have ended, as often as is cheap;
+        not by a shard, which knows of a part only.
     """
     known = check(plan, base, criterion)
-    if not (out / "sweep.json").is_file() and out.is_dir() and any(out.iterdir()):
+    strange = out.is_dir() and any(path.name != runs.LOCK for path in out.iterdir())
+    if strange and not (out / record.RECORD).is_file():
         raise ValueError(f"{out} is no sweep's folder and not empty; use another --out")
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(signals.watch(base.grace_s + 10))
-        stack.enter_context(runs.lock(out, "--out"))
+        alone, opened = stack.enter_context(hold(out, shard))
         study = Study(
-            plan, base, out, storage=storage, retries=retries, criterion=criterion
+            plan,
+            base,
+            out,
+            storage=storage,
+            retries=retries,
+            criterion=criterion,
+            budget=budget,
+            shard=shard,
+            alone=alone,
         )
+        opened()
         if rerun_failed:
             study.forget_failures()
-        view = View(total=plan.size)
+        view = View(total=study.size)
         stack.callback(view.close, study)
         view.print(_greeting(study))
         rows: dict[str, Row] = {}
-        tell = _seldom(lambda: changed(results(study, rows)))
+        tell = _seldom(lambda: changed(results(study, rows)) if shard.whole else None)
         yield study, view, stop, tell, known
 
 
@@ -235,8 +258,13 @@ def results(study: Study, rows: dict[str, Row] | None = None) -> Results:
         found[name] = rows.get(name) or _row(trial, study, keys)
         if trial.status in ENDED:
             rows[name] = found[name]
-    words = best and plans.command(
-        plan, seeds.without(best.trials[0].overrides), f"runs/best_{plan.name}"
+    evolved = _evolved(study)
+    words = (
+        best
+        and not evolved
+        and plans.command(
+            plan, seeds.without(best.trials[0].overrides), f"runs/best_{plan.name}"
+        )
     )
     return {
         "sweep": plan.name,
@@ -248,6 +276,8 @@ def results(study: Study, rows: dict[str, Row] | None = None) -> Results:
         "size": plan.size,
         "keys": keys,
         "after": [*plan.after],
+        "cost": plan.cost,
+        "evolved": evolved,
         "drawn": plan.drawn,
         "space": {key: axis.kind for key, axis in (plan.space or {}).items()},
         "best": best.name if best else None,
@@ -255,6 +285,28 @@ def results(study: Study, rows: dict[str, Row] | None = None) -> Results:
         "settings": [_setting(setting, found) for setting in study.settings()],
         "trials": list(found.values()),
     }
+
+
+def _evolved(study: Study) -> dict[str, list]:
+    """Returns by trial the numbers of its weights, from which step on; best first.
+
+    {} where points do not evolve.
+    """
+    if not study.plan.evolve:
+        return {}
+
+    def place(trial: Trial) -> float:
+        value = study.measured(trial).get("value")
+        return math.inf if value is None else value
+
+    trials = sorted(study.trials.values(), key=place)
+    folders = {trial.name: study.out / trial.name for trial in trials}
+    flat = {trial.name: runs.flat(trial.config) for trial in trials}
+    starts = {
+        name: {key: own[key] for key in study.plan.evolve["keys"]}
+        for name, own in flat.items()
+    }
+    return {name: evolve.schedule(folders, starts, name) for name in folders}
 
 
 def _row(trial: Trial, study: Study, keys: Mapping[str, str]) -> Row:
@@ -274,9 +326,8 @@ def _row(trial: Trial, study: Study, keys: Mapping[str, str]) -> Row:
     told |= {"seconds": 0.0, "reason": "", "parameters": None}
     outcome = study.measured(trial)
     told |= {key: outcome[key] for key in told if key in outcome}
-    for name in ("flops", "bytes"):
-        per_token = outcome.get(f"{name}_per_token")
-        told[name] = per_token and per_token * told["tokens"]
+    costs = record.costs(outcome)
+    told |= {"flops": costs["flops"], "bytes": costs["bytes"]}
     after = outcome.get("after", {})
     told["after"] = {name: after.get(name) for name in study.plan.after}
     if twin := outcome.get("same_as"):  # it was not trained again
@@ -338,15 +389,17 @@ def _setting(setting: Setting, rows: Mapping[str, Row]) -> Row:
 
 
 def _greeting(study: Study) -> str:
-    plan, ended = study.plan, study.plan.size - study.left()
+    plan, ended = study.plan, study.size - study.left()
     what = f"searched by {plan.sampler}" if plan.space else "points"
     pruned = f", pruned by {plan.pruner['name']}" if plan.pruner else ""
+    pruned += ", evolving" if plan.evolve else ""
     before = f"; {ended} ended before" if ended else ""
-    return f"{plan.size} trials ({what}{pruned}) in {study.out}{before}"
+    of = f" of {plan.size}" if study.size < plan.size else ""
+    return f"{study.size}{of} trials ({what}{pruned}) in {study.out}{before}"
 
 
 def _done(study: Study, stop: signals.Stop) -> Done:
-    trials = study.trials.values()
+    trials = [trial for trial in study.trials.values() if trial.own]
     failed = [trial for trial in trials if trial.status == "failed"]
     if failed and not stop and len(failed) == len(trials):
         raise ValueError(
@@ -355,4 +408,5 @@ def _done(study: Study, stop: signals.Stop) -> Done:
             f"{study.out / failed[0].name / 'trial.log'}; after the cause is mended, "
             f"--rerun_failed runs them again"
         )
-    return Done(results(study), stop.exit_code if stop else int(bool(failed)))
+    code = stop.exit_code if stop else int(bool(failed))
+    return Done(results(study), code, study.left())

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gpt_jax import files
+from gpt_jax import names as names_of
 from gpt_jax import seeds as repetitions
 
 Point = dict[str, Any]
@@ -225,7 +226,7 @@ def when(condition: Mapping[str, Any], axis: Dimension) -> Dimension:
 Pruner = dict[str, Any]
 
 
-def asha(first: int, factor: int = 4, last: int = 0) -> Pruner:
+def asha(first: int, factor: int = 4, last: int = 0, by: str = "steps") -> Pruner:
     """Successive halving: at steps first, first * factor, ... the best 1/factor go on.
 
     Asynchronous (Li et al. 2020): a trial is judged against those that were there
@@ -235,10 +236,14 @@ def asha(first: int, factor: int = 4, last: int = 0) -> Pruner:
       first: the step of the first rung.
       factor: between the steps of two rungs; also 1 / the share that goes on.
       last: after this step no trial is judged: what is that good ends. 0 = all are.
+      by: what first and last count: steps, or training tokens, where steps of trials
+        are not of one size.
     """
+    names_of.choose("by", by, ("steps", "tokens"))
     if last and last < first:
         raise ValueError(f"asha() is given last={last}: it must not be below first")
-    return _pruner("asha", first=first, factor=factor, last=last)
+    made = _pruner("asha", first=first, factor=factor, last=last)
+    return made if by == "steps" else {**made, "by": by}
 
 
 def hyperband(first: int, factor: int = 3) -> Pruner:
@@ -264,6 +269,24 @@ def _pruner(name: str, **numbers: int) -> Pruner:
     if numbers.get("factor", 2) < 2:
         raise ValueError(f"{name}() is given factor={numbers['factor']}: at least 2")
     return {"name": name, **numbers}
+
+
+# --- populations ----------------------------------------------------------------------
+
+
+def pbt(
+    every: int,
+    keys: Sequence[str],
+    share: float = 0.25,
+    factors: Sequence[float] = (0.8, 1.25),
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Population based training: the worst points go on as copies of the best.
+
+    Args: see `population.Evolve`.
+    """
+    told = {"every": every, "keys": tuple(keys), "share": share}
+    return {**told, "factors": tuple(factors), "seed": seed}
 
 
 # --- names ----------------------------------------------------------------------------

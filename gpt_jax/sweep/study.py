@@ -9,6 +9,8 @@ Trials that differ in the seed alone are one setting: its mean is what is judged
 """
 
 import contextlib
+import functools
+import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable
@@ -27,6 +29,7 @@ from gpt_jax.sweep import record, space
 from gpt_jax.sweep import storage as storages
 from gpt_jax.sweep.plan import Plan
 from gpt_jax.sweep.record import failure
+from gpt_jax.sweep.shard import Shard
 from gpt_jax.sweep.space import Dimension, Point
 
 JOURNAL = "optuna.journal"
@@ -52,8 +55,21 @@ class Trial:
     crashes: int = 0
     saved: int = 0
     outcome: dict = field(default_factory=dict)
+    own: bool = True  # trained here, not by another shard
     draw: int = -1  # of the search that chose its values, where that has its own record
     drawn: Point = field(default_factory=dict)  # what to_config made the overrides of
+
+
+class Budget(NamedTuple):
+    """What one sitting may take: no trial begins after that; 0 = no limit.
+
+    Attributes:
+      trials: how many may begin.
+      seconds: how long one may begin.
+    """
+
+    trials: int = 0
+    seconds: float = 0.0
 
 
 class Setting(NamedTuple):
@@ -84,6 +100,9 @@ class Study:
         storage: str,
         retries: int,
         criterion: Criterion | None = None,
+        budget: Budget = Budget(),  # noqa: B008  # it cannot be changed
+        shard: Shard = Shard(),  # noqa: B008
+        alone: bool = True,
     ):
         """Opens the record of the sweep in `out`, or begins one.
 
@@ -94,12 +113,21 @@ class Study:
           storage: an Optuna storage URL; "" = a journal in the folder.
           retries: so often a trial that crashed runs again.
           criterion: that of the report; None = the plan's.
+          budget: what this sitting may take.
+          shard: which points are trained here.
+          alone: whether nobody else writes to the record now.
 
         Raises:
           ValueError: the folder is another sweep's, a point does not fit, or a package
             is missing.
         """
+        if plan.space and not shard.whole:
+            raise ValueError(
+                "--shard divides points: what a search draws depends on all that it "
+                "drew before. Run one sweep, with --scheduler for many machines"
+            )
         self.plan, self.base, self.out = plan, base, out
+        self._budget, self._begun, self._opened = budget, 0, time.monotonic()
         self.criterion = criterion or plan.criterion
         self._build = plans.builder(base, plan)
         self.trials: dict[str, Trial] = {}
@@ -112,7 +140,10 @@ class Study:
         self._measured: dict[str, dict] = {}
         self._best: Setting | None = None
         built = plans.configs(base, plan)
-        trials = [Trial(name, *parts) for name, parts in built.items()]
+        trials = [
+            Trial(name, *parts, own=shard.owns(index))
+            for index, (name, parts) in enumerate(built.items())
+        ]
         seeded = {seeds.setting(t.overrides): seeds.without(t.overrides)
                   for t in trials if seeds.SEED in t.overrides}  # fmt: skip
         self._names = dict(zip(seeded, space.names(list(seeded.values()))))
@@ -121,12 +152,16 @@ class Study:
         self.record = record.open_record(plan, base, out, list(self.trials), storage)
         self.storage = storage or str((out / JOURNAL).resolve())
         self._optuna = storages.import_optuna()
-        storages.mend(out / JOURNAL)
+        if alone:
+            storages.mend(out / JOURNAL)
         self._sampler(0)  # a missing package shows now
+        # Of points the sampler chooses nothing, so that the cost is for the report.
+        self._costs = [plan.cost] if plan.cost and plan.space else []
+        directions = [plan.direction, *("minimize" for _ in self._costs)]
         self._study = self._optuna.create_study(
             storage=storages.open_storage(self.storage),
             study_name=self.record["id"],
-            direction=plan.direction,
+            directions=directions,
             pruner=storages.make_pruner(plan.pruner, base.steps),
             load_if_exists=True,
         )
@@ -136,7 +171,7 @@ class Study:
             self._draws = self._optuna.create_study(
                 storage=self._study._storage,
                 study_name=f"{self.record['id']}-draws",
-                direction=plan.direction,
+                directions=directions,
                 load_if_exists=True,
             )
             self._restore_draws()
@@ -144,9 +179,22 @@ class Study:
             self._begin_search()
         self._restore()
 
+    @property
+    def size(self) -> int:
+        """How many trials are to be trained here."""
+        return self.plan.size if self.plan.space else sum(self.counts.values())
+
     def left(self) -> int:
-        """Returns how many trials have not ended."""
-        return self.plan.size - sum(self.counts[status] for status in ENDED)
+        """Returns how many trials of this shard have not ended."""
+        return self.size - sum(self.counts[status] for status in ENDED)
+
+    def late(self) -> bool:
+        """Whether the time in which a trial may begin is over."""
+        limit = self._budget.seconds
+        return bool(limit) and time.monotonic() - self._opened >= limit
+
+    def _spent(self) -> bool:
+        return self.late() or 0 < self._budget.trials <= self._begun
 
     def settings(self) -> list[Setting]:
         """Returns the settings, best first."""
@@ -159,12 +207,14 @@ class Study:
         return self._best if self._best and self._best.mean else None
 
     def next(self, check: Callable[[str, ConfigDict], None]) -> Trial | None:
-        """Returns a trial to run, marked as running; None when none is left.
+        """Returns a trial to run, marked as running; None when none is left, or may be.
 
         Args:
           check: raises ValueError for a config that no run can have; that trial then
             has failed.
         """
+        if self._spent():
+            return None
         while not self._waiting and self.plan.space and self._drawn < self.plan.trials:
             self._draw(check)
         if not self._waiting:
@@ -173,6 +223,7 @@ class Study:
         if trial.number < 0:
             self._enter(trial)
         self._set(trial, "running")
+        self._begun += 1
         return trial
 
     def finish(self, trial: Trial, outcome: dict) -> None:
@@ -185,7 +236,7 @@ class Study:
         self._attribute(trial, "outcome", outcome)
         self._study.tell(
             trial.number,
-            outcome["value"] if outcome["status"] == "done" else None,
+            self._values(outcome) if outcome["status"] == "done" else None,
             state=states.get(outcome["status"], state.PRUNED),
         )
         self._end(trial, outcome)
@@ -214,7 +265,8 @@ class Study:
 
     def forget_failures(self) -> int:
         """Lets failed trials run once more; returns how many."""
-        failed = [trial for trial in self.trials.values() if trial.status == "failed"]
+        failed = [one for one in self.trials.values() if one.status == "failed"]
+        failed = [trial for trial in failed if trial.own]
         for trial in failed:
             (self.out / trial.name / record.OUTCOME).unlink(missing_ok=True)
             trial.crashes, trial.number = 0, -1
@@ -224,6 +276,8 @@ class Study:
 
     def report(self, trial: Trial, step: int, value: float) -> None:
         """Records an evaluation of a running trial (a trial's own process prunes)."""
+        if self._costs:  # Optuna has no such record of several objectives
+            return
         self._optuna.trial.Trial(self._study, trial.id).report(value, step)
 
     def measured(self, trial: Trial) -> dict:
@@ -242,8 +296,9 @@ class Study:
 
     def _add(self, trial: Trial) -> None:
         self.trials[trial.name] = trial
-        self.counts[trial.status] += 1
-        self._waiting.append(trial)
+        if trial.own:
+            self.counts[trial.status] += 1
+            self._waiting.append(trial)
         key = seeds.setting(trial.overrides)
         self._groups.setdefault(key, []).append(trial)
         self._judge(key)
@@ -256,8 +311,9 @@ class Study:
         self._set(trial, "waiting")
 
     def _set(self, trial: Trial, status: str) -> None:
-        self.counts[trial.status] -= 1
-        self.counts[status] += 1
+        if trial.own:
+            self.counts[trial.status] -= 1
+            self.counts[status] += 1
         trial.status = status
 
     def _end(self, trial: Trial, outcome: dict) -> None:
@@ -294,18 +350,66 @@ class Study:
     def _enter(self, trial: Trial) -> None:
         """Adds a trial whose values are known to the storage, as one that runs."""
         create, state = self._optuna.trial.create_trial, self._optuna.trial.TrialState
-        axes = {} if self.plan.seeds else self.plan.space or {}
+        params, distributions = self._shown(trial)
         template = create(
             state=state.RUNNING,
-            params={key: _written(axis, trial.drawn[key])
-                    for key, axis in axes.items() if key in trial.drawn},
-            distributions={key: self._distribution(axis)
-                           for key, axis in axes.items() if key in trial.drawn},
+            params=params,
+            distributions=distributions,
             user_attrs={"name": trial.name, "overrides": trial.overrides},
         )  # fmt: skip
         store = self._study._storage  # Study.add_trial() does not tell the number
         trial.id = store.create_new_trial(self._study._study_id, template)
         trial.number = store.get_trial_number_from_id(trial.id)
+
+    def _shown(self, trial: Trial) -> tuple[dict, dict]:
+        """Returns the values of a trial and of what they were chosen, for the storage.
+
+        A search learns from them; of points they are for those who look on.
+        """
+        axes = {**(self.plan.space or {})}
+        params = {key: _written(axis, trial.drawn[key])
+                  for key, axis in axes.items() if key in trial.drawn}  # fmt: skip
+        if axes:
+            return params, {key: self._distribution(axes[key]) for key in params}
+        axes = self._axes
+        own = {key: x for key, x in trial.overrides.items() if key in axes}
+        return own, {key: axes[key] for key in own}
+
+    @functools.cached_property
+    def _axes(self) -> dict[str, Any]:
+        """The keys of points as Optuna describes them.
+
+        A key that the storage knows as something else, since points of other kinds were
+        added, is not shown.
+        """
+        kinds, found, known = self._optuna.distributions, {}, {}
+        for one in self._study.get_trials(deepcopy=False):
+            known |= one.distributions
+        for key in dict.fromkeys([*self.plan.keys, seeds.SEED]):
+            all_of = [one.overrides.get(key) for one in self.trials.values()]
+            values = {seeds.text({"": x}): x for x in all_of if x is not None}.values()
+            types = {type(value) for value in values}
+            if not types:
+                continue
+            if types == {int}:
+                axis = kinds.IntDistribution(min(values), max(values))
+            elif types <= {int, float}:
+                axis = kinds.FloatDistribution(min(values), max(values))
+            elif types <= {str, int, float, bool}:
+                axis = kinds.CategoricalDistribution([*values])
+            else:
+                continue
+            try:
+                kinds.check_distribution_compatibility(known.get(key, axis), axis)
+            except ValueError:
+                continue
+            found[key] = axis
+        return found
+
+    def _values(self, outcome: dict) -> list[float]:
+        """Returns what the sampler is told of a trial that is done."""
+        costs = record.costs(outcome)
+        return [outcome["value"], *(costs[name] or 0.0 for name in self._costs)]
 
     def _attribute(self, trial: Trial, key: str, value: Any) -> None:
         self._optuna.trial.Trial(self._study, trial.id).set_user_attr(key, value)
@@ -329,7 +433,8 @@ class Study:
             if point is not None:
                 break
             asked.set_user_attr("refused", drawn)
-            self._draws.tell(asked.number, state=self._optuna.trial.TrialState.FAIL)
+            # A sampler forgets what failed, and would draw it for ever.
+            self._draws.tell(asked.number, state=self._optuna.trial.TrialState.PRUNED)
         else:
             raise ValueError(
                 f"to_config() allows none of {MOST_REFUSED} draws in a row, the last "
@@ -390,10 +495,10 @@ class Study:
         told = self._draws.get_trials(deepcopy=False)[draw]
         if told.state.is_finished():
             return
-        values = [one.outcome["value"] for one in own if one.status == "done"]
+        values = [self._values(one.outcome) for one in own if one.status == "done"]
         bad = any(trial.status in ("pruned", "diverged") for trial in own)
         if values and not bad:
-            self._draws.tell(draw, sum(values) / len(values))
+            self._draws.tell(draw, [sum(each) / len(values) for each in zip(*values)])
         else:
             self._draws.tell(draw, state=states.PRUNED if bad else states.FAIL)
 
@@ -410,12 +515,12 @@ class Study:
     def _begin_search(self) -> None:
         """Tells the sampler what an earlier sweep found, and what to draw first."""
         axes = self.plan.space or {}
-        for row in record.earlier(self.plan):
+        for row in record.earlier(self.plan, self._costs):
             point = row.get("drawn") or row["overrides"]
             own = {k: axis for k, axis in axes.items() if point.get(k) is not None}
             self._draws.add_trial(
                 self._optuna.trial.create_trial(
-                    value=row["value"],
+                    values=[row["value"], *(record.took(row, x) for x in self._costs)],
                     params={k: _written(axis, point[k]) for k, axis in own.items()},
                     distributions={k: self._distribution(a) for k, a in own.items()},
                     user_attrs={"from": self.plan.start},
@@ -468,6 +573,8 @@ class Study:
                     fail = self._optuna.trial.TrialState.FAIL
                     self._study.tell(found.number, state=fail)
                 continue
+            if not (trial.own or found.state.is_finished()):
+                continue  # another shard runs it
             trial.number, trial.id = found.number, found._trial_id
             trial.crashes, trial.saved = found.user_attrs.get("crashes", (0, 0))
             if found.state.is_finished():
@@ -482,7 +589,7 @@ class Study:
                 (self.out / trial.name / record.OUTCOME).unlink()
                 self.crashed(trial, outcome)
         self._waiting = deque(
-            trial for trial in self.trials.values() if trial.status == "waiting"
+            one for one in self.trials.values() if one.own and one.status == "waiting"
         )
 
     def _known(self, found) -> Trial | None:

@@ -156,13 +156,15 @@ def line(name: str, metric: str, outcome: dict) -> str:
 def reporter(order: dict[str, Any]) -> Callable[[int, dict[str, float]], str]:
     """Returns what `train` calls after each evaluation; it ends hopeless trials."""
     metric = order["criterion"][0]
-    judge = _pruner(order) if order.get("pruner") else lambda step, value: ""
+    judge = _pruner(order) if order.get("pruner") else lambda reached, value: ""
+    by = (order.get("pruner") or {}).get("by", "steps")
 
     def report(step: int, numbers: dict[str, float]) -> str:
         value = numbers.get(metric)
         if value is None or not step:
             return ""
-        return judge(step, value) if math.isfinite(value) else "diverged"
+        reached = numbers["tokens"] if by == "tokens" else step
+        return judge(int(reached), value) if math.isfinite(value) else "diverged"
 
     return report
 
@@ -198,9 +200,9 @@ def _pruner(order: dict[str, Any]) -> Callable[[int, float], str]:
 
     last = order["pruner"].get("last") or math.inf
 
-    def judge(step: int, value: float) -> str:
-        trial.report(value, step)
-        return "pruned" if step <= last and trial.should_prune() else ""
+    def judge(reached: int, value: float) -> str:
+        trial.report(value, reached)
+        return "pruned" if reached <= last and trial.should_prune() else ""
 
     return judge
 

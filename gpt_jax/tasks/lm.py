@@ -1,10 +1,12 @@
 """Language modelling: predict the next token of running text."""
 
 import functools
+import math
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from gpt_jax import data, losses, settings, words
 from gpt_jax.model import GPT, GPTConfig, hidden
@@ -19,6 +21,8 @@ from gpt_jax.tasks.task import (
     dropout_of,
     with_own,
 )
+
+PART, MOST_PARTS = 1 << 14, 1 << 9  # 8M tokens tell what a byte of text costs
 
 
 class Options(NamedTuple):
@@ -69,10 +73,27 @@ def make(
         },
         tokens=seq_len,
         fingerprint=prepared.fingerprint,
+        bytes_per_token=functools.cache(
+            functools.partial(bytes_per_token, prepared.train, tokenizer.token_bytes())
+        ),
         known_words=functools.cache(
             functools.partial(words.known, prepared.train, tokenizer)
         ),
     )
+
+
+def bytes_per_token(tokens: Any, token_bytes_V: np.ndarray) -> float:
+    """Returns the mean of the bytes that training tokens stand for.
+
+    Args:
+      tokens: a sequence of ids; of a long one, evenly spaced parts are read.
+      token_bytes_V: of each id.
+    """
+    parts = max(1, min(MOST_PARTS, math.ceil(len(tokens) / PART)))
+    starts = [i * len(tokens) // parts for i in range(parts)]
+    sizes = [token_bytes_V[tokens[start : start + PART]] for start in starts]
+    total = sum(int(size.sum(dtype=np.int64)) for size in sizes)
+    return total / sum(map(len, sizes))
 
 
 def check_window(seq_len: int, context_length: int) -> None:
@@ -163,7 +184,7 @@ KIND = Kind(
     check=lambda options, text: check_chunk(options["loss_chunk"]),
     reads=lambda options: (
         *(*OF_THE_MODEL, *OF_THE_LOSS, *OF_ROWS),
-        *("data.field", "data.stride", "data.skip_bad_docs"),
+        *("data.field", "data.stride", "data.skip_bad_docs", "max_bytes"),
     ),
     config="configs/quickstart.py",
 )

@@ -26,6 +26,7 @@ OF_ROWS = (
 SHARED = (
     *(*OF_THE_MODEL, *OF_THE_LOSS, *OF_ROWS),
     *("data.field", "data.stride", "data.skip_bad_docs", "model.n_classes"),
+    "max_bytes",
 )
 
 
@@ -97,6 +98,8 @@ class Task(NamedTuple):
       rollout: (weights, batch [A, B, ...], key) -> batch [A, C, ...], run before the
         step over the rows of each device, or None. C is a multiple of B.
       updates: steps that train on one rollout.
+      bytes_per_token: the UTF-8 bytes of training text that a token stands for, on
+        average; None where there is no running text.
       known_words: the words of the training text, in small letters; None where there is
         no running text.
     """
@@ -117,4 +120,5 @@ class Task(NamedTuple):
     stop: tuple[int, ...] = ()
     rollout: Callable[..., Batch] | None = None
     updates: int = 1
+    bytes_per_token: Callable[[], float] | None = None
     known_words: Callable[[], Collection[str]] | None = None
