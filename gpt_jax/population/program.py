@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpt_jax import memory, sharding
+from gpt_jax.mesh import platform
 from gpt_jax.train import Parts
 
 STEPS = 16  # K, the most: a call costs as much as a step of a tiny model
@@ -107,7 +108,7 @@ def over_members(one: Callable) -> Callable:
     A vmap fills the device. On a CPU they take turns instead: at width 192 that is a
     fifth faster, at width 32 as fast, and a member's bits depend on nobody.
     """
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         return partial(jax.lax.map, one)
     return jax.vmap(one)
 
