@@ -77,7 +77,7 @@ def test_lora_starts_as_exactly_the_base_and_merges_and_unmerges(layout):
     assert np.abs(after - before).max() > 0.1
     merged = adapters.merge(trained, "float32")
     assert jax.tree.structure(merged) == jax.tree.structure(base)
-    np.testing.assert_allclose(logits(cfg, merged), after, atol=1e-5)
+    np.testing.assert_allclose(logits(cfg, merged), after, atol=5e-5)
     assert checkpoint.digest(adapters.unmerge(trained)) == checkpoint.digest(base)
     assert checkpoint.digest(adapters.reference(frozen)) == checkpoint.digest(base)
 

@@ -1,6 +1,7 @@
 """Training computes what it computed when tests/golden/bits.json was written.
 
-On the machine that wrote it, `python -m tests.golden.bits` compares to the bit.
+On the machine that wrote it, `python -m tests.golden.bits` compares to the bit, and
+the greedy texts too.
 """
 
 import json
@@ -16,9 +17,9 @@ KEPT = json.loads(bits.FILE.read_text())
 def compare(name: str) -> None:
     found, kept = bits.run(name), KEPT["runs"][name]
     assert found.keys() == kept.keys()
-    assert found.get("text") == kept.get("text")
-    # Products of bfloat16 and sums over devices are ordered otherwise elsewhere.
-    rtol = 1e-2 if "bfloat16" in name else 1e-4
+    # Another machine orders sums otherwise, and the signs that Lion and Muon take of
+    # them, or which of two tokens is likelier, may turn with the last bit.
+    rtol = 1e-2 if "bfloat16" in name else 1e-3
     for key in ("train_loss", "grad_norm", "val_loss"):
         np.testing.assert_allclose(found[key], kept[key], rtol=rtol, err_msg=key)
 

@@ -203,8 +203,9 @@ class Attention(nn.Module):
     @staticmethod
     def empty(cfg: GPTConfig, rows: int, length: int, dtype) -> Past:
         """Returns what a layer remembers of no tokens, with room for `length`."""
-        zeros_BGSK = jnp.zeros((rows, cfg.n_kv_heads, length, cfg.head_dim), dtype)
-        return Past(_by_head(zeros_BGSK), _by_head(zeros_BGSK))
+        shape = (rows, cfg.n_kv_heads, length, cfg.head_dim)
+        # Two arrays, since a program that is given them cannot be given one twice.
+        return Past(*(_by_head(jnp.zeros(shape, dtype)) for _ in Past._fields))
 
     def __call__(self, x_BTD, past: Past | None, where: Where, dropout):
         cfg, kind = self.cfg, self.kind
