@@ -81,15 +81,17 @@ def on_cpus(
     rows = config.batch_size // config.accumulate
     plan = plans.make(config, sharding.make_mesh(rows, **axes, cpu_devices=0))
     tell(f"tracing the step for {count:,} devices ...")
-    found, compiled = build(train_step(plan), OPTIONS, tell)
-    assert compiled is not None, found  # a CPU refuses no program for its size
-    text = programs.Program(compiled.as_text())
+    started = time.monotonic()
+    draft = train_step(plan)
+    lowered = draft.run.lower(*draft.arguments)
+    tell(f"traced in {time.monotonic() - started:.0f} s; compiling ...")
+    compiled = beside(lambda: lowered.compile(compiler_options=OPTIONS), tell)
     return {
         "mesh": axes,
         "devices": count,
-        "memory": found["memory"],
-        "collectives": totals(text),
-        "seconds": sum(found["seconds"].values()),
+        "memory": memory(compiled, on_cpu=True),
+        "collectives": totals(programs.Program(compiled.as_text())),
+        "seconds": time.monotonic() - started,
         "host_bytes": files.peak_memory(),
     }
 
@@ -126,14 +128,20 @@ def on(
       and "has", bytes as the compiler says them.
 
     Raises:
-      ValueError: see `plan.make`; or XLA refuses a program for another reason.
+      ValueError: see `plan.make`; or pmap is asked for, or XLA refuses a program for
+        another reason.
     """
+    if config.mesh.strategy == "pmap":
+        raise ValueError(
+            "mesh.strategy pmap runs on devices that are there: compile mesh, with "
+            "the same losses, or take --dry_run"
+        )
     lengths = (mesh["data"], mesh["fsdp"], mesh["tensor"])
     plan = plans.make(config, sharding.arranged(lengths, target.devices))
     for draft in drafts(plan, which, rows):
         tell(f"{draft.name}: tracing for {target.number:,} x {target.kind.device} ...")
         with targets.answers():
-            found, compiled = build(draft, None, tell, out=out)
+            found, compiled = build(draft, tell, out=out)
         if compiled is not None:
             found |= read(compiled, target.kind, peak)
         yield {"program": draft.name, "tokens": draft.tokens, **found}
@@ -152,11 +160,7 @@ def read(compiled: Any, kind: targets.Kind, peak: float) -> dict[str, Any]:
 
 
 def build(
-    draft: Draft,
-    options: Mapping[str, Any] | None,
-    tell: Callable[[str], Any],
-    *,
-    out: str | Path = "",
+    draft: Draft, tell: Callable[[str], Any], *, out: str | Path
 ) -> tuple[dict[str, Any], Any]:
     """Returns what is known of a program, and the program: None if it does not fit."""
     started = time.monotonic()
@@ -168,13 +172,13 @@ def build(
     keep(out, draft.name, "stablehlo", lowered.as_text)
     started = time.monotonic()
     try:
-        compiled = beside(lambda: lowered.compile(compiler_options=options), tell)
+        compiled = beside(lambda: lowered.compile(), tell)
     except jax.errors.JaxRuntimeError as error:
         spent["compile"] = time.monotonic() - started
         return found | refusal(draft.name, str(error)), None
     spent["compile"] = time.monotonic() - started
     keep(out, draft.name, "hlo", compiled.as_text)
-    return found | {"memory": memory(compiled)}, compiled
+    return found | {"memory": memory(compiled, on_cpu=False)}, compiled
 
 
 def of_trace(jaxpr: Any) -> dict[str, Any]:
@@ -384,7 +388,7 @@ def _cache(cache: Any, mesh: Mesh) -> Any:
 # ------------------------------------------------------------- what it took
 
 
-def memory(compiled: Any) -> dict[str, int]:
+def memory(compiled: Any, *, on_cpu: bool) -> dict[str, int]:
     """Returns what XLA says of a compiled program's memory on one device, in bytes."""
     found = compiled.memory_analysis()
     parts = {
@@ -392,9 +396,12 @@ def memory(compiled: Any) -> dict[str, int]:
         "results": found.output_size_in_bytes - found.alias_size_in_bytes,
         "temporary": found.temp_size_in_bytes,
     }
-    # A compiler that knows when each part is there says a lower peak than their sum.
-    peak = getattr(found, "peak_memory_in_bytes", 0) or sum(parts.values())
-    return {**parts, "peak": min(peak, sum(parts.values()))}
+    peak = sum(parts.values())
+    # A compiler that knows when each part is there says less. A CPU's leaves out what
+    # is temporary.
+    if not on_cpu and found.peak_memory_in_bytes:
+        peak = min(peak, found.peak_memory_in_bytes)
+    return {**parts, "peak": peak}
 
 
 def totals(text: programs.Program) -> dict[str, dict[str, float]]:

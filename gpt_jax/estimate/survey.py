@@ -88,7 +88,7 @@ def find(wanted: Sequence[str], count: int) -> list[str]:
       ValueError: a name is not one of ROWS, or its mesh has another size.
     """
     for name in wanted:
-        size = math.prod(ROWS[names.choose("--rows", name, ROWS)].axes)
+        size = math.prod(names.choose("--rows", name, ROWS).axes)
         if size != count:
             raise ValueError(
                 f"--rows={name} is a mesh of {size} devices, and --device names {count}"

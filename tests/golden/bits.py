@@ -82,6 +82,7 @@ def task(name: str, **changes: Any) -> Callable[[str], Any]:
 
         config = lm()
         config.task = common.TASKS[name]()
+        config.init_from = "random"
         path = Path(folder) / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows(folder)))
         config.data.update(source=str(path), val_fraction=0.2)
