@@ -27,9 +27,9 @@ from tests.golden import bits
 LOWERED = {"gpu": "cuda", "tpu": "tpu"}
 TASKS = ("gpt2 adamw", "classify", "sft", "dpo", "answers", "grpo")
 # The products of float32 in programs of bfloat16: Muon's, which has no place in the
-# model; the backward pass of JAX's own attention; and that of GRPO's head, whose logits
-# are divided by a temperature before they are scored.
-NAMED = ("", "vmap(BTNH,BSNH->BNTS)", "...D,VD->...V")
+# model; the backward pass of JAX's own attention; a sum over features in that of
+# splash; GRPO's head, whose logits are divided by a temperature before they are scored.
+NAMED = ("", "vmap(BTNH,BSNH->BNTS)", "hsd,hsd->hs", "...D,VD->...V")
 LONG, ODD = 128, 1  # tokens: a tile of splash's; what makes rows of an odd number
 # Of packed rows the name has a word more.
 CUDNN, ITS_GRADIENT = r"__cudnn\$fmha\w*Softmax", r"__cudnn\$fmha\w*SoftmaxBackward"

@@ -219,7 +219,8 @@ def keep(out: str | Path, name: str, ending: str, text: Callable[[], Any]) -> No
     if out:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{name.replace(' ', '-')}.{ending}.txt"
+        stem = name.replace("'s", "").replace(" ", "-")
+        path = folder / f"{stem}.{ending}.txt"
         path.write_text(text(), "utf-8")
 
 

@@ -143,7 +143,7 @@ class Program:
                 if one.kind == "constant" and one.shape.startswith("s32[]"):
                     found += [int(n) for n in re.findall(r"^(\d+)\)", one.rest)]
                 ahead += re.findall(r"calls=%?([\w.\-]+)", one.rest)
-        return max(found, default=1)
+        return max(found, default=1) or 1
 
     def collectives(self) -> list[Collective]:
         """Returns the collectives; what several fusions do a part of counts once."""

@@ -159,18 +159,23 @@ def find(name: str) -> Target:
         installed.
     """
     kind, count, slices = parse(name)
-    module, extra = COMPILERS[kind.platform]
-    with contextlib.suppress(ModuleNotFoundError):
-        if importlib.util.find_spec(module) is not None:
-            made = (
-                _gpus(count) if kind.platform == "gpu" else _tpus(kind, count, slices)
-            )
-            return Target(name, kind, count * slices, list(made))
-    raise ValueError(
-        f"--device={name} needs XLA's compiler for it, which is not installed: "
-        f'pip install -r requirements.txt "jax[{extra}]", best into an environment of '
-        "its own"
-    )
+    if not installed(kind):
+        _, extra = COMPILERS[kind.platform]
+        raise ValueError(
+            f"--device={name} needs XLA's compiler for it, which is not installed: pip "
+            f'install -r requirements.txt "jax[{extra}]", best into an environment of '
+            "its own"
+        )
+    made = _gpus(count) if kind.platform == "gpu" else _tpus(kind, count, slices)
+    return Target(name, kind, count * slices, list(made))
+
+
+def installed(kind: Kind) -> bool:
+    """Returns whether the package that compiles for such devices is there."""
+    module, _ = COMPILERS[kind.platform]
+    with contextlib.suppress(ModuleNotFoundError):  # of the package that it is in
+        return importlib.util.find_spec(module) is not None
+    return False
 
 
 def _tpus(kind: Kind, count: int, slices: int) -> Any:
