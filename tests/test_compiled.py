@@ -257,7 +257,7 @@ def test_a_survey_keeps_the_newest_line_and_writes_its_page(tmp_path):
 
 
 def test_rows_of_a_survey_are_those_of_as_many_devices():
-    assert survey.find([], 1) == ["small-alone"]
+    assert survey.find([], 256) == ["7b-fsdp"]
     assert survey.find(["xl-fsdp"], 8) == ["xl-fsdp"]
     with pytest.raises(ValueError, match="mesh of 8 devices, and --device names 4"):
         survey.find(["xl-fsdp"], 4)

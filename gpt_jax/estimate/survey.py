@@ -67,8 +67,17 @@ class Row(NamedTuple):
 SMALL, XL = ("GPT-2 small", "small", {}), ("GPT-2 XL", "xl", {})
 LLAMA, QWEN = ("Llama 3.2 1B", "small", LLAMA_1B), ("Qwen3 0.6B", "small", QWEN3)
 SEVEN = ("Llama 2 7B", "small", LLAMA_7B)
+SCAN, FULL = {"scan_layers": True}, {"remat": "full"}
 ROWS = {
     "small-alone": Row(*SMALL, (1, 1, 1), 16, ("train", "evaluate", "decode")),
+    "small-scan": Row("GPT-2 small, scanned", "small", SCAN, (1, 1, 1), 16),
+    "small-scan-full": Row(
+        "GPT-2 small, scanned, remat full", "small", SCAN | FULL, (1, 1, 1), 16
+    ),
+    "small-full": Row("GPT-2 small, remat full", "small", FULL, (1, 1, 1), 16),
+    "small-float32": Row(
+        "GPT-2 small, float32", "small", {"dtype": "float32"}, (1, 1, 1), 16
+    ),
     "small-data": Row(*SMALL, (8, 1, 1), 8),
     "small-fsdp": Row(*SMALL, (1, 8, 1), 8),
     "qwen-fsdp": Row(*QWEN, (1, 8, 1), 2),
