@@ -40,7 +40,7 @@ LOCK = $(UV)/$(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
 help:  ## list the targets
 	@echo 'usage: make TARGET [PYTHON=python3.12]'
 	@sed -n 's/^\([a-z-]*\):.*## /  \1|/p' $(MAKEFILE_LIST) \
-	  | while IFS='|' read -r name text; do printf '%-16s%s\n' "$$name" "$$text"; done
+	  | while IFS='|' read -r name text; do printf '%-18s%s\n' "$$name" "$$text"; done
 
 .PHONY: demo
 demo: runtime  ## train a small model, show what it writes (a few minutes on a CPU)

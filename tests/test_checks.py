@@ -75,7 +75,8 @@ def wrong():
                 continue
             seen |= {key} if not key.startswith(("task.", "adapter.")) else set()
             for value in ODD:
-                if not is_right(value, default):
+                numbers = key == "task.labels" and value == ("a", 1)  # names as well
+                if not is_right(value, default) and not numbers:
                     yield task, adapter, key, value
 
 
@@ -234,8 +235,9 @@ def used(function, *arguments) -> set[str]:
 def test_an_optimizer_reads_what_is_said_of_it(name):
     rule = config_of()["optimizer"] | {"name": name, "schedule": "constant"}
     del rule["ema"]
-    tx = optimizer.make(**rule)
-    params = {"block_0": {"up": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}}}
+    cfg = tiny.cfg(n_layers=1)
+    tx = optimizer.make(model.declared(cfg), **rule)
+    params = model.init(cfg, jax.random.key(0))
     state = tx.init(params)
 
     def update(hyper):

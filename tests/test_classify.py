@@ -223,12 +223,21 @@ def test_filling_of_a_batch_counts_for_nothing(folder):
     [
         ({"task": {"pool": "best"}}, "task.pool 'best' is not one of: last, first"),
         ({"task": {"buckets": (0,)}}, "task.buckets holds 0"),
-        ({"task": {"buckets": (1.5,)}}, "task.buckets holds 1.5: give whole numbers"),
-        ({"task": {"buckets": ("8",)}}, "task.buckets holds '8': give whole numbers"),
-        ({"task": {"fractions": ("a", 0, 1)}}, r"task.fractions holds text \('a'\)"),
+        (
+            {"task": {"buckets": (1.5,)}},
+            r"task.buckets\[0\] is 1.5: it must be a whole",
+        ),
+        (
+            {"task": {"buckets": ("8",)}},
+            r"task.buckets\[0\] is '8': it must be a whole",
+        ),
+        (
+            {"task": {"fractions": ("a", 0, 1)}},
+            r"task.fractions\[0\] is 'a': it must be a finite",
+        ),
         (
             {"task": {"labels": ((1, 2), "b")}},
-            "task.labels: one of its names is a list",
+            r"task.labels\[0\] is \(1, 2\): it must be text or a finite number",
         ),
         ({"task": {"labels": ("good",)}}, "task.labels names one class, 'good'"),
         ({"task": {"labels": (0, 1)}}, r"unknown label '\w+' \(the classes are 0, 1\)"),

@@ -267,7 +267,6 @@ def test_what_fsdp_splits_is_gathered_in_every_layer_of_a_scan():
     "change, message",
     [
         ({"data.tokenizer": "char"}, "known only when its text is read: set --config"),
-        ({"task.name": "dpo"}, "only lm, sft, answers can be estimated"),
         ({"mesh.tensor": 3}, r"4 .* not a multiple|does not divide over mesh.tensor=3"),
         ({"mesh.data": 3}, "micro-batch of 8 examples does not divide over 3 devices"),
         ({"batch_size": 0}, "batch_size is 0"),
@@ -279,6 +278,14 @@ def test_a_config_that_makes_no_run_is_refused_with_the_numbers(change, message)
         made.task, made.init_from = common.task_dpo(), "random"
     made.update_from_flattened_dict(change)
     with pytest.raises(ValueError, match=message):
+        plan(made)
+
+
+def test_a_task_that_cannot_be_estimated_names_those_that_can():
+    made = config()
+    made.task, made.init_from = common.TASKS["dpo"](), "random"
+    made.task.template = "plain"
+    with pytest.raises(ValueError, match="only lm, sft, answers can be estimated"):
         plan(made)
 
 

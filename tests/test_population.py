@@ -79,12 +79,13 @@ def test_a_member_trains_as_it_would_alone(config, tmp_path, recipe, vmap, monke
         config = common.tiny(common.modern(config))
         config.data.update(source=str(tmp_path / "text.txt"), tokenizer="char")
         config.model.update(context_length=16, d_model=16, n_layers=1)
+    rates = {"hyper__matrix_lr": (0.02, 0.01, 0.02)} if recipe == "muon" else {}
     config.update(steps=50, eval_every=20, checkpoint_every=25, log_every=7)
     configs = variants(
         config,
         seed=(1, 1, 2),
         hyper__lr=(1e-3, 3e-3, 1e-3),
-        hyper__matrix_lr=(0.02, 0.01, 0.02),
+        **rates,
         hyper__clip=(0.0, 1.0, 0.5),
         hyper__dropout_residual=(0.0, 0.1, 0.2),
         hyper__label_smoothing=(0.0, 0.0, 0.1),

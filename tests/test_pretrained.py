@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from configs import common
 from gpt_jax import model, pretrained, sample, tokenizers
-from gpt_jax.model import GPT, GPTConfig
+from gpt_jax.model import GPT, GPTConfig, architecture
 from gpt_jax.pretrained import (
     config_json,
     families,
@@ -163,7 +163,7 @@ def test_a_family_decides_every_field_that_is_not_technical():
 
 
 def test_every_activation_of_ours_has_a_name_elsewhere():
-    assert options.ACTIVATIONS.keys() == model.ACTIVATIONS.keys()
+    assert options.ACTIVATIONS.keys() == architecture.ACTIVATIONS.keys()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from gpt_jax.evaluate import judge
-from gpt_jax.sweep import study
+from gpt_jax.sweep import storage
 from tests import serving
 from tests.golden import make_run
 from tests.serving import running
@@ -116,7 +116,7 @@ def test_a_judges_address_with_a_password_is_refused_and_not_repeated(tmp_path):
 
 def test_the_password_of_a_storage_is_not_in_the_error_that_names_it():
     with pytest.raises(ValueError) as caught:
-        study.open_storage(f"nosuchdatabase://me:{KEY}@host/sweeps")
+        storage.open_storage(f"nosuchdatabase://me:{KEY}@host/sweeps")
     assert "host/sweeps" in str(caught.value) and KEY not in str(caught.value)
 
 

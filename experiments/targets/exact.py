@@ -50,7 +50,7 @@ def cache_gb(place: Place, kv_heads: int) -> str:
     cfg = model.GPTConfig(**config)
     make = partial(model.init_cache, cfg, 1, 32_768, jnp.bfloat16)
     made = jax.eval_shape(make)
-    size = sum(x.size * x.dtype.itemsize for x in (*made.keys, *made.values))
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(made.layers))
     return f"{size / 1e9:.2f} GB"
 
 

@@ -29,7 +29,7 @@ from gpt_jax import (
 from gpt_jax.bench import texts
 from gpt_jax.bench.worker import peak_mb, timed
 from gpt_jax.checkpoint import Checkpoints
-from gpt_jax.model import GPT, GPTConfig
+from gpt_jax.model import GPT, GPTConfig, hidden, logits
 from gpt_jax.step import start, train_step
 from gpt_jax.tasks import lm
 
@@ -238,13 +238,10 @@ def writer(gpt: GPT, params, new: int) -> Callable:
 def _uncached(gpt: GPT, params, new: int) -> Callable:
     """The text grows in a buffer whose size doubles, so that programs stay few."""
 
-    apply: Any = gpt.apply
-
     @jax.jit
     def likeliest(params, tokens_BS, length):
-        x_BSD, _ = apply({"params": params}, tokens_BS, method="hidden")
-        last_BD = x_BSD[:, length - 1]
-        return apply({"params": params}, last_BD, method="logits").argmax(-1)
+        x_BSD = hidden(gpt, params, tokens_BS).x_BTD
+        return logits(gpt, params, x_BSD[:, length - 1]).argmax(-1)
 
     def write(prompt_BT) -> np.ndarray:
         rows, length = prompt_BT.shape

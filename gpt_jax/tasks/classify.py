@@ -41,7 +41,7 @@ class Options(NamedTuple):
     text_column: str
     label_column: str
     columns: Sequence[str]
-    labels: Sequence[str]
+    labels: Sequence[str | float]
     skip: bool
     balance: bool
     split_column: str

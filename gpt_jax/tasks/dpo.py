@@ -358,7 +358,7 @@ def _last(example: sft.Example) -> sft.Example:
 def reads(options: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns the keys that not every task reads; see `task.Kind`."""
     smooth = ("hyper.label_smoothing",) if options["variant"] == "dpo" else ()
-    return (*OF_THE_MODEL, *OF_ROWS, *smooth)
+    return (*OF_THE_MODEL, *OF_ROWS, "data.skip_bad_docs", *smooth)
 
 
 KIND = Kind(

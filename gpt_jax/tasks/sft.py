@@ -385,7 +385,10 @@ KIND = Kind(
     make=make,
     options=settings.declared(Options),
     check=check,
-    reads=lambda options: (*OF_THE_MODEL, *OF_THE_LOSS, *OF_ROWS),
+    reads=lambda options: (
+        *(*OF_THE_MODEL, *OF_THE_LOSS, *OF_ROWS),
+        "data.skip_bad_docs",
+    ),
     config="configs/sft.py",
     tuned=True,
 )

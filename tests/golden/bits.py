@@ -79,10 +79,11 @@ def task(name: str, **changes: Any) -> Callable[[str], Any]:
 
     def make(folder: str):
         from configs import common
+        from gpt_jax import tasks
 
         config = lm()
         config.task = common.TASKS[name]()
-        config.init_from = "random"
+        config.init_from = "random" if tasks.TABLE[name].tuned else ""
         path = Path(folder) / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows(folder)))
         config.data.update(source=str(path), val_fraction=0.2)
