@@ -40,7 +40,7 @@ LOCK = $(UV)/$(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
 help:  ## list the targets
 	@echo 'usage: make TARGET [PYTHON=python3.12]'
 	@sed -n 's/^\([a-z-]*\):.*## /  \1|/p' $(MAKEFILE_LIST) \
-	  | while IFS='|' read -r name text; do printf '%-16s%s\n' "$$name" "$$text"; done
+	  | while IFS='|' read -r name text; do printf '%-18s%s\n' "$$name" "$$text"; done
 
 .PHONY: demo
 demo: runtime  ## train a small model, show what it writes (a few minutes on a CPU)
@@ -89,6 +89,12 @@ soak: dev  ## kill one run 200 times and compare its end (SOAK_ARGS=--kills=20)
 .PHONY: test-lm-eval
 test-lm-eval: lm-eval  ## runs on EleutherAI's harness, in an environment of their own
 	$(LM_EVAL)/$(BIN)/python -m pytest tests/test_harness.py $(PYTEST_ARGS)
+
+# JAX's packages for GPUs and for TPUs do not go together, so each has its environment.
+.PHONY: test-compilers
+test-compilers: tpu gpu  ## what the compilers of GPUs and TPUs make of programs, no device
+	for kind in tpu gpu; do JAX_PLATFORMS=cpu $(VENV)-$$kind/$(BIN)/python -m pytest \
+	  -m slow --timeout=900 tests/test_compilers.py $(PYTEST_ARGS) || exit; done
 
 .PHONY: check
 check: dev  ## lint, format and types, without changing a file
@@ -166,3 +172,18 @@ lm-eval: python
 	  && $(LM_EVAL)/$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	    -r requirements-lm-eval.txt \
 	  && cp requirements-lm-eval.txt $(LM_EVAL)/installed; }
+
+beside = cmp -s requirements-dev.txt $(VENV)-$(1)/installed || { \
+  echo 'Installing jax[$(2)] into $(VENV)-$(1): once, about $(3) on disk ...' \
+  && $(PYTHON) -m venv --clear $(VENV)-$(1) \
+  && $(VENV)-$(1)/$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+    -r requirements-dev.txt 'jax[$(2)]' \
+  && cp requirements-dev.txt $(VENV)-$(1)/installed; }
+
+.PHONY: tpu
+tpu: python
+	@$(call beside,tpu,tpu,1.9 GB)
+
+.PHONY: gpu
+gpu: python
+	@$(call beside,gpu,cuda13,5.9 GB)

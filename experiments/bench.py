@@ -10,15 +10,22 @@ their ratio as speeds (2 = twice as fast) and the spread (interquartile range / 
 are printed as a Markdown table, and --out keeps a JSON line for each row and shape.
 The first thing measured is the machine: matmul rate and memory bandwidth.
 
+  python -m experiments.bench --gpu_suite --out=gpu.jsonl
+
+--gpu_suite is for a card that is lent for ten minutes: first whether the GPU computes
+what the CPU does, then the rows below, the longest last. Each line is written as soon
+as it is measured; what does not begin within the time is said to be left out.
+
 Rows: train_step time_to_loss decode prepare loader checkpoint compile startup memory
-population serving, and on a GPU gpu_train_124m gpu_train_1.5b gpu_time_to_loss
-gpu_decode gpu_ablation gpu_population.
+population serving, and on a GPU gpu_correct gpu_train_124m gpu_train_1.5b
+gpu_time_to_loss gpu_decode gpu_ablation gpu_population.
 The peers: pip install -r requirements.txt -c requirements-extras.txt torch transformers
 A row that cannot be measured says why. All of them take about an hour on 2 cores; run
 them on a quiet machine.
 """
 
 import tempfile
+import time
 
 from absl import flags
 
@@ -41,6 +48,10 @@ TEXT = door.define_path(
 MEGABYTES = flags.DEFINE_float("megabytes", 100.0, "Text that the row prepare encodes.")
 TOY = flags.DEFINE_bool("toy", False, "Tiny sizes: does it run? Figures mean nothing.")
 LIMIT_S = flags.DEFINE_float("limit_s", 3600.0, "Longest wait for one measurement.")
+GPU_SUITE = flags.DEFINE_bool(
+    "gpu_suite", False, "The rows for a GPU, within ten minutes; see above."
+)
+SUITE_S = flags.DEFINE_float("suite_s", 600.0, "How long --gpu_suite may take.")
 TABLE = door.define_path("table", "", "Measure nothing; show this JSONL file.")
 PAGE = door.define_path("page", "", "With --table: a Markdown file to update.")
 PLOT = door.define_path("plot", "", "Draw loss against wall time into this PNG.")
@@ -76,7 +87,11 @@ def _measure() -> list[dict]:
     for name, value in [*numbers, *(("eval_every", x) for x in EVAL_EVERY.value)]:
         if value < 1:
             raise ValueError(f"--{name}={value} must be at least 1")
-    wanted = ROWS.value or list(table)
+    if GPU_SUITE.value and ROWS.value:
+        raise ValueError("--gpu_suite has rows of its own: leave --rows out")
+    wanted = ROWS.value or list(gpu.SUITE if GPU_SUITE.value else table)
+    end = time.monotonic() + (SUITE_S.value if GPU_SUITE.value else float("inf"))
+    repeats = min(2, REPEATS.value) if GPU_SUITE.value else REPEATS.value
     lines = []
     with tempfile.TemporaryDirectory(prefix="gpt_jax-bench-") as folder:
         print("measuring the machine", flush=True)
@@ -85,19 +100,23 @@ def _measure() -> list[dict]:
             folder=folder,
             text=_text(folder) if any("time_to_loss" in x for x in wanted) else "",
             toy=TOY.value,
-            eval_every=tuple(EVAL_EVERY.value),
-            seeds=SEEDS.value,
+            eval_every=(250,) if GPU_SUITE.value else tuple(EVAL_EVERY.value),
+            seeds=1 if GPU_SUITE.value else SEEDS.value,
             megabytes=0.2 if TOY.value else MEGABYTES.value,
             seconds=0.0 if TOY.value else SECONDS.value,
         )
         for one in [one for name in wanted for one in table[name](setting)]:
-            line = match.play(
-                one,
-                repeats=REPEATS.value,
-                limit_s=LIMIT_S.value,
-                machine=ceilings,
-                say=lambda text: print(text, flush=True),
-            )
+            left = end - time.monotonic()
+            if left <= 0:
+                line = match.skipped(one, ceilings, "not measured: no time was left")
+            else:
+                line = match.play(
+                    one,
+                    repeats=repeats,
+                    limit_s=min(left, LIMIT_S.value),
+                    machine=ceilings,
+                    say=lambda text: print(text, flush=True),
+                )
             print(report.sentence(line), flush=True)
             if OUT.value:
                 report.append(OUT.value, line)

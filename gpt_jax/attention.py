@@ -540,7 +540,7 @@ def choose(
         return plain
     if name == "auto":
         name = best(
-            jax.default_backend(),
+            mesh.platform(),
             tokens=q_BTHK.shape[1],
             halves=q_BTHK.dtype.itemsize == 2,
             softcap=bool(softcap),
@@ -605,7 +605,8 @@ def cudnn_works(
     """Tries cuDNN's attention on this GPU, forward and backward; a warning if not.
 
     Which shapes it takes depends on the GPU and on the versions of cuDNN and JAX, so
-    it is asked for what the model needs, once for each.
+    it is asked for what the model needs, once for each. Of a GPU that is not there
+    (see `mesh.platform`) JAX's own rules alone are asked.
 
     Args:
       dtype: of queries, keys and values.
@@ -628,8 +629,10 @@ def cudnn_works(
 
     try:  # compiled by hand, since the caller is being traced; on one device
         with jax.sharding.use_abstract_mesh(mesh.NONE):
-            run = jax.jit(jax.grad(total)).lower(q_BTHK, k_BSGK).compile()
-        jax.block_until_ready(run(q_BTHK, k_BSGK))
+            traced = jax.jit(jax.grad(total)).trace(q_BTHK, k_BSGK)
+        if jax.default_backend() == "gpu":
+            run = traced.lower().compile()
+            jax.block_until_ready(run(q_BTHK, k_BSGK))
     except Exception as error:  # XLA raises whatever cuDNN tells it
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         log.warning(

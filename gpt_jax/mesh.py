@@ -24,6 +24,16 @@ def in_sight() -> Any:
     return mesh if AxisType.Auto in mesh.axis_types else None
 
 
+def platform() -> str:
+    """Returns what the program is traced for: cpu, gpu or tpu.
+
+    That is where the devices of the mesh in sight are, which need not be there; without
+    one, the devices that JAX computes on.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def length(axis: str) -> int:
     """Returns how many devices an axis of the mesh in sight has; 1 without one."""
     mesh = in_sight()

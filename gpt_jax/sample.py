@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt_jax import commands, sharding
+from gpt_jax import commands, mesh, sharding
 from gpt_jax.model import (
     GPT,
     Cache,
@@ -332,7 +332,7 @@ def laid_out(model: GPT, params, *, rows: int):
         model = GPT(replace(model.cfg, scan_layers=False))
     if model.cfg.dtype != model.cfg.param_dtype:
         params = rounded(params, declared(model.cfg), model.cfg.dtype)
-    if rows == 1 and jax.default_backend() == "cpu":
+    if rows == 1 and mesh.platform() == "cpu":
         params = for_one_row(params, declared(model.cfg))
     return model, params
 

@@ -950,17 +950,21 @@ def record(job: Job, totals: Totals, step: int, numbers: dict[str, float]) -> To
 
 def eval_batches(job: Job, examples) -> Iterator[tasks.Batch]:
     """Returns the batches of one evaluation, as large as one device likes them."""
-    size = job.config.eval_batch_size or max(
-        job.config.batch_size // job.config.accumulate,
-        EVAL_TOKENS // job.task.tokens,
-    )
-    size = min(size, job.config.eval_windows or len(examples), len(examples))
     devices = job.strategy.mesh.size
     return data.once(
         examples,
-        batch_size=math.ceil(size / devices) * devices,
+        batch_size=eval_rows(job.config, job.task, len(examples), devices),
         at_most=job.config.eval_windows,
     )
+
+
+def eval_rows(config: ConfigDict, task: tasks.Task, examples: int, devices: int) -> int:
+    """Returns how many of so many examples an evaluation's batch holds."""
+    size = config.eval_batch_size or max(
+        config.batch_size // config.accumulate, EVAL_TOKENS // task.tokens
+    )
+    size = min(size, config.eval_windows or examples, examples)
+    return math.ceil(size / devices) * devices
 
 
 def sample_now(

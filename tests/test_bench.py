@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -288,7 +289,7 @@ def setting(tmp_path_factory):
 ROWS = cpu.ROWS | gpu.ROWS
 # Measured below; as a toy, gpu_population is population.
 ELSEWHERE = {"time_to_loss", "gpu_time_to_loss", "gpu_population"}
-LONG = {"population"}  # many compilations, even as a toy
+LONG = {"population", "gpu_correct"}  # many compilations, even as a toy
 TOYS = [
     pytest.param(row, marks=[pytest.mark.slow] if row in LONG else [])
     for row in sorted(ROWS.keys() - ELSEWHERE)
@@ -318,11 +319,15 @@ def test_every_row_measures_something_at_a_toy_size(row, which, setting):
     found = {json.dumps([*side]): side for side in sides if side}
     for chosen in found.values():
         value = once(chosen.make, chosen.options)["value"]
-        assert value > 0 or chosen.make in OF_A_STEP
+        assert value > 0 or chosen.make in MAY_BE_0
 
 
 # Shares of a step: nothing waited for is 0, and a small cost drowns in the noise.
-OF_A_STEP = ("gpt_jax.bench.ours:data_wait", "gpt_jax.bench.ours:data_cost")
+MAY_BE_0 = ("gpt_jax.bench.ours:data_wait", "gpt_jax.bench.ours:data_cost")
+# The CPU is compared with itself.
+MAY_BE_0 += tuple(
+    f"gpt_jax.bench.correct:{name}_apart" for name in ("losses", "ids", "resume")
+)
 
 
 @pytest.mark.parametrize("row", sorted(ROWS))
@@ -501,3 +506,12 @@ def test_the_door_measures_records_and_shows_again(tmp_path):
 def test_the_door_refuses_in_a_sentence(flag, words):
     said = door(flag, code=2)
     assert words in said and "Traceback" not in said
+
+
+def test_what_does_not_begin_within_the_suites_time_is_left_out():
+    command = [sys.executable, "-m", "experiments.bench", "--gpu_suite", "--suite_s=0"]
+    done = subprocess.run(
+        [*command, "--toy"], capture_output=True, text=True, timeout=100, env=os.environ
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("not measured: no time was left") > len(gpu.SUITE)

@@ -15,6 +15,7 @@ from gpt_jax import estimate, model, sharding, train
 from gpt_jax.estimate import device as devices
 from gpt_jax.estimate import dry, memory, residuals, table
 from gpt_jax.estimate import plan as plans
+from gpt_jax.estimate import program as programs
 from tests import tiny
 
 ONE = (1, 1, 1)
@@ -163,7 +164,7 @@ def planned_by_xla(case):
     made = config(**CASES[case])
     mesh = {name: made.mesh[name] for name in sharding.AXES}
     lines = []
-    found = dry.run(made, mesh, tell=lines.append)
+    found = dry.on_cpus(made, mesh, tell=lines.append)
     assert "compiling" in " ".join(lines)
     return found
 
@@ -240,7 +241,7 @@ def test_collectives_in_a_loop_count_as_often_as_it_goes_round():
     function = shard_map(work, in_specs=split, out_specs=whole)
     x = jax.ShapeDtypeStruct((4 * 256,), np.float32)
     text = jax.jit(function).lower(x).compile().as_text()
-    found = dry.collectives(text or "")
+    found = dry.totals(programs.Program(text or ""))
     assert found == {"all-reduce": {"count": 5, "bytes": 5 * 256 * 4}}
 
 
@@ -273,6 +274,8 @@ def test_what_fsdp_splits_is_gathered_in_every_layer_of_a_scan():
 )
 def test_a_config_that_makes_no_run_is_refused_with_the_numbers(change, message):
     made = config(vocab_size=0 if "data.tokenizer" in change else 1024)
+    if "task.name" in change:
+        made.task, made.init_from = common.task_dpo(), "random"
     made.update_from_flattened_dict(change)
     with pytest.raises(ValueError, match=message):
         plan(made)

@@ -1,5 +1,6 @@
 """Devices: every strategy and every number of devices trains the same run."""
 
+import itertools
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -419,6 +420,22 @@ def test_some_of_a_slices_chips_make_a_mesh(count, axis):
     mesh = sharding.arranged(axes, chips()[:count])
     assert mesh.devices.shape == axes
     assert {d.id for d in mesh.devices.flat} == set(range(count))
+
+
+@pytest.mark.parametrize(
+    "kind, sides", [("TPU v6 lite", (8, 8, 1)), ("TPU v4", (4,) * 3)]
+)
+def test_every_mesh_of_a_slice_of_64_chips_is_made(kind, sides):
+    places = itertools.product(*map(range, reversed(sides)))
+    slice_ = [Chip(i, place[::-1]) for i, place in enumerate(places)]
+    for chip in slice_:
+        chip.device_kind = kind
+    for data, fsdp in itertools.product((1, 2, 4, 8, 16, 32, 64), repeat=2):
+        if 64 % (data * fsdp) == 0:
+            axes = (data, fsdp, 64 // (data * fsdp))
+            mesh = sharding.arranged(axes, slice_)
+            assert mesh.devices.shape == axes
+            assert len({d.id for d in mesh.devices.flat}) == 64
 
 
 def test_slices_are_joined_along_the_data_axis_or_else_fsdp():

@@ -19,6 +19,7 @@ from gpt_jax.bench.worker import Side
 
 # Both sides hold the card at the same time: JAX must not take nearly all of it.
 SHARE = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}
+CORRECT = "gpt_jax.bench.correct"
 TORCH = "PyTorch, compiled"
 TARGET_LOSS = 1.4697  # nanoGPT's best, as its README has it
 FAST = {"dtype": "bfloat16", "vocab_multiple": 128}
@@ -100,7 +101,48 @@ def gpu_population(setting: Setting) -> list[Match]:
     return [_on_gpu(one, setting) for one in found]
 
 
+def gpu_correct(setting: Setting) -> list[Match]:
+    """What the GPU computes against what the CPU does; goals are the most allowed."""
+    fixed = shape({**GPT2, "n_layers": 2}, GPT2_TOKENS, setting)
+    tokens = fixed["context"] if setting.toy else 128
+    steps = {"recipe": recipe(fixed), "seq_len": tokens, "batch": 2}
+    texts = {"recipe": recipe(fixed), "batch": 2, "prompt": 4}
+    texts |= {"new": 4 if setting.toy else 64}
+    heads = {"tokens": 17 if setting.toy else 1023, "heads": 4, "groups": 2}
+    found = [
+        ("losses of 20 steps", "losses_apart", steps, "relative", 1e-4),
+        ("greedy ids", "ids_apart", texts, "ids", 0.0),
+        ("resume", "resume_apart", steps, "weights", 0.0),
+        ("cuDNN against XLA", "attention_apart", heads, "relative", 0.02),
+    ]
+    # What is added up in no certain order differs in the last bit.
+    same = {"XLA_FLAGS": "--xla_gpu_deterministic_ops=true"}
+    return [
+        _on_gpu(
+            Match(
+                "gpu_correct",
+                name,
+                Side("gpt_jax", f"{CORRECT}:{make}", options),
+                None,
+                unit,
+                goal,
+                repeats=1,
+            ),
+            setting,
+            **same,
+        )
+        for name, make, options, unit, goal in found
+    ]
+
+
+# In the ten minutes that a card is lent for: what is right first, the longest last.
+SUITE = (
+    *("gpu_correct", "gpu_train_124m", "gpu_decode", "gpu_train_1.5b"),
+    *("gpu_population", "gpu_ablation", "gpu_time_to_loss"),
+)
+
 ROWS = {
+    "gpu_correct": gpu_correct,
     "gpu_train_124m": gpu_train_124m,
     "gpu_train_1.5b": gpu_train_1_5b,
     "gpu_time_to_loss": gpu_time_to_loss,
@@ -138,9 +180,9 @@ def _side(
     return Side("gpt_jax", f"{OURS}:train_step_rate", options)
 
 
-def _on_gpu(match: Match, setting: Setting) -> Match:
+def _on_gpu(match: Match, setting: Setting, **env: str) -> Match:
     """Returns the match as one that needs a GPU and shares its memory; not a toy."""
     if setting.toy:
         return match
-    ours = match.ours._replace(env=SHARE)
+    ours = match.ours._replace(env={**SHARE, **env})
     return match._replace(ours=ours, gpu=True)

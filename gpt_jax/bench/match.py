@@ -58,7 +58,7 @@ def play(
     """
     line: dict[str, Any] = _blank(match, machine)
     if match.gpu and machine["platform"] != "gpu":
-        return {**line, "note": "not measured: no GPU"}
+        return skipped(match, machine, "not measured: no GPU")
     with contextlib.ExitStack() as stack:
         open_sides = {}
         for which, side in (("ours", match.ours), ("peer", match.peer)):
@@ -86,6 +86,11 @@ def play(
     line["roofline"] = roofline(line, facts["ours"], machine)
     line["note"] = "; ".join([line["note"], *_notes(line, samples)]).removeprefix("; ")
     return line
+
+
+def skipped(match: Match, machine: Mapping[str, Any], why: str) -> dict[str, Any]:
+    """Returns the line of a match that is not played."""
+    return {**_blank(match, machine), "note": why}
 
 
 def _notes(line: Mapping[str, Any], samples: Mapping[str, list[dict]]) -> list[str]:

@@ -48,14 +48,25 @@ class Trainer(NamedTuple):
     hyper: optimizer.Hyper
 
 
-def trainer(recipe: Mapping[str, Any], *, batch: int, accumulate: int) -> Trainer:
-    """Returns a trainer of `recipe`: model, optimizer, hyper and task of a config."""
+def trainer(
+    recipe: Mapping[str, Any], *, batch: int, accumulate: int, device: Any = None
+) -> Trainer:
+    """Returns a trainer of `recipe`: model, optimizer, hyper and task of a config.
+
+    It trains on one `device`, from weights that the CPU draws; on all, where none is
+    given.
+    """
     micro = batch // accumulate
     sharding.set_cpu_devices(micro, data=-1, fsdp=1, tensor=1, cpu_devices=0)
     cfg = GPTConfig(**recipe["model"])
     axes = {"data": -1, "fsdp": 1, "tensor": 1, "cpu_devices": 0}
     declared = model.declared(cfg)
-    strategy = sharding.make(micro, declared, strategy="mesh", **axes)
+    if device is None:
+        strategy = sharding.make(micro, declared, strategy="mesh", **axes)
+    else:
+        strategy = sharding.mesh_strategy(
+            sharding.arranged((1, 1, 1), [device]), declared
+        )
     options = {k: v for k, v in recipe["optimizer"].items() if k != "ema"}
     tx = optimizer.make(declared, **options, spread=strategy.spread)
     loss = lm.make_loss(
@@ -71,10 +82,13 @@ def trainer(recipe: Mapping[str, Any], *, batch: int, accumulate: int) -> Traine
     )
     step_fn = partial(train_step, loss=loss, join=adapters.full(declared).join, tx=tx)
     hyper = {name: jnp.float32(value) for name, value in recipe["hyper"].items()}
+    drawn_on = jax.devices("cpu")[0] if device is not None else None
+    with jax.default_device(drawn_on):
+        state = fresh(init_key)
     return Trainer(
         cfg=cfg,
         strategy=strategy,
-        state=strategy.place(fresh(init_key)),
+        state=strategy.place(state),
         step_fn=strategy.compile(step_fn),
         key=key,
         hyper=optimizer.Hyper(**hyper),
@@ -185,7 +199,7 @@ def decode_rate(
     gpt, params = sample.laid_out(gpt, params, rows=batch)
     prompt_BT = random_batches(cfg.vocab_size, prompt, batch=batch, accumulate=1)
     prompt_BT = prompt_BT[0]["tokens"][0]
-    write = _cached(gpt, params, new) if cached else _uncached(gpt, params, new)
+    write = writer(gpt, params, new) if cached else _uncached(gpt, params, new)
     tokens_BS = write(prompt_BT)
 
     def go() -> dict:
@@ -198,7 +212,8 @@ def decode_rate(
     return go, {"bytes": read, "same_as_uncached": same}
 
 
-def _cached(gpt: GPT, params, new: int) -> Callable:
+def writer(gpt: GPT, params, new: int) -> Callable:
+    """Returns prompt_BT -> tokens_BS: greedy texts of `new` tokens more."""
     generate = jax.jit(sample.generate, static_argnames=("model", "max_length"))
 
     def write(prompt_BT) -> np.ndarray:

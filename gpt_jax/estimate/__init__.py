@@ -1,7 +1,7 @@
 """What a run will need, before money is spent: parameters, FLOPs, memory, time.
 
-`estimate` computes it from shapes, without a device; `dry.run` compiles the real train
-step for devices that need not be there and asks XLA.
+`estimate` computes it from shapes, without a device; `dry` compiles the real programs
+for devices that need not be there and asks their compilers.
 """
 
 from collections.abc import Mapping

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpt_jax import memory, sharding
+from gpt_jax import mesh as meshes
 from gpt_jax.train import Parts
 
 STEPS = 16  # K, the most: a call costs as much as a step of a tiny model
@@ -39,11 +40,17 @@ def strategy(mesh: Mesh) -> sharding.Strategy:
 
 
 def compile_steps(parts: Parts, hyper: Any, batch: Any, slots: int) -> Any:
-    """Returns the compiled `(state, which, key, hyper, batches, n)` of n <= K steps.
+    """Returns what `steps` returns, compiled."""
+    run, arguments = steps(parts, hyper, batch, slots)
+    return run.lower(*arguments).compile()
 
-    The state is donated. Batches are [K, U, A, B, ...] and the member of slot s reads
-    those of seed which[s]. Comes back: the state after, and the sums and infos [S, K],
-    which are zero from n on.
+
+def steps(parts: Parts, hyper: Any, batch: Any, slots: int) -> tuple[Any, tuple]:
+    """Returns (run, arguments): n <= K steps of all members, and the shapes they take.
+
+    `run` is jitted: `(state, which, key, hyper, batches, n)`. The state is donated.
+    Batches are [K, U, A, B, ...] and the member of slot s reads those of seed which[s].
+    Comes back: the state after, and the sums and infos [S, K], zero from n on.
 
     Args:
       hyper: the numbers of one run, for their dtypes.
@@ -91,14 +98,11 @@ def compile_steps(parts: Parts, hyper: Any, batch: Any, slots: int) -> Any:
     key = jax.eval_shape(lambda: jax.random.key(0))
     member = (jax.eval_shape(parts.first, key), jnp.int32(0), key, hyper)
     shared = (batch, jnp.int32(0))
-    return (
-        jax.jit(mapped, donate_argnums=0)
-        .lower(
-            *jax.tree.map(lambda x: laid(MEMBERS, x, slots), member),
-            *jax.tree.map(lambda x: laid(ALL, x), shared),
-        )
-        .compile()
+    arguments = (
+        *jax.tree.map(lambda x: laid(MEMBERS, x, slots), member),
+        *jax.tree.map(lambda x: laid(ALL, x), shared),
     )
+    return jax.jit(mapped, donate_argnums=0), arguments
 
 
 def over_members(one: Callable) -> Callable:
@@ -107,7 +111,7 @@ def over_members(one: Callable) -> Callable:
     A vmap fills the device. On a CPU they take turns instead: at width 192 that is a
     fifth faster, at width 32 as fast, and a member's bits depend on nobody.
     """
-    if jax.default_backend() == "cpu":
+    if meshes.platform() == "cpu":
         return partial(jax.lax.map, one)
     return jax.vmap(one)
 
