@@ -30,7 +30,7 @@ from typing import Any
 from absl import flags
 
 from experiments import door
-from gpt_jax import names, screen, signals
+from gpt_jax import names, sampling, screen, signals
 
 RUN = door.define_path("run", "", "Run folder.")
 SYSTEM = flags.DEFINE_string("system", "", "System message: how to answer.")
@@ -38,19 +38,7 @@ TEMPLATE = flags.DEFINE_string(
     "template", "", "alpaca, phi3, chatml or plain; empty = the run's own."
 )
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 200, "Longest answer.")
-TEMPERATURE = flags.DEFINE_float(
-    "temperature", 0.7, "Below 1 safer, above 1 wilder; 0 = the likeliest token."
-)
-TOP_K = flags.DEFINE_integer("top_k", 0, "Only the k likeliest tokens; 0 = off.")
-TOP_P = flags.DEFINE_float(
-    "top_p", 0.95, "Only the fewest tokens that hold this probability; 1 = off."
-)
-MIN_P = flags.DEFINE_float(
-    "min_p", 0.0, "Only tokens with this share of the best one's probability; 0 = off."
-)
-REPETITION_PENALTY = flags.DEFINE_float(
-    "repetition_penalty", 1.0, "Above 1 makes tokens already there less likely."
-)
+SAMPLING = door.define_sampling(temperature=0.7, top_p=0.95)
 SEED = flags.DEFINE_integer("seed", 1337, "Another seed gives other answers.")
 STEP = flags.DEFINE_string(
     "step", "", "Checkpoint: best, newest, a step number; empty = best, else newest."
@@ -79,18 +67,11 @@ def main(_: list[str]) -> None:
     if not RUN.value:
         raise ValueError("--run is missing, e.g. --run=runs/tuned")
     step = door.step(STEP.value)
-    settings = {
-        "temperature": TEMPERATURE.value,
-        "top_k": TOP_K.value,
-        "top_p": TOP_P.value,
-        "min_p": MIN_P.value,
-        "repetition_penalty": REPETITION_PENALTY.value,
-        "max_new": MAX_NEW_TOKENS.value,
-    }
+    settings = door.chosen_sampling(SAMPLING, MAX_NEW_TOKENS.value)
 
     from gpt_jax import chat, commands, programs, runs, sample
 
-    sample.check(**settings)  # before the weights are read
+    sampling.check(**settings)  # before the weights are read
     run = runs.open(RUN.value, step=step)
     if run.classes:
         raise ValueError(
@@ -245,8 +226,6 @@ def obey(talk: Talk, line: str) -> bool:
 
 def change(talk: Talk, name: str = "", *values: str) -> None:
     """Changes a setting after checking it, or shows all of them."""
-    from gpt_jax import sample
-
     if not name:
         tell(", ".join(f"{key} {value}" for key, value in talk.settings.items()))
         return
@@ -260,7 +239,7 @@ def change(talk: Talk, name: str = "", *values: str) -> None:
     except ValueError:
         raise ValueError(f"{name} is a number, not {values[0]!r}") from None
     settings = {**talk.settings, name: value}
-    sample.check(**{key: settings[key] for key in settings if key != "seed"})
+    sampling.check(**{key: settings[key] for key in settings if key != "seed"})
     talk.settings = settings
 
 

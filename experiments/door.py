@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import config_flags
 
-from gpt_jax import commands, configs, files, names, screen, signals
+from gpt_jax import commands, configs, files, names, sampling, screen, signals
 
 MISTAKES = (
     *(ValueError, FileNotFoundError, FileExistsError),
@@ -173,6 +173,20 @@ class _Path(flags.ArgumentParser):
 class _Paths(flags.ListParser):
     def parse(self, argument: str | list[str]) -> list[str]:
         return [_Path().parse(word) for word in super().parse(argument)]
+
+
+def define_sampling(**chosen: float) -> dict[str, Any]:
+    """Defines a flag for each way to choose tokens; `chosen` are other defaults."""
+    define = {float: flags.DEFINE_float, int: flags.DEFINE_integer}
+    return {
+        name: define[each.kind](name, chosen.get(name, each.off), each.told)
+        for name, each in sampling.SETTINGS.items()
+    }
+
+
+def chosen_sampling(holders: Mapping[str, Any], max_new: int) -> dict[str, Any]:
+    """Returns what the flags of `define_sampling` say, as `sample.texts` takes it."""
+    return sampling.settings(max_new, **{k: x.value for k, x in holders.items()})
 
 
 def only_with(chosen: str, reads: Mapping[str, Collection[str]]) -> None:

@@ -31,6 +31,7 @@ from typing import Any
 from absl import flags
 
 from experiments import door
+from gpt_jax import sampling
 
 RUN = door.define_multi_path("run", "Run folder; repeatable.")
 OUT = door.define_path(
@@ -293,14 +294,8 @@ def _rows():
 
 
 def _settings(temperature: float) -> dict[str, Any]:
-    return {
-        "temperature": TEMPERATURE.value if TEMPERATURE.value >= 0 else temperature,
-        "top_k": 0,
-        "top_p": 1.0,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "max_new": MAX_NEW_TOKENS.value,
-    }
+    temperature = TEMPERATURE.value if TEMPERATURE.value >= 0 else temperature
+    return sampling.settings(MAX_NEW_TOKENS.value, temperature=temperature)
 
 
 def _judge():

@@ -22,6 +22,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import door
+from gpt_jax import sampling
 
 RUN = door.define_path("run", "", "Run folder.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; repeatable.")
@@ -29,19 +30,7 @@ PROMPT_FILE = door.define_path(
     "prompt_file", "", "File whose text, less a last newline, is a prompt; - is stdin."
 )
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 200, "Most tokens to write.")
-TEMPERATURE = flags.DEFINE_float(
-    "temperature", 0.8, "Below 1 safer, above 1 wilder; 0 = the likeliest token."
-)
-TOP_K = flags.DEFINE_integer("top_k", 0, "Only the k likeliest tokens; 0 = off.")
-TOP_P = flags.DEFINE_float(
-    "top_p", 1.0, "Only the fewest tokens that hold this probability; 1 = off."
-)
-MIN_P = flags.DEFINE_float(
-    "min_p", 0.0, "Only tokens with this share of the best one's probability; 0 = off."
-)
-REPETITION_PENALTY = flags.DEFINE_float(
-    "repetition_penalty", 1.0, "Above 1 makes tokens already there less likely."
-)
+SAMPLING = door.define_sampling(temperature=0.8)
 SEED = flags.DEFINE_integer("seed", 1337, "Another seed gives another text.")
 COUNT = flags.DEFINE_integer("count", 1, "Completions of each prompt.")
 STOP = flags.DEFINE_multi_string(
@@ -72,15 +61,8 @@ def main(_: list[str]) -> None:
 
     from gpt_jax import programs, runs, sample, screen
 
-    settings = {
-        "temperature": TEMPERATURE.value,
-        "top_k": TOP_K.value,
-        "top_p": TOP_P.value,
-        "min_p": MIN_P.value,
-        "repetition_penalty": REPETITION_PENALTY.value,
-        "max_new": MAX_NEW_TOKENS.value,
-    }
-    sample.check(**settings)  # before the weights are read
+    settings = door.chosen_sampling(SAMPLING, MAX_NEW_TOKENS.value)
+    sampling.check(**settings)  # before the weights are read
     run = runs.open(RUN.value, step=step, weights=WEIGHTS.value)
     programs.use_cache(run.config.compile_cache)
     for prompt in prompts:

@@ -17,7 +17,7 @@ from gpt_jax import (
     names,
     optimizer,
     prepare,
-    sample,
+    sampling,
     settings,
     sharding,
     tasks,
@@ -249,21 +249,15 @@ def check_data(config: Tree) -> None:
 
 def check_samples(chosen: Tree) -> None:
     """Refuses samples that cannot be drawn."""
-    sample.check(**sample_settings(chosen))
+    sampling.check(**sample_settings(chosen))
     if chosen["count"] < 1:
         raise ValueError(f"sample.count is {chosen['count']}: it must be at least 1")
 
 
 def sample_settings(chosen: Tree) -> dict[str, Any]:
     """Returns how the samples of a run are drawn, as `sample.texts` wants it."""
-    return {
-        "temperature": chosen["temperature"],
-        "top_k": chosen["top_k"],
-        "top_p": chosen["top_p"],
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "max_new": chosen["max_new_tokens"],
-    }
+    own = {name: chosen[name] for name in sampling.SETTINGS if name in chosen}
+    return sampling.settings(chosen["max_new_tokens"], **own)
 
 
 def check_task(config: Tree) -> None:

@@ -35,6 +35,7 @@ from gpt_jax.model import (
     rounded,
     unstack,
 )
+from gpt_jax.sampling import MOST, SETTINGS, check
 
 RUNNING, STOP, LENGTH = 0, 1, 2  # the reason of a row; the last two end it
 
@@ -44,14 +45,17 @@ TEXT_STEPS, STREAM_STEPS = 16, 4  # tokens between two looks at the text: latenc
 
 
 class Sampling(NamedTuple):
-    """How each row chooses its tokens: traced [B] arrays, so nothing recompiles."""
+    """How each row chooses its tokens: traced [B] arrays, so nothing recompiles.
 
-    temperature: jax.Array  # 0 = the likeliest token
-    top_k: jax.Array  # int32; the k likeliest only; 0 = off
-    top_p: jax.Array  # the fewest tokens that hold this probability; 1 = off
-    min_p: jax.Array  # at least this share of the best one's probability; 0 = off
-    repetition_penalty: jax.Array  # of tokens in the prompt and the text; 1 = off
-    max_new: jax.Array  # int32
+    `sampling.SETTINGS` says what each is; `max_new` is how many tokens are chosen.
+    """
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    repetition_penalty: jax.Array
+    max_new: jax.Array
 
 
 class Decoding(NamedTuple):
@@ -374,7 +378,7 @@ def texts(
         last half of it, again and again; else it ends. (nanoGPT drops the first token
         for every new one, and reads the whole context again each time.)
       **settings: temperature, top_k, top_p, min_p, repetition_penalty and max_new,
-        all of them; see `Sampling`.
+        all of them; see `sampling.settings`.
 
     Raises:
       ValueError: a setting is out of range; a prompt is longer than the context, holds
@@ -432,34 +436,6 @@ def stream(
     return _pieces(chunks)
 
 
-def check(
-    *,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    repetition_penalty: float,
-    max_new: int,
-) -> None:
-    """Raises ValueError, naming the range, when a sampling setting is outside its."""
-    rules = (
-        (0 <= temperature < math.inf, "temperature", temperature, "0 or more"),
-        (top_k >= 0, "top_k", top_k, "0 (off) or more"),
-        (0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1 (off)"),
-        (0 <= min_p <= 1, "min_p", min_p, "from 0 (off) to 1"),
-        (
-            0 < repetition_penalty < math.inf,
-            "repetition_penalty",
-            repetition_penalty,
-            "above 0 (1 is off)",
-        ),
-        (max_new >= 0, "max_new", max_new, "0 or more"),
-    )
-    for fits, name, value, wanted in rules:
-        if not fits:
-            raise ValueError(f"{name} is {value} but must be {wanted}")
-
-
 def _check_stop(stop) -> None:
     if isinstance(stop, str):
         raise ValueError(f"stop is the string {stop!r} but must be a list of strings")
@@ -469,14 +445,13 @@ def _check_stop(stop) -> None:
 
 def rows_of(settings: Sequence[dict]) -> Sampling:
     """Returns the Sampling of rows given as dicts of its fields (checked before)."""
-    most = {"top_k": 2**30, "max_new": 2**30}  # lengths must not overflow an int32
+    whole = {"max_new", *(k for k, x in SETTINGS.items() if x.kind is int)}
     columns = {
-        name: [min(row[name], most.get(name, math.inf)) for row in settings]
-        for name in Sampling._fields
+        name: [min(row[name], MOST) for row in settings] for name in Sampling._fields
     }
     return Sampling(
         **{
-            name: jnp.asarray(column, jnp.int32 if name in most else jnp.float32)
+            name: jnp.asarray(column, jnp.int32 if name in whole else jnp.float32)
             for name, column in columns.items()
         }
     )

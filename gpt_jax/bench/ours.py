@@ -24,6 +24,7 @@ from gpt_jax import (
     prepare,
     programs,
     sample,
+    sampling,
     sharding,
 )
 from gpt_jax.bench import texts
@@ -218,8 +219,7 @@ def writer(gpt: GPT, params, new: int) -> Callable:
 
     def write(prompt_BT) -> np.ndarray:
         rows, width = prompt_BT.shape
-        settings = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-        settings |= {"repetition_penalty": 1.0, "max_new": new}
+        settings = sampling.settings(new, temperature=0.0)
         tokens_BS, _, _ = generate(
             params,
             prompt_BT,

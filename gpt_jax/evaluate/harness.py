@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from gpt_jax import commands, runs, sample, screen
+from gpt_jax import commands, runs, sample, sampling, screen
 from gpt_jax.evaluate import likelihood
 
 MAX_NEW = 256  # tokens, where a task does not say: the harness's own choice
-PLAIN = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 def model(folder: str | Path, *, step=None, weights: str = "", seed: int = 0) -> Any:
@@ -143,6 +142,9 @@ def _text(run: runs.Run, request: tuple, seed: int, show) -> str:
         )
     ids = [*run.tokenizer.opening, *run.tokenizer.encode(prompt)]
     until = options.get("until") or []
+    chosen = {"temperature": 0.0}
+    for name, setting in sampling.SETTINGS.items():
+        chosen[name] = setting.kind(options.get(name, chosen.get(name, setting.off)))
     (done,) = sample.texts(
         model=run.model,
         params=run.params,
@@ -151,9 +153,7 @@ def _text(run: runs.Run, request: tuple, seed: int, show) -> str:
         count=1,
         seed=seed,
         stop=[until] if isinstance(until, str) else [text for text in until if text],
-        max_new=most,
-        temperature=float(options.get("temperature", 0.0)) if sampled else 0.0,
-        **{name: type(off)(options.get(name, off)) for name, off in PLAIN.items()},
+        **sampling.settings(most, **(chosen if sampled else {"temperature": 0.0})),
     )
     show(1)
     return done.text

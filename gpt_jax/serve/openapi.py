@@ -4,10 +4,12 @@
 and wrong ones, and holds the server to it. What wire.py checks is described here.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
-from gpt_jax import __version__
+from gpt_jax import __version__, sampling
+from gpt_jax.sampling import Setting
 from gpt_jax.serve.batch import TOP
 from gpt_jax.serve.wire import NOTHING, PASSED, ROLES, STOP_CHARS, STOPS, Limits
 
@@ -90,14 +92,9 @@ def description(limits: Limits, models: Iterable[str]) -> Schema:
 
 
 def _shared(limits: Limits, names: list[str]) -> Schema:
-    most = 2**30
     fields = {
         "model": {"enum": [*names, None]},
-        "temperature": _or_null("number", minimum=0),
-        "top_k": _or_null("integer", minimum=0, maximum=most),
-        "top_p": _or_null("number", exclusiveMinimum=0, maximum=1),
-        "min_p": _or_null("number", minimum=0, maximum=1),
-        "repetition_penalty": _or_null("number", exclusiveMinimum=0),
+        **{name: _range(setting) for name, setting in sampling.SETTINGS.items()},
         "seed": _or_null("integer", minimum=-(2**63), maximum=2**64),
         "stop": {"anyOf": [_stop(), _a("array", items=_stop(), maxItems=STOPS), NULL]},
         "n": _or_null("integer", minimum=1, maximum=limits.choices),
@@ -106,11 +103,20 @@ def _shared(limits: Limits, names: list[str]) -> Schema:
             "type": ["object", "null"],
             "properties": {"include_usage": _or_null("boolean")},
         },
-        "max_tokens": _or_null("integer", minimum=0, maximum=most),
+        "max_tokens": _or_null("integer", minimum=0, maximum=sampling.MOST),
         "ignore_eos": _or_null("boolean"),
     }
     fields |= {name: {"enum": [*none, None]} for name, none in NOTHING.items()}
     return fields | {name: {} for name in PASSED.split()}
+
+
+def _range(setting: Setting) -> Schema:
+    least = "exclusiveMinimum" if setting.above else "minimum"
+    found = _or_null(
+        "integer" if setting.kind is int else "number",
+        **{least: setting.low, "default": setting.off, "description": setting.told},
+    )
+    return found | ({"maximum": setting.high} if setting.high < math.inf else {})
 
 
 def _completion(limits: Limits) -> Schema:

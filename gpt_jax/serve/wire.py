@@ -3,8 +3,8 @@
 A body is checked whole before anything is done. What this server cannot do is refused
 by name, not passed over; null is the same as leaving a key out.
 
-Also understood: top_k, min_p, repetition_penalty (see `sample.Sampling`) and
-ignore_eos, which writes on beyond the end of the text.
+Also understood: all of `sampling.SETTINGS`, and ignore_eos, which writes on beyond the
+end of the text.
 """
 
 import difflib
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gpt_jax import plaintext, sample
+from gpt_jax import plaintext, sampling
 from gpt_jax.serve.batch import TOP
 from gpt_jax.serve.texts import Spelling, Token
 
@@ -111,8 +111,8 @@ def read(body: bytes) -> dict:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-SHARED = "model temperature top_k top_p min_p repetition_penalty seed stop n stream "
-SHARED += "stream_options max_tokens logprobs ignore_eos"
+SHARED = "model seed stop n stream stream_options max_tokens logprobs ignore_eos "
+SHARED += " ".join(sampling.SETTINGS)
 # Told by clients of others; they change no text here.
 PASSED = "user metadata store service_tier safety_identifier prompt_cache_key"
 # What other servers do and this one does not, and the values that ask for nothing.
@@ -163,17 +163,16 @@ def chat(fields: Mapping[str, Any], limits: Limits) -> Ask:
 
 def _shared(fields, prompts: int, limits: Limits, *, max_new: int) -> dict[str, Any]:
     settings = {
-        "temperature": _number(fields, "temperature", 1.0),
-        "top_k": _whole(fields, "top_k", 0, 0, 2**30),
-        "top_p": _number(fields, "top_p", 1.0),
-        "min_p": _number(fields, "min_p", 0.0),
-        "repetition_penalty": _number(fields, "repetition_penalty", 1.0),
-        "max_new": _whole(fields, "max_tokens", max_new, 0, 2**30),
+        name: _whole(fields, name, setting.off, setting.low, setting.high)
+        if setting.kind is int
+        else _number(fields, name, setting.off)
+        for name, setting in sampling.SETTINGS.items()
     }
     try:
-        sample.check(**{**settings, "max_new": 0})
+        sampling.check(0, **settings)
     except ValueError as error:
         raise _bad(str(error)) from None
+    settings["max_new"] = _whole(fields, "max_tokens", max_new, 0, sampling.MOST)
     options = fields.get("stream_options", {})
     if not isinstance(options, dict):
         raise _bad('stream_options must be an object, as in {"include_usage": true}')

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gpt_jax import files, sample, settings
+from gpt_jax import files, sample, sampling, settings
 from gpt_jax.model import GPT
 from gpt_jax.tasks import lm
 from gpt_jax.tasks.problems import Problems, open_source, open_tokenizer
@@ -51,16 +51,12 @@ def complete(
     """
     rows, positions = batch["tokens"].shape
     plain, params = sample.laid_out(model, weights, rows=rows)
-    fields = {name: jnp.zeros(rows) for name in sample.Sampling._fields}
-    fields |= {"temperature": jnp.full(rows, temperature)}
-    fields |= {"top_k": jnp.zeros(rows, jnp.int32), "top_p": jnp.ones(rows)}
-    fields |= {"repetition_penalty": jnp.ones(rows)}
-    fields |= {"max_new": jnp.full(rows, positions + 1 - prompt, jnp.int32)}
+    how = sampling.settings(positions + 1 - prompt, temperature=temperature)
     tokens_RS, length_R, _ = sample.generate(
         params,
         batch["tokens"][:, :prompt],
         jnp.maximum(batch["length"], 1),  # a row that only fills up has none
-        sample.Sampling(**fields),
+        sample.rows_of([how] * rows),
         key_R,
         model=plain,
         max_length=positions + 1,
