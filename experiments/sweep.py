@@ -77,7 +77,7 @@ TRIAL_TIMEOUT = flags.DEFINE_float(
     "Seconds without a sign of life after which a trial is killed; 0 = never.",
 )
 METRIC = flags.DEFINE_string(
-    "metric", "", "What tables and report judge by (default: the sweep file's)."
+    "metric", "", "What tables and report judge by (default: the sweep's own)."
 )
 DIRECTION = flags.DEFINE_enum(
     "direction", None, ["minimize", "maximize"], "Which of --metric is better."

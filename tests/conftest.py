@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import psutil
 import pytest
 
 # JAX reads these once, at its import, so they stand before any test module.
@@ -24,6 +25,16 @@ CACHE = Path(__file__).parent.parent / ".pytest_cache" / f"jax-{WORKER}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs():
+    """Lets go of a file's programs once they hold much: gigabytes at the end, else."""
+    yield
+    if psutil.Process().memory_info().rss > 2e9:
+        import jax
+
+        jax.clear_caches()
 
 
 @pytest.fixture

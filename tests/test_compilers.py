@@ -6,6 +6,7 @@ of this is skipped. What a GPU or TPU computes is not asked here.
 
 import itertools
 import os
+from typing import Any
 
 import jax
 import pytest
@@ -111,7 +112,8 @@ def factors(number: int):
 @pytest.mark.parametrize("name", ["v5e-64", "v6e-64", "v4-64", "v5p-64", "v5e-256"])
 def test_every_mesh_of_a_slice_is_made(name):
     target = needs(name)
-    for axes in factors(target.number):
+    shapes: Any = factors(target.number)
+    for axes in shapes:
         mesh = sharding.arranged(axes, target.devices)
         assert mesh.devices.shape == axes
         assert len({device.id for device in mesh.devices.flat}) == target.number

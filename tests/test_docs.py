@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from gpt_jax.__main__ import FIRST
+from gpt_jax.sampling import SETTINGS
 from tests import runs_to_evaluate
 
 ROOT = Path(__file__).parents[1]
@@ -190,6 +191,8 @@ def flags_of(file: Path) -> tuple[frozenset[str], str]:
         ours = ("define_path", "define_paths", "define_multi_path")  # those of door.py
         if called.startswith(("DEFINE_", *ours)) and isinstance(first, str):
             names.add(first)
+        elif called == "define_sampling":
+            names |= SETTINGS.keys()
         elif called == "define_config":
             names.add("config")
             default = first or ""

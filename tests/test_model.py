@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import replace
 from functools import cache, partial
 from math import erf, sqrt
@@ -459,8 +460,17 @@ def test_stack_and_unstack_lose_nothing():
 
 
 @pytest.mark.fault(18)
-@pytest.mark.parametrize("scan_layers", [True, False])
-@pytest.mark.parametrize("remat", ["none", *model.REMAT])
+@pytest.mark.parametrize(
+    "scan_layers, remat",
+    [
+        *((True, "none"), (True, "dots"), (False, "full")),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in itertools.product((True, False), ("none", *model.REMAT))
+            if case not in ((True, "none"), (True, "dots"), (False, "full"))
+        ),
+    ],
+)
 def test_scan_and_remat_change_neither_logits_nor_gradients(scan_layers, remat):
     c = cfg(**DEEP)
     other = replace(c, scan_layers=scan_layers, remat=remat)

@@ -70,7 +70,10 @@ def lines(folder):
     return [{k: v for k, v in row.items() if k not in clock} for row in rows]
 
 
-@pytest.mark.parametrize("recipe, vmap", [("adamw", False), ("muon", True)])
+@pytest.mark.parametrize(
+    "recipe, vmap",
+    [pytest.param("adamw", False, marks=pytest.mark.slow), ("muon", True)],
+)
 def test_a_member_trains_as_it_would_alone(config, tmp_path, recipe, vmap, monkeypatch):
     """Oracle: `train.train`. Numbers, seeds and dropout differ between the members."""
     if vmap:  # as on an accelerator

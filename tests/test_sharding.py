@@ -50,7 +50,10 @@ def alone():
     return run("mesh", 1, 20)
 
 
-@pytest.mark.parametrize("strategy, data", [("mesh", 2), ("pmap", 1), ("pmap", 2)])
+@pytest.mark.parametrize(
+    "strategy, data",
+    [("mesh", 2), pytest.param("pmap", 1, marks=pytest.mark.slow), ("pmap", 2)],
+)
 def test_losses_equal_those_of_one_device_over_20_steps(alone, strategy, data):
     losses, state = run(strategy, data, 20)
     np.testing.assert_allclose(losses, alone[0], rtol=1e-5)

@@ -906,7 +906,7 @@ def door_says(*arguments):
         ([], "--sweep is missing"),
         (["--sweep=no_such.py"], "there is no sweep file no_such.py"),
         (["--workers=-1", "--sweep=mine"], "must not be negative"),
-        (["--engine=ray"], "should be one of <process|vmap>"),
+        (["--engine=ray"], "--engine=ray is not one of: "),
     ],
 )
 def test_the_door_refuses_with_one_sentence(arguments, sentence):

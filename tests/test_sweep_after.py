@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from gpt_jax import metrics, report, runs, train
+from gpt_jax import files, metrics, report, runs, train
 from gpt_jax.report import compare
 from gpt_jax.sweep import after, plan, record, trial
 from gpt_jax.sweep import run as sweeps
@@ -67,7 +67,7 @@ def test_trials_may_be_ranked_by_what_is_measured_afterwards(base, tmp_path):
         folder = study.out / one.name
         folder.mkdir()
         (folder / metrics.FILE).write_text('{"step": 8, "val_loss": 2.0}\n')
-        runs._write(folder / "config.json", runs._text(one.config))
+        files.write(folder / "config.json", runs._text(one.config))
         told = trial.measured(folder, sizes)
         found = trial.outcome(
             folder, chosen.criterion, status="done", reason="steps", **told

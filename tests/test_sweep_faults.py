@@ -11,13 +11,15 @@ import sqlite3
 
 import pytest
 
-from experiments import sweep as door
 from gpt_jax import report
 from gpt_jax.criterion import Criterion
 from gpt_jax.report import compare
 from gpt_jax.sweep import plan, record, space, storage
 from gpt_jax.sweep import run as sweeps
+from tests import doors
 from tests.test_sweep import base, drain, make, open_study, result
+
+door = doors.load("sweep")
 
 __all__ = ["base"]  # a fixture
 

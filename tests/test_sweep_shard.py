@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 
-from experiments import sweep as door
 from gpt_jax import files, runs
 from gpt_jax.sweep import record, shard, space
 from gpt_jax.sweep import run as sweeps
 from gpt_jax.sweep import study as studies
 from gpt_jax.sweep.shard import Shard
 from gpt_jax.sweep.study import Budget
+from tests import doors
 from tests.test_sweep import ROOT, base, drain, make, open_study, result
+
+door = doors.load("sweep")
 
 __all__ = ["base"]  # a fixture
 

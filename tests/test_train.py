@@ -146,7 +146,9 @@ def test_no_thread_is_left_behind(config, tmp_path):
 
 
 @pytest.mark.fault(10)
-@pytest.mark.parametrize("strategy", ["mesh", "pmap"])
+@pytest.mark.parametrize(
+    "strategy", ["mesh", pytest.param("pmap", marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_ends_bit_equal_to_an_uninterrupted_one(
     config, tmp_path, strategy
 ):

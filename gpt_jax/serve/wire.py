@@ -163,7 +163,7 @@ def chat(fields: Mapping[str, Any], limits: Limits) -> Ask:
 
 def _shared(fields, prompts: int, limits: Limits, *, max_new: int) -> dict[str, Any]:
     settings = {
-        name: _whole(fields, name, setting.off, setting.low, setting.high)
+        name: _whole(fields, name, setting.off, int(setting.low), int(setting.high))
         if setting.kind is int
         else _number(fields, name, setting.off)
         for name, setting in sampling.SETTINGS.items()
