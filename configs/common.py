@@ -20,8 +20,9 @@ def base() -> ConfigDict:
     """Returns a fresh config holding every key with its default value."""
     config = ConfigDict()
     config.seed = 1337  # one root for weights, data order, dropout and sampling
-    # Whose weights this run starts from: a run folder, or hf:<folder or id> from
-    # Hugging Face; "random" = none, "" = none where the task is not for tuning a model
+    # Whose weights this run starts from: a run folder, hf:<folder or id> from Hugging
+    # Face, or gguf:<file> of llama.cpp's; "random" = none, "" = none where the task is
+    # not for tuning a model
     config.init_from = ""
     # Go on with a run though its data is not what it was; --allow-data-change sets it
     config.allow_data_change = False
@@ -394,7 +395,7 @@ def from_run(config: ConfigDict, folder: str) -> ConfigDict:
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         found = {key: _tuples(value) for key, value in saved["model"].items()}
-        template = saved["task"].get("template", "")
+        template = saved["task"].get("template", "") or _chat_template(path.parent)
         unknown = sorted(found.keys() - config.model.keys())
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is not the config of a run: {error!r}") from error
@@ -407,6 +408,12 @@ def from_run(config: ConfigDict, folder: str) -> ConfigDict:
         config.task.template = template
     config.init_from = str(path.parent)
     return config
+
+
+def _chat_template(folder: Path) -> str:
+    """Returns the template that an imported model came with, "" for none."""
+    path = folder / "chat_template.jinja"
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def _tuples(value):

@@ -5,9 +5,10 @@ What: chapter 7 of Raschka's "Build a Large Language Model (From Scratch)": 1,10
   validation; the loss counts answers only, and their end is learnt. `run=` is the run
   folder of the base model (`none` = random weights, to try things out), `adapter=lora`
   trains thin matrices beside frozen weights, `template=` is alpaca, phi3, chatml, plain
-  or the path of a Jinja chat template. `set=alpaca` is Stanford's 52,002 instructions
-  (needs a network once, 23 MB). Your own file: --config.data.source=FILE.json or
-  FILE.jsonl, with the columns instruction, input and output, or messages.
+  or the path of a Jinja chat template; by default the one that `run=` has, else alpaca.
+  `set=alpaca` is Stanford's 52,002 instructions (needs a network once, 23 MB). Your
+  own file: --config.data.source=FILE.json or FILE.jsonl, with the columns
+  instruction, input and output, or messages.
 Expected: from austen_15m.py:size=small with a context of 256, the loss of the
   validation answers falls from 7.9 to 3.1, and nearly all test answers end by
   themselves.
@@ -44,7 +45,7 @@ SIZES = {"run": lambda config: None, "tiny": common.tiny}
 def get_config(arg: str | None = None):
     task = common.task_sft()
     options = common.options(
-        arg, run="", set="book", adapter="full", template=task.template, size="run"
+        arg, run="", set="book", adapter="full", template="", size="run"
     )
     config = common.base()
     config.task = task
@@ -65,4 +66,6 @@ def get_config(arg: str | None = None):
         config.model.context_length = 320
         config.task.too_long = "cut"
     run = options["run"] or ("none" if options["size"] == "tiny" else "")
-    return common.from_run(config, run)
+    config = common.from_run(config, run)
+    config.task.template = config.task.template or "alpaca"
+    return config

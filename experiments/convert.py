@@ -2,16 +2,18 @@
 
   python -m experiments.convert --from_hf=gpt2 --run=runs/gpt2
   python -m experiments.convert --from_hf=weights/SmolLM2-135M --run=runs/smollm
+  python -m experiments.convert --from_gguf=smollm2.gguf --run=runs/smollm2
   python -m experiments.convert --run=runs/shakespeare --to_hf=exports/shakespeare
   python -m experiments.convert --run=runs/gpt2 --to_gguf=exports/gpt2.gguf
   python -m experiments.convert --run=runs/gpt2 --to_stablehlo=exports/gpt2
 
---from_hf takes a folder or a Hugging Face id (GPT-2, Llama 2 and 3, Mistral, Qwen 3,
-Gemma 3 text, nanochat) and makes a run folder that experiments.sample works on. Only
-safetensors are read; nothing in the folder is executed. --to_hf writes a folder that
-transformers loads; --to_gguf one file for llama.cpp (GPT-2 and Llama); --to_stablehlo
-compiled programs with weights, tokenizer and a runner that needs no gpt_jax. A LoRA
-run is written merged; --weights=base writes what it started from, as it holds it.
+--from_hf takes a folder or a Hugging Face id (docs/guide/7-pretrained.md lists the
+families) and makes a run folder that experiments.sample works on; --from_gguf takes a
+file of llama.cpp's. Only safetensors and GGUF are read; nothing in them is executed.
+--to_hf writes a folder that transformers loads; --to_gguf one file for llama.cpp;
+--to_stablehlo compiled programs with weights, tokenizer and a runner that needs no
+gpt_jax. A LoRA run is written merged; --weights=base writes what it started from, as it
+holds it.
 
 Nothing is overwritten: the target must not exist.
 """
@@ -24,6 +26,7 @@ from configs import common
 from experiments import door
 
 RUN = door.define_path("run", "", "Run folder: made by --from_hf, else read.")
+FROM_GGUF = door.define_path("from_gguf", "", "GGUF file to read.")
 FROM_HF = door.define_path("from_hf", "", "Hugging Face folder or id to read.")
 TO_HF = door.define_path("to_hf", "", "Hugging Face folder to write.")
 TO_GGUF = door.define_path("to_gguf", "", "GGUF file to write, for llama.cpp.")
@@ -33,6 +36,18 @@ PARAM_DTYPE = flags.DEFINE_enum(
     "float32",
     ["float32", "bfloat16"],
     "How --from_hf keeps the weights: bfloat16 takes half the memory.",
+)
+CONTEXT = flags.DEFINE_integer(
+    "context",
+    0,
+    "The most tokens that an imported model sees at once; 0 = as many as it was made "
+    "for. Fewer take less memory and time; only models with rope can have fewer.",
+)
+GGUF_TYPE = flags.DEFINE_enum(
+    "gguf_type",
+    "",
+    ["", "F32", "F16", "Q8_0"],
+    "How --to_gguf keeps matrices; empty = as the run does. Q8_0 is 8 bits a number.",
 )
 SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "The most a file of --to_hf holds.")
 STEP = flags.DEFINE_string(
@@ -49,9 +64,10 @@ WEIGHTS = flags.DEFINE_enum(
 # Which flags go with each way, besides --run.
 OF_A_RUN = ("step", "weights")
 READS = {
-    "from_hf": ("param_dtype",),
+    "from_hf": ("param_dtype", "context"),
+    "from_gguf": ("param_dtype", "context"),
     "to_hf": ("shard_gb", *OF_A_RUN),
-    "to_gguf": OF_A_RUN,
+    "to_gguf": ("gguf_type", *OF_A_RUN),
     "to_stablehlo": OF_A_RUN,
 }
 
@@ -60,16 +76,17 @@ def main(_: list[str]) -> None:
     """Converts once; raises ValueError for what the user can mend."""
     if not RUN.value:
         raise ValueError("--run is missing, e.g. --run=runs/gpt2")
-    ways = [f for f in (FROM_HF, TO_HF, TO_GGUF, TO_STABLEHLO) if f.value]
+    every = (FROM_HF, FROM_GGUF, TO_HF, TO_GGUF, TO_STABLEHLO)
+    ways = [flag for flag in every if flag.value]
     if len(ways) != 1:
-        raise ValueError(
-            "give one of --from_hf, --to_hf, --to_gguf, --to_stablehlo (see --help)"
-        )
+        names = ", ".join(f"--{flag.name}" for flag in every)
+        raise ValueError(f"give one of {names} (see --help)")
     door.only_with(ways[0].name, READS)
-    (import_hf if FROM_HF.value else export)()
+    named = FROM_HF.value or FROM_GGUF.value
+    take(named) if named else export()
 
 
-def import_hf() -> None:
+def take(named: str) -> None:
     """Makes a run folder of published weights."""
     from gpt_jax import checkpoint, commands, model, pretrained, runs
 
@@ -77,9 +94,19 @@ def import_hf() -> None:
     if workdir.exists():
         raise FileExistsError(f"{workdir} exists already; name a new --run")
     door.check_writable("run", RUN.value, folder=True)
-    source = pretrained.find(FROM_HF.value)
+    source = pretrained.find(named)
+    if FROM_GGUF.value and not source.is_file():
+        raise ValueError(
+            f"--from_gguf={named}: it is no GGUF file; --from_hf is for it"
+        )
     config = common.base()
     config.model.update(pretrained.fields(source), param_dtype=PARAM_DTYPE.value)
+    if not 0 <= CONTEXT.value <= config.model.context_length:
+        raise ValueError(
+            f"--context={CONTEXT.value}: this model sees "
+            f"{config.model.context_length:,} tokens at most"
+        )
+    config.model.context_length = CONTEXT.value or config.model.context_length
     config.data.update(source="", tokenizer=str(workdir / "tokenizer.json"))
     tokenizer = pretrained.tokenizer(source)
     cfg = runs.model_config(config, tokenizer)
@@ -88,15 +115,18 @@ def import_hf() -> None:
         runs.create(draft, config, tokenizer)
         pretrained.keep(source, draft)
         with checkpoint.Checkpoints(draft / "checkpoints", keep=1) as store:
-            meta = {"from": FROM_HF.value}
+            meta = {"from": named}
             store.save(0, {"params": params}, metric=None, meta=meta)
-    print(f"{model.count(params):,} parameters, {cfg.n_layers} layers of {cfg.d_model}")
+    print(
+        f"{model.count(params):,} parameters, {cfg.n_layers} layers of {cfg.d_model}, "
+        f"context {cfg.context_length:,}"
+    )
     print(f"  sample  {commands.typed('sample')} --run={workdir} --prompt=...")
 
 
 def export() -> None:
     """Writes the weights of a run for other software."""
-    from gpt_jax import pretrained, runs
+    from gpt_jax import chat, pretrained, runs
 
     target = Path(TO_HF.value or TO_GGUF.value or TO_STABLEHLO.value)
     if target.exists():
@@ -111,7 +141,9 @@ def export() -> None:
         shard_bytes = int(SHARD_GB.value * 1e9)
         pretrained.save(target, *what, run=run.folder, shard_bytes=shard_bytes)
     elif TO_GGUF.value:
-        pretrained.gguf.save(target, *what)
+        template = chat.template_of(run.folder)
+        how = {"kind": GGUF_TYPE.value, "template": template}
+        pretrained.gguf.save(target, *what, **how)
     else:
         with pretrained.whole(target) as draft:
             pretrained.stablehlo.save(draft, *what)

@@ -198,20 +198,52 @@ def render(
     ]
     written = _by_name if template in TEMPLATES else _by_jinja
     text, spans = written(safe, tokenizer, template, reply)
-    ids = list(tokenizer.opening) if template in TEMPLATES else []
-    answer = [0] * len(ids)
-    for part, weight in _parts(text, spans, tokenizer):
-        found = _encode(part, tokenizer, guard)
-        ids += found
-        answer += [weight * (not reply)] * len(found)
-    return ids, answer
+    opening = list(tokenizer.opening) if template in TEMPLATES else []
+    whole = tokenizer.kind not in ("char", "word") and tokenizer.JOINT not in text
+    encode = _encode_whole if whole else _encode_parts
+    ids, answer = encode(text, spans, opening, tokenizer, guard)
+    return ids, [weight * (not reply) for weight in answer]
 
 
 def stop_ids(tokenizer, template: str) -> list[int]:
-    """Returns the ids that end an answer: the template's, and the end of text."""
+    """Returns the ids that end an answer: the template's, and the tokenizer's."""
     end, _ = _end(tokenizer, template)
-    ids = [tokenizer.specials[end], tokenizer.eos_id]
-    return [i for n, i in enumerate(ids) if i is not None and i not in ids[:n]]
+    return list(dict.fromkeys([tokenizer.specials[end], *tokenizer.ends]))
+
+
+def as_jinja(template: str, tokenizer) -> str:
+    """Returns a template as the text of a Jinja template, as other software reads it.
+
+    It writes what `render` does, special tokens by their names.
+
+    Args:
+      template: a name of TEMPLATES, or Jinja text, which is returned as it is.
+      tokenizer: a `tokenizers.Tokenizer`.
+    """
+    if template not in TEMPLATES:
+        return template
+    form, (end, _) = TEMPLATES[template], _end(tokenizer, template)
+    by_id = {i: name for name, i in tokenizer.specials.items()}
+    opening = "".join(by_id[i] for i in tokenizer.opening)
+    preamble = form.system + form.preamble + form.close + form.between
+    pieces = [
+        _literal(opening),
+        "{% if messages[0]['role'] != 'system' %}" + _literal(preamble) + "{% endif %}"
+        if form.preamble
+        else "",
+        "{% for message in messages %}",
+        "{% if not loop.first %}" + _literal(form.between) + "{% endif %}",
+        "{% if message['role'] == 'assistant' %}" + _literal(form.assistant),
+        "{{ message['content'] }}" + _literal(end),
+        "{% elif message['role'] == 'system' %}" + _literal(form.system),
+        "{{ message['content'] }}" + _literal(form.close),
+        "{% else %}" + _literal(form.user),
+        "{{ message['content'] }}" + _literal(form.close),
+        "{% endif %}{% endfor %}",
+        "{% if add_generation_prompt %}",
+        _literal(form.between + form.assistant) + "{% endif %}",
+    ]
+    return "".join(pieces)
 
 
 def fit(
@@ -359,13 +391,17 @@ def _fill(template: str, tokenizer, messages, reply: bool) -> str:
       ValueError: the template fails, or refuses this conversation.
     """
     names = {i: name for name, i in tokenizer.specials.items()}
-    opening = [names[i] for i in tokenizer.opening if i in names]
-    others = [n for n in ("<bos>", "<s>", "<|begin_of_text|>") if n in names.values()]
+    bos = names.get(tokenizer.bos_id, "")
+    if tokenizer.special is None and not bos:  # nobody says it: the usual names
+        usual = [
+            n for n in ("<bos>", "<s>", "<|begin_of_text|>") if n in names.values()
+        ]
+        bos = next(iter(usual), names.get(tokenizer.eos_id, ""))
     try:
         return _compiled(template).render(
             messages=[{"role": m.role, "content": m.content} for m in messages],
             add_generation_prompt=reply,
-            bos_token=next(iter(opening + others), names.get(tokenizer.eos_id, "")),
+            bos_token=bos,
             eos_token=names.get(tokenizer.eos_id, ""),
             tools=None,
         )
@@ -430,6 +466,55 @@ def _broken(content: str, tokenizer, guard: str) -> str:
     for name in _names(tokenizer):
         content = content.replace(name, name[0] + guard + name[1:])
     return content
+
+
+def _literal(text: str) -> str:
+    """Returns the Jinja that writes a text."""
+    quoted = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return "{{ '" + quoted + "' }}" if text else ""
+
+
+def _encode_whole(text: str, spans, opening: list[int], tokenizer, guard: str):
+    """Returns the ids of a text and the weight of each, by where they lie in it.
+
+    The text is encoded as one: what stands on both sides of the beginning of an answer
+    may be one token, and what follows a special token does not begin a text.
+    """
+    pieces = _pattern(tokenizer).split(text)
+    marks = [*opening, *(tokenizer.specials[p.strip()] for p in pieces[1::2])]
+    joint = tokenizer.JOINT
+    joined, places, at = joint * len(opening), [], 0
+    for number, piece in enumerate(pieces):
+        plain = joint if number % 2 else piece.replace(guard, "")
+        for edge in sorted({edge for span in spans for edge in span[:2]}):
+            if at <= edge < at + len(piece) or (
+                edge == at and number == len(pieces) - 1
+            ):
+                before = piece[: edge - at].replace(guard, "")
+                # An answer that ends within a special token's own space has that too.
+                inside = (len(joint) if edge > at else 0) if number % 2 else len(before)
+                places.append((edge, len(joined) + inside))
+        joined, at = joined + plain, at + len(piece)
+    moved = dict(places) | {len(text): len(joined)}
+    found, offsets = tokenizer.encode_joined(joined)
+    named = iter(marks)
+    ids = [next(named) if i < 0 else i for i in found]
+    answer = [0] * len(ids)
+    for start, stop, weight in spans:
+        for n, (begin, end) in enumerate(offsets):
+            if begin < moved[stop] and end > moved[start]:
+                answer[n] = weight
+    return ids, answer
+
+
+def _encode_parts(text: str, spans, opening: list[int], tokenizer, guard: str):
+    """Returns the same where each part of a text is encoded alone."""
+    ids, answer = list(opening), [0] * len(opening)
+    for part, weight in _parts(text, spans, tokenizer):
+        found = _encode(part, tokenizer, guard)
+        ids += found
+        answer += [weight] * len(found)
+    return ids, answer
 
 
 def _parts(text: str, spans, tokenizer):

@@ -368,7 +368,7 @@ def texts(
     Args:
       model: the model; scanned layers are unrolled first.
       params: its weights, on one device or split over a mesh.
-      tokenizer: makes ids of texts and texts of ids; its `eos_id` ends a completion.
+      tokenizer: makes ids of texts and texts of ids; its `ends` end a completion.
       prompts: texts, or token ids (which may hold special tokens). An empty one
         becomes the end-of-text token or, without one, a newline.
       count: samples of each prompt.
@@ -543,7 +543,7 @@ def _decode(
     With `beyond`, rows whose context is full go on from the last half of it.
     """
     context, eos_id = model.cfg.context_length, tokenizer.eos_id
-    stop = list(stop) if eos_id is None else [*stop, eos_id]
+    stop = [*stop, *tokenizer.ends]
     scribes = [Transcript(tokenizer, row.ids, stop) for row in rows]
     windows = [row.ids for row in rows] + [[0]] * padding
     left = [settings["max_new"]] * len(rows) + [0] * padding
@@ -581,7 +581,7 @@ def _decode(
         windows = [ids[-max(1, context // 2) :] for ids in windows]
         key_B = _next_keys(key_B)  # places are counted anew
     return [
-        _completion(row, scribe, settings["max_new"], context, eos_id, beyond)
+        _completion(row, scribe, settings["max_new"], context, tokenizer.ends, beyond)
         for row, scribe in zip(rows, scribes, strict=True)
     ]
 
@@ -614,12 +614,12 @@ def _window(params, windows, left, settings, key_B, steps, fixed):
             state = _advance(params, state, sampling, key_B, steps, **fixed)
 
 
-def _completion(row, scribe, max_new, context, eos_id, beyond):
+def _completion(row, scribe, max_new, context, ends, beyond):
     stopped_by = scribe.stopped_by
     if stopped_by is not None:
         reason = "stop"
         what = "stop token" if isinstance(stopped_by, int) else "stop string"
-        detail = "end of text" if stopped_by == eos_id else f"{what} {stopped_by!r}"
+        detail = "end of text" if stopped_by in ends else f"{what} {stopped_by!r}"
     else:
         reason = "length"
         full = not beyond and len(row.ids) + len(scribe.ids) >= context

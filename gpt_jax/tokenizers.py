@@ -14,19 +14,21 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import tokenizers as hf
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from gpt_jax import files
+from gpt_jax import files, special
+from gpt_jax.special import Special
 
 EOS = "<|endoftext|>"
 UNK = "<|unk|>"
-# What the end of a text is called, here first and then in published tokenizers.
+# What the end of a text is called where nobody says it, here first.
 END_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>")
 # No space is written before these when words are joined.
 CLOSE_UP = tuple(",.:;?!\"()'")
@@ -51,13 +53,21 @@ class Tokenizer:
     """A tokenizer, held as the text of its tokenizer.json.
 
     Equal texts are equal tokenizers; pickling sends the text only.
+
+    Attributes:
+      json: that text.
+      special: which tokens begin and end texts, where somebody says it; None = a token
+        of a usual name ends them.
     """
 
     json: str = field(repr=False)
+    special: Special | None = None
+    # For private use: stands for a special token in what `encode_joined` takes.
+    JOINT: ClassVar[str] = "\ue0ff\ue0ff"
 
     def __reduce__(self):
         # The Hugging Face object would lose encode_special_tokens on its way.
-        return Tokenizer, (self.json,)
+        return Tokenizer, (self.json, self.special)
 
     @cached_property
     def backend(self) -> hf.Tokenizer:
@@ -68,8 +78,8 @@ class Tokenizer:
 
     @cached_property
     def sha256(self) -> str:
-        """The hash of tokenizer.json as `save` writes it."""
-        return files.digest(self.json)
+        """The hash of what `save` writes."""
+        return files.digest(self.json + (self.special.text() if self.special else ""))
 
     @cached_property
     def kind(self) -> str:
@@ -94,9 +104,28 @@ class Tokenizer:
 
     @property
     def eos_id(self) -> int | None:
-        """The id of `<|endoftext|>` (or its usual other names), if there is one."""
+        """The id of the end of a text, if there is one.
+
+        Where nobody says which it is: `<|endoftext|>`, or one of its usual other names.
+        """
+        if self.special is not None:
+            return self.special.eos
         names = [name for name in END_NAMES if name in self.specials]
         return self.specials[names[0]] if names else None
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The ids at which writing ends: the end of a text, and whatever else does."""
+        if self.special is not None:
+            return self.special.ends
+        return () if self.eos_id is None else (self.eos_id,)
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id of what a chat template calls bos_token, if there is one."""
+        if self.special is not None:
+            return self.special.bos
+        return self.opening[0] if self.opening else None
 
     @cached_property
     def opening(self) -> list[int]:
@@ -153,6 +182,31 @@ class Tokenizer:
                 ids[owner].extend(encoding.ids)
         return ids
 
+    def encode_joined(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Returns the ids of a text that special tokens cut, and where each id lies.
+
+        Each JOINT in the text stands for a special token and has the id -1. What is
+        behind it is encoded as the rest of a text that began before it: without the
+        space that some tokenizers put in front of a text.
+
+        Returns:
+          (ids, the (begin, end) of each in the text).
+
+        Raises:
+          ValueError: see `encode_batch`.
+        """
+        if self._may_drop:
+            for part in text.split(self.JOINT):
+                self._refuse_dropped(part)
+        joint = self._joined.token_to_id(self.JOINT)
+        try:
+            found = self._joined.encode(text, add_special_tokens=False)
+        except Exception as error:  # Hugging Face raises nothing narrower
+            for part in text.split(self.JOINT):
+                self._explain(part)
+            raise ValueError(f"this text cannot be tokenized: {error}") from error
+        return [-1 if i == joint else i for i in found.ids], found.offsets
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Returns the text of ids; special tokens appear by name.
 
@@ -195,7 +249,20 @@ class Tokenizer:
             return self._add_to_characters(tokens)
         grown = hf.Tokenizer.from_str(self.json)
         grown.add_special_tokens(list(tokens))
-        return _wrap(grown)
+        return replace(self, json=_wrap(grown).json)
+
+    def with_special(self, found: Special | None) -> "Tokenizer":
+        """Returns the tokenizer with `special` set; what it names is no longer text."""
+        if found is None:
+            return self
+        named = {found.bos, found.eos, found.pad, *found.ends}
+        names = {i: token for token, i in self.vocab.items()}
+        texts = (named & names.keys()) - {*self.specials.values()}
+        if not texts:
+            return replace(self, special=found)
+        backend = hf.Tokenizer.from_str(self.json)
+        backend.add_special_tokens([names[i] for i in texts])
+        return replace(_wrap(backend), special=found)
 
     def special_id(self, token: str) -> int:
         """Returns the id of a special token; ValueError when there is none such."""
@@ -234,8 +301,21 @@ class Tokenizer:
         return size_V
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes tokenizer.json at `path`, whole or not at all."""
+        """Writes tokenizer.json at `path`, whole or not at all, and what goes with it.
+
+        That is tokenizer.special.json, where it is said which tokens end texts.
+        """
+        special.write(Path(path), self.special)
         files.write(Path(path), self.json)
+
+    @cached_property
+    def _joined(self) -> hf.Tokenizer:
+        """The Hugging Face object with JOINT for every special token."""
+        document = json.loads(self.json) | {"post_processor": None}
+        backend = hf.Tokenizer.from_str(json.dumps(document))
+        backend.encode_special_tokens = True
+        backend.add_tokens([hf.AddedToken(self.JOINT, normalized=False)])
+        return backend
 
     @cached_property
     def _pieces(self) -> list[bytes] | None:
@@ -366,7 +446,7 @@ class Tokenizer:
             document["model"]["vocab"][token] = len(document["model"]["vocab"])
         grown = hf.Tokenizer.from_str(json.dumps(document))
         grown.add_special_tokens(list(tokens))
-        return _wrap(grown)
+        return replace(self, json=_wrap(grown).json)
 
 
 class PieceStream:
@@ -551,7 +631,10 @@ def _apart(work: Callable[[Callable], object], tick: Callable[[float], object]) 
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
-    """Returns the tokenizer of a tokenizer.json.
+    """Returns the tokenizer of a tokenizer.json, with what the files beside it say.
+
+    Which tokens begin and end texts stands in tokenizer.special.json or, in a published
+    folder, in config.json and others.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -581,7 +664,11 @@ def load(path: str | os.PathLike) -> Tokenizer:
     backend.no_padding()
     if not backend.get_vocab_size():
         raise ValueError(f"{path} holds a tokenizer without a vocabulary")
-    return _wrap(backend)
+    found = _wrap(backend)
+    said = special.read(path)
+    if said is None and special.is_published(path.parent):
+        said = special.published(path.parent, found.vocab)
+    return found.with_special(said)
 
 
 def gpt2(encoder_json: str | os.PathLike, vocab_bpe: str | os.PathLike) -> Tokenizer:

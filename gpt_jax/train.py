@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 
 from gpt_jax import (
     adapters,
+    chat,
     checkpoint,
     checks,
     data,
@@ -347,6 +348,8 @@ def open_run(
         if processes.count() > 1:  # what other processes read and save with this one
             state = parts.strategy.place(state)
         processes.in_turn(create_or_check)
+        if processes.index() == 0:
+            keep_template(config, workdir)
         frozen = saves.save_frozen(state.frozen) if state.frozen else ""
         news = too_short(config, task)
         if config.sample_every and not task.prompt:
@@ -503,10 +506,21 @@ def first_tokenizer(config: ConfigDict, workdir: Path) -> Path:
     return source
 
 
+def keep_template(config: ConfigDict, workdir: Path) -> None:
+    """Keeps the chat template that belongs to `init_from`'s weights."""
+    if checks.begins(config.init_from) == checks.RANDOM or config.task.get("template"):
+        return
+    published = hugging_face(config)
+    source = pretrained.find(published or config.init_from)
+    template = pretrained.template(source)
+    if template and template not in chat.TEMPLATES:
+        files.write(workdir / "chat_template.jinja", template)
+
+
 def hugging_face(config: ConfigDict) -> str:
-    """Returns the folder or id of `init_from=hf:...`, "" when it names a run."""
+    """Returns what `init_from=hf:...` or `gguf:...` names, "" when it names a run."""
     prefix, _, name = config.init_from.partition(":")
-    return name if prefix == "hf" else ""
+    return name if prefix in ("hf", "gguf") else ""
 
 
 def make_hyper(config: ConfigDict, task: tasks.Task) -> Hyper:

@@ -54,4 +54,4 @@ def _texts(tokens, tokenizer) -> Iterator[str]:
 
 
 def _begins(id: int, tokenizer) -> bool:
-    return id == tokenizer.eos_id or tokenizer.decode([id])[:1].isspace()
+    return id in tokenizer.ends or tokenizer.decode([id])[:1].isspace()

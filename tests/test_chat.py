@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import tokenizers as hf
 
 from gpt_jax import chat, tokenizers
 from gpt_jax.chat import Message
@@ -324,3 +325,42 @@ def test_a_conversation_needs_known_roles_and_a_message():
         chat.render([Message("tool", "x")], BYTE, "plain", reply=True)
     with pytest.raises(ValueError, match="at least one message"):
         chat.render([], BYTE, "plain", reply=True)
+
+
+def sentencepiece() -> tokenizers.Tokenizer:
+    """Returns a tokenizer that puts a space before a text, as Llama's does."""
+    letters = {c: n for n, c in enumerate(["<unk>", "<s>", "</s>", "▁", *"abcdefgh["])}
+    backend = hf.Tokenizer(hf.models.BPE(letters, [], unk_token="<unk>"))
+    backend.pre_tokenizer = hf.pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.add_special_tokens(["<s>", "</s>"])
+    return tokenizers.Tokenizer(backend.to_str())
+
+
+def test_a_conversation_is_encoded_as_one_text():
+    words = sentencepiece()
+    form = "<s>{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}["
+    form += "{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+    talk = [chat.Message("user", "ab"), chat.Message("assistant", "cd")]
+    ids, answer = chat.render(talk, words, form, reply=False)
+    whole = hf.Tokenizer.from_str(words.json).encode("<s>[ab[cd</s>")
+    assert ids == whole.ids and "▁" not in whole.tokens[1:]
+    assert [token for token, n in zip(whole.tokens, answer) if n] == ["c", "d", "</s>"]
+    spelt = [chat.Message("user", "a</s>"), chat.Message("assistant", "c")]
+    ids, _ = chat.render(spelt, words, form, reply=False)
+    assert ids.count(words.specials["</s>"]) == 1
+
+
+@pytest.mark.parametrize("name", chat.TEMPLATES)
+def test_a_named_template_is_jinja_elsewhere(name):
+    words = tokenizers.train("byte", []).add_special(["<|end|>", "<|im_end|>"])
+    talk = [
+        chat.Message("system", "It's\n"),
+        chat.Message("user", "{{ a }} <|end|>"),
+        chat.Message("assistant", "yes\\n"),
+        chat.Message("user", "b"),
+    ]
+    text = chat.as_jinja(name, words)
+    for turns in (talk, talk[1:], talk[1:3]):
+        for reply in (True, False):
+            wanted = chat.render(turns, words, name, reply=reply)
+            assert chat.render(turns, words, text, reply=reply) == wanted

@@ -7,14 +7,16 @@ import jax
 import numpy as np
 import pytest
 import tokenizers as hf
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 from tokenizers import pre_tokenizers
 
 from configs import common
-from gpt_jax import attention, model, pretrained, tokenizers
+from gpt_jax import attention, chat, model, pretrained, tokenizers
 from gpt_jax.model import GPTConfig
-from gpt_jax.pretrained import weights
+from gpt_jax.pretrained import config_json, gguf_file, weights
 from gpt_jax.pretrained.gguf import interleaved, save
+from gpt_jax.special import Special
 
 gguf = pytest.importorskip("gguf", reason="needs the package gguf")
 
@@ -181,6 +183,140 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(name, named, tmp_path
     with pytest.raises(ValueError, match=named):
         save(tmp_path / "a.gguf", params, cfg, BYTES)
     assert not list(tmp_path.iterdir())
+
+
+LINEAR = {"kind": "linear", "factor": 2.0}
+SCALED = ({"window": 0, "rope_base": 500.0, "rope_scaling": LINEAR},)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {**LLAMA, "n_kv_heads": 2, "tie_embeddings": False, "pattern": SCALED}],
+    ids=["gpt2", "llama"],
+)
+def test_a_file_comes_in_again_bit_for_bit(changes, tmp_path):
+    cfg, params = tiny(**changes)
+    said = BYTES.with_special(Special(None, 256, None, (256,)))
+    save(tmp_path / "a.gguf", params, cfg, said, template="alpaca")
+    source = pretrained.find(str(tmp_path / "a.gguf"))
+    again = GPTConfig(**{**common.base().model.to_dict(), **pretrained.fields(source)})
+    assert not config_json.difference(cfg, pretrained.fields(source))
+    found = flatten_dict(pretrained.load(source, again))
+    wanted = flatten_dict(params)
+    assert found.keys() == wanted.keys()
+    for path, leaf in wanted.items():
+        np.testing.assert_array_equal(found[path], leaf, err_msg=str(path))
+    words = pretrained.tokenizer(source)
+    assert words.encode("Größe <|endoftext|>") == BYTES.encode("Größe <|endoftext|>")
+    assert words.ends == (256,)
+    assert pretrained.template(source) == chat.as_jinja("alpaca", said)
+
+
+def test_eight_bits_and_sixteen_come_in_as_the_package_rounds_them(tmp_path):
+    cfg, params = tiny(**LLAMA)
+    table = np.asarray(params["embed"]["embedding"])
+    for kind, least in (("F16", 1e-3), ("Q8_0", 1e-2)):
+        path = tmp_path / f"{kind}.gguf"
+        save(path, params, cfg, BYTES, kind=kind)
+        found = np.asarray(pretrained.load(path, cfg)["embed"]["embedding"])
+        number = gguf.GGMLQuantizationType[kind]
+        rounded = gguf.quants.quantize(table, number)
+        np.testing.assert_array_equal(found, gguf.quants.dequantize(rounded, number))
+        assert 0 < np.abs(found - table).max() < least * np.abs(table).max()
+        norm = pretrained.load(path, cfg)["final_norm"]["scale"]
+        np.testing.assert_array_equal(norm, params["final_norm"]["scale"])
+
+
+@pytest.mark.parametrize("name", gguf_file.SPLITS)
+def test_a_byte_level_tokenizer_goes_out_and_comes_in_by_every_split(name, tmp_path):
+    cfg, params = tiny()
+    text = "don't IT'S 1234567 a  b\n\n x²é 日本 " * 20
+    backend = hf.Tokenizer.from_str(tokenizers.train("bpe:290", [text]).json)
+    backend.pre_tokenizer = gguf_file.SPLITS[name]()
+    document = json.loads(backend.to_str())
+    document["model"]["ignore_merges"] = name in gguf_file.WHOLE_WORDS
+    if name in gguf_file.COMPOSED:
+        document["normalizer"] = {"type": "NFC"}
+    words = tokenizers.Tokenizer(json.dumps(document))
+    _, about = write(tmp_path / "a.gguf", cfg, params, words)
+    assert about["tokenizer.ggml.pre"] == name
+    found = pretrained.tokenizer(tmp_path / "a.gguf")
+    for hostile in (
+        text,
+        "e\u0301\r\n\t 12 345'LL",
+        "\x00\u200b\ufeff🏳️‍🌈",
+        "   ",
+        "a" * 99,
+    ):
+        assert found.encode(hostile) == words.encode(hostile)
+    pieces = [p for p, _ in gguf_file.SPLITS[name]().pre_tokenize_str("IT'S 12345")]
+    digits = {"gpt-2": 1, "llama-bpe": 2, "smollm": 5, "qwen2": 5}[name]
+    assert sum(p.strip("Ġ").isdecimal() for p in pieces) == digits
+
+
+def test_a_tokenizer_without_a_space_in_front_says_so(tmp_path):
+    vocab = {
+        "<unk>": 0,
+        **{f"<0x{b:02X}>": b + 1 for b in range(256)},
+        "▁": 257,
+        "a": 258,
+    }
+    bpe = hf.models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True)
+    backend = hf.Tokenizer(bpe)
+    cfg, params = tiny()
+    for scheme, wanted in (("never", False), ("first", True)):
+        rule = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+        backend.pre_tokenizer = rule
+        words = tokenizers.Tokenizer(backend.to_str())
+        _, about = write(tmp_path / f"{scheme}.gguf", cfg, params, words)
+        assert about["tokenizer.ggml.add_space_prefix"] is wanted
+
+
+def changed(path: Path, **values) -> Path:
+    """Writes a file of a tiny Llama in which these keys are other ones."""
+    cfg, params = tiny(**LLAMA)
+    real = gguf.GGUFWriter.add_key_value
+
+    def add(writer, key, value, kind, *rest, **more):
+        name = key.replace(".", "_")
+        real(writer, key, values.get(name, value), kind, *rest, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf.GGUFWriter, "add_key_value", add)
+        save(path, params, cfg, BYTES)
+    return path
+
+
+@pytest.mark.parametrize(
+    "values, named",
+    [
+        ({"general_architecture": "mamba"}, "mamba"),
+        ({"llama_vocab_size": 5, "llama_rope_dimension_count": 4}, "features"),
+        ({"tokenizer_ggml_pre": "viking"}, "viking"),
+        ({"tokenizer_ggml_model": "t5"}, "t5"),
+    ],
+)
+def test_a_file_that_is_not_understood_is_refused_by_name(values, named, tmp_path):
+    path = changed(tmp_path / "a.gguf", **values)
+    with pytest.raises(ValueError, match=named):
+        pretrained.fields(path)
+        pretrained.tokenizer(path)
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    path = changed(tmp_path / "a.gguf")
+    whole = path.read_bytes()
+    for n, size in enumerate((0, 3, 20, 900, len(whole) // 2)):
+        cut = tmp_path / f"{n}.gguf"
+        cut.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=f"{n}.gguf"):
+            pretrained.fields(cut)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    cfg, params = tiny(vocab_size=100)
+    with pytest.raises(ValueError, match="257 tokens"):
+        save(tmp_path / "a.gguf", params, cfg, BYTES)
 
 
 def test_a_character_tokenizer_is_refused(tmp_path):

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,7 +19,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from configs import common
-from gpt_jax import model, pretrained, sample, tokenizers
+from gpt_jax import chat, model, pretrained, sample, tokenizers
 from gpt_jax.model import GPT, GPTConfig, architecture
 from gpt_jax.pretrained import (
     config_json,
@@ -29,6 +30,7 @@ from gpt_jax.pretrained import (
     texts,
     weights,
 )
+from gpt_jax.special import Special
 from tests.tiny import weight as declared_so
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -259,7 +261,18 @@ def test_a_config_without_optional_keys_has_their_published_defaults():
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        (
+            {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2}},
+            "dynamic",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "different things"),
+        ({"is_causal": False}, "is_causal"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads"),
+        ({"model_type": ["llama"]}, "llama"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_interleaved": True}, "rope_interleaved"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
@@ -284,6 +297,50 @@ def test_gpt2_with_another_scale_of_scores_is_refused():
     ):
         with pytest.raises(ValueError, match=f"{key}|quick_gelu"):
             config_json.fields({**read("gpt2"), key: value})
+
+
+ODD = (None, False, True, 0, -1, 3, 0.5, 10**12, "", "8", [], [1], {}, {"a": 1})
+NESTED = ({"rope_type": 5}, {"rope_type": "linear", "factor": "x"}, float("nan"))
+
+
+@models
+def test_no_value_of_any_key_is_more_than_refused(name):
+    config, base = read(name), common.base().model.to_dict()
+    more = ("rope_scaling", "rope_theta", "sliding_window", "head_dim", "layer_types")
+    more += ("n_inner", "sliding_window_pattern", "is_causal", "partial_rotary_factor")
+    for key in {*config, *more}:
+        for value in (*ODD, *NESTED):
+            with contextlib.suppress(ValueError):
+                fields = config_json.fields({**config, key: value})
+                GPTConfig(**{**base, **fields})
+
+
+PUBLISHED = {  # keys of published configs beside those of the golden models
+    "gpt2": {  # GPT-2 medium's, and large's
+        **{"n_ctx": 64, "num_labels": 1, "predict_special_tokens": True},
+        **{"summary_type": "cls_index", "n_special": 0, "summary_use_proj": True},
+    },
+    "llama": {  # LLaMA 1's, vicuna's and InternLM's
+        **{"max_sequence_length": 64, "pad_token_id": -1, "_flash_attn_2_enabled": 1},
+        **{"model_max_length": 64, "use_flash_attn": True, "neftune_noise_alpha": 5},
+        **{"tensor_parallel_size": 4, "partial_rotary_factor": 1.0, "is_causal": True},
+        **{"layer_types": ["full_attention"] * 2, "pretraining_tp": 2},
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_keys_of_published_configs_that_change_nothing_do_not_block(name):
+    found = config_json.fields({**read(name), **PUBLISHED[name]})
+    assert found == config_json.fields(read(name))
+
+
+def test_a_private_copy_of_gemmas_pattern_is_not_read_as_transformers_does_not():
+    config = read("gemma3")
+    del config["layer_types"], config["sliding_window_pattern"]
+    config["_sliding_window_pattern"] = 2
+    windows = [kind["window"] for kind in config_json.fields(config)["pattern"]]
+    assert windows == [8]  # the fifth and fourth of six layers are beyond the last
 
 
 def test_keys_that_do_not_change_the_numbers_are_passed_over():
@@ -669,6 +726,76 @@ def test_a_name_that_is_neither_folder_nor_id_is_refused(tmp_path):
         pretrained.find(str(tmp_path / "absent"))
     with pytest.raises(ValueError, match=r"no config\.json"):
         pretrained.find(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "file, told",
+    [
+        ("adapter_config.json", "an adapter"),
+        ("consolidated.00.pth", "Meta or Mistral"),
+        ("consolidated.safetensors", "Meta or Mistral"),
+        ("model.gguf", "--from_gguf=FILE"),
+        ("pytorch_model.bin", "can run code"),
+        ("model.safetensors", "weights alone"),
+    ],
+)
+def test_what_is_in_another_form_is_said_in_one_sentence(file, told, tmp_path):
+    (tmp_path / file).write_text("")
+    with pytest.raises(ValueError, match=told):
+        pretrained.find(str(tmp_path))
+    if not file.endswith(".gguf"):
+        with pytest.raises(ValueError, match=told):
+            pretrained.find(str(tmp_path / file))
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod."])
+def test_names_from_inside_a_wrapper_are_explained(wrapper, folder):
+    path = folder / "model.safetensors"
+    save_file({wrapper + name: value for name, value in load_file(path).items()}, path)
+    refused(folder, wrapper, "wrapper")
+
+
+@models
+def test_weights_in_bfloat16_compute_what_the_same_numbers_in_float32_do(name):
+    cfg = dataclasses.replace(config_of(GOLDEN / name), param_dtype="bfloat16")
+    narrow = pretrained.load(GOLDEN / name, cfg)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
+    ids = np.arange(16)[None]
+    gpt = GPT(cfg)
+    found, wanted = logits(gpt, narrow, ids), logits(gpt, wide, ids)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_a_model_with_rope_may_see_less_than_it_could():
+    cfg = dataclasses.replace(config_of(GOLDEN / "llama"), context_length=16)
+    ids = np.arange(16)[None]
+    full, params, _ = opened("llama")
+    short = logits(GPT(cfg), pretrained.load(GOLDEN / "llama", cfg), ids)
+    np.testing.assert_array_equal(short, logits(full, params, ids))
+    cfg = dataclasses.replace(config_of(GOLDEN / "gpt2"), context_length=16)
+    with pytest.raises(ValueError, match="context_length 64 instead of 16"):
+        pretrained.load(GOLDEN / "gpt2", cfg)
+
+
+def test_an_export_ends_where_the_run_does_and_has_its_template(tmp_path):
+    words = tokenizers.train("byte", []).add_special(["<a>", "<b>"])
+    a, b = words.specials["<a>"], words.specials["<b>"]
+    said = words.with_special(Special(b, a, None, (a,)))
+    run, target = tmp_path / "run", tmp_path / "out"
+    run.mkdir(), target.mkdir()
+    (run / "config.json").write_text('{"task": {"template": "phi3"}}')
+    (run / "generation_config.json").write_text('{"eos_token_id": 0, "top_k": 5}')
+    texts.save(target, said, run=run, context=16)
+    settings = json.loads((target / "generation_config.json").read_text())
+    assert settings == {"eos_token_id": a, "top_k": 5}
+    config = json.loads((target / "tokenizer_config.json").read_text())
+    assert (config["eos_token"], config["bos_token"]) == ("<a>", "<b>")
+    assert texts.ids_of(said, run) == {"bos_token_id": b, "eos_token_id": a}
+    talk = [chat.Message("user", "Hi <a>"), chat.Message("assistant", "Ho")]
+    template = chat.template_of(target)
+    for reply in (True, False):
+        wanted = chat.render(talk, said, "phi3", reply=reply)
+        assert chat.render(talk, said, template, reply=reply) == wanted
 
 
 def test_a_failed_export_leaves_nothing(tmp_path):

@@ -99,3 +99,10 @@ def test_the_runner_needs_only_four_packages_and_fits_a_page():
         "tokenizers",
     }
     assert len([line for line in source.splitlines() if line.strip()]) <= 36
+
+
+def test_a_classifier_is_refused(tmp_path):
+    config = common.base().model.to_dict() | {"vocab_size": 9, "n_classes": 2}
+    with pytest.raises(ValueError, match="2 classes"):
+        pretrained.stablehlo.save(tmp_path, {}, GPTConfig(**config), None)  # type: ignore
+    assert not list(tmp_path.iterdir())

@@ -176,7 +176,9 @@ class Norm(nn.Module):
             y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + cfg.norm_eps)
         if cfg.norm_scale:
-            y = y * (cfg.norm_offset + _weight(self, "scale", (self.axis,), "scale"))
+            scale = _weight(self, "scale", (self.axis,), "scale")
+            # In float32: 1 + a small scale has too few digits in bfloat16.
+            y = y * (cfg.norm_offset + scale.astype(jnp.float32))
         if cfg.norm_bias and self.kind == "layernorm":
             y = y + _weight(self, "bias", (self.axis,), "shift")
         return y.astype(cfg.dtype)

@@ -1,6 +1,7 @@
 """Published weights in and out: Hugging Face folders, GGUF, StableHLO.
 
-    source = pretrained.find("gpt2")            # a folder, downloaded where needed
+    source = pretrained.find("gpt2")            # a folder, downloaded where needed,
+                                                # or a GGUF file
     fields = pretrained.fields(source)          # what it is, as fields of GPTConfig
     params = pretrained.load(source, cfg)       # its weights, unrolled
     pretrained.save(folder, params, cfg, tokenizer, run=..., shard_bytes=...)
@@ -14,11 +15,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt_jax import model
+from gpt_jax import chat, model
 from gpt_jax.files import draft_folder, expand
 from gpt_jax.model import GPTConfig
-from gpt_jax.pretrained import card, config_json, files, gguf, stablehlo, texts, weights
-from gpt_jax.pretrained.texts import keep
+from gpt_jax.pretrained import (
+    card,
+    config_json,
+    files,
+    gguf,
+    gguf_file,
+    stablehlo,
+    texts,
+    weights,
+)
 from gpt_jax.tokenizers import Tokenizer
 
 __all__ = [
@@ -29,6 +38,7 @@ __all__ = [
     "load",
     "save",
     "stablehlo",
+    "template",
     "tokenizer",
     "whole",
 ]
@@ -38,10 +48,11 @@ HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
 def find(spec: str) -> Path:
-    """Returns the folder of a model: itself, or the download of a Hugging Face id.
+    """Returns where a model is: its folder, a GGUF file, or a download.
 
     Args:
-      spec: a folder, or an id such as gpt2 or HuggingFaceTB/SmolLM2-135M.
+      spec: a folder, a file, or a Hugging Face id such as gpt2 or
+        HuggingFaceTB/SmolLM2-135M.
 
     Raises:
       ValueError: it is neither, or the download failed.
@@ -49,22 +60,31 @@ def find(spec: str) -> Path:
     folder = expand(spec)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} is not a Hugging Face folder: no config.json")
+            raise ValueError(
+                f"{folder} is not a Hugging Face folder: no config.json{_hint(folder)}"
+            )
         return folder
+    if folder.is_file() and folder.suffix == gguf_file.SUFFIX:
+        return folder
+    if folder.is_file():
+        raise ValueError(
+            f"{folder} is a file, not a Hugging Face folder{_hint(folder)}"
+        )
     if not HUB_ID.fullmatch(spec):
         raise ValueError(f"there is no folder {spec}, and it is no Hugging Face id")
     return _download(spec)
 
 
 def fields(folder: Path) -> dict[str, Any]:
-    """Returns the fields of GPTConfig that a folder's config.json means.
+    """Returns the fields of GPTConfig that a folder's config.json, or a file, means.
 
     Raises:
       ValueError: the model type or an option is not supported.
     """
-    path = folder / "config.json"
+    gguf_ = folder.suffix == gguf_file.SUFFIX
+    path = folder if gguf_ else folder / "config.json"
     try:
-        return config_json.fields(files.read_json(path))
+        return config_json.fields(_config(folder))
     except ValueError as error:
         if str(path) in str(error):
             raise
@@ -72,22 +92,46 @@ def fields(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path, cfg: GPTConfig, **options) -> dict:
-    """Returns a folder's weights for `cfg`, unrolled; see `weights.load`.
+    """Returns a folder's or file's weights for `cfg`, unrolled; see `weights.load`.
+
+    A model with rotary positions may be given a shorter context than it has.
 
     Raises:
       ValueError: `cfg` is another architecture, or a file is damaged.
     """
     wanted = fields(folder)
+    if cfg.position == "rope" and cfg.context_length < wanted["context_length"]:
+        wanted["context_length"] = cfg.context_length
     if wrong := config_json.difference(cfg, wanted):
         raise ValueError(
             f"the weights in {folder} are of another model: {'; '.join(wrong)}"
         )
-    return weights.load(folder, cfg, **options)
+    file = folder.suffix == gguf_file.SUFFIX
+    tensors = gguf_file.read(folder).tensors if file else files.tensors(folder)
+    return weights.load(_config(folder), tensors, cfg, folder=folder, **options)
 
 
 def tokenizer(folder: Path) -> Tokenizer:
-    """Returns a folder's tokenizer; see `texts.load`."""
+    """Returns a folder's or file's tokenizer; see `texts.load`."""
+    if folder.suffix == gguf_file.SUFFIX:
+        return gguf_file.tokenizer(gguf_file.read(folder))
     return texts.load(folder, fields(folder)["vocab_size"])
+
+
+def template(source: Path) -> str | None:
+    """Returns the chat template that a folder or file comes with, if it has one."""
+    if source.suffix == gguf_file.SUFFIX:
+        return gguf_file.template(gguf_file.read(source))
+    return chat.template_of(source)
+
+
+def keep(source: Path, target: Path) -> None:
+    """Copies what goes with a tokenizer, its chat template too, to a run folder."""
+    if source.is_dir():
+        texts.keep(source, target)
+    found = template(source)
+    if found and found not in chat.TEMPLATES:  # one place, whatever the source's
+        (target / texts.CHAT).write_text(found, encoding="utf-8")
 
 
 def save(
@@ -115,7 +159,7 @@ def save(
       FileExistsError: `folder` exists.
     """
     with whole(folder) as draft:
-        tokens = {"bos_token_id": None, "eos_token_id": tokenizer.eos_id}
+        tokens = texts.ids_of(tokenizer, run)
         weights.save(draft, params, cfg, tokens=tokens, shard_bytes=shard_bytes)
         texts.save(draft, tokenizer, run=run, context=cfg.context_length)
         if (run / "config.json").is_file():
@@ -130,6 +174,34 @@ def whole(target: Path) -> Iterator[Path]:
         raise FileExistsError(f"{target} exists already; name a new one, or remove it")
     with draft_folder(target) as part:
         yield part
+
+
+# What else people have, by a file's name, and what to do with it.
+FOREIGN = (
+    (r"adapter_config\.json", "an adapter (PEFT), not a model: merge it into its base "
+     "with peft's merge_and_unload and save_pretrained, and import that folder"),
+    (r"consolidated.*\.(safetensors|pth)|params\.json", "in its maker's own form (of "
+     "Meta or Mistral): get the version for transformers, with config.json"),
+    (r".*\.gguf", "a GGUF file: name the file itself, gguf:FILE or --from_gguf=FILE"),
+    (r".*\.(pth|pt|bin|ckpt)", "a pickle of PyTorch's, which can run code and is not "
+     "read: save the model with transformers' save_pretrained"),
+    (r".*\.safetensors", "weights alone: the folder also needs their config.json"),
+)  # fmt: skip
+
+
+def _hint(path: Path) -> str:
+    """Returns what a path is that is no Hugging Face folder, where its names tell."""
+    names = sorted(p.name for p in path.iterdir()) if path.is_dir() else [path.name]
+    for pattern, told in FOREIGN:
+        if found := [name for name in names if re.fullmatch(pattern, name)]:
+            return f"; {found[0]} is {told}"
+    return ""
+
+
+def _config(source: Path) -> dict[str, Any]:
+    if source.suffix == gguf_file.SUFFIX:
+        return gguf_file.read(source).config
+    return files.read_json(source / "config.json")
 
 
 def _download(name: str) -> Path:

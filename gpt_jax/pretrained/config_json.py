@@ -6,13 +6,14 @@ model that was exported.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from gpt_jax.model import GPTConfig, LayerKind
+from gpt_jax.pretrained import options
 from gpt_jax.pretrained.families import REQUIRED, TABLE, Family
-from gpt_jax.pretrained.options import period
+from gpt_jax.pretrained.options import FULL, period
 
 # Fields of GPTConfig that no config.json decides: how a model is computed or begun, and
 # a head for classes, which stays at home.
@@ -31,7 +32,17 @@ HARMLESS = re.compile(
     r"|is_llama_config|tokenizer_class|problem_type|gradient_checkpointing|attn_.*impl.*"
     r"|(max|min)_(new_tokens|length)|do_sample|temperature|top_[kp]|typical_p|num_.*beam.*"
     r"|length_penalty|repetition_penalty|diversity_penalty|num_return_sequences"
+    r"|predict_special_tokens|num_labels|max_sequence_length|model_max_length|neftune_.*"
+    r"|use_flash_attn|tensor_parallel_size|(bos|eos|pad|unk)_token|seq_length"
 )
+# Keys of any family, with what they may hold: those values change nothing, other do.
+NEUTRAL = {
+    "is_causal": lambda value: value is True,
+    "partial_rotary_factor": lambda value: value == 1.0,
+    "layer_types": lambda value: (
+        isinstance(value, list) and {*map(str, value)} <= {FULL}
+    ),
+}
 
 
 def of_config(config: Mapping[str, Any]) -> Family:
@@ -41,7 +52,7 @@ def of_config(config: Mapping[str, Any]) -> Family:
       ValueError: it has no model_type, or one that is not supported.
     """
     name = config.get("model_type")
-    if name not in TABLE:
+    if not isinstance(name, str) or name not in TABLE:
         raise ValueError(
             f"model_type {name!r} is not supported; supported: {', '.join(TABLE)}"
         )
@@ -55,13 +66,17 @@ def fields(config: Mapping[str, Any]) -> dict[str, Any]:
       ValueError: the model type or an option is not supported, or a size is absent.
     """
     family = of_config(config)
+    known = [*family.known, *(key for key, _ in family.keys.values())]
+    options.check_shapes(config, known)
     found = dict(family.fixed)
     for field, (key, absent) in family.keys.items():
         value = config.get(key)
         found[field] = absent if value is None else value
-        if absent is REQUIRED and not (type(value) is int and value > 0):
-            raise ValueError(f"config.json should say how large {key} is, not {value}")
-    _refuse_unknown(family, config)
+        if found[field] is REQUIRED:
+            raise ValueError(f"config.json should say how large {key} is")
+    _refuse_unknown(family, config, known)
+    if "partial_rotary_factor" not in known and options.partial(config, 1.0) != 1.0:
+        raise ValueError("a partial_rotary_factor other than 1 is not supported")
     return found | family.read(config)
 
 
@@ -137,11 +152,15 @@ def _canonical_kind(cfg: GPTConfig, kind: LayerKind) -> LayerKind:
     return replace(kind, window=window)
 
 
-def _refuse_unknown(family: Family, config: Mapping[str, Any]) -> None:
-    known = {*family.known, *(key for key, _ in family.keys.values())}
+def _refuse_unknown(
+    family: Family, config: Mapping[str, Any], known: Iterable[str]
+) -> None:
     for key, value in config.items():
         if key in family.always:
-            fine = value in (family.always[key], None)
+            wanted = family.always[key]
+            fine = value == wanted or (value is None and not wanted)
+        elif key in NEUTRAL and key not in known:
+            fine = value is None or NEUTRAL[key](value)
         else:
             fine = not value or key in known or HARMLESS.fullmatch(key)
         if fine:

@@ -65,7 +65,7 @@ REQUIRED = object()
 
 SIZES = {
     "vocab_size": ("vocab_size", REQUIRED),
-    "context_length": ("max_position_embeddings", REQUIRED),
+    "context_length": ("max_position_embeddings", 2048),
     "n_layers": ("num_hidden_layers", REQUIRED),
     "d_model": ("hidden_size", REQUIRED),
     "n_heads": ("num_attention_heads", REQUIRED),
@@ -92,10 +92,9 @@ ROTARY = {**PLAIN, "position": "rope", "norm": "rmsnorm", "gated": True}
 
 def _read_gpt2(config: Mapping) -> dict[str, Any]:
     width, heads = config["n_embd"], config["n_head"]
+    sizes = {"hidden_size": width, "num_attention_heads": heads}
     return {
-        "n_kv_heads": heads,
-        "head_dim": width // heads,
-        "query_scale": (width // heads) ** -0.5,
+        **options.heads(sizes),
         "d_ff": config.get("n_inner") or 4 * width,
         "activation": options.activation(config.get("activation_function", "gelu_new")),
         **options.pattern([LayerKind(0, BASE[1], None)]),
@@ -115,7 +114,7 @@ GPT2 = Family(
     prefix="transformer.",
     keys={
         "vocab_size": ("vocab_size", REQUIRED),
-        "context_length": ("n_positions", REQUIRED),
+        "context_length": ("n_positions", 1024),
         "n_layers": ("n_layer", REQUIRED),
         "d_model": ("n_embd", REQUIRED),
         "n_heads": ("n_head", REQUIRED),
@@ -256,9 +255,7 @@ def _read_mistral(config: Mapping) -> dict[str, Any]:
     if other := {*options.layer_types(config, lambda i: only)} - {only}:
         raise ValueError(f"the layer type {other.pop()!r} is not supported for mistral")
     return {
-        **options.heads(config),
-        "n_kv_heads": config.get("num_key_value_heads", 8)
-        or config["num_attention_heads"],
+        **options.heads(config, kv=8),
         "activation": options.activation(config.get("hidden_act") or "silu"),
         **options.pattern([LayerKind(window, *options.rope(config, FULL, BASE))]),
     }
@@ -271,7 +268,11 @@ def _write_mistral(cfg: GPTConfig) -> dict[str, Any]:
 MISTRAL = LLAMA._replace(
     model_type="mistral",
     architecture="MistralForCausalLM",
-    keys={**SIZES, "tie_embeddings": ("tie_word_embeddings", False)},
+    keys={
+        **SIZES,
+        "context_length": ("max_position_embeddings", 131_072),
+        "tie_embeddings": ("tie_word_embeddings", False),
+    },
     fixed={**ROTARY, "qkv_bias": False, "attn_bias": False, "mlp_bias": False},
     known=(*LLAMA.known, *WINDOWS),
     read=_read_mistral,
@@ -295,7 +296,7 @@ def _read_qwen3(config: Mapping) -> dict[str, Any]:
         raise ValueError("config.json has sliding layers but no sliding_window")
     kinds = [LayerKind(window if name == SLIDING else 0, *rope) for name in types]
     return {
-        **options.heads(config, head_dim=128),
+        **options.heads(config, head_dim=128, kv=32),
         "activation": options.activation(config.get("hidden_act") or "silu"),
         "attn_bias": bool(config.get("attention_bias")),
         **options.pattern(kinds),
@@ -324,6 +325,7 @@ QWEN3 = LLAMA._replace(
     architecture="Qwen3ForCausalLM",
     keys={
         **SIZES,
+        "context_length": ("max_position_embeddings", 32_768),
         "tie_embeddings": ("tie_word_embeddings", False),
         "qkv_bias": ("attention_bias", False),
     },
@@ -339,10 +341,9 @@ QWEN3 = LLAMA._replace(
 
 
 def _read_gemma3(config: Mapping) -> dict[str, Any]:
-    every = config.get("sliding_window_pattern") or config.get(
-        "_sliding_window_pattern"
-    )
-    every = every or 6
+    if not {FULL, SLIDING} & (config.get("rope_parameters") or {FULL: 0}).keys():
+        raise ValueError("rope_parameters should have an object for each type of layer")
+    every = config.get("sliding_window_pattern") or 6
     types = options.layer_types(config, lambda i: SLIDING if (i + 1) % every else FULL)
     window = config.get("sliding_window", 4096) or 0
     kinds = {
@@ -352,11 +353,9 @@ def _read_gemma3(config: Mapping) -> dict[str, Any]:
             *options.rope(config, SLIDING, ("rope_local_base_freq", 10_000.0)),
         ),
     }
-    scalar = config.get("query_pre_attn_scalar", 256)
-    heads = options.heads(config, head_dim=256)
+    scalar = config.get("query_pre_attn_scalar") or 256
     return {
-        **heads,
-        "n_kv_heads": config.get("num_key_value_heads", 4),
+        **options.heads(config, head_dim=256, kv=4),
         "query_scale": scalar**-0.5,
         "embed_scale": config["hidden_size"] ** 0.5,
         "activation": options.activation(
@@ -396,6 +395,7 @@ GEMMA3 = LLAMA._replace(
     architecture="Gemma3ForCausalLM",
     keys={
         **SIZES,
+        "context_length": ("max_position_embeddings", 131_072),
         "tie_embeddings": ("tie_word_embeddings", True),
         "qkv_bias": ("attention_bias", False),
     },

@@ -219,10 +219,16 @@ def _index(path: Path) -> dict[str, str]:
 
 
 def _no_weights(folder: Path) -> str:
-    names = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt"))
+    suffixes = (".bin", ".pt", ".pth", ".ckpt")
+    names = sorted(p.name for p in folder.iterdir() if p.suffix in suffixes)
     if names:
         return (
             f"{folder} has {names[0]} but no {SINGLE}: pickle files can run code and "
             "are not read; save the model as safetensors"
+        )
+    if (folder / "adapter_config.json").is_file():
+        return (
+            f"{folder} holds an adapter (adapter_config.json), not a model: merge it "
+            "into its base with peft's merge_and_unload, and import that folder"
         )
     return f"{folder} has neither {SINGLE} nor {INDEX}"

@@ -1,5 +1,6 @@
 """The parts of a config.json that families share: each is read and written here."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -23,6 +24,68 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 BASE = ("rope_theta", 10_000.0)  # the key of old, and the base where nothing says it
 WINDOWS = ("sliding_window", "layer_types")
 HEADS = ("num_key_value_heads", "head_dim")
+
+
+# What a key may hold: (a check, what it should be). Null says what an absent key says.
+MOST_LAYERS, LARGEST = 10_000, 2**31
+
+
+def _whole(least: int, most: int = LARGEST):
+    def fits(value):
+        return type(value) is int and least <= value <= most
+
+    return fits, f"a whole number from {least} to {most:,}"
+
+
+def _number(above: bool):
+    def fits(value):
+        number = type(value) in (int, float) and math.isfinite(value)
+        return number and (value > 0 or (value == 0 and not above))
+
+    return fits, f"a number {'above 0' if above else 'of 0 or more'}"
+
+
+SIZE, LAYERS, COUNT = _whole(1), _whole(1, MOST_LAYERS), _whole(0)
+POSITIVE, NUMBER = _number(above=True), _number(above=False)
+FLAG = (lambda value: isinstance(value, bool), "true or false")
+TEXT = (lambda value: isinstance(value, str), "a text")
+LIST = (lambda value: isinstance(value, list), "a list")
+OBJECT = (lambda value: isinstance(value, Mapping), "an object")
+SHAPES = {
+    LAYERS: "n_layer num_layers num_hidden_layers",
+    SIZE: "vocab_size n_positions n_embd n_head n_inner hidden_size intermediate_size "
+    "num_attention_heads num_heads num_key_value_heads head_dim sliding_window "
+    "max_position_embeddings sliding_window_pattern window_size",
+    COUNT: "max_window_layers",
+    NUMBER: "layer_norm_epsilon layer_norm_eps norm_epsilon rms_norm_eps",
+    POSITIVE: "rope_theta rope_local_base_freq query_pre_attn_scalar factor "
+    "final_logit_softcapping attn_logit_softcapping low_freq_factor high_freq_factor "
+    "original_max_position_embeddings partial_rotary_factor rotary_emb_base rotary_pct "
+    "embedding_multiplier logits_scaling residual_multiplier attention_multiplier",
+    FLAG: "tie_word_embeddings attention_bias mlp_bias use_sliding_window use_bias "
+    "use_qkv_bias use_parallel_residual",
+    TEXT: "hidden_act hidden_activation activation_function rope_type type",
+    LIST: "layer_types attention_types",
+    OBJECT: "rope_parameters rope_scaling",
+}
+SHAPE_OF = {key: shape for shape, keys in SHAPES.items() for key in keys.split()}
+
+
+def check_shapes(config: Mapping, keys: Iterable[str]) -> None:
+    """Raises ValueError where one of the keys holds what it cannot."""
+    for key in keys:
+        value = config.get(key)
+        if value is None or key not in SHAPE_OF:
+            continue
+        fits, wanted = SHAPE_OF[key]
+        if not fits(value):
+            raise ValueError(f"config.json has {key} = {value!r:.80}, not {wanted}")
+        if isinstance(value, Mapping):
+            for inner in (
+                value,
+                *(v for v in value.values() if isinstance(v, Mapping)),
+            ):
+                check_shapes(inner, inner)
 
 
 def activation(name: Any) -> str:
@@ -49,19 +112,47 @@ def rope(
     """
     given = config.get("rope_parameters") or {}
     nested = FULL in given or SLIDING in given
-    if nested and theta is BASE and given.get(FULL) != given.get(SLIDING, given[FULL]):
+    if nested and not all(isinstance(v, Mapping | None) for v in given.values()):
+        raise ValueError("rope_parameters has keys of all layers beside those of some")
+    if (
+        nested
+        and theta is BASE
+        and given.get(FULL) != given.get(SLIDING, given.get(FULL))
+    ):
         raise ValueError("rope_parameters that differ between layers are not supported")
     if nested:
         given = given.get(layer_type) or {}
     elif layer_type == SLIDING:
         given = {}
     given = _one_spelling(given)
-    if layer_type == FULL:  # the old spelling scales these layers only
-        given |= _one_spelling(config.get("rope_scaling") or {})
-    base = given.pop("rope_theta", None) or config.get(theta[0]) or theta[1]
-    if given.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("a partial_rotary_factor other than 1 is not supported")
+    old = _one_spelling(config.get("rope_scaling") or {})
+    default = config.get(theta[0])
+    default = theta[1] if default is None else default
+    if layer_type == FULL and old:  # the old spelling scales these layers only
+        both = [
+            {"rope_type": "default", "rope_theta": default} | x for x in (given, old)
+        ]
+        if given and both[0] != both[1]:
+            raise ValueError(
+                "rope_scaling and rope_parameters say different things: leave one out"
+            )
+        given = old
+    base = given.pop("rope_theta", default)
+    given.pop("partial_rotary_factor", None)  # `partial` reads it
     return float(base), _scaling(given.pop("rope_type", "default"), given, config)
+
+
+def partial(config: Mapping, absent: float) -> float:
+    """Returns the share of a head's features that rotate; refuses an odd number."""
+    given = config.get("rope_parameters") or {}
+    inner = [v for v in given.values() if isinstance(v, Mapping)] or [given]
+    shares = [v.get("partial_rotary_factor") for v in inner]
+    shares += [(config.get("rope_scaling") or {}).get("partial_rotary_factor")]
+    shares += [config.get("partial_rotary_factor")]
+    found = {float(share) for share in shares if share is not None} or {absent}
+    if len(found) > 1:
+        raise ValueError("config.json has several values of partial_rotary_factor")
+    return found.pop()
 
 
 def _one_spelling(rope: Mapping) -> dict[str, Any]:
@@ -158,14 +249,20 @@ def layer_types(config: Mapping, default: Callable[[int], str]) -> list[str]:
     return types
 
 
-def heads(config: Mapping, head_dim: int = 0) -> dict[str, Any]:
-    """Returns the fields of heads; head_dim 0: by default the width's share."""
+def heads(config: Mapping, head_dim: int = 0, kv: int = 0) -> dict[str, Any]:
+    """Returns the fields of heads.
+
+    Args:
+      config: a config.json.
+      head_dim: where no key says it; 0 = the width's share.
+      kv: key/value heads where the key is absent; 0, or null there = as many as heads.
+    """
     count = config["num_attention_heads"]
     size = config.get("head_dim") or head_dim or config["hidden_size"] // count
-    if type(size) is not int or size < 1:
+    if size < 1:
         raise ValueError(f"config.json leaves heads of head_dim {size}")
     return {
-        "n_kv_heads": config.get("num_key_value_heads") or count,
+        "n_kv_heads": config.get("num_key_value_heads", kv) or count,
         "head_dim": size,
         "query_scale": size**-0.5,
     }

@@ -31,7 +31,7 @@ def main(prompt: str, new: int = 50) -> None:
     start, most = len(ids), min(about["context_length"], len(ids) + new)
     tokens, length = np.array([ids], np.int32), np.array([start], np.int32)
     logits, cache = prefill(weights, tokens, length)
-    while len(ids) < most and (token := int(logits.argmax())) != about["eos_id"]:
+    while len(ids) < most and (token := int(logits.argmax())) not in about["ends"]:
         ids.append(token)
         logits, cache = decode(weights, np.array([[token]], np.int32), cache)
     print(prompt + tokenizer.decode(ids[start:], skip_special_tokens=False))

@@ -42,8 +42,14 @@ def save(folder: Path, params: Mapping, cfg: GPTConfig, tokenizer: Tokenizer) ->
       tokenizer: its tokenizer.
 
     Raises:
-      ValueError: the package flatbuffers, which jax.export needs, is absent.
+      ValueError: the model is a classifier; or the package flatbuffers, which
+        jax.export needs, is absent.
     """
+    if cfg.n_classes:
+        raise ValueError(
+            f"this model sorts texts into {cfg.n_classes} classes: only language "
+            "models are exported"
+        )
     try:
         import flatbuffers  # noqa: F401
     except ImportError as error:
@@ -64,7 +70,7 @@ def save(folder: Path, params: Mapping, cfg: GPTConfig, tokenizer: Tokenizer) ->
         "weights": list(flat),
         "context_length": cfg.context_length,
         "opening": tokenizer.opening,
-        "eos_id": tokenizer.eos_id,
+        "ends": list(tokenizer.ends),
         "jax": jax.__version__,
         "date": datetime.date.today().isoformat(),
     }

@@ -2,16 +2,18 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
-from gpt_jax import tokenizers
+from gpt_jax import chat, special, tokenizers
 from gpt_jax.pretrained import files
 from gpt_jax.tokenizers import Tokenizer
 
 # What other software reads beside tokenizer.json: chat template, generation settings.
+CHAT = "chat_template.jinja"
 COMPANIONS = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "chat_template.json", "generation_config.json"),
+    *(CHAT, "chat_template.json", "generation_config.json"),
 )
 GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
@@ -40,11 +42,14 @@ def load(folder: Path, vocab_size: int) -> Tokenizer:
                 "merges.txt; save its tokenizer with transformers' save_pretrained"
             )
         found = tokenizers.gpt2(*(folder / name for name in pairs[0]))
+        found = found.with_special(special.published(folder, found.vocab))
     return found if found.vocab_size <= vocab_size else _trimmed(found, vocab_size)
 
 
 def save(folder: Path, tokenizer: Tokenizer, *, run: Path, context: int) -> None:
     """Writes tokenizer.json and its companions: those of the run, or new ones.
+
+    The chat template is the run's, and writing ends where the run's answers do.
 
     Args:
       folder: exists.
@@ -52,21 +57,53 @@ def save(folder: Path, tokenizer: Tokenizer, *, run: Path, context: int) -> None
       run: the run folder; the companions that an import left there are copied.
       context: the model's context length.
     """
-    tokenizer.save(folder / "tokenizer.json")
-    eos = tokenizer.eos_id
-    name = next((t for t, i in tokenizer.specials.items() if i == eos), None)
+    (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
+    by_id = {i: name for name, i in tokenizer.specials.items()}
+    said = tokenizer.special
+    ids = {"eos": tokenizer.eos_id, "bos": tokenizer.bos_id}
+    ids |= {"pad": said.pad} if said else {}
+    named = {f"{k}_token": by_id[i] for k, i in ids.items() if i in by_id}
+    ends = ends_of(tokenizer, run)
     made = {
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": context,
             "clean_up_tokenization_spaces": False,
-            **({"eos_token": name} if name else {}),
+            **named,
         },
-        "generation_config.json": {"eos_token_id": eos} if name else {},
+        "generation_config.json": {"eos_token_id": one(ends)} if ends else {},
     }
     for file, content in made.items():
-        (folder / file).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        _write(folder / file, content)
     keep(run, folder)
+    settings = files.read_json(folder / "generation_config.json")
+    kept = settings.get("eos_token_id")
+    if not {*ends} <= {*(kept if isinstance(kept, list) else [kept])}:
+        _write(
+            folder / "generation_config.json", settings | {"eos_token_id": one(ends)}
+        )
+    template = chat.template_of(run)
+    if template is not None and chat.template_of(folder) != template:
+        text = chat.as_jinja(template, tokenizer)
+        (folder / CHAT).write_text(text, encoding="utf-8")
+
+
+def ends_of(tokenizer: Tokenizer, run: Path) -> list[int]:
+    """Returns the ids at which a run's texts end: its template's, its tokenizer's."""
+    template = chat.template_of(run)
+    return chat.stop_ids(tokenizer, template) if template else list(tokenizer.ends)
+
+
+def ids_of(tokenizer: Tokenizer, run: Path) -> dict[str, int | list[int] | None]:
+    """Returns the keys of special tokens that a config.json has."""
+    said, ends = tokenizer.special, ends_of(tokenizer, run)
+    found = {"bos_token_id": said.bos if said else None, "eos_token_id": one(ends)}
+    return found | ({"pad_token_id": said.pad} if said and said.pad is not None else {})
+
+
+def one(ids: list[int]) -> int | list[int] | None:
+    """Returns a single id as itself, none as None, as config.json spells them."""
+    return (ids[0] if ids else None) if len(ids) < 2 else ids
 
 
 def keep(source: Path, target: Path) -> None:
@@ -75,6 +112,10 @@ def keep(source: Path, target: Path) -> None:
         if (source / name).is_file():
             files.read_json(source / name) if name.endswith(".json") else None
             shutil.copyfile(source / name, target / name)
+
+
+def _write(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _trimmed(tokenizer: Tokenizer, size: int) -> Tokenizer:
@@ -87,4 +128,6 @@ def _trimmed(tokenizer: Tokenizer, size: int) -> Tokenizer:
         )
     added = document["added_tokens"]
     document["added_tokens"] = [token for token in added if token["id"] < size]
-    return Tokenizer(json.dumps(document, ensure_ascii=False, indent=2))
+    known = replace(tokenizer, json=json.dumps(document, ensure_ascii=False, indent=2))
+    said = tokenizer.special
+    return known if said is None else known.with_special(special.within(said, size))

@@ -45,21 +45,25 @@ class Source(NamedTuple):
 
 
 def load(
-    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Any],
     cfg: GPTConfig,
     *,
+    folder: Path,
     place: Callable[[str, np.ndarray], Any] | None = None,
     shown: Callable[[list[Source]], Any] = iter,
 ) -> dict:
-    """Returns the weights of a Hugging Face folder for a model, layers unrolled.
+    """Returns published weights for a model, layers unrolled.
 
     Every name, shape and dtype is checked before the first number is read. The largest
     tensors come first, while there is room for the copy that reading takes: the peak
     is then little more than the weights.
 
     Args:
-      folder: holds config.json and model.safetensors.
-      cfg: the model; its architecture is that of the folder's config.json.
+      config: the config.json that they came with.
+      tensors: files.Tensor, or what reads like it, by the names of transformers.
+      cfg: the model; its architecture is that of the config.json.
+      folder: where they are, for what is said of them.
       place: (path, numpy array) -> the array on its devices; by default one copy on
         JAX's first device.
       shown: wraps the list of tensors while they are read, to show a bar.
@@ -68,8 +72,8 @@ def load(
       ValueError: a file or a tensor is damaged, absent, unknown, of another shape, or
         holds NaN or Inf.
     """
-    family = config_json.of_config(files.read_json(folder / "config.json"))
-    plan = _plan(family, cfg, files.tensors(folder), folder)
+    family = config_json.of_config(config)
+    plan = _plan(family, cfg, tensors, folder)
     dtype = jnp.dtype(cfg.param_dtype)
     padding = cfg.vocab_rows - cfg.vocab_size
     put = place or (lambda path, array: jax.device_put(array))
@@ -93,7 +97,7 @@ def save(
     params: Mapping,
     cfg: GPTConfig,
     *,
-    tokens: Mapping[str, int | None],
+    tokens: Mapping[str, Any],
     shard_bytes: int,
 ) -> None:
     """Writes config.json and model.safetensors, in shards when above `shard_bytes`.
@@ -178,6 +182,13 @@ def _plan(
 ) -> list[Source]:
     """Returns where every weight comes from, after checking all names and shapes."""
     named = {}
+    for wrapper in ("module.", "_orig_mod."):
+        if tensors and all(name.startswith(wrapper) for name in tensors):
+            raise ValueError(
+                f"every tensor of {folder} is called {wrapper}...: the weights were "
+                "saved from inside a wrapper of PyTorch's; save model.module (of "
+                "DistributedDataParallel) or model._orig_mod (of torch.compile) instead"
+            )
     for name, tensor in tensors.items():
         short = name.removeprefix(family.prefix)
         if short in named:

@@ -64,10 +64,10 @@ def requests_of(
             f"{limits.told}: send fewer prompts at once, or ask for fewer logprobs",
             "prompt_too_long",
         )
-    ends = [engine.tokenizer.eos_id]
+    ends = list(engine.tokenizer.ends)
     if ask.messages and served.template:
         ends = chat.stop_ids(engine.tokenizer, served.template)
-    stop = [*ask.stop, *(i for i in ends if i is not None and not ask.ignore_eos)]
+    stop = [*ask.stop, *(i for i in ends if not ask.ignore_eos)]
     seed = secrets.randbits(31) if ask.seed is None else ask.seed
     numbers, requests = Counter(), []
     for prompt in (tuple(ids) for ids in prompts for _ in range(ask.n)):

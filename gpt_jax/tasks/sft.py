@@ -29,6 +29,7 @@ from gpt_jax.tasks.task import OF_ROWS, OF_THE_LOSS, OF_THE_MODEL, Kind, Task
 LEARN = ("answers", "all")
 TOO_LONG = ("refuse", "drop", "cut")
 EMPTY = ("refuse", "drop")
+PACKED = 1024  # tokens of a row of several conversations, where none is longer
 
 
 class Options(NamedTuple):
@@ -106,13 +107,19 @@ def make(
         found = encode(kept, tokenizer, template, learn=learn, show=show)
         encoded[name] = fitting(found, seq_len, name=name, too_long=too_long, show=show)
     longest = max(example.size for part in encoded.values() for example in part)
-    width = seq_len if pack else min(seq_len, -(-longest // 8) * 8)
+    need = -(-longest // 8) * 8
+    if pack and not text["seq_len"]:  # a context may be far longer than any row
+        need = max(need, PACKED)
+    width = seq_len if pack and text["seq_len"] else min(seq_len, need)
     packed = pack_rows if pack else one_a_row
     ready = {name: Packed(packed(part, width), width) for name, part in encoded.items()}
     counts = ", ".join(
         f"{len(encoded[name])} in {len(ready[name])} rows ({name})" for name in encoded
     )
-    show.say(f"conversations: {counts}, {len(parts['test'])} kept for a test")
+    show.say(
+        f"conversations: {counts}, {len(parts['test'])} kept for a test; template "
+        f"{template if template in chat.TEMPLATES else 'in Jinja'}"
+    )
     alone = {name: one_a_row(part, width) for name, part in encoded.items()}
     test = [row.fields for row in parts["test"]]
     return Task(
