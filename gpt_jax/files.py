@@ -87,6 +87,19 @@ def write(path: str | Path, content: str | bytes, *, durable: bool = True) -> No
         part.write_bytes(data)
 
 
+def write_between(path: str | Path, begin: str, end: str, text: str) -> None:
+    """Puts tables between the lines `begin` and `end` of a Markdown file.
+
+    Raises:
+      ValueError: the file lacks one of the marks; nothing was written.
+    """
+    before, first, rest = Path(path).read_text("utf-8").partition(begin)
+    _, last, after = rest.partition(end)
+    if not first or not last:
+        raise ValueError(f"{path} has no place for tables: the lines {begin} and {end}")
+    write(path, f"{before}{begin}\n{text}\n{end}{after}")
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Writes a value as JSON, whole or not at all; letters stay as they are."""
     write(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
@@ -390,11 +403,6 @@ def cpu() -> str:
         names = ("model name", "flags", "Features", "CPU part", "isa")
         told += sorted({line for line in lines if line.startswith(names)})
     return "\n".join(told)
-
-
-def free_memory() -> int:
-    """Returns the bytes of the machine's memory that programs could still have."""
-    return psutil.virtual_memory().available
 
 
 def peak_memory() -> int:

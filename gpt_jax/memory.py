@@ -6,9 +6,10 @@ group may is killed, and nobody tells it why.
 
 import contextlib
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 UNLIMITED = 2.0**60  # version 1 writes a number near 2^63 for "no limit"
 # Where the limit, what is used, and how much of that are files that can be dropped are
@@ -27,13 +28,7 @@ def left(root: Path = Path("/")) -> float:
 
 def of_machine() -> float:
     """Returns the bytes of the machine's memory that programs could still have."""
-    with contextlib.suppress(OSError, ValueError, StopIteration):  # Linux
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        row = next(line for line in lines if line.startswith("MemAvailable"))
-        return 1024.0 * int(row.split()[1])
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return math.inf
+    return psutil.virtual_memory().available
 
 
 def _groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:

@@ -383,7 +383,7 @@ def test_decoding_is_checked_against_the_path_without_a_cache():
     gpt = model.GPT(replace(cfg(), context_length=16))
     params = model.init(gpt.cfg, jax.random.key(3))
     prompt_BT = np.array([[1, 2, 3]], np.int32)
-    tokens_BS = ours._cached(gpt, params, 6)(prompt_BT)
+    tokens_BS = ours.writer(gpt, params, 6)(prompt_BT)
     assert (tokens_BS == ours._uncached(gpt, params, 6)(prompt_BT)).all()
     assert (ours.greedy_again(gpt, params, tokens_BS, 3) == tokens_BS).all()
     wrong_BS = tokens_BS.copy()

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gpt_jax import files
+from gpt_jax import files, memory
 
 
 @contextlib.contextmanager
@@ -299,7 +299,7 @@ def test_on_windows_nobody_is_killed_to_see_whether_they_live(windows):
 
 def test_windows_tells_what_a_machine_has(windows, monkeypatch, tmp_path):
     assert files.open_to_others(tmp_path) == ""
-    assert files.cores() >= 1 and files.free_memory() > 1e6
+    assert files.cores() >= 1 and memory.of_machine() > 1e6
     info = types.SimpleNamespace(peak_wset=12345)
     me = types.SimpleNamespace(memory_info=lambda: info)
     monkeypatch.setattr(files.psutil, "Process", lambda: me)

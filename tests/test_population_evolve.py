@@ -82,6 +82,7 @@ def killed_at(step):
     return report
 
 
+@pytest.mark.slow
 def test_a_population_that_was_killed_evolves_as_if_it_had_not_been(
     four, tmp_path, monkeypatch
 ):

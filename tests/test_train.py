@@ -361,6 +361,7 @@ def test_changed_data_under_a_run_is_refused(config, tmp_path):
         train.train(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_max_bytes_ends_runs_of_any_tokenizer_after_the_same_text(config, tmp_path):
     """Oracle: the ids of the text themselves, decoded."""
     text = "naïve façade, 5 € a piece. " * 200

@@ -97,12 +97,7 @@ def rewrite(path: str | Path, lines: Sequence[Mapping[str, Any]]) -> None:
     Raises:
       ValueError: the file lacks one of the marks; nothing was written.
     """
-    path = Path(path)
-    before, begin, rest = path.read_text("utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{path} has no place for tables: the lines {BEGIN} and {END}")
-    files.write(path, f"{before}{BEGIN}\n{page(lines)}\n{END}{after}")
+    files.write_between(path, BEGIN, END, page(lines))
 
 
 def plot(lines: Iterable[Mapping[str, Any]], path: str | Path) -> bool:

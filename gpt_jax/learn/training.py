@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gpt_jax import evaluate, losses, optimizer, sample
+from gpt_jax import evaluate, losses, optimizer, sample, sampling
 from gpt_jax.learn.hole import hole, normal
 from gpt_jax.optimizer import Hyper
 
@@ -312,9 +312,7 @@ clip.mistake("each number was cut by itself: that turns the direction")(
 
 
 def _sampling(top_k=0, top_p=1.0) -> sample.Sampling:
-    rows = {"top_k": jnp.int32(top_k), "top_p": top_p, "min_p": 0.0}
-    rows |= {"temperature": 1.0, "repetition_penalty": 1.0, "max_new": jnp.int32(1)}
-    return sample.Sampling(**{name: jnp.asarray(x)[None] for name, x in rows.items()})
+    return sample.rows_of([sampling.settings(1, top_k=top_k, top_p=top_p)])
 
 
 def _kept(logits_V, **how):

@@ -18,16 +18,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gpt_jax import sampling as table
 from gpt_jax.model import GPT, Cache, GPTConfig, hidden, init_cache, insert, logits
 from gpt_jax.model import stretch as stretch_cache
 from gpt_jax.sample import Sampling, choose, rows_of
+from gpt_jax.sampling import settings
 
 TOP = 20  # alternatives told with a token; OpenAI's most, so shapes stay few
 SCORED = 16  # positions whose logits are held at once: bounds memory only
 
 # What costs least, for idle rows.
-GREEDY = table.settings(0, temperature=0.0)
+GREEDY = settings(0, temperature=0.0)
 
 
 class Batch(NamedTuple):
