@@ -45,6 +45,7 @@ GROUP_CHARS = 1 << 22
 UNCUT_CHARS = 1 << 16
 WORD_BYTES, WORD_PART_BYTES = 1 << 10, 1 << 7
 TICK_SECONDS = 0.1  # between two signs of life of a training
+STOP_SECONDS = 1.0  # how long who leaves a training waits for its thread
 HELD = 8  # tokens: whoever waits for the rest of a character gives up after so many
 
 
@@ -609,7 +610,7 @@ def _apart(work: Callable[[Callable], object], tick: Callable[[float], object]) 
     def going(items: Iterable) -> Iterator:
         for item in items:
             if left.is_set():
-                return
+                raise InterruptedError("nobody waits for this tokenizer any more")
             yield item
 
     def run() -> None:
@@ -625,8 +626,12 @@ def _apart(work: Callable[[Callable], object], tick: Callable[[float], object]) 
         while not concurrent.futures.wait([done], TICK_SECONDS).done:
             before, now = now, time.monotonic()
             tick(now - before)
-    finally:
+    except BaseException:
+        # While words are counted the thread ends at the next text; a program that is
+        # torn down while it reads one would be aborted. Merges hear nothing.
         left.set()
+        concurrent.futures.wait([done], STOP_SECONDS)
+        raise
     done.result()
 
 

@@ -19,7 +19,7 @@ from tests import serving
 from tests.serving import LIMITS, running, wait_until
 
 CONTEXT = 2048
-QUICK = 1.0  # seconds; a user may expect a tenth of it
+QUICK = 5.0  # seconds, of a busy machine; a user may expect a hundredth of it
 PATH = "/v1/completions"
 
 
@@ -179,7 +179,7 @@ def test_text_below_the_cap_is_tokenized_in_time(text):
     many = (text * (1 << 17))[: (1 << 17) // len(text.encode())]  # the door's default
     began = time.monotonic()
     ids = tokenizer.encode(many)
-    assert time.monotonic() - began < 10 * QUICK
+    assert time.monotonic() - began < 2 * QUICK
     assert tokenizer.decode(ids) == many
 
 

@@ -196,8 +196,8 @@ def test_ctrl_c_ends_the_training_of_a_bpe():
         assert process.stdout and 0.1 <= float(process.stdout.readline()) < 5
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGINT and "KeyboardInterrupt" in err
-    assert "trained" not in out
+    assert process.returncode == -signal.SIGINT, err
+    assert "KeyboardInterrupt" in err and "trained" not in out
 
 
 def test_what_goes_wrong_in_the_texts_or_while_waiting_ends_the_training():
