@@ -320,10 +320,9 @@ def unread(config: Tree) -> dict[str, str]:
             *table.get(name, ())
         }
         found |= dict.fromkeys([f"hyper.{key}" for key in others], f"{what} {name}")
-    if rule["name"] != "muon":
-        found["optimizer.muon"] = f"optimizer {rule['name']}"
-    if rule["name"] == "adafactor":
-        found["optimizer.moment_dtype"] = "optimizer adafactor"
+    known = optimizer.OPTIMIZERS[rule["name"]]
+    for key in {"muon", "moment_dtype"} - {*known.options}:
+        found[f"optimizer.{key}"] = f"optimizer {rule['name']}"
     found |= _unread_of_the_model(config)
     switched = {  # by a key that is off
         "optimizer.ema": ("hyper.ema_decay",),

@@ -123,7 +123,7 @@ def make(
     _check_tables(decay=decay, rates=rates, freeze=freeze, muon=muon)
     dtype = names.choose("optimizer.moment_dtype", moment_dtype, MOMENT_DTYPES)
     matrices = _Matrices(declared, spread)
-    rules = names.choose("optimizer.name", name, OPTIMIZERS)(dtype, matrices)
+    rules = names.choose("optimizer.name", name, OPTIMIZERS).rules(dtype, matrices)
     factor_at = names.choose("optimizer.schedule", schedule, SCHEDULES)
 
     def places(paths: Iterable[str]) -> dict[str, Place]:
@@ -288,29 +288,47 @@ class _Matrices(NamedTuple):
     spread: Callable[[jax.Array], jax.Array]
 
 
-# What each optimizer does to its groups of weights.
+class Known(NamedTuple):
+    """An optimizer that there is.
+
+    Attributes:
+      rules: (dtype of averages, what Muon has to know) -> the rule of each group.
+      reads: what it reads of Hyper, besides clip.
+      options: which of moment_dtype and muon it reads.
+    """
+
+    rules: Callable[[Any, _Matrices], dict[str, Rule]]
+    reads: tuple[str, ...]
+    options: tuple[str, ...] = ("moment_dtype",)
+
+
+ADAMW_READS = ("lr", "weight_decay", "beta1", "beta2", "eps")
 OPTIMIZERS = {
-    "adamw": lambda dtype, matrices: {WEIGHTS: _adamw(dtype)},
-    "lion": lambda dtype, matrices: {WEIGHTS: _lion(dtype)},
-    "sgd": lambda dtype, matrices: {WEIGHTS: _sgd(dtype)},
-    "adafactor": lambda dtype, matrices: {  # keeps no average of gradients
-        **{WEIGHTS: ADAFACTOR, LAYERS: _per_layer(ADAFACTOR)}
-    },
-    "muon": lambda dtype, matrices: {
-        **{WEIGHTS: _adamw(dtype), MATRICES: _muon(dtype, matrices)}
-    },
+    "adamw": Known(lambda dtype, _: {WEIGHTS: _adamw(dtype)}, ADAMW_READS),
+    "lion": Known(
+        lambda dtype, _: {WEIGHTS: _lion(dtype)},
+        ("lr", "weight_decay", "beta1", "beta2"),
+    ),
+    "sgd": Known(
+        lambda dtype, _: {WEIGHTS: _sgd(dtype)}, ("lr", "weight_decay", "momentum")
+    ),
+    "adafactor": Known(
+        lambda dtype, _: {WEIGHTS: ADAFACTOR, LAYERS: _per_layer(ADAFACTOR)},
+        ("lr", "weight_decay"),
+        options=(),  # it keeps no average of gradients
+    ),
+    "muon": Known(
+        lambda dtype, matrices: {
+            **{WEIGHTS: _adamw(dtype), MATRICES: _muon(dtype, matrices)}
+        },
+        (*ADAMW_READS, "matrix_lr", "momentum"),
+        options=("moment_dtype", "muon"),
+    ),
 }
+READS = {name: known.reads for name, known in OPTIMIZERS.items()}
 MOMENT_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
-# What each optimizer and each schedule reads of Hyper, besides clip.
-ADAMW_READS = ("lr", "weight_decay", "beta1", "beta2", "eps")
-READS = {
-    "adamw": ADAMW_READS,
-    "lion": ("lr", "weight_decay", "beta1", "beta2"),
-    "sgd": ("lr", "weight_decay", "momentum"),
-    "adafactor": ("lr", "weight_decay"),
-    "muon": (*ADAMW_READS, "matrix_lr", "momentum"),
-}
+# What each schedule reads of Hyper.
 WARM_UP = ("warmup_steps", "initial_lr_ratio")
 SCHEDULE_READS = {
     "constant": WARM_UP,

@@ -53,12 +53,12 @@ RESUMABLE = (
 OF_TEXT = r"data\.(source|field|val_fraction|split)"
 ABSENT = "(absent)"
 LOCK = "run.lock"
-# Keys that older runs lack, with the value that means what such a run did.
+# Keys that older runs lack, with the value that means what such a run did; those of the
+# model are the fields of GPTConfig with a default.
 ADDED = {
     "hyper.dropout_adapter": 0.0,
     "data.skip_bad_docs": False,
     "hyper.spike_sigma": 6.0,
-    "model.n_classes": 0,
     "spike_window": 0,
     "early_from": 0,
     "max_bytes": 0,
@@ -301,7 +301,8 @@ def read_classes(folder: str | Path) -> Classes | None:
 
 def complete(tree: dict) -> None:
     """Gives the config of an older run the keys that are newer than it."""
-    for name, value in ADDED.items():
+    added = {**ADDED, **{f"model.{k}": x for k, x in GPTConfig.added().items()}}
+    for name, value in added.items():
         part, _, key = name.rpartition(".")
         (tree.get(part, {}) if part else tree).setdefault(key, value)
 

@@ -14,7 +14,8 @@ N blocks of the vocabulary  M tokens in a block
 import math
 import re
 import zlib
-from collections.abc import Generator, Sequence
+from collections import namedtuple
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -44,18 +45,9 @@ TAIL = 8  # tokens of a prompt that may decide how the next one is spelled
 TEXT_STEPS, STREAM_STEPS = 16, 4  # tokens between two looks at the text: latency only
 
 
-class Sampling(NamedTuple):
-    """How each row chooses its tokens: traced [B] arrays, so nothing recompiles.
-
-    `sampling.SETTINGS` says what each is; `max_new` is how many tokens are chosen.
-    """
-
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    min_p: jax.Array
-    repetition_penalty: jax.Array
-    max_new: jax.Array
+# How each row chooses its tokens: traced [B] arrays, so nothing recompiles. They are
+# the settings of sampling.SETTINGS, and `max_new`, how many tokens are chosen.
+Sampling = namedtuple("Sampling", (*SETTINGS, "max_new"))
 
 
 class Decoding(NamedTuple):
@@ -99,11 +91,11 @@ def temper(logits_BV, temperature_B):
 
 
 def keep(logits_BV, sampling: Sampling):
-    """Returns tempered logits with those left out by top-k, top-p or min-p at -inf.
+    """Returns tempered logits with those left out by top-k, top-p or CUTS at -inf.
 
     Top-p counts within what top-k left (nucleus sampling: Holtzman et al. 2020, section
-    3.1); min-p is relative to the best token (Nguyen et al. 2024). Tokens that tie with
-    the last one kept are kept too. The best token always stays.
+    3.1). Tokens that tie with the last one kept are kept too. The best token always
+    stays.
     """
     ranked_B = (sampling.top_k > 0) | (sampling.top_p < 1)
     low_B = jax.lax.cond(
@@ -112,8 +104,21 @@ def keep(logits_BV, sampling: Sampling):
         lambda: jnp.zeros(len(logits_BV)),
     )
     low_B = jnp.where(ranked_B, low_B, -jnp.inf)
-    low_B = jnp.maximum(low_B, jnp.log(sampling.min_p))
+    for name, lowest in CUTS.items():
+        low_B = jnp.maximum(low_B, lowest(logits_BV, getattr(sampling, name)))
     return jnp.where(logits_BV >= low_B[:, None], logits_BV, -jnp.inf)
+
+
+def _with_share(logits_BV, share_B):
+    """Min-p: relative to the best token (Nguyen et al. 2024)."""
+    return jnp.log(share_B)
+
+
+# Settings that leave tokens out by a bound of their own: (tempered logits [B, V], the
+# setting of each row [B]) -> the smallest logit that is kept [B], -inf where it is off.
+CUTS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "min_p": _with_share,
+}
 
 
 def _lowest_kept(logits_BV, sampling):
@@ -377,8 +382,7 @@ def texts(
       beyond_context: a row whose context is full goes on, and sees from there on the
         last half of it, again and again; else it ends. (nanoGPT drops the first token
         for every new one, and reads the whole context again each time.)
-      **settings: temperature, top_k, top_p, min_p, repetition_penalty and max_new,
-        all of them; see `sampling.settings`.
+      **settings: all of `sampling.SETTINGS`, and max_new; see `sampling.settings`.
 
     Raises:
       ValueError: a setting is out of range; a prompt is longer than the context, holds

@@ -20,7 +20,7 @@ FLOORS = (
     "tasks evaluate microscope",
     "step checks train",
     "population serve",
-    "sweep report bench estimate doctor learn",
+    "sweep report estimate doctor learn",
     "__main__",
 )
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names.split()}

@@ -1,8 +1,9 @@
 """What a model is: `GPTConfig`, checked, and the kinds of its layers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +92,8 @@ class GPTConfig:
     dtype: str
     param_dtype: str
     attention: str
-    n_classes: int
+    # Fields that older runs lack, with the value that means what such a run did.
+    n_classes: int = 0
 
     def __post_init__(self):
         settle = partial(object.__setattr__, self)
@@ -136,6 +138,11 @@ class GPTConfig:
             raise ValueError(
                 f"{name} is {getattr(self, name)}; it must be at least {least}{hint}"
             )
+
+    @classmethod
+    def added(cls) -> dict[str, Any]:
+        """Returns the fields that older runs lack, with what such a run did."""
+        return {f.name: f.default for f in fields(cls) if f.default is not MISSING}
 
     @property
     def lengths(self) -> dict[str, int]:
