@@ -312,6 +312,21 @@ def as_config(tree: dict) -> ConfigDict:
     return ConfigDict(tuples(tree))
 
 
+def filled(old: ConfigDict, new: ConfigDict) -> ConfigDict:
+    """Returns an older config with exactly the keys of a newer one.
+
+    Those that it lacks are as in the newer one.
+    """
+    before, after = old.to_dict(), new.to_dict()
+    for key, value in after.items():
+        was = before.get(key, value)
+        if isinstance(value, dict):
+            after[key] = {name: was.get(name, x) for name, x in value.items()}
+        else:
+            after[key] = was
+    return ConfigDict(after)
+
+
 def difference(old: ConfigDict, new: ConfigDict) -> list[str]:
     """Returns a line `key: old -> new` for every key that is not the same."""
     before, after = _flat(_plain(old)), _flat(_plain(new))

@@ -49,6 +49,7 @@ from gpt_jax import (
     tasks,
     words,
 )
+from gpt_jax.checks import Options
 from gpt_jax.optimizer import Hyper
 from gpt_jax.step import TrainState, averaged, start, train_step
 
@@ -80,7 +81,7 @@ class Parts(NamedTuple):
 class Job(NamedTuple):
     """The parts of one run, built once by `build`."""
 
-    config: ConfigDict
+    config: Options
     workdir: Path
     task: tasks.Task
     strategy: sharding.Strategy
@@ -151,8 +152,9 @@ def train(
         alone = processes.count() == 1  # one of several that leaves costs all of them
         with signals.at_once() if alone else contextlib.nullcontext():
             job, state, totals = build(config, workdir, stop, stack)
-        if at_end(config, job.task, totals, step := int(job.strategy.view(state.step))):
-            return Result(ends_by(config, job.task), step, {}, 0, trained=False)
+        step = int(job.strategy.view(state.step))
+        if at_end(job.config, job.task, totals, step):
+            return Result(ends_by(job.config, job.task), step, {}, 0, trained=False)
         # What was built stays: walking it takes the garbage collector a tenth of a
         # second, in the middle of some step.
         gc.freeze()
@@ -229,19 +231,20 @@ def loop(
 
 
 def build(
-    config: ConfigDict, workdir: Path, stop: signals.Stop, stack: contextlib.ExitStack
+    record: ConfigDict, workdir: Path, stop: signals.Stop, stack: contextlib.ExitStack
 ) -> tuple[Job, TrainState, Totals]:
-    """Builds every part of a run; the ConfigDict is unpacked here and ends here.
+    """Builds every part of a run; its ConfigDict is unpacked here and ends here.
 
     What is opened is closed by `stack`, in reverse order.
     """
-    check(config)
+    check(record)
+    config = unpack(record)
     micro_batch = config.batch_size // config.accumulate
     programs.use_cache(config.compile_cache)
-    mesh = config.mesh
+    mesh = vars(config.mesh)
     axes = {key: value for key, value in mesh.items() if key != "strategy"}
     sharding.set_cpu_devices(micro_batch, **axes, processes=processes.count())
-    check_alike(config)
+    check_alike(record)
     if processes.count() > 1 and config.on_save_error != "stop":
         raise ValueError(
             f"on_save_error is {config.on_save_error}: one of several processes cannot "
@@ -249,34 +252,31 @@ def build(
         )
     task = processes.in_turn(lambda: make_task(config, workdir))
     processes.check_same("the fingerprint of the training data", task.fingerprint)
-    adapter = adapters.make(model.declared(task.model.cfg), **config.adapter)
+    adapter = config.adapter(model.declared(task.model.cfg))
     strategy = sharding.make(micro_batch, adapter.declared, **mesh)
     parts = make_parts(config, task, strategy)
     processes.in_turn(lambda: stack.enter_context(runs.lock(workdir)))
     stop = processes.together(stop)
     others = processes.index() > 0  # the first process speaks for all
-    job, state, totals = open_run(config, workdir, parts, stop, stack, quiet=others)
+    job, state, totals = open_run(record, workdir, parts, stop, stack, quiet=others)
     if not at_end(config, task, totals, int(state.step)):
         job.bar.print(describe(job, state))
     return job, strategy.place(state), totals
 
 
-def make_parts(
-    config: ConfigDict, task: tasks.Task, strategy: sharding.Strategy
-) -> Parts:
+def make_parts(config: Options, task: tasks.Task, strategy: sharding.Strategy) -> Parts:
     """Builds what depends on neither the run folder nor the traced numbers."""
     cfg = task.model.cfg
-    adapter = adapters.make(model.declared(cfg), **config.adapter)
-    rule = config.optimizer.to_dict()
-    ema = rule.pop("ema")
-    tx = optimizer.make(adapter.declared, **rule, spread=strategy.spread)
+    adapter = config.adapter(model.declared(cfg))
+    tx = config.optimizer(adapter.declared, spread=strategy.spread)
     options = programs.options_for_one_run(model.count(cfg))
 
     def fresh(weights, key):
         params, frozen = adapter.split(weights, jax.random.fold_in(key, ADAPTER))
         if task.reference:
             frozen = adapters.with_reference(weights, frozen)
-        return start(params, frozen, tx, ema=ema, spike_window=config.spike_window)
+        window = config.spike_window
+        return start(params, frozen, tx, ema=config.ema, spike_window=window)
 
     def first(key):
         return fresh(model.init(cfg, key), key)
@@ -311,7 +311,7 @@ def measured_on(task: tasks.Task, eval_windows: int) -> str:
 
 
 def open_run(
-    config: ConfigDict,
+    record: ConfigDict,
     workdir: Path,
     parts: Parts,
     stop: signals.Stop,
@@ -321,22 +321,23 @@ def open_run(
 ) -> tuple[Job, TrainState, Totals]:
     """Opens a locked run folder: restores its newest state, or makes the first one.
 
-    The state is laid out as the strategy says. A quiet job shows no progress.
+    The state is laid out as the strategy says. A quiet job shows no progress. The
+    folder keeps the config as it stands in `record`.
     """
-    task = parts.task
+    config, task = unpack(record), parts.task
     saves = checkpoint.Checkpoints(workdir / "checkpoints", keep=config.keep)
     stack.callback(saves.close)
     init_key, key = jax.random.split(jax.random.key(config.seed))
 
     def create_or_check():
         runs.create_or_check(
-            workdir, config, task.tokenizer, task.fingerprint, task.classes
+            workdir, record, task.tokenizer, task.fingerprint, task.classes
         )
 
     if there := bool(processes.first(saves.steps)):
         processes.in_turn(create_or_check)
         state, totals, frozen = restore(saves, parts, init_key)
-        totals, news = resumed(config, workdir, parts, totals, int(state.step))
+        totals, news = resumed(record, workdir, parts, totals, int(state.step))
     elif lost := saves.damaged():  # starting over would hide that a run was lost
         raise ValueError(
             f"no checkpoint of {workdir} is sound; damaged: "
@@ -359,13 +360,13 @@ def open_run(
     ended = at_end(config, task, totals, int(state.step))
     if processes.index() == 0 and not ended:  # a run at its end is left as it is
         if there:
-            runs.go_on(workdir, config, task.fingerprint)
+            runs.go_on(workdir, record, task.fingerprint)
         runs.keep_test(workdir, task.test)
         writer = metrics.Writer(
             workdir,
             tensorboard=config.tensorboard,
             wandb=config.wandb,
-            config=config.to_dict(),
+            config=record.to_dict(),
             resume_step=int(state.step),
         )
         stack.callback(writer.close)
@@ -422,6 +423,11 @@ def unread(config: ConfigDict) -> dict[str, str]:
     return checks.unread(config.to_dict())
 
 
+def unpack(config: ConfigDict) -> Options:
+    """Returns a config, typed; see `checks.unpack`."""
+    return checks.unpack(config.to_dict())
+
+
 def check_alike(config: ConfigDict) -> None:
     """Refuses processes of one run whose configs differ.
 
@@ -441,19 +447,18 @@ def check_alike(config: ConfigDict) -> None:
     processes.in_turn(compare)
 
 
-def make_task(config: ConfigDict, workdir: Path) -> tasks.Task:
+def make_task(config: Options, workdir: Path) -> tasks.Task:
     """Returns the config's task; its examples are prepared or found prepared."""
-    text = config.data.to_dict()
+    text = config.data
     if (
         checks.begins(config.init_from) != checks.RANDOM
     ):  # weights only fit the vocabulary that they learnt
-        text["tokenizer"] = str(first_tokenizer(config, workdir))
-    hyper = config.hyper
+        text = replace(text, tokenizer=str(first_tokenizer(config, workdir)))
     task = tasks.make(
-        **config.task,
-        model=config.model.to_dict(),
+        config.task,
+        model=config.model,
         text=text,
-        dropout=[key for key in hyper if key.startswith("dropout_") and hyper[key] > 0],
+        dropout=config.dropout,
         progress=processes.index() == 0,
     )
     check_rollouts(config, task)
@@ -474,7 +479,7 @@ def make_task(config: ConfigDict, workdir: Path) -> tasks.Task:
     return task
 
 
-def check_rollouts(config: ConfigDict, task: tasks.Task) -> None:
+def check_rollouts(config: Options, task: tasks.Task) -> None:
     """Refuses what does not go with a task that makes its batches by rollouts.
 
     Raises:
@@ -487,7 +492,7 @@ def check_rollouts(config: ConfigDict, task: tasks.Task) -> None:
         )
 
 
-def first_tokenizer(config: ConfigDict, workdir: Path) -> Path:
+def first_tokenizer(config: Options, workdir: Path) -> Path:
     """Returns the tokenizer.json that belongs to `init_from`'s weights."""
     own = workdir / "tokenizer.json"  # a run that goes on needs no other
     if published := hugging_face(config):
@@ -506,9 +511,10 @@ def first_tokenizer(config: ConfigDict, workdir: Path) -> Path:
     return source
 
 
-def keep_template(config: ConfigDict, workdir: Path) -> None:
+def keep_template(config: Options, workdir: Path) -> None:
     """Keeps the chat template that belongs to `init_from`'s weights."""
-    if checks.begins(config.init_from) == checks.RANDOM or config.task.get("template"):
+    own = getattr(config.task.options, "template", "")
+    if own or checks.begins(config.init_from) == checks.RANDOM:
         return
     published = hugging_face(config)
     source = pretrained.find(published or config.init_from)
@@ -517,15 +523,15 @@ def keep_template(config: ConfigDict, workdir: Path) -> None:
         files.write(workdir / "chat_template.jinja", template)
 
 
-def hugging_face(config: ConfigDict) -> str:
+def hugging_face(config: Options) -> str:
     """Returns what `init_from=hf:...` or `gguf:...` names, "" when it names a run."""
     prefix, _, name = config.init_from.partition(":")
     return name if prefix in ("hf", "gguf") else ""
 
 
-def make_hyper(config: ConfigDict, task: tasks.Task) -> Hyper:
+def make_hyper(config: Options, task: tasks.Task) -> Hyper:
     """Returns the config's traced numbers as float32 scalars."""
-    numbers = config.hyper.to_dict()
+    numbers = config.hyper._asdict()
     numbers["decay_steps"] = numbers["decay_steps"] or last_step(config, task)
     return Hyper(**{key: jnp.float32(value) for key, value in numbers.items()})
 
@@ -552,14 +558,15 @@ def restore(
 
 
 def resumed(
-    config: ConfigDict, workdir: Path, parts: Parts, totals: Totals, step: int
+    record: ConfigDict, workdir: Path, parts: Parts, totals: Totals, step: int
 ) -> tuple[Totals, list[str]]:
     """Returns the totals that a run goes on with after `step`, and what to tell of it.
 
     Where evaluations are of something else now, the best loss begins anew.
     """
     read = lambda: runs.read_config(workdir).to_json()  # noqa: E731
-    old = runs.as_config(json.loads(processes.first(read)))
+    kept = runs.as_config(json.loads(processes.first(read)))
+    old, config = unpack(runs.filled(kept, record)), unpack(record)
     told = rate_moves(old, config, parts.task, step)
     if not totals.measured:  # an older run: as far as its folder can tell
         noted = processes.first(lambda: runs.fingerprint_of(workdir))
@@ -578,12 +585,10 @@ def resumed(
     return totals, told
 
 
-def rate_moves(
-    old: ConfigDict, new: ConfigDict, task: tasks.Task, step: int
-) -> list[str]:
+def rate_moves(old: Options, new: Options, task: tasks.Task, step: int) -> list[str]:
     """Returns a line where the rate of a resumed run is not what it was to be."""
     hypers = [make_hyper(config, task) for config in (old, new)]
-    factor = optimizer.SCHEDULES[new.optimizer.schedule]
+    factor = optimizer.SCHEDULES[new.schedule]
     before, now = (float(factor(step, hyper) * hyper.lr) for hyper in hypers)
     if math.isclose(before, now, rel_tol=1e-3):
         return []
@@ -595,7 +600,7 @@ def rate_moves(
     ]
 
 
-def too_short(config: ConfigDict, task: tasks.Task) -> list[str]:
+def too_short(config: Options, task: tasks.Task) -> list[str]:
     """Returns a line where a run ends before its warm-up does."""
     end, warm = last_step(config, task), config.hyper.warmup_steps
     if not 0 < end <= warm:
@@ -606,7 +611,7 @@ def too_short(config: ConfigDict, task: tasks.Task) -> list[str]:
     ]
 
 
-def begin(config: ConfigDict, parts: Parts, key: jax.Array) -> TrainState:
+def begin(config: Options, parts: Parts, key: jax.Array) -> TrainState:
     """Returns the state of a new run: `init_from`'s weights, or random ones."""
     if checks.begins(config.init_from) == checks.RANDOM:
         return parts.first(key)
@@ -662,24 +667,24 @@ def adopt(weights: Any, task: tasks.Task, key: jax.Array) -> Any:
     return unflatten_dict(kept, sep="/")
 
 
-def last_step(config: ConfigDict, task: tasks.Task) -> int:
+def last_step(config: Options, task: tasks.Task) -> int:
     """Returns the step at which `steps`, or a limit before it, ends the run."""
     return min(_last_steps(config, task).values())
 
 
-def at_end(config: ConfigDict, task: tasks.Task, totals: Totals, step: int) -> bool:
+def at_end(config: Options, task: tasks.Task, totals: Totals, step: int) -> bool:
     """Whether a run that has come to `step` has nothing left to do."""
     end = last_step(config, task)
     return step > end or (step == end and totals.evaluated >= step)
 
 
-def ends_by(config: ConfigDict, task: tasks.Task) -> str:
+def ends_by(config: Options, task: tasks.Task) -> str:
     """Returns which key ends a run at its last step."""
     ends = _last_steps(config, task)
     return min(ends, key=lambda key: ends[key])
 
 
-def _last_steps(config: ConfigDict, task: tasks.Task) -> dict[str, int]:
+def _last_steps(config: Options, task: tasks.Task) -> dict[str, int]:
     """Returns the last step by each key that sets one; `steps` goes first."""
     found, each = {"steps": config.steps}, tokens_per_step(config, task)
     if config.max_tokens:
@@ -699,7 +704,7 @@ def bytes_of(task: tasks.Task, tokens: int) -> float:
     return tokens * task.bytes_per_token()
 
 
-def tokens_per_step(config: ConfigDict, task: tasks.Task) -> int:
+def tokens_per_step(config: Options, task: tasks.Task) -> int:
     """Returns the training tokens of one step, over all devices."""
     return config.batch_size * task.tokens
 
@@ -817,7 +822,7 @@ def due(step: int, every: int, early: Collection[int] = ()) -> bool:
     return every > 0 and (step % every == 0 or (step in early and step < every))
 
 
-def early_steps(config: ConfigDict, task: tasks.Task) -> list[int]:
+def early_steps(config: Options, task: tasks.Task) -> list[int]:
     """Returns the steps 1, 2, 5, 10, 20, 50, ... from `early_from` (0 = none) on.
 
     A model learns most in its first steps, between which an even rhythm sees nothing.
@@ -972,7 +977,7 @@ def eval_batches(job: Job, examples) -> Iterator[tasks.Batch]:
     )
 
 
-def eval_rows(config: ConfigDict, task: tasks.Task, examples: int, devices: int) -> int:
+def eval_rows(config: Options, task: tasks.Task, examples: int, devices: int) -> int:
     """Returns how many of so many examples an evaluation's batch holds."""
     size = config.eval_batch_size or max(
         config.batch_size // config.accumulate, EVAL_TOKENS // task.tokens

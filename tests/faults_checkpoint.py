@@ -231,7 +231,7 @@ def test_the_tokens_of_every_step_are_those_of_an_undisturbed_run(
     monkeypatch.setattr(data, "PREFETCH", prefetch)
     monkeypatch.setattr(train, "rollouts", watch)
     assert train.train(config, tmp_path / "run").step == 24
-    task = train.make_task(config, tmp_path / "run")
+    task = train.make_task(train.unpack(config), tmp_path / "run")
     count, size = len(task.train), config.batch_size
     assert 24 * size > count  # an epoch and more
     for n in range(24):
@@ -294,7 +294,7 @@ def test_lasting_nan_ends_a_run_with_what_caused_it(config, tmp_path, monkeypatc
     assert last in (7, 8, 9, 10)
     kept = np.load(tmp_path / "run" / f"skipped-{last}.npz")
     monkeypatch.undo()
-    task = train.make_task(config, tmp_path / "run")
+    task = train.make_task(train.unpack(config), tmp_path / "run")
     for step, ids in zip(kept["steps"], kept["examples"], strict=True):
         order = data.members(len(task.train), 4, config.seed, int(step) - 1)
         assert ids.tolist() == order
