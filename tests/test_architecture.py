@@ -39,6 +39,52 @@ def test_a_question_is_answered_in_two_files_at_most_that_are_there(question, an
         assert wanted and wanted <= defined(ROOT / path), path
 
 
+# --- where a config ends --------------------------------------------------------------
+
+ROOMS = re.search(r"these rooms only: ([^.]+)\. As a plain", PAGE.replace("\n", " "))
+TAKE = re.search(r"in these only: (.+?)\n\n|in these only: ([^\n]+)", PAGE)
+GROUPS = {"config", "options", "text", "task", "model", "hyper", "optimizer", "adapter"}
+GROUPS |= {"mesh", "sample", "record", "recipe"}
+MAPPINGS = re.compile(r"(Mapping|dict|Tree)(\[.*\])?")
+
+
+def named(match) -> set[str]:
+    return set(re.findall(r"`([\w.]+)`", match[0]))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT / "gpt_jax").parts[0].removesuffix(".py")
+
+
+def test_no_module_but_those_named_knows_a_config_dict():
+    found = {
+        room(path)
+        for path in (ROOT / "gpt_jax").rglob("*.py")
+        if re.search(r"^from ml_collections|^import ml_coll", path.read_text(), re.M)
+    }
+    assert found == named(ROOMS) and len(found) <= 6
+
+
+def test_no_function_but_those_named_takes_a_config_as_a_mapping():
+    known, found = named(ROOMS) | named(TAKE), []
+    for path in (ROOT / "gpt_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            if {room(path), f"{room(path)}.{node.name}"} & known:
+                continue
+            found += [
+                f"{path.relative_to(ROOT)}: {node.name}({each.arg})"
+                for each in [*node.args.args, *node.args.kwonlyargs]
+                if each.arg in GROUPS and each.annotation
+                if MAPPINGS.fullmatch(ast.unparse(each.annotation))
+            ]
+    assert found == []
+
+
+# --- the tree -------------------------------------------------------------------------
+
+
 def tree() -> list[str]:
     """Returns the files and folders that the tree names, from the root."""
     block = PAGE.partition("## The tree\n\n```\n")[2].partition("```")[0]
@@ -71,5 +117,5 @@ def test_the_tree_names_every_module_of_the_library():
         for path in (ROOT / "gpt_jax").iterdir()
         if path.suffix == ".py" or (path.is_dir() and [*path.glob("*.py")])
     }
-    top -= {"gpt_jax/__init__.py", "gpt_jax/_root/"}
+    top -= {"gpt_jax/__init__.py", "gpt_jax/_root/"}  # that of an installed package
     assert sorted(top - named) == []

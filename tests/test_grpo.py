@@ -233,8 +233,8 @@ def test_no_question_of_an_evaluation_is_trained_on():
 def make_parts(**changes):
     """Returns the parts of a small run on problems of two letters."""
     cfg = tiny.cfg(vocab_size=0, position="rope", init="torch_default")
-    text = Data(**{**common.base().data, "tokenizer": "char"})
-    cfg, text = changes.pop("model", cfg), changes.pop("text", text)
+    text = {**common.base().data, "tokenizer": "char", **changes.pop("text", {})}
+    text, cfg = Data(**text), changes.pop("model", cfg)
     return answers.parts(answers.Options(**PROBLEMS | changes), model=cfg, text=text)
 
 
