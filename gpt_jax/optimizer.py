@@ -122,7 +122,7 @@ def make(
     """
     _check_tables(decay=decay, rates=rates, freeze=freeze, muon=muon)
     dtype = names.choose("optimizer.moment_dtype", moment_dtype, MOMENT_DTYPES)
-    matrices = _Matrices(declared, spread)
+    matrices = Matrices(declared, spread)
     rules = names.choose("optimizer.name", name, OPTIMIZERS).rules(dtype, matrices)
     factor_at = names.choose("optimizer.schedule", schedule, SCHEDULES)
 
@@ -135,7 +135,7 @@ def make(
         _check_patterns(leaves, found, rates, freeze, muon if name == "muon" else ())
         for path, place in found.items():
             if place.group == MATRICES:
-                _matrix_shape(declared, path)
+                matrix_shape(declared, path)
         return {
             group: rule.init(_float32(_of_group(leaves, found, group)))
             for group, rule in rules.items()
@@ -236,7 +236,7 @@ def _progress(step, begin, hyper: Hyper):
 WEIGHTS, LAYERS, MATRICES = "weights", "layers", "matrices"  # groups, keys of opt_state
 
 
-def _optax_rule(
+def optax_rule(
     make_tx: Callable[[Hyper], optax.GradientTransformation],
 ) -> Rule:
     """Wraps an Optax transformation; its memory does not depend on the numbers."""
@@ -247,7 +247,7 @@ def _optax_rule(
     )
 
 
-def _per_layer(rule: Rule) -> Rule:
+def per_layer(rule: Rule) -> Rule:
     """Applies a rule to each layer of stacked weights, as if they were separate."""
     return Rule(
         init=jax.vmap(rule.init),
@@ -255,33 +255,33 @@ def _per_layer(rule: Rule) -> Rule:
     )
 
 
-def _adamw(dtype) -> Rule:
+def adamw(dtype) -> Rule:
     """Loshchilov & Hutter 2019, algorithm 2 (the decay is added in `make`)."""
-    return _optax_rule(
+    return optax_rule(
         lambda h: optax.scale_by_adam(b1=h.beta1, b2=h.beta2, eps=h.eps, mu_dtype=dtype)
     )
 
 
-def _lion(dtype) -> Rule:
+def lion(dtype) -> Rule:
     """Chen et al. 2023, algorithm 2."""
-    return _optax_rule(
+    return optax_rule(
         lambda h: optax.scale_by_lion(b1=h.beta1, b2=h.beta2, mu_dtype=dtype)
     )
 
 
-def _sgd(dtype) -> Rule:
+def sgd(dtype) -> Rule:
     """Heavy-ball momentum: v = momentum * v + g, and the weights move along v."""
-    return _optax_rule(lambda h: optax.trace(decay=h.momentum, accumulator_dtype=dtype))
+    return optax_rule(lambda h: optax.trace(decay=h.momentum, accumulator_dtype=dtype))
 
 
 # Shazeer & Stern 2018, algorithm 4, without the scaling by the weights' size: the
 # learning rate is absolute. Matrices of at least 128 x 128 keep row and column means.
-ADAFACTOR = _optax_rule(
+ADAFACTOR = optax_rule(
     lambda h: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
 )
 
 
-class _Matrices(NamedTuple):
+class Matrices(NamedTuple):
     """What Muon has to know of the weights: their sides, and how to share the work."""
 
     declared: Declared
@@ -297,29 +297,29 @@ class Known(NamedTuple):
       options: which of moment_dtype and muon it reads.
     """
 
-    rules: Callable[[Any, _Matrices], dict[str, Rule]]
+    rules: Callable[[Any, Matrices], dict[str, Rule]]
     reads: tuple[str, ...]
     options: tuple[str, ...] = ("moment_dtype",)
 
 
 ADAMW_READS = ("lr", "weight_decay", "beta1", "beta2", "eps")
 OPTIMIZERS = {
-    "adamw": Known(lambda dtype, _: {WEIGHTS: _adamw(dtype)}, ADAMW_READS),
+    "adamw": Known(lambda dtype, _: {WEIGHTS: adamw(dtype)}, ADAMW_READS),
     "lion": Known(
-        lambda dtype, _: {WEIGHTS: _lion(dtype)},
+        lambda dtype, _: {WEIGHTS: lion(dtype)},
         ("lr", "weight_decay", "beta1", "beta2"),
     ),
     "sgd": Known(
-        lambda dtype, _: {WEIGHTS: _sgd(dtype)}, ("lr", "weight_decay", "momentum")
+        lambda dtype, _: {WEIGHTS: sgd(dtype)}, ("lr", "weight_decay", "momentum")
     ),
     "adafactor": Known(
-        lambda dtype, _: {WEIGHTS: ADAFACTOR, LAYERS: _per_layer(ADAFACTOR)},
+        lambda dtype, _: {WEIGHTS: ADAFACTOR, LAYERS: per_layer(ADAFACTOR)},
         ("lr", "weight_decay"),
         options=(),  # it keeps no average of gradients
     ),
     "muon": Known(
         lambda dtype, matrices: {
-            **{WEIGHTS: _adamw(dtype), MATRICES: _muon(dtype, matrices)}
+            **{WEIGHTS: adamw(dtype), MATRICES: muon_rule(dtype, matrices)}
         },
         (*ADAMW_READS, "matrix_lr", "momentum"),
         options=("moment_dtype", "muon"),
@@ -348,7 +348,7 @@ STACK_LIMIT = (
 )  # larger matrices fill a device alone; stacking would only copy them
 
 
-def _muon(dtype, matrices: _Matrices) -> Rule:
+def muon_rule(dtype, matrices: Matrices) -> Rule:
     """Nesterov momentum, orthogonalised, times sqrt(max(1, outputs / inputs))."""
 
     def update(grads, memory, hyper):
@@ -374,10 +374,10 @@ def _mix(keep, old, new):
 
 
 def _orthogonal_tree(
-    slopes: dict[str, jax.Array], matrices: _Matrices
+    slopes: dict[str, jax.Array], matrices: Matrices
 ) -> dict[str, jax.Array]:
     """Orthogonalises every matrix; matrices of one shape are worked on as one stack."""
-    sides = {path: _matrix_shape(matrices.declared, path) for path in slopes}
+    sides = {path: matrix_shape(matrices.declared, path) for path in slopes}
     stacks: dict[tuple, list[tuple[str, jax.Array]]] = {}
     for path, slope in slopes.items():
         n, fan_in, fan_out = sides[path]
@@ -443,7 +443,7 @@ def _gram(x_NRC: jax.Array) -> jax.Array:
     return product_NRR @ x_NRC
 
 
-def _matrix_shape(declared: Declared, path: str) -> tuple[int, int, int]:
+def matrix_shape(declared: Declared, path: str) -> tuple[int, int, int]:
     """Returns (matrices, inputs, outputs) of a weight."""
     weight = weights.at(declared, path)
     if not weight.inputs:
