@@ -1,11 +1,11 @@
-"""How weights move: schedules, clipping, and five optimizers as pure functions.
+"""How weights move: clipping, decay, groups of rates, and five optimizers.
 
 `make(...)` returns an `Optimizer`, a pair of functions. Which rule moves a weight, its
 decay and its rate are chosen by regex over the weight's path; every number is traced
 (`Hyper`), so a sweep over numbers compiles once and `jax.vmap` trains a population.
+Rules are in rules.py and muon.py, schedules in schedules.py.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -16,35 +16,37 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gpt_jax import names, settings, weights
+from gpt_jax.optimizer.hyper import Hyper
+from gpt_jax.optimizer.muon import Matrices, matrix_shape, muon_rule, orthogonalise
+from gpt_jax.optimizer.rules import ADAFACTOR, Rule, adamw, lion, per_layer, sgd
+from gpt_jax.optimizer.schedules import (
+    SCHEDULE_READS,
+    SCHEDULES,
+    WARM_UP,
+    constant,
+    cosine,
+    linear,
+    wsd,
+)
 from gpt_jax.weights import Declared
 
-# Shape legend: N matrices, R rows, C columns.
-
-
-class Hyper(NamedTuple):
-    """The traced numbers of a run; configs/common.py says what each one means."""
-
-    lr: Any
-    matrix_lr: Any
-    weight_decay: Any
-    beta1: Any
-    beta2: Any
-    eps: Any
-    momentum: Any
-    warmup_steps: Any
-    initial_lr_ratio: Any
-    decay_steps: Any
-    decay_fraction: Any
-    final_lr_ratio: Any
-    clip: Any
-    dropout_embed: Any
-    dropout_attn: Any
-    dropout_residual: Any
-    dropout_adapter: Any
-    label_smoothing: Any
-    z_loss: Any
-    ema_decay: Any
-    spike_sigma: Any
+__all__ = [
+    "OPTIMIZERS",
+    "READS",
+    "SCHEDULES",
+    "SCHEDULE_READS",
+    "WARM_UP",
+    "Hyper",
+    "Optimizer",
+    "Rule",
+    "constant",
+    "cosine",
+    "ema_update",
+    "linear",
+    "make",
+    "orthogonalise",
+    "wsd",
+]
 
 
 class Optimizer(NamedTuple):
@@ -59,18 +61,6 @@ class Optimizer(NamedTuple):
 
     init: Callable[[Any], Any]
     update: Callable[..., tuple[Any, Any, dict[str, jax.Array]]]
-
-
-class Rule(NamedTuple):
-    """A direction for a tree of weights, before decay and learning rate.
-
-    Attributes:
-      init: weights -> memory.
-      update: (grads, memory, hyper) -> (directions, memory).
-    """
-
-    init: Callable[[Any], Any]
-    update: Callable[[Any, Any, Hyper], tuple[Any, Any]]
 
 
 class Place(NamedTuple):
@@ -180,112 +170,7 @@ def ema_update(ema: Any, params: Any, decay: Any, step: Any) -> Any:
     )
 
 
-# ---- schedules: f(step, hyper) -> the share of the peak learning rate ----
-
-
-def constant(step, hyper: Hyper):
-    """Warm-up, then 1."""
-    return _warm(step, hyper, 1.0)
-
-
-def cosine(step, hyper: Hyper):
-    """Warm-up, then half a cosine to the final ratio at `decay_steps`."""
-    share = 0.5 * (1.0 + jnp.cos(jnp.pi * _progress(step, hyper.warmup_steps, hyper)))
-    return _warm(step, hyper, _between(hyper.final_lr_ratio, share))
-
-
-def linear(step, hyper: Hyper):
-    """Warm-up, then a line to the final ratio at `decay_steps`."""
-    share = 1.0 - _progress(step, hyper.warmup_steps, hyper)
-    return _warm(step, hyper, _between(hyper.final_lr_ratio, share))
-
-
-def wsd(step, hyper: Hyper):
-    """Warm-up, stable, decay: 1 until the last `decay_fraction` of `decay_steps`.
-
-    The decay is a line to the final ratio (Hu et al. 2024, MiniCPM, section 4).
-    """
-    begin = hyper.decay_steps * (1.0 - hyper.decay_fraction)
-    share = 1.0 - _progress(step, jnp.maximum(begin, hyper.warmup_steps), hyper)
-    return _warm(step, hyper, _between(hyper.final_lr_ratio, share))
-
-
-SCHEDULES = {"constant": constant, "cosine": cosine, "linear": linear, "wsd": wsd}
-
-
-def _between(low, share):
-    return low + (1.0 - low) * share
-
-
-def _warm(step, hyper: Hyper, after):
-    """Rises in a line from `initial_lr_ratio` at step 0 to 1 at `warmup_steps`."""
-    length = jnp.where(hyper.warmup_steps > 0, hyper.warmup_steps, 1.0)
-    rising = _between(hyper.initial_lr_ratio, step / length)
-    return jnp.where(step < hyper.warmup_steps, rising, after).astype(jnp.float32)
-
-
-def _progress(step, begin, hyper: Hyper):
-    """Returns 0 at `begin`, 1 at `decay_steps` and later; 1 when there is no room."""
-    length = hyper.decay_steps - begin
-    share = (step - begin) / jnp.where(length > 0, length, 1.0)
-    return jnp.where(length > 0, jnp.clip(share, 0.0, 1.0), step >= hyper.decay_steps)
-
-
-# ---- rules ----
-
 WEIGHTS, LAYERS, MATRICES = "weights", "layers", "matrices"  # groups, keys of opt_state
-
-
-def optax_rule(
-    make_tx: Callable[[Hyper], optax.GradientTransformation],
-) -> Rule:
-    """Wraps an Optax transformation; its memory does not depend on the numbers."""
-    blank = Hyper(*(0.0 for _ in Hyper._fields))
-    return Rule(
-        init=lambda weights: make_tx(blank).init(weights),
-        update=lambda grads, memory, hyper: make_tx(hyper).update(grads, memory, grads),
-    )
-
-
-def per_layer(rule: Rule) -> Rule:
-    """Applies a rule to each layer of stacked weights, as if they were separate."""
-    return Rule(
-        init=jax.vmap(rule.init),
-        update=jax.vmap(rule.update, in_axes=(0, 0, None)),
-    )
-
-
-def adamw(dtype) -> Rule:
-    """Loshchilov & Hutter 2019, algorithm 2 (the decay is added in `make`)."""
-    return optax_rule(
-        lambda h: optax.scale_by_adam(b1=h.beta1, b2=h.beta2, eps=h.eps, mu_dtype=dtype)
-    )
-
-
-def lion(dtype) -> Rule:
-    """Chen et al. 2023, algorithm 2."""
-    return optax_rule(
-        lambda h: optax.scale_by_lion(b1=h.beta1, b2=h.beta2, mu_dtype=dtype)
-    )
-
-
-def sgd(dtype) -> Rule:
-    """Heavy-ball momentum: v = momentum * v + g, and the weights move along v."""
-    return optax_rule(lambda h: optax.trace(decay=h.momentum, accumulator_dtype=dtype))
-
-
-# Shazeer & Stern 2018, algorithm 4, without the scaling by the weights' size: the
-# learning rate is absolute. Matrices of at least 128 x 128 keep row and column means.
-ADAFACTOR = optax_rule(
-    lambda h: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
-)
-
-
-class Matrices(NamedTuple):
-    """What Muon has to know of the weights: their sides, and how to share the work."""
-
-    declared: Declared
-    spread: Callable[[jax.Array], jax.Array]
 
 
 class Known(NamedTuple):
@@ -327,135 +212,6 @@ OPTIMIZERS = {
 }
 READS = {name: known.reads for name, known in OPTIMIZERS.items()}
 MOMENT_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-# What each schedule reads of Hyper.
-WARM_UP = ("warmup_steps", "initial_lr_ratio")
-SCHEDULE_READS = {
-    "constant": WARM_UP,
-    "cosine": (*WARM_UP, "decay_steps", "final_lr_ratio"),
-    "linear": (*WARM_UP, "decay_steps", "final_lr_ratio"),
-    "wsd": (*WARM_UP, "decay_steps", "final_lr_ratio", "decay_fraction"),
-}
-
-
-# ---- Muon ----
-
-# Keller Jordan 2024, "Muon: an optimizer for hidden layers in neural networks".
-QUINTIC = (3.4445, -4.7750, 2.0315)
-ROUNDS = 5
-STACK_LIMIT = (
-    2**20
-)  # larger matrices fill a device alone; stacking would only copy them
-
-
-def muon_rule(dtype, matrices: Matrices) -> Rule:
-    """Nesterov momentum, orthogonalised, times sqrt(max(1, outputs / inputs))."""
-
-    def update(grads, memory, hyper):
-        slopes = flatten_dict(grads, sep="/")
-        average = {
-            path: _mix(hyper.momentum, m, slopes[path])
-            for path, m in flatten_dict(memory, sep="/").items()
-        }
-        ahead = {
-            path: _mix(hyper.momentum, m, slopes[path]) for path, m in average.items()
-        }
-        kept = {path: m.astype(dtype) for path, m in average.items()}
-        return _nest(_orthogonal_tree(ahead, matrices)), _nest(kept)
-
-    def init(weights):
-        return jax.tree.map(lambda x: jnp.zeros_like(x, dtype), weights)
-
-    return Rule(init, update)
-
-
-def _mix(keep, old, new):
-    return keep * old.astype(jnp.float32) + (1.0 - keep) * new
-
-
-def _orthogonal_tree(
-    slopes: dict[str, jax.Array], matrices: Matrices
-) -> dict[str, jax.Array]:
-    """Orthogonalises every matrix; matrices of one shape are worked on as one stack."""
-    sides = {path: matrix_shape(matrices.declared, path) for path in slopes}
-    stacks: dict[tuple, list[tuple[str, jax.Array]]] = {}
-    for path, slope in slopes.items():
-        n, fan_in, fan_out = sides[path]
-        x_NRC = slope.reshape(n, fan_in, fan_out)
-        if fan_in > fan_out:
-            x_NRC = x_NRC.mT
-        alone = path if fan_in * fan_out > STACK_LIMIT else ""
-        stacks.setdefault((x_NRC.shape[1:], alone), []).append((path, x_NRC))
-    result = {}
-    for members in stacks.values():
-        stack_NRC = jnp.concatenate([x_NRC for _, x_NRC in members])
-        stack_NRC = orthogonalise(matrices.spread(stack_NRC))
-        begin = 0
-        for path, x_NRC in members:
-            part_NRC = stack_NRC[begin : begin + len(x_NRC)]
-            begin += len(x_NRC)
-            _, fan_in, fan_out = sides[path]
-            part_NRC = part_NRC.mT if fan_in > fan_out else part_NRC
-            scale = max(1.0, fan_out / fan_in) ** 0.5
-            result[path] = scale * part_NRC.reshape(slopes[path].shape)
-    return {path: result[path] for path in slopes}
-
-
-def orthogonalise(x_NRC: jax.Array) -> jax.Array:
-    """Brings the singular values of N matrices (R <= C) near 1, keeping their spaces.
-
-    Five Newton-Schulz rounds with Keller Jordan's coefficients: values end between
-    about 0.7 and 1.2 unless they were tiny against the matrix's norm. A zero matrix
-    stays zero.
-    """
-    square_N11 = jnp.sum(x_NRC * x_NRC, axis=(-2, -1), keepdims=True)
-    x_NRC = x_NRC * jax.lax.rsqrt(jnp.maximum(square_N11, 1e-30))
-    if x_NRC.shape[-1] < 2 * x_NRC.shape[-2]:
-        return _newton_schulz(x_NRC)
-    # A CPU multiplies in full float32, where the short way loses nothing: 15 -> 11 ms
-    # for 4 layers of width 128. Elsewhere products are rounded (TF32, bfloat16).
-    return jax.lax.platform_dependent(x_NRC, cpu=_gram, default=_newton_schulz)
-
-
-def _newton_schulz(x_NRC: jax.Array) -> jax.Array:
-    a, b, c = QUINTIC
-    for _ in range(ROUNDS):
-        g_NRR = x_NRC @ x_NRC.mT
-        x_NRC = a * x_NRC + (b * g_NRR + c * (g_NRR @ g_NRR)) @ x_NRC
-    return x_NRC
-
-
-def _gram(x_NRC: jax.Array) -> jax.Array:
-    """The same rounds on X X^T alone: each is a polynomial q of it, X becomes q X."""
-    a, b, c = QUINTIC
-    g_NRR = x_NRC @ x_NRC.mT
-    one_RR = jnp.eye(g_NRR.shape[-1], dtype=g_NRR.dtype)
-
-    def quintic(g_NRR):
-        return a * one_RR + b * g_NRR + c * (g_NRR @ g_NRR)
-
-    q_NRR = quintic(g_NRR)
-    product_NRR = q_NRR
-    for _ in range(ROUNDS - 1):
-        g_NRR = q_NRR @ (g_NRR @ q_NRR)
-        q_NRR = quintic(g_NRR)
-        product_NRR = q_NRR @ product_NRR
-    return product_NRR @ x_NRC
-
-
-def matrix_shape(declared: Declared, path: str) -> tuple[int, int, int]:
-    """Returns (matrices, inputs, outputs) of a weight."""
-    weight = weights.at(declared, path)
-    if not weight.inputs:
-        raise ValueError(
-            f"optimizer.muon picks {path} of shape {weight.shape}, which is not the "
-            "matrix of a layer; narrow the pattern, for example to "
-            "'blocks?[_/].*kernel$'"
-        )
-    return math.prod(weight.counts), *weight.sides
-
-
-# ---- paths and tables ----
 
 
 def _places(
