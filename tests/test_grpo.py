@@ -1,7 +1,6 @@
 """Rewards that a program checks: problems, the policy loss, rollouts, whole runs."""
 
 import signal
-from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -148,23 +147,13 @@ def test_log_probabilities_are_right_and_zero_where_masked(poison):
 
 PROBLEMS = {"kind": "reverse", "shortest": 1, "longest": 2, "problems": 50}
 PROBLEMS |= {"held_out": 4, "max_new_tokens": 0}
-ON = grpo.Options(
-    **PROBLEMS,
-    group=4,
-    reward="exact",
-    normalize=True,
-    average="sequence",
-    clip=0.2,
-    kl=0.0,
-    temperature=1.0,
-    updates=1,
-)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_an_advantage_is_a_reward_against_its_own_group(normalize):
     right = np.array([1, 0, 0, 0, 1, 1, 1, 1, 0, 1, 1, 0], bool)
-    found = grpo.judge(right, right * 1.0, replace(ON, normalize=normalize))
+    how = {"group": 4, "reward": "exact", "normalize": normalize}
+    found = grpo.judge(right, right * 1.0, **how)
     groups = right.reshape(3, 4).astype(np.float64)
     want = groups - groups.mean(1, keepdims=True)
     if normalize:
@@ -178,7 +167,8 @@ def test_an_advantage_is_a_reward_against_its_own_group(normalize):
 
 def test_equal_rewards_teach_nothing_whatever_their_mean_rounds_to():
     share = np.full(12, 1 / 3, np.float32)
-    found = grpo.judge(share == 1, share, replace(ON, group=12, reward="partial"))
+    how = {"group": 12, "reward": "partial", "normalize": True}
+    found = grpo.judge(share == 1, share, **how)
     assert not np.asarray(found["advantage"]).any()
     assert np.asarray(found["no_signal"]).all()
 
@@ -281,7 +271,17 @@ def test_only_the_whole_answer_and_its_end_is_right():
 
 # --- rollouts -------------------------------------------------------------------------
 
-DRAWN = replace(ON, updates=2, temperature=0.7, average="token")
+DRAWN = grpo.Options(
+    **PROBLEMS,
+    group=4,
+    reward="exact",
+    normalize=True,
+    average="token",
+    clip=0.2,
+    kl=0.0,
+    temperature=0.7,
+    updates=2,
+)
 
 
 @pytest.fixture(scope="module")

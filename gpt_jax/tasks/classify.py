@@ -181,6 +181,7 @@ def make_loss(model: GPT, *, pool: str, causal: bool, dropout: Collection[str]):
 
 def source_of(task: Options, text: Data) -> labelled.Source:
     """Returns the table that `config.task` and `config.data` name."""
+    train, val, test = task.fractions
     return labelled.Source(
         source=text.source,
         cache=text.cache,
@@ -192,7 +193,7 @@ def source_of(task: Options, text: Data) -> labelled.Source:
         ),
         val=task.val,
         test=task.test,
-        fractions=tuple(task.fractions),
+        fractions=(train, val, test),
         seed=task.split_seed,
         balance=task.balance,
         labels=texts_of("task.labels", task.labels),

@@ -37,30 +37,20 @@ WANTED = "wanted are 'rejected', and 'chosen' or 'output'"
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(sft.Rows):
     """The keys of `config.task`.
 
+    A pair is too long where an answer ends behind the window; both are cut there.
+
     Attributes:
-      template: see `chat.render`.
       variant: see `losses.preference`.
       logp: see `losses.preference`.
       beta: see `losses.preference`.
-      too_long: what becomes of a pair with an answer that ends behind the window:
-        "refuse" is an error, "drop" leaves it out, "cut" cuts both answers off there;
-        the last two are counted.
-      empty: what becomes of a row with an empty answer: "refuse" or "drop".
-      test_fraction: the share of rows kept for a test; nothing here reads them.
-      loss_chunk: see `lm.make_loss`.
     """
 
-    template: str
     variant: str
     logp: str
     beta: float
-    too_long: str
-    empty: str
-    test_fraction: float
-    loss_chunk: int
 
 
 class Pair(NamedTuple):

@@ -178,7 +178,12 @@ def make_rollout(common: Parts, options: Options):
             "targets": tokens_RS[:, 1:],
             "weight": inside_RT * scale_NG.reshape(-1, 1),
             "length": new_R.astype(jnp.float32),
-            **judge(*answers.right(rows, tokens_RS, length_R), options),
+            **judge(
+                *answers.right(rows, tokens_RS, length_R),
+                group=G,
+                reward=options.reward,
+                normalize=options.normalize,
+            ),
         }
         if options.updates > 1:
             answered["old"], _ = logp(common, options, weights, answered)
@@ -187,18 +192,18 @@ def make_rollout(common: Parts, options: Options):
     return rollout
 
 
-def judge(right_R, share_R, options: Options):
+def judge(right_R, share_R, *, group: int, reward: str, normalize: bool):
     """Returns [R] arrays: reward, advantage, and what is reported about them.
 
     The advantage is the reward less its group's mean, divided by the group's standard
     deviation where `normalize` says so (equation 3; Liu et al. 2025 advise against).
     """
-    reward_NG = REWARDS[options.reward](right_R, share_R).reshape(-1, options.group)
+    reward_NG = REWARDS[reward](right_R, share_R).reshape(-1, group)
     advantage_NG = reward_NG - reward_NG.mean(1, keepdims=True)
     equal_N1 = reward_NG.max(1, keepdims=True) == reward_NG.min(1, keepdims=True)
     advantage_NG = jnp.where(equal_N1, 0, advantage_NG)  # also no rounding errors
     std_N1 = jnp.sqrt(jnp.square(advantage_NG).mean(1, keepdims=True))
-    if options.normalize:
+    if normalize:
         advantage_NG = advantage_NG / (std_N1 + SPREAD_FLOOR)
     blank_NG = jnp.zeros_like(reward_NG)
     found = {

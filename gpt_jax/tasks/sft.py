@@ -35,27 +35,36 @@ PACKED = 1024  # tokens of a row of several conversations, where none is longer
 
 
 @dataclass(frozen=True)
-class Options:
-    """The keys of `config.task`.
+class Rows:
+    """Which rows of a file are learnt, as conversations or as pairs of answers.
 
     Attributes:
       template: see `chat.render`.
-      learn: which tokens count: "answers", or "all".
-      pack: several conversations to a row, else one.
-      too_long: what becomes of a conversation longer than the window: "refuse" is an
-        error, "drop" leaves it out, "cut" cuts its end off; the last two are counted.
-      empty: what becomes of a row with an empty answer, or none: "refuse" or "drop".
-      test_fraction: the share of rows kept for a test.
+      too_long: what becomes of a row longer than the window: "refuse" is an error,
+        "drop" leaves it out, "cut" cuts its end off; the last two are counted.
+      empty: what becomes of a row with an empty answer: "refuse" or "drop".
+      test_fraction: the share of rows kept for a test; nothing here reads them.
       loss_chunk: see `lm.make_loss`.
     """
 
     template: str
-    learn: str
-    pack: bool
     too_long: str
     empty: str
     test_fraction: float
     loss_chunk: int
+
+
+@dataclass(frozen=True)
+class Options(Rows):
+    """The keys of `config.task`.
+
+    Attributes:
+      learn: which tokens count: "answers", or "all".
+      pack: several conversations to a row, else one.
+    """
+
+    learn: str
+    pack: bool
 
 
 class Example(NamedTuple):
@@ -379,7 +388,7 @@ def check(options: Options, text: Data) -> None:
     check_rows(options, text)
 
 
-def check_rows(options: Options, text: Data) -> None:
+def check_rows(options: Rows, text: Data) -> None:
     """Raises ValueError for options about rows that cannot be."""
     names.choose("task.too_long", options.too_long, TOO_LONG)
     names.choose("task.empty", options.empty, EMPTY)
