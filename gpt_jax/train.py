@@ -171,63 +171,37 @@ def loop(
     report: Callable[[int, dict[str, float]], str],
 ) -> Result:
     """Runs steps until something ends the run; one line per thing that happens."""
-    config, end = job.config, last_step(job.config, job.task)
-    step = int(job.strategy.view(state.step))
-    pending, numbers, reason = [], {}, ""
-    started = time.monotonic() - totals.seconds
-    batches, roll = train_batches(job, start=step), rollouts(job)
-    batch: Any = None
-    if step < end:
-        batch = job.strategy.put(next(batches))
-        job.step_fn.begin(state, like_rollout(job, state, batch), job.key, job.hyper)
-    trace = profiler(job, step, end, 0 if processes.index() else profile)
+    rhythm, step = rhythm_of(job.config, job.task), int(job.strategy.view(state.step))
+    started, pending, reason = time.monotonic() - totals.seconds, [], ""
+    feed, trace = Feed(job, step), profiler(job, step, rhythm.end, profile)
+    feed.compile(state)
     trace(step)
-    early = early_steps(config, job.task)
-    evaluates = step in (0, end) or due(step, config.eval_every, early)
-    if evaluates and totals.evaluated < step:  # new, or interrupted just there
-        numbers, totals = evaluate_now(job, state, totals, step)
-    if step == 0:
-        sample_now(job, state, totals, step, due(step, config.sample_every))
-    if end == 0 == step:  # nothing but a start, which can be sampled and gone on with
-        save(job, state, totals, step, numbers.get("val_loss"))
-    while step < end and not (reason := reason or ended(job, totals, step)):
-        rolled = roll(state, step, batch)
-        state, sums, info = job.step_fn(state, rolled, job.key, job.hyper)
+    numbers, totals = before_the_first(job, state, totals, step)
+    while step < rhythm.end and not (reason := reason or ended(job, totals, step)):
+        batch = feed.now(state, step)
+        state, sums, info = job.step_fn(state, batch, job.key, job.hyper)
         step += 1
-        last = step == end
-        if not last:  # while the device computes
-            batch = job.strategy.put(next(batches))
+        feed.ahead(step)  # while the device computes
         sharding.wait_on_cpu(info)
-        with save_errors(job):
-            job.saves.check()
+        check_saves(job)
         pending.append((sums, info))
-        totals = totals._replace(
-            tokens=totals.tokens + tokens_per_step(config, job.task),
-            seconds=time.monotonic() - started,
-        )
+        totals = spent(job, totals, time.monotonic() - started)
         trace(step)
         metric = None
-        evaluates = last or due(step, config.eval_every, early)
-        samples = last or due(step, config.sample_every, early)
-        if step == 1 or evaluates or samples or due(step, config.log_every):
+        if rhythm.logs(step):
             numbers |= log(job, totals, step, pending)
             pending = []
-        if evaluates:
+        if rhythm.evaluates(step):
             measured, totals = evaluate_now(job, state, totals, step)
-            numbers |= measured
-            metric = measured.get("val_loss")
-            if measured and not last:
+            numbers, metric = numbers | measured, measured.get("val_loss")
+            if measured and step < rhythm.end:
                 reason = report(step, {**measured, "tokens": totals.tokens})
-        sample_now(job, state, totals, step, samples)
-        improved = metric is not None and totals.stale == 0
-        if last or improved or due(step, config.checkpoint_every):
+        sample_now(job, state, totals, step, rhythm.samples(step))
+        if rhythm.saves(step) or (metric is not None and totals.stale == 0):
             save(job, state, totals, step, metric)
-    if 0 < step < end:
+    if 0 < step < rhythm.end:
         save(job, state, totals, step, None)
-    if not reason:
-        cut = job.stop and totals.evaluated < step
-        reason = "signal" if cut else ends_by(config, job.task)
-    return finish(job, step, reason, numbers)
+    return finish(job, totals, step, reason, numbers)
 
 
 def build(
@@ -834,6 +808,94 @@ def early_steps(config: Options, task: tasks.Task) -> list[int]:
     return [n for n in series if first <= n < most and n % task.updates == 0]
 
 
+class Rhythm(NamedTuple):
+    """What happens after which step."""
+
+    end: int  # the last one
+    early: Collection[int]
+    log: int
+    evaluate: int
+    sample: int
+    save: int
+
+    def logs(self, step: int) -> bool:
+        """Whether numbers are written: also before all that takes long."""
+        long = self.evaluates(step) or self.samples(step)
+        return step == 1 or long or due(step, self.log)
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the model is evaluated."""
+        return step == self.end or due(step, self.evaluate, self.early)
+
+    def samples(self, step: int) -> bool:
+        """Whether the model writes, where it writes at all."""
+        return step == self.end or due(step, self.sample, self.early)
+
+    def saves(self, step: int) -> bool:
+        """Whether the state is saved, whatever its loss is."""
+        return step == self.end or due(step, self.save)
+
+
+def rhythm_of(config: Options, task: tasks.Task) -> Rhythm:
+    """Returns the rhythm of a run."""
+    return Rhythm(
+        end=last_step(config, task),
+        early=early_steps(config, task),
+        log=config.log_every,
+        evaluate=config.eval_every,
+        sample=config.sample_every,
+        save=config.checkpoint_every,
+    )
+
+
+def before_the_first(
+    job: Job, state: TrainState, totals: Totals, step: int
+) -> tuple[dict[str, float], Totals]:
+    """Does what is due at the step that a sitting begins at, where it is not done."""
+    numbers: dict[str, float] = {}
+    rhythm = rhythm_of(job.config, job.task)
+    evaluates = step == 0 or rhythm.evaluates(step)
+    if evaluates and totals.evaluated < step:  # new, or interrupted just there
+        numbers, totals = evaluate_now(job, state, totals, step)
+    if step == 0:
+        sample_now(job, state, totals, step, due(step, job.config.sample_every))
+    if rhythm.end == 0 == step:  # a start, which can be sampled and gone on with
+        save(job, state, totals, step, numbers.get("val_loss"))
+    return numbers, totals
+
+
+class Feed:
+    """The batches of a run from a step on, one of them ahead."""
+
+    def __init__(self, job: Job, step: int):
+        """Begins with the batch of the step after `step`."""
+        self.job, self.end = job, last_step(job.config, job.task)
+        self.batches, self.roll = train_batches(job, start=step), rollouts(job)
+        self.batch: Any = None
+        self.ahead(step)
+
+    def ahead(self, step: int) -> None:
+        """Puts the batch of the step after `step` on the devices, if there is one."""
+        if step < self.end:
+            self.batch = self.job.strategy.put(next(self.batches))
+
+    def compile(self, state: TrainState) -> None:
+        """Begins to compile the step for such batches."""
+        if self.batch is not None:
+            job, like = self.job, like_rollout(self.job, state, self.batch)
+            job.step_fn.begin(state, like, job.key, job.hyper)
+
+    def now(self, state: TrainState, step: int) -> tasks.Batch:
+        """Returns what the step after `step` trains on."""
+        return self.roll(state, step, self.batch)
+
+
+def spent(job: Job, totals: Totals, seconds: float) -> Totals:
+    """Returns the totals after one more step."""
+    tokens = totals.tokens + tokens_per_step(job.config, job.task)
+    return totals._replace(tokens=tokens, seconds=seconds)
+
+
 def ended(job: Job, totals: Totals, step: int) -> str:
     """Returns why the run ends after `step`, before its last one, or "" to go on."""
     config = job.config
@@ -1063,8 +1125,18 @@ def save_errors(job: Job) -> Iterator[None]:
         job.bar.print(f"training goes on, though: {error}")
 
 
-def finish(job: Job, step: int, reason: str, numbers: dict[str, float]) -> Result:
+def check_saves(job: Job) -> None:
+    """Notices a checkpoint that could not be written."""
+    with save_errors(job):
+        job.saves.check()
+
+
+def finish(
+    job: Job, totals: Totals, step: int, reason: str, numbers: dict[str, float]
+) -> Result:
     """Waits for the last checkpoint, draws the curve, and says how the run ended."""
+    cut = job.stop and totals.evaluated < step  # before its last evaluation
+    reason = reason or ("signal" if cut else ends_by(job.config, job.task))
     job.saves.wait()
     last = processes.first(job.saves.latest) or 0
     if last < step:  # what was to be passed over may not be the last one
@@ -1081,6 +1153,7 @@ def finish(job: Job, step: int, reason: str, numbers: dict[str, float]) -> Resul
 
 def profiler(job: Job, start: int, end: int, steps: int) -> Callable[[int], None]:
     """Returns what the loop calls after each step to trace `steps` of them."""
+    steps = 0 if processes.index() else steps  # the first process speaks for all
     first = max(start, min(start + 5, end - steps))  # past compilation, if it fits
     last = min(first + steps, end)
 
