@@ -17,7 +17,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gpt_jax import names, settings, weights
 from gpt_jax.optimizer.hyper import Hyper
-from gpt_jax.optimizer.muon import Matrices, matrix_shape, muon_rule, orthogonalise
+from gpt_jax.optimizer.muon import (
+    QUINTIC,
+    Matrices,
+    matrix_shape,
+    muon_rule,
+    orthogonalise,
+)
 from gpt_jax.optimizer.rules import ADAFACTOR, Rule, adamw, lion, per_layer, sgd
 from gpt_jax.optimizer.schedules import (
     SCHEDULE_READS,
@@ -32,6 +38,7 @@ from gpt_jax.weights import Declared
 
 __all__ = [
     "OPTIMIZERS",
+    "QUINTIC",
     "READS",
     "SCHEDULES",
     "SCHEDULE_READS",
