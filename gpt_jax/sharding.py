@@ -151,7 +151,7 @@ def make_mesh(
       ValueError: the axes ask for more devices than there are, or (with several
         processes) for fewer, or the batch does not divide.
     """
-    check("mesh", data=data, fsdp=fsdp, tensor=tensor, cpu_devices=cpu_devices)
+    check_axes(data=data, fsdp=fsdp, tensor=tensor, cpu_devices=cpu_devices)
     devices = jax.devices()
     on_cpu = devices[0].platform == "cpu"
     if on_cpu and cpu_devices:
@@ -310,7 +310,7 @@ def mesh_strategy(mesh: Mesh, declared: Declared) -> Strategy:
             # A real copy, also where the source lies on one of the devices:
             # `device_put` may hand back its buffer, and a step that donates it would
             # delete it.
-            return _put(np.array(x), where)
+            return put(np.array(x), where)
 
         return jax.tree.map(leaf, tree, layout(declared, tree, mesh))
 
@@ -416,6 +416,11 @@ def check(
 ) -> None:
     """Raises ValueError for a mesh that no machine has; looks at no device."""
     names.choose("mesh.strategy", strategy, TABLE)
+    check_axes(data=data, fsdp=fsdp, tensor=tensor, cpu_devices=cpu_devices)
+
+
+def check_axes(*, data: int, fsdp: int, tensor: int, cpu_devices: int) -> None:
+    """Raises ValueError for axes that no mesh has."""
     for name, axis in {"fsdp": fsdp, "tensor": tensor}.items():
         if axis < 1:
             raise ValueError(f"mesh.{name} is {axis}: it must be at least 1")
@@ -441,13 +446,13 @@ def replicate(tree: Any, *, mesh: Mesh) -> Any:
     back the same buffer, and a step that donates it would delete the original.
     """
     sharding = NamedSharding(mesh, P())
-    return jax.tree.map(lambda x: _put(np.array(x), sharding), tree)
+    return jax.tree.map(lambda x: put(np.array(x), sharding), tree)
 
 
 def split_rows(batch: Any, *, mesh: Mesh) -> Any:
     """Places a host batch [A, B, ...], the same in all processes, split over B."""
     where = NamedSharding(mesh, P(None, EXAMPLES))
-    return jax.tree.map(lambda x: _put(x, where), batch)
+    return jax.tree.map(lambda x: put(x, where), batch)
 
 
 def join_rows(batch: Any, *, mesh: Mesh) -> Any:
@@ -458,7 +463,7 @@ def join_rows(batch: Any, *, mesh: Mesh) -> Any:
     return jax.make_array_from_process_local_data(where, batch)
 
 
-def _put(x: np.ndarray, where: NamedSharding) -> jax.Array:
+def put(x: np.ndarray, where: NamedSharding) -> jax.Array:
     """Places an array that every process has; each fills its own devices."""
     if where.is_fully_addressable:
         return jax.device_put(x, where)
@@ -513,7 +518,7 @@ def in_sight(tree: Any) -> contextlib.AbstractContextManager:
 
 def lay_out(tree: Any, places: Any) -> Any:
     """Returns copies of arrays, each device's part of them on that device alone."""
-    return jax.tree.map(lambda x, where: _put(np.array(x), where), tree, places)
+    return jax.tree.map(lambda x, where: put(np.array(x), where), tree, places)
 
 
 def _number_in_process(device: Any, devices: list) -> int:
