@@ -310,7 +310,7 @@ def mesh_strategy(mesh: Mesh, declared: Declared) -> Strategy:
             # A real copy, also where the source lies on one of the devices:
             # `device_put` may hand back its buffer, and a step that donates it would
             # delete it.
-            return put(np.array(x), where)
+            return on_devices(np.array(x), where)
 
         return jax.tree.map(leaf, tree, layout(declared, tree, mesh))
 
@@ -446,13 +446,13 @@ def replicate(tree: Any, *, mesh: Mesh) -> Any:
     back the same buffer, and a step that donates it would delete the original.
     """
     sharding = NamedSharding(mesh, P())
-    return jax.tree.map(lambda x: put(np.array(x), sharding), tree)
+    return jax.tree.map(lambda x: on_devices(np.array(x), sharding), tree)
 
 
 def split_rows(batch: Any, *, mesh: Mesh) -> Any:
     """Places a host batch [A, B, ...], the same in all processes, split over B."""
     where = NamedSharding(mesh, P(None, EXAMPLES))
-    return jax.tree.map(lambda x: put(x, where), batch)
+    return jax.tree.map(lambda x: on_devices(x, where), batch)
 
 
 def join_rows(batch: Any, *, mesh: Mesh) -> Any:
@@ -463,7 +463,7 @@ def join_rows(batch: Any, *, mesh: Mesh) -> Any:
     return jax.make_array_from_process_local_data(where, batch)
 
 
-def put(x: np.ndarray, where: NamedSharding) -> jax.Array:
+def on_devices(x: np.ndarray, where: NamedSharding) -> jax.Array:
     """Places an array that every process has; each fills its own devices."""
     if where.is_fully_addressable:
         return jax.device_put(x, where)
@@ -518,7 +518,7 @@ def in_sight(tree: Any) -> contextlib.AbstractContextManager:
 
 def lay_out(tree: Any, places: Any) -> Any:
     """Returns copies of arrays, each device's part of them on that device alone."""
-    return jax.tree.map(lambda x, where: put(np.array(x), where), tree, places)
+    return jax.tree.map(lambda x, where: on_devices(np.array(x), where), tree, places)
 
 
 def _number_in_process(device: Any, devices: list) -> int:
