@@ -64,5 +64,5 @@ def test_no_other_file_of_the_library_lists_the_settings():
         if "repetition_penalty" in path.read_text()
     ]
     names_elsewhere = "gpt_jax/pretrained/config_json.py"  # what others call them
-    known = {"gpt_jax/sample.py", "gpt_jax/sampling.py", names_elsewhere}
+    known = {"gpt_jax/sample/filters.py", "gpt_jax/sampling.py", names_elsewhere}
     assert {*lists} == known

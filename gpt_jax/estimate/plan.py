@@ -30,7 +30,7 @@ class Plan(NamedTuple):
     Attributes:
       task: the model and its loss; no examples.
       strategy: where things live; of the mesh, which may be abstract.
-      parts: what train.py builds a run from.
+      parts: what train builds a run from.
       state: the state before the first step, as shapes.
       rows: examples in a micro-batch, over all devices.
       accumulate: micro-batches of a step.
