@@ -16,6 +16,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gpt_jax import names, settings, weights
+from gpt_jax.optimizer import rules
 from gpt_jax.optimizer.hyper import Hyper
 from gpt_jax.optimizer.muon import (
     QUINTIC,
@@ -24,7 +25,7 @@ from gpt_jax.optimizer.muon import (
     muon_rule,
     orthogonalise,
 )
-from gpt_jax.optimizer.rules import ADAFACTOR, Rule, adamw, lion, per_layer, sgd
+from gpt_jax.optimizer.rules import Rule
 from gpt_jax.optimizer.schedules import (
     SCHEDULE_READS,
     SCHEDULES,
@@ -120,11 +121,12 @@ def make(
     _check_tables(decay=decay, rates=rates, freeze=freeze, muon=muon)
     dtype = names.choose("optimizer.moment_dtype", moment_dtype, MOMENT_DTYPES)
     matrices = Matrices(declared, spread)
-    rules = names.choose("optimizer.name", name, OPTIMIZERS).rules(dtype, matrices)
+    known = names.choose("optimizer.name", name, OPTIMIZERS)
+    moves = known.rules(dtype, matrices)
     factor_at = names.choose("optimizer.schedule", schedule, SCHEDULES)
 
     def places(paths: Iterable[str]) -> dict[str, Place]:
-        return _places(paths, declared, tuple(rules), decay, rates, freeze, muon)
+        return _places(paths, declared, tuple(moves), decay, rates, freeze, muon)
 
     def init(params):
         leaves = _by_path(params)
@@ -135,7 +137,7 @@ def make(
                 matrix_shape(declared, path)
         return {
             group: rule.init(_float32(_of_group(leaves, found, group)))
-            for group, rule in rules.items()
+            for group, rule in moves.items()
             if any(place.group == group for place in found.values())
         }
 
@@ -148,7 +150,7 @@ def make(
         factor = factor_at(step, hyper)
         memory = {}
         for group in opt_state:
-            directions, memory[group] = rules[group].update(
+            directions, memory[group] = moves[group].update(
                 _of_group(slopes, found, group), opt_state[group], hyper
             )
             lr = factor * (hyper.matrix_lr if group == MATRICES else hyper.lr)
@@ -196,22 +198,25 @@ class Known(NamedTuple):
 
 ADAMW_READS = ("lr", "weight_decay", "beta1", "beta2", "eps")
 OPTIMIZERS = {
-    "adamw": Known(lambda dtype, _: {WEIGHTS: adamw(dtype)}, ADAMW_READS),
+    "adamw": Known(lambda dtype, _: {WEIGHTS: rules.adamw(dtype)}, ADAMW_READS),
     "lion": Known(
-        lambda dtype, _: {WEIGHTS: lion(dtype)},
+        lambda dtype, _: {WEIGHTS: rules.lion(dtype)},
         ("lr", "weight_decay", "beta1", "beta2"),
     ),
     "sgd": Known(
-        lambda dtype, _: {WEIGHTS: sgd(dtype)}, ("lr", "weight_decay", "momentum")
+        lambda dtype, _: {WEIGHTS: rules.sgd(dtype)}, ("lr", "weight_decay", "momentum")
     ),
     "adafactor": Known(
-        lambda dtype, _: {WEIGHTS: ADAFACTOR, LAYERS: per_layer(ADAFACTOR)},
+        lambda dtype, _: {
+            WEIGHTS: rules.ADAFACTOR,
+            LAYERS: rules.per_layer(rules.ADAFACTOR),
+        },
         ("lr", "weight_decay"),
         options=(),  # it keeps no average of gradients
     ),
     "muon": Known(
         lambda dtype, matrices: {
-            **{WEIGHTS: adamw(dtype), MATRICES: muon_rule(dtype, matrices)}
+            **{WEIGHTS: rules.adamw(dtype), MATRICES: muon_rule(dtype, matrices)}
         },
         (*ADAMW_READS, "matrix_lr", "momentum"),
         options=("moment_dtype", "muon"),
