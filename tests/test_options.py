@@ -1,4 +1,4 @@
-"""A config as types: every key once, with its value, and nothing that can be changed."""
+"""A config as types: every key once, with its value; nothing of it can be changed."""
 
 from dataclasses import FrozenInstanceError, fields
 
