@@ -481,7 +481,298 @@ NANOCHAT = LLAMA._replace(
     ),
 )
 
+
+# ---------------------------------------------------------------- Qwen 2 and 2.5
+
+
+def _read_qwen2(config: Mapping) -> dict[str, Any]:
+    own = {"num_key_value_heads": 32, **config}
+    size = (
+        config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    )
+    return {**_read_qwen3({**own, "head_dim": size}), "attn_bias": False}
+
+
+QWEN2 = QWEN3._replace(
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    keys={
+        **SIZES,
+        "context_length": ("max_position_embeddings", 32_768),
+        "tie_embeddings": ("tie_word_embeddings", False),
+    },
+    fixed={**ROTARY, "qkv_bias": True, "attn_bias": False, "mlp_bias": False},
+    read=_read_qwen2,
+    rows=LLAMA.rows,
+)
+
+
+# ---------------------------------------------------------------- Gemma 1
+
+
+def _read_gemma(config: Mapping) -> dict[str, Any]:
+    # "gelu" of the first release was meant to be, and is computed as, the other one.
+    name = config.get("hidden_act") or "gelu_pytorch_tanh"
+    name = "gelu_pytorch_tanh" if name == "gelu" else name
+    if (config.get("hidden_activation") or name) != name:
+        raise ValueError(
+            f"hidden_act and hidden_activation differ: {name!r} and "
+            f"{config['hidden_activation']!r}"
+        )
+    return {
+        **_read_llama({**config, "hidden_act": name}),
+        **options.heads(config, head_dim=256, kv=16),
+        "embed_scale": config["hidden_size"] ** 0.5,
+    }
+
+
+def _write_gemma(cfg: GPTConfig) -> dict[str, Any]:
+    name = _gemma_activation(cfg)
+    return {**_write_llama(cfg), "hidden_act": name, "hidden_activation": name}
+
+
+def _gemma_activation(cfg: GPTConfig) -> str:
+    tanh = cfg.activation == "gelu_tanh"
+    return "gelu_pytorch_tanh" if tanh else ACTIVATIONS[cfg.activation][0]
+
+
+GEMMA = LLAMA._replace(
+    model_type="gemma",
+    architecture="GemmaForCausalLM",
+    keys={
+        **SIZES,
+        "context_length": ("max_position_embeddings", 8192),
+        "tie_embeddings": ("tie_word_embeddings", True),
+        "qkv_bias": ("attention_bias", False),
+    },
+    fixed={**ROTARY, "mlp_bias": False, "norm_offset": 1.0},
+    known=(*LLAMA.known, "hidden_activation"),
+    read=_read_gemma,
+    write=_write_gemma,
+)
+
+
+# ---------------------------------------------------------------- Gemma 2
+
+
+def _read_gemma2(config: Mapping) -> dict[str, Any]:
+    types = options.layer_types(config, lambda i: SLIDING if (i + 1) % 2 else FULL)
+    window = config.get("sliding_window", 4096) or 0
+    rope = options.rope(config, FULL, BASE)
+    kinds = [LayerKind(window if name == SLIDING else 0, *rope) for name in types]
+    scalar = config.get("query_pre_attn_scalar") or 256
+    return {
+        **options.heads(config, head_dim=256, kv=4),
+        "query_scale": scalar**-0.5,
+        "embed_scale": config["hidden_size"] ** 0.5,
+        "activation": options.activation(
+            config.get("hidden_activation") or "gelu_pytorch_tanh"
+        ),
+        "attn_softcap": float(config.get("attn_logit_softcapping", 50.0) or 0.0),
+        "logit_softcap": float(config.get("final_logit_softcapping", 30.0) or 0.0),
+        "attn_bias": bool(config.get("attention_bias")),
+        **options.pattern(kinds),
+    }
+
+
+def _write_gemma2(cfg: GPTConfig) -> dict[str, Any]:
+    return {
+        **options.write_heads(cfg),
+        **_write_windows(cfg),
+        **options.write_rope(cfg.kind(0)),
+        "hidden_activation": _gemma_activation(cfg),
+        "query_pre_attn_scalar": round(cfg.query_scale**-2),
+        "attn_logit_softcapping": cfg.attn_softcap or None,
+        "final_logit_softcapping": cfg.logit_softcap or None,
+    }
+
+
+GEMMA2 = GEMMA3._replace(
+    model_type="gemma2",
+    architecture="Gemma2ForCausalLM",
+    keys={**GEMMA3.keys, "context_length": ("max_position_embeddings", 8192)},
+    fixed={
+        **{**ROTARY, "mlp_bias": False},
+        **{"norm_offset": 1.0, "norm_placement": "both"},
+    },
+    known=(
+        *(*HEADS, *ROPE, *WINDOWS, "hidden_activation", "query_pre_attn_scalar"),
+        *("attn_logit_softcapping", "final_logit_softcapping", "hidden_act"),
+    ),
+    read=_read_gemma2,
+    write=_write_gemma2,
+    rows=tuple(row for row in GEMMA3.rows if row not in QK_NORM),
+)
+
+
+# ---------------------------------------------------------------- StarCoder 2
+
+
+def _read_starcoder2(config: Mapping) -> dict[str, Any]:
+    window = config.get("sliding_window") or 0
+    return {
+        **options.heads(config, kv=2),
+        "activation": options.activation(
+            config.get("hidden_act") or "gelu_pytorch_tanh"
+        ),
+        **options.pattern([LayerKind(window, *options.rope(config, FULL, BASE))]),
+    }
+
+
+def _write_starcoder2(cfg: GPTConfig) -> dict[str, Any]:
+    return {**_write_mistral(cfg), "hidden_act": _gemma_activation(cfg)}
+
+
+STARCODER2 = LLAMA._replace(
+    model_type="starcoder2",
+    architecture="Starcoder2ForCausalLM",
+    keys={
+        **SIZES,
+        "context_length": ("max_position_embeddings", 4096),
+        "norm_eps": ("norm_epsilon", 1e-5),
+        "tie_embeddings": ("tie_word_embeddings", True),
+        "qkv_bias": ("use_bias", True),
+        "attn_bias": ("use_bias", True),
+        "mlp_bias": ("use_bias", True),
+    },
+    fixed={
+        **{**PLAIN, "position": "rope", "norm": "layernorm"},
+        **{"norm_bias": True, "gated": False},
+    },
+    known=(*LLAMA.known, "sliding_window"),
+    read=_read_starcoder2,
+    write=_write_starcoder2,
+    rows=(
+        *(*ENDS, *NORMS, *ATTENTION),
+        Row("final_norm/bias", "norm.bias", VECTOR),
+        *_block(
+            ("norm1/bias", "input_layernorm.bias", VECTOR),
+            ("norm2/bias", "post_attention_layernorm.bias", VECTOR),
+            ("mlp/up/kernel", "mlp.c_fc.weight", LINEAR),
+            ("mlp/down/kernel", "mlp.c_proj.weight", LINEAR),
+            ("mlp/up/bias", "mlp.c_fc.bias", VECTOR),
+            ("mlp/down/bias", "mlp.c_proj.bias", VECTOR),
+        ),
+    ),
+)
+
+
+# ---------------------------------------------------------------- Arcee
+
+ARCEE = LLAMA._replace(
+    model_type="arcee",
+    architecture="ArceeForCausalLM",
+    keys={
+        **LLAMA.keys,
+        "context_length": ("max_position_embeddings", 4096),
+        "norm_eps": ("rms_norm_eps", 1e-5),
+    },
+    fixed={**ROTARY, "gated": False},
+    read=lambda config: _read_llama({"hidden_act": "relu2", **config}),
+    rows=tuple(row for row in LLAMA.rows if "gate" not in row.ours),
+)
+
+
+# ---------------------------------------------------------------- GPT-Neo
+
+GLOBAL, LOCAL = "global", "local"
+
+
+def _read_gpt_neo(config: Mapping) -> dict[str, Any]:
+    sizes = {
+        "hidden_size": config["hidden_size"],
+        "num_attention_heads": config["num_heads"],
+    }
+    window = config.get("window_size") or 256
+    kinds = [
+        LayerKind(window if local else 0, BASE[1], None) for local in _local(config)
+    ]
+    return {
+        **options.heads(sizes),
+        "query_scale": 1.0,  # its scores are not scaled
+        "d_ff": config.get("intermediate_size") or 4 * config["hidden_size"],
+        "activation": options.activation(config.get("activation_function", "gelu_new")),
+        **options.pattern(kinds),
+    }
+
+
+def _local(config: Mapping) -> list[bool]:
+    """Returns which layers see a window alone, as [[["global", "local"], 12]] says."""
+    spelt = config.get("attention_types") or [[[GLOBAL, LOCAL], 12]]
+    count, names = config["num_layers"], []
+    try:
+        for kinds, times in spelt:
+            names += list(kinds) * min(int(times), count)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"attention_types {spelt!r:.80} is not understood") from error
+    listed = config.get("attention_layers") or names
+    if len(names) != count or listed != names or not {*names} <= {GLOBAL, LOCAL}:
+        raise ValueError(
+            f"attention_types {spelt!r:.80} does not name {count} layers, {GLOBAL} or "
+            f"{LOCAL}, or attention_layers says otherwise"
+        )
+    return [name == LOCAL for name in names]
+
+
+def _write_gpt_neo(cfg: GPTConfig) -> dict[str, Any]:
+    windows = [cfg.kind(i).window for i in range(cfg.n_layers)]
+    names = [LOCAL if window else GLOBAL for window in windows]
+    return {
+        "intermediate_size": cfg.d_ff,
+        "activation_function": ACTIVATIONS[cfg.activation][0],
+        "window_size": max(windows) or 256,
+        "attention_types": [[[name], 1] for name in names],
+        "attention_layers": names,
+    }
+
+
+GPT_NEO = GPT2._replace(
+    model_type="gpt_neo",
+    architecture="GPTNeoForCausalLM",
+    keys={
+        "vocab_size": ("vocab_size", REQUIRED),
+        "context_length": ("max_position_embeddings", 2048),
+        "n_layers": ("num_layers", REQUIRED),
+        "d_model": ("hidden_size", REQUIRED),
+        "n_heads": ("num_heads", REQUIRED),
+        "norm_eps": ("layer_norm_epsilon", 1e-5),
+        "tie_embeddings": ("tie_word_embeddings", True),
+    },
+    fixed={**GPT2.fixed, "qkv_bias": False},
+    always={},
+    known=(
+        *("intermediate_size", "activation_function", "window_size"),
+        *("attention_types", "attention_layers"),
+    ),
+    read=_read_gpt_neo,
+    write=_write_gpt_neo,
+    rows=(
+        *(
+            row
+            for row in GPT2.rows
+            if "attn" not in row.ours and "/kernel" not in row.ours
+        ),
+        Row("head/kernel", "lm_head.weight", LINEAR),
+        Row("block_{i}/mlp/up/kernel", "h.{i}.mlp.c_fc.weight", LINEAR),
+        Row("block_{i}/mlp/down/kernel", "h.{i}.mlp.c_proj.weight", LINEAR),
+        *(
+            Row(f"block_{{i}}/attn/{ours}", f"h.{{i}}.attn.attention.{theirs}", layout)
+            for ours, theirs, layout in (
+                ("query/kernel", "q_proj.weight", LINEAR),
+                ("key/kernel", "k_proj.weight", LINEAR),
+                ("value/kernel", "v_proj.weight", LINEAR),
+                ("out/kernel", "out_proj.weight", LINEAR),
+                ("out/bias", "out_proj.bias", VECTOR),
+            )
+        ),
+    ),
+    zeros=(),
+)
+
 TABLE = {
     family.model_type: family
-    for family in (GPT2, LLAMA, MISTRAL, QWEN3, GEMMA3, NANOCHAT)
+    for family in (
+        *(GPT2, LLAMA, MISTRAL, QWEN3, GEMMA3, NANOCHAT),
+        *(QWEN2, GEMMA, GEMMA2, STARCODER2, ARCEE, GPT_NEO),
+    )
 }

@@ -20,7 +20,7 @@ from gpt_jax.pretrained.layouts import Row, Shape
 from gpt_jax.weights import Weight
 
 # Buffers that old versions of transformers saved with the weights.
-BUFFERS = re.compile(r".*\.attn\.(masked_)?bias|.*rotary_emb\.inv_freq")
+BUFFERS = re.compile(r".*\.attn\.(attention\.)?(masked_)?bias|.*rotary_emb\.inv_freq")
 
 
 class Source(NamedTuple):
