@@ -40,6 +40,8 @@ from gpt_jax.sampling import MOST, SETTINGS, check
 RUNNING, STOP, LENGTH = 0, 1, 2  # the reason of a row; the last two end it
 
 ROWS = 32  # rows decoded at once: only bounds memory, since rows are independent
+MOST_GUESSED = 15  # tokens: more are hardly ever right, and a pass reads them all
+NGRAM = 2  # newest tokens that are looked up for a guess at the next ones
 TAIL = 8  # tokens of a prompt that may decide how the next one is spelled
 TEXT_STEPS, STREAM_STEPS = 16, 4  # tokens between two looks at the text: latency only
 
@@ -267,10 +269,61 @@ def step(
     return _append(state, logits_BV, sampling, key_B, stop_id)
 
 
-def _append(state, logits_BV, sampling, key_B, stop_id):
-    """Chooses a token for every running row, and ends the rows it ends."""
+def guess(tokens_BS, length_B, count: int):
+    """Returns what stood behind the newest tokens where they stood before.
+
+    Prompt lookup (Saxena 2023): texts repeat names, phrases and code of their prompts.
+
+    Args:
+      tokens_BS: the texts, S at least `count`.
+      length_B: how many tokens each has.
+      count: how many tokens are guessed.
+
+    Returns:
+      (tokens [B, count], whether the newest NGRAM tokens of a row stood before [B]).
+    """
+    places_S, last_B1 = jnp.arange(tokens_BS.shape[1]), length_B[:, None] - 1
+    same_BS = (places_S >= NGRAM - 1) & (places_S < last_B1)
+    for back in range(NGRAM):
+        newest_B1 = jnp.take_along_axis(tokens_BS, last_B1 - back, axis=1, mode="clip")
+        same_BS &= jnp.roll(tokens_BS, back, axis=1) == newest_B1
+    end_B = jnp.where(same_BS, places_S, -1).max(1)
+    behind_BM = end_B[:, None] + 1 + jnp.arange(count)
+    found_BM = jnp.take_along_axis(tokens_BS, behind_BM, axis=1, mode="clip")
+    return found_BM, end_B >= 0
+
+
+def try_out(
+    params, state: Decoding, guess_BM, sampling, key_B, *, model: GPT, stop_id
+) -> Decoding:
+    """Reads guesses in one pass and gives every running row the tokens of `step`.
+
+    A token is a function of its logits, its place and the row's key. So the text is
+    the one that is written token by token: where a guess is right the logits behind it
+    are, too; the first that is not ends the row's turn (Leviathan et al. 2023).
+    """
+    rows, count = jnp.arange(len(state.length_B)), guess_BM.shape[1]
+    newest_B1 = state.tokens_BS[rows, state.length_B - 1][:, None]
+    read_BT = jnp.concatenate([newest_B1, guess_BM], axis=1)
+    x_BTD, cache, _ = hidden(model, params, read_BT, cache=state.cache)
+    logits_BTV = logits(model, params, x_BTD)
+    ran_B = on_B = state.reason_B == RUNNING
+    for i in range(count + 1):
+        state = _append(state, logits_BTV[:, i], sampling, key_B, stop_id, on_B)
+        if i < count:
+            wrote_B = state.tokens_BS[rows, state.length_B - 1]
+            on_B &= (wrote_B == guess_BM[:, i]) & (state.reason_B == RUNNING)
+    # What is behind it in the cache is overwritten before anything sees it.
+    held_B = jnp.where(ran_B, state.length_B - 1, state.cache.length_B)
+    return state._replace(cache=cache._replace(length_B=held_B))
+
+
+def _append(state, logits_BV, sampling, key_B, stop_id, on_B=None):
+    """Chooses a token for every running row (that is on), and ends the rows it ends."""
     token_B = choose(logits_BV, state.tokens_BS, state.length_B, sampling, key_B)
     running_B = state.reason_B == RUNNING
+    if on_B is not None:
+        running_B &= on_B
     rows, width = state.tokens_BS.shape
     place_B = jnp.where(running_B, state.length_B, width)  # width: dropped
     tokens_BS = state.tokens_BS.at[jnp.arange(rows), place_B].set(token_B, mode="drop")
@@ -283,9 +336,21 @@ def _append(state, logits_BV, sampling, key_B, stop_id):
 
 
 def advance(
-    params, state: Decoding, sampling, key_B, steps, *, model: GPT, stop_id: int | None
+    params,
+    state: Decoding,
+    sampling,
+    key_B,
+    steps,
+    *,
+    model: GPT,
+    stop_id: int | None,
+    lookup: int = 0,
 ) -> Decoding:
-    """Takes up to `steps` (traced) steps; fewer when every row has ended."""
+    """Takes up to `steps` (traced) steps; fewer when every row has ended.
+
+    With `lookup` a step also tries out so many guesses, where a row has some.
+    """
+    fixed = {"model": model, "stop_id": stop_id}
 
     def going(carry):
         taken, state = carry
@@ -293,8 +358,18 @@ def advance(
 
     def body(carry):
         taken, state = carry
-        state = step(params, state, sampling, key_B, model=model, stop_id=stop_id)
-        return taken + 1, state
+        return taken + 1, once(state)
+
+    def once(state):
+        if not lookup:
+            return step(params, state, sampling, key_B, **fixed)
+        guess_BM, found_B = guess(state.tokens_BS, state.length_B, lookup)
+        return jax.lax.cond(
+            (found_B & (state.reason_B == RUNNING)).any(),
+            lambda state: try_out(params, state, guess_BM, sampling, key_B, **fixed),
+            lambda state: step(params, state, sampling, key_B, **fixed),
+            state,
+        )
 
     return jax.lax.while_loop(going, body, (0, state))[1]
 
@@ -342,7 +417,7 @@ def laid_out(model: GPT, params, *, rows: int):
 
 
 _start = jax.jit(start, static_argnames=("model", "max_length"))
-_advance = jax.jit(advance, static_argnames="model", donate_argnums=1)
+_advance = jax.jit(advance, static_argnames=("model", "lookup"), donate_argnums=1)
 
 
 # ---------------------------------------------------------------- texts
@@ -358,6 +433,7 @@ def texts(
     seed: int,
     stop: Sequence[str | int],
     beyond_context: bool = False,
+    lookup: int = 0,
     **settings,
 ) -> list[Completion]:
     """Continues every prompt `count` times; all samples of a prompt stand together.
@@ -377,6 +453,8 @@ def texts(
       beyond_context: a row whose context is full goes on, and sees from there on the
         last half of it, again and again; else it ends. (nanoGPT drops the first token
         for every new one, and reads the whole context again each time.)
+      lookup: tokens that are guessed from the text so far and tried out in one pass
+        (see `guess`); the text is the same, and comes faster where it repeats itself.
       **settings: temperature, top_k, top_p, min_p, repetition_penalty and max_new,
         all of them; see `sampling.settings`.
 
@@ -386,6 +464,7 @@ def texts(
     """
     check(**settings)
     _check_stop(stop)
+    _check_lookup(lookup)
     if count < 1:
         raise ValueError(f"count {count} must be at least 1")
     jobs = [
@@ -402,6 +481,7 @@ def texts(
             *(model, params, tokenizer, group, seed, stop, settings, TEXT_STEPS),
             padding,
             beyond_context,
+            lookup,
         )
         done += _last(chunks)
     return done
@@ -416,6 +496,7 @@ def stream(
     seed: int,
     stop: Sequence[str | int],
     beyond_context: bool = False,
+    lookup: int = 0,
     **settings,
 ) -> Generator[str, None, Completion]:
     """Yields the text of one completion piece by piece, whole characters only.
@@ -426,14 +507,21 @@ def stream(
     """
     check(**settings)
     _check_stop(stop)
+    _check_lookup(lookup)
     row = _Row(prompt, prompt_ids(prompt, tokenizer, model.cfg), 0)
     model, params = laid_out(model, params, rows=1)
     chunks = _decode(
         *(model, params, tokenizer, [row], seed, stop, settings, STREAM_STEPS),
         0,
         beyond_context,
+        lookup,
     )
     return _pieces(chunks)
+
+
+def _check_lookup(lookup: int) -> None:
+    if not 0 <= lookup <= MOST_GUESSED:
+        raise ValueError(f"lookup is {lookup}; it must be 0 to {MOST_GUESSED}")
 
 
 def _check_stop(stop) -> None:
@@ -536,7 +624,7 @@ class _Row(NamedTuple):
 
 
 def _decode(
-    model, params, tokenizer, rows, seed, stop, settings, steps, padding, beyond
+    model, params, tokenizer, rows, seed, stop, settings, steps, padding, beyond, lookup
 ):
     """Yields each row's new text after every few steps; returns the Completions.
 
@@ -556,7 +644,7 @@ def _decode(
     )
     while True:
         fixed = {"model": model, "stop_id": -1 if eos_id is None else eos_id}
-        decoding = _window(params, windows, left, settings, key_B, steps, fixed)
+        decoding = _window(params, windows, left, settings, key_B, steps, fixed, lookup)
         reason, read = None, np.array([len(ids) for ids in windows])
         while True:
             tokens, length, reason = decoding.send(reason)
@@ -586,7 +674,7 @@ def _decode(
     ]
 
 
-def _window(params, windows, left, settings, key_B, steps, fixed):
+def _window(params, windows, left, settings, key_B, steps, fixed, lookup):
     """Decodes rows until all have ended or their context is full.
 
     Yields (tokens, lengths, reasons) after every few steps, and takes the reasons
@@ -611,7 +699,9 @@ def _window(params, windows, left, settings, key_B, steps, fixed):
             reason_B=jnp.asarray((yield tokens, length, reason.copy()))
         )
         with sharding.in_sight(params):
-            state = _advance(params, state, sampling, key_B, steps, **fixed)
+            state = _advance(
+                params, state, sampling, key_B, steps, lookup=lookup, **fixed
+            )
 
 
 def _completion(row, scribe, max_new, context, ends, beyond):
