@@ -60,6 +60,11 @@ class Family(NamedTuple):
     rows: tuple[Row, ...]
     zeros: tuple[str, ...] = ()
 
+    def full(self, name: str) -> str:
+        """Returns the whole name of a tensor; the head's has no prefix."""
+        head = name.startswith(("lm_head.", "embed_out."))
+        return name if head else self.prefix + name
+
 
 REQUIRED = object()
 
@@ -80,10 +85,15 @@ PLAIN = {
     "embed_norm": False,
     "head_bias": False,
     "qk_norm": False,
+    "qk_norm_over": "head",
     "attn_softcap": 0.0,
     "logit_softcap": 0.0,
     "embed_scale": 1.0,
+    "parallel": "no",
+    "residual_scale": 1.0,
+    "logit_divisor": 1.0,
 }
+MULTIPLIERS = ("embed_scale", "residual_scale", "logit_divisor")
 ROTARY = {**PLAIN, "position": "rope", "norm": "rmsnorm", "gated": True}
 
 
@@ -173,6 +183,19 @@ def _block(*rows: tuple[str, str, Any]) -> tuple[Row, ...]:
     return tuple(
         Row(f"block_{{i}}/{ours}", f"layers.{{i}}.{theirs}", layout)
         for ours, theirs, layout in rows
+    )
+
+
+QKV = ("query", "key", "value")
+
+
+def _fused(ours: str, theirs: str, *parts: str) -> tuple[Row, ...]:
+    """Returns the rows of weights that lie in one tensor, in this order."""
+    layout = LINEAR if theirs.endswith(".weight") else VECTOR
+    where = f"layers.{{i}}.{theirs}"
+    return tuple(
+        Row(f"block_{{i}}/{ours.format(part)}", where, layout, number, len(parts))
+        for number, part in enumerate(parts)
     )
 
 
@@ -769,10 +792,386 @@ GPT_NEO = GPT2._replace(
     zeros=(),
 )
 
+
+# ---------------------------------------------------------------- Granite
+
+
+def _read_granite(config: Mapping) -> dict[str, Any]:
+    return {
+        **_read_llama(config),
+        **{
+            field: float(config.get(key) or 1.0)
+            for field, key in (
+                ("embed_scale", "embedding_multiplier"),
+                ("query_scale", "attention_multiplier"),
+                ("residual_scale", "residual_multiplier"),
+                ("logit_divisor", "logits_scaling"),
+            )
+        },
+    }
+
+
+def _write_granite(cfg: GPTConfig) -> dict[str, Any]:
+    return {
+        **_write_llama(cfg),
+        "embedding_multiplier": cfg.embed_scale,
+        "attention_multiplier": cfg.query_scale,
+        "residual_multiplier": cfg.residual_scale,
+        "logits_scaling": cfg.logit_divisor,
+    }
+
+
+GRANITE = LLAMA._replace(
+    model_type="granite",
+    architecture="GraniteForCausalLM",
+    fixed={k: v for k, v in ROTARY.items() if k not in MULTIPLIERS},
+    known=(
+        *(*LLAMA.known, "embedding_multiplier", "attention_multiplier"),
+        *("residual_multiplier", "logits_scaling"),
+    ),
+    read=_read_granite,
+    write=_write_granite,
+)
+
+
+# ---------------------------------------------------------------- SmolLM 3
+
+
+def _read_smollm3(config: Mapping) -> dict[str, Any]:
+    base, scaling = options.rope(config, FULL, ("rope_theta", 2_000_000.0))
+    count, every = config["num_hidden_layers"], config.get("no_rope_layer_interval", 4)
+    turned = config.get("no_rope_layers")
+    if turned is None:
+        turned = [int((i + 1) % every != 0) for i in range(count)]
+    if len(turned) != count or not {*map(repr, turned)} <= {"0", "1"}:
+        raise ValueError(
+            f"no_rope_layers should be {count} numbers, 1 where a layer has rotary "
+            "positions and else 0"
+        )
+    window = config.get("sliding_window") or 0
+    window = window if config.get("use_sliding_window") else 0
+    types = options.layer_types(
+        config, lambda i: SLIDING if window and not turned[i] else FULL
+    )
+    if SLIDING in types and not window:
+        raise ValueError("config.json has sliding layers but no sliding_window in use")
+    return {
+        **options.heads(config, kv=4),
+        "activation": options.activation(config.get("hidden_act") or "silu"),
+        "attn_bias": bool(config.get("attention_bias")),
+        **options.pattern(
+            LayerKind(window if name == SLIDING else 0, base if turn else 0.0, scaling)
+            for name, turn in zip(types, turned, strict=True)
+        ),
+    }
+
+
+def _write_smollm3(cfg: GPTConfig) -> dict[str, Any]:
+    kinds = [cfg.kind(i) for i in range(cfg.n_layers)]
+    turned = next((kind for kind in kinds if kind.rope_base), None)
+    keys = {
+        **options.write_heads(cfg),
+        **_write_windows(cfg),
+        "hidden_act": ACTIVATIONS[cfg.activation][0],
+        **(options.write_rope(turned) if turned else {}),
+        "no_rope_layers": [int(kind.rope_base > 0) for kind in kinds],
+    }
+    return {**keys, "use_sliding_window": bool(keys["sliding_window"])}
+
+
+SMOLLM3 = LLAMA._replace(
+    model_type="smollm3",
+    architecture="SmolLM3ForCausalLM",
+    keys={
+        **LLAMA.keys,
+        "context_length": ("max_position_embeddings", 32_768),
+        "tie_embeddings": ("tie_word_embeddings", True),
+    },
+    known=(
+        *(*LLAMA.known, *WINDOWS, "use_sliding_window"),
+        *("no_rope_layers", "no_rope_layer_interval"),
+    ),
+    read=_read_smollm3,
+    write=_write_smollm3,
+)
+
+
+# ---------------------------------------------------------------- OLMo 1 and 2
+
+
+def _read_olmo(config: Mapping) -> dict[str, Any]:
+    return {**_read_llama(config), "norm_eps": 1e-5}
+
+
+OLMO = LLAMA._replace(
+    model_type="olmo",
+    architecture="OlmoForCausalLM",
+    keys={k: v for k, v in LLAMA.keys.items() if k not in ("norm_eps", "mlp_bias")},
+    fixed={**ROTARY, "norm": "layernorm", "norm_scale": False, "mlp_bias": False},
+    always={"clip_qkv": None},
+    read=_read_olmo,
+    rows=tuple(row for row in LLAMA.rows if "norm" not in row.ours),
+)
+OLMO2 = LLAMA._replace(
+    model_type="olmo2",
+    architecture="Olmo2ForCausalLM",
+    keys={
+        **{k: v for k, v in LLAMA.keys.items() if k != "mlp_bias"},
+        "norm_eps": ("rms_norm_eps", 1e-5),
+    },
+    fixed={
+        **{**ROTARY, "mlp_bias": False, "norm_placement": "post"},
+        **{"qk_norm": True, "qk_norm_over": "heads"},
+    },
+    rows=(
+        *(*ENDS, *ATTENTION, *QK_NORM, *GATED_MLP),
+        *_block(
+            ("post1/scale", "post_attention_layernorm.weight", VECTOR),
+            ("post2/scale", "post_feedforward_layernorm.weight", VECTOR),
+        ),
+    ),
+)
+
+
+# ---------------------------------------------------------------- Phi 3 and 4
+
+
+def _read_phi3(config: Mapping) -> dict[str, Any]:
+    rope = options.rope(config, FULL, BASE)
+    if rope[1] is not None:
+        raise ValueError(f"the rope scaling {rope[1].kind} is not supported for phi3")
+    window = config.get("sliding_window") or 0
+    return {
+        **options.heads(config),
+        **options.rotary(config, 1.0),
+        "activation": options.activation(config.get("hidden_act") or "silu"),
+        **options.pattern([LayerKind(window, *rope)]),
+    }
+
+
+def _write_phi3(cfg: GPTConfig) -> dict[str, Any]:
+    return {**_write_partial(cfg), "sliding_window": cfg.kind(0).window or None}
+
+
+def _write_partial(cfg: GPTConfig) -> dict[str, Any]:
+    """As `_write_llama`, where some features of a head may be left unrotated."""
+    keys, share = _write_llama(cfg), cfg.rotary_dim / cfg.head_dim
+    rope = {**keys["rope_parameters"], "partial_rotary_factor": share}
+    return {**keys, "rope_parameters": rope, "partial_rotary_factor": share}
+
+
+PHI3 = LLAMA._replace(
+    model_type="phi3",
+    architecture="Phi3ForCausalLM",
+    keys={
+        **SIZES,
+        "context_length": ("max_position_embeddings", 4096),
+        "norm_eps": ("rms_norm_eps", 1e-5),
+        "tie_embeddings": ("tie_word_embeddings", False),
+    },
+    fixed={**ROTARY, "qkv_bias": False, "attn_bias": False, "mlp_bias": False},
+    known=(
+        *(*LLAMA.known, "sliding_window", "partial_rotary_factor"),
+        "original_max_position_embeddings",  # which longrope alone reads
+    ),
+    read=_read_phi3,
+    write=_write_phi3,
+    rows=(
+        *(*ENDS, *NORMS),
+        *_fused("attn/{}/kernel", "self_attn.qkv_proj.weight", *QKV),
+        *_fused("mlp/{}/kernel", "mlp.gate_up_proj.weight", "gate", "up"),
+        *_block(
+            ("attn/out/kernel", "self_attn.o_proj.weight", LINEAR),
+            ("mlp/down/kernel", "mlp.down_proj.weight", LINEAR),
+        ),
+    ),
+)
+
+
+# ---------------------------------------------------------------- Phi 1, 1.5 and 2
+
+
+def _read_phi(config: Mapping) -> dict[str, Any]:
+    return {
+        **_read_llama({"hidden_act": "gelu_new", **config}),
+        **options.rotary(config, 0.5),
+        "attn_bias": True,
+    }
+
+
+TWO_LAYERS = {  # LayerNorm with biases, and an MLP without a gate
+    **{**PLAIN, "position": "rope", "norm": "layernorm", "norm_bias": True},
+    **{"gated": False, "mlp_bias": True},
+}
+PHI = LLAMA._replace(
+    model_type="phi",
+    architecture="PhiForCausalLM",
+    keys={
+        **SIZES,
+        "norm_eps": ("layer_norm_eps", 1e-5),
+        "tie_embeddings": ("tie_word_embeddings", False),
+    },
+    fixed={
+        **{**TWO_LAYERS, "parallel": "shared", "head_bias": True},
+        **{"qkv_bias": True},
+    },
+    always={"qk_layernorm": False},
+    known=(*LLAMA.known, "partial_rotary_factor"),
+    read=_read_phi,
+    write=_write_partial,
+    rows=(
+        *(row for row in (*ENDS, *ATTENTION) if row.ours != "final_norm/scale"),
+        Row("final_norm/scale", "final_layernorm.weight", VECTOR),
+        Row("final_norm/bias", "final_layernorm.bias", VECTOR),
+        Row("head/bias", "lm_head.bias", VECTOR),
+        *_block(
+            ("norm1/scale", "input_layernorm.weight", VECTOR),
+            ("norm1/bias", "input_layernorm.bias", VECTOR),
+            ("mlp/up/kernel", "mlp.fc1.weight", LINEAR),
+            ("mlp/up/bias", "mlp.fc1.bias", VECTOR),
+            ("mlp/down/kernel", "mlp.fc2.weight", LINEAR),
+            ("mlp/down/bias", "mlp.fc2.bias", VECTOR),
+        ),
+    ),
+)
+PHI = PHI._replace(
+    rows=tuple(
+        row._replace(theirs=row.theirs.replace("o_proj", "dense")) for row in PHI.rows
+    )
+)
+
+
+# ---------------------------------------------------------------- GPT-NeoX, Pythia
+
+
+def _read_gpt_neox(config: Mapping) -> dict[str, Any]:
+    if {FULL, SLIDING} & (config.get("rope_parameters") or {}).keys():
+        raise ValueError("rope_parameters for each type of layer are not supported")
+    if config.get("partial_rotary_factor") is not None:
+        raise ValueError("partial_rotary_factor is called rotary_pct for gpt_neox")
+    rope = options.rope(config, FULL, ("rotary_emb_base", 10_000.0))
+    share = config.get("rotary_pct")
+    return {
+        **options.heads(config),
+        **options.rotary(config, 0.25 if share is None else share),
+        "activation": options.activation(config.get("hidden_act") or "gelu"),
+        "parallel": "own" if config.get("use_parallel_residual", True) else "no",
+        **options.pattern([LayerKind(0, *rope)]),
+    }
+
+
+def _write_gpt_neox(cfg: GPTConfig) -> dict[str, Any]:
+    keys = _write_partial(cfg)
+    return {
+        "hidden_act": keys["hidden_act"],
+        "use_parallel_residual": cfg.parallel == "own",
+        "rotary_emb_base": keys["rope_theta"],
+        "rotary_pct": keys["partial_rotary_factor"],
+        "rope_scaling": keys["rope_scaling"],
+        "rope_parameters": keys["rope_parameters"],
+    }
+
+
+GPT_NEOX = PHI._replace(
+    model_type="gpt_neox",
+    architecture="GPTNeoXForCausalLM",
+    prefix="gpt_neox.",
+    keys={
+        **PHI.keys,
+        "qkv_bias": ("attention_bias", True),
+        "attn_bias": ("attention_bias", True),
+    },
+    fixed={k: v for k, v in TWO_LAYERS.items() if k != "parallel"},
+    always={},
+    known=(
+        *("rotary_emb_base", "rotary_pct", "rope_scaling", "rope_parameters"),
+        *("hidden_act", "use_parallel_residual", "partial_rotary_factor"),
+    ),
+    read=_read_gpt_neox,
+    write=_write_gpt_neox,
+    rows=(
+        Row("embed/embedding", "embed_in.weight", EMBEDDING),
+        Row("final_norm/scale", "final_layer_norm.weight", VECTOR),
+        Row("final_norm/bias", "final_layer_norm.bias", VECTOR),
+        Row("head/kernel", "embed_out.weight", LINEAR),
+        *(
+            row._replace(by_head=True)
+            for leaf in ("weight", "bias")
+            for row in _fused(
+                f"attn/{{}}/{'kernel' if leaf == 'weight' else leaf}",
+                f"attention.query_key_value.{leaf}",
+                *QKV,
+            )
+        ),
+        *NORMS,
+        *_block(
+            ("norm1/bias", "input_layernorm.bias", VECTOR),
+            ("norm2/bias", "post_attention_layernorm.bias", VECTOR),
+            ("attn/out/kernel", "attention.dense.weight", LINEAR),
+            ("attn/out/bias", "attention.dense.bias", VECTOR),
+            ("mlp/up/kernel", "mlp.dense_h_to_4h.weight", LINEAR),
+            ("mlp/up/bias", "mlp.dense_h_to_4h.bias", VECTOR),
+            ("mlp/down/kernel", "mlp.dense_4h_to_h.weight", LINEAR),
+            ("mlp/down/bias", "mlp.dense_4h_to_h.bias", VECTOR),
+        ),
+    ),
+)
+
+
+# ---------------------------------------------------------------- StableLM
+
+
+def _read_stablelm(config: Mapping) -> dict[str, Any]:
+    return {
+        **_read_llama({"num_key_value_heads": 32, **config}),
+        **options.rotary(config, 0.25),
+        "attn_bias": False,
+        "parallel": "shared" if config.get("use_parallel_residual") else "no",
+    }
+
+
+def _write_stablelm(cfg: GPTConfig) -> dict[str, Any]:
+    keys = {k: v for k, v in _write_partial(cfg).items() if k != "head_dim"}
+    return {**keys, "use_parallel_residual": cfg.parallel == "shared"}
+
+
+STABLELM = LLAMA._replace(
+    model_type="stablelm",
+    architecture="StableLmForCausalLM",
+    keys={
+        **SIZES,
+        "context_length": ("max_position_embeddings", 4096),
+        "norm_eps": ("layer_norm_eps", 1e-5),
+        "tie_embeddings": ("tie_word_embeddings", False),
+        "qkv_bias": ("use_qkv_bias", False),
+    },
+    fixed={
+        **{k: v for k, v in PLAIN.items() if k != "parallel"},
+        **{"position": "rope", "norm": "layernorm", "norm_bias": True, "gated": True},
+        "mlp_bias": False,
+    },
+    always={"qk_layernorm": False},
+    known=(
+        *("num_key_value_heads", *ROPE, "hidden_act", "partial_rotary_factor"),
+        "use_parallel_residual",
+    ),
+    read=_read_stablelm,
+    write=_write_stablelm,
+    rows=(
+        *LLAMA.rows,
+        Row("final_norm/bias", "norm.bias", VECTOR),
+        *_block(
+            ("norm1/bias", "input_layernorm.bias", VECTOR),
+            ("norm2/bias", "post_attention_layernorm.bias", VECTOR),
+        ),
+    ),
+)
+
 TABLE = {
     family.model_type: family
     for family in (
         *(GPT2, LLAMA, MISTRAL, QWEN3, GEMMA3, NANOCHAT),
         *(QWEN2, GEMMA, GEMMA2, STARCODER2, ARCEE, GPT_NEO),
+        *(GRANITE, SMOLLM3, OLMO, OLMO2, PHI3, PHI, GPT_NEOX, STABLELM),
     )
 }

@@ -2,7 +2,7 @@
 
     python -m tests.golden.make [NAME...]  # needs torch and transformers
 
-For every model of MODELS, or those named, the folder tests/golden/<name> gets config.json and
+For every model of MODELS, or of those named, tests/golden/<name> gets config.json and
 model.safetensors, as transformers saves them, and answers.npz:
 
     ids [2, T], logits [2, T, V]            a full context of random ids
@@ -108,17 +108,58 @@ MODELS = {
             **{"bos_token_id": None, "eos_token_id": None},
         },
     ),
+    "granite": (
+        "GraniteConfig",
+        {
+            **{**SIZES, "embedding_multiplier": 12.0, "attention_multiplier": 0.2},
+            **{"residual_multiplier": 0.4, "logits_scaling": 13.0},
+        },
+    ),
+    "smollm3": (
+        "SmolLM3Config",
+        {
+            **{**SIZES, "num_hidden_layers": 3, "no_rope_layer_interval": 2},
+            **{"use_sliding_window": True, "sliding_window": 8},
+        },
+    ),
+    "olmo": ("OlmoConfig", SIZES),
+    "olmo2": ("Olmo2Config", SIZES),
+    "phi3": (
+        "Phi3Config",
+        {
+            **{**SIZES, "sliding_window": 8},
+            "rope_parameters": {
+                **{"rope_type": "default", "rope_theta": 500.0},
+                "partial_rotary_factor": 0.75,
+            },
+        },
+    ),
+    "phi": ("PhiConfig", SIZES),
+    "gpt_neox": (
+        "GPTNeoXConfig",
+        {
+            **{key: SIZES[key] for key in SIZES if key != "num_key_value_heads"},
+            "rotary_pct": 0.5,
+        },
+    ),
+    "stablelm": ("StableLmConfig", {**SIZES, "use_qkv_bias": True}),
 }
 
 
-def build(name: str, *, seed: int):
-    """Returns a model with weights so large that every part of it shows."""
+def build(name: str, *, seed: int, **changes):
+    """Returns a model with weights so large that every part of it shows.
+
+    Args:
+      name: which of MODELS.
+      seed: of the weights.
+      **changes: arguments of its config that are other ones.
+    """
     import torch
     import transformers
 
     kind, arguments = MODELS[name]
     torch.manual_seed(seed)
-    config = getattr(transformers, kind)(**arguments)
+    config = getattr(transformers, kind)(**{**arguments, **changes})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for path, weight in model.named_parameters():
         draw = torch.randn_like(weight)
