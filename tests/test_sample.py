@@ -688,7 +688,9 @@ def test_guesses_change_no_text_and_save_passes(options):
     (short_B, plain), (long_B, guessed) = tables[0], tables[4]
     for name in ("tokens_BS", "length_B", "reason_B"):
         np.testing.assert_array_equal(getattr(guessed, name), getattr(plain, name))
-    assert (long_B >= short_B).all() and (long_B > short_B).any()
+    assert (long_B >= short_B).all()
+    if "learned" in options:  # the other says nothing twice in so few steps
+        assert (long_B > short_B).any()
 
 
 def test_too_many_guesses_are_refused():
