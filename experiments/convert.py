@@ -6,6 +6,8 @@
   python -m experiments.convert --run=runs/shakespeare --to_hf=exports/shakespeare
   python -m experiments.convert --run=runs/gpt2 --to_gguf=exports/gpt2.gguf
   python -m experiments.convert --run=runs/gpt2 --to_stablehlo=exports/gpt2
+  python -m experiments.convert --from_peft=adapter --base=runs/gpt2 --run=runs/tuned
+  python -m experiments.convert --run=runs/tuned --to_peft=exports/adapter
 
 --from_hf takes a folder or a Hugging Face id (docs/guide/7-pretrained.md lists the
 families) and makes a run folder that experiments.sample works on; --from_gguf takes a
@@ -13,7 +15,9 @@ file of llama.cpp's. Only safetensors and GGUF are read; nothing in them is exec
 --to_hf writes a folder that transformers loads; --to_gguf one file for llama.cpp;
 --to_stablehlo compiled programs with weights, tokenizer and a runner that needs no
 gpt_jax. A LoRA run is written merged; --weights=base writes what it started from, as it
-holds it.
+holds it; --to_peft writes its adapter alone, as the library PEFT keeps one. --from_peft
+makes a LoRA run of such an adapter and of --base: a run, or what --from_hf or
+--from_gguf takes; by default what the adapter names as its base.
 
 Nothing is overwritten: the target must not exist.
 """
@@ -28,6 +32,11 @@ from experiments import door
 RUN = door.define_path("run", "", "Run folder: made by --from_hf, else read.")
 FROM_GGUF = door.define_path("from_gguf", "", "GGUF file to read.")
 FROM_HF = door.define_path("from_hf", "", "Hugging Face folder or id to read.")
+FROM_PEFT = door.define_path("from_peft", "", "Folder of a PEFT adapter to read.")
+BASE = door.define_path(
+    "base", "", "What --from_peft's adapter belongs to; empty = what it says."
+)
+TO_PEFT = door.define_path("to_peft", "", "PEFT folder to write: the adapter alone.")
 TO_HF = door.define_path("to_hf", "", "Hugging Face folder to write.")
 TO_GGUF = door.define_path("to_gguf", "", "GGUF file to write, for llama.cpp.")
 TO_STABLEHLO = door.define_path("to_stablehlo", "", "Folder of programs to write.")
@@ -42,6 +51,12 @@ CONTEXT = flags.DEFINE_integer(
     0,
     "The most tokens that an imported model sees at once; 0 = as many as it was made "
     "for. Fewer take less memory and time; only models with rope can have fewer.",
+)
+ADD_SPECIAL = flags.DEFINE_multi_string(
+    "add_special",
+    [],
+    "A special token for an imported model to know; repeatable. Its row is the mean "
+    "of the others.",
 )
 GGUF_TYPE = flags.DEFINE_enum(
     "gguf_type",
@@ -64,11 +79,13 @@ WEIGHTS = flags.DEFINE_enum(
 # Which flags go with each way, besides --run.
 OF_A_RUN = ("step", "weights")
 READS = {
-    "from_hf": ("param_dtype", "context"),
-    "from_gguf": ("param_dtype", "context"),
+    "from_hf": ("param_dtype", "context", "add_special"),
+    "from_gguf": ("param_dtype", "context", "add_special"),
+    "from_peft": ("param_dtype", "context", "base"),
     "to_hf": ("shard_gb", *OF_A_RUN),
     "to_gguf": ("gguf_type", *OF_A_RUN),
     "to_stablehlo": OF_A_RUN,
+    "to_peft": OF_A_RUN,
 }
 
 
@@ -76,19 +93,22 @@ def main(_: list[str]) -> None:
     """Converts once; raises ValueError for what the user can mend."""
     if not RUN.value:
         raise ValueError("--run is missing, e.g. --run=runs/gpt2")
-    every = (FROM_HF, FROM_GGUF, TO_HF, TO_GGUF, TO_STABLEHLO)
+    every = (FROM_HF, FROM_GGUF, FROM_PEFT, TO_HF, TO_GGUF, TO_STABLEHLO, TO_PEFT)
     ways = [flag for flag in every if flag.value]
     if len(ways) != 1:
         names = ", ".join(f"--{flag.name}" for flag in every)
         raise ValueError(f"give one of {names} (see --help)")
     door.only_with(ways[0].name, READS)
     named = FROM_HF.value or FROM_GGUF.value
-    take(named) if named else export()
+    if FROM_PEFT.value:
+        adapt()
+    else:
+        take(named) if named else export()
 
 
 def take(named: str) -> None:
     """Makes a run folder of published weights."""
-    from gpt_jax import checkpoint, commands, model, pretrained, runs
+    from gpt_jax import checkpoint, pretrained, runs
 
     workdir = Path(RUN.value)
     if workdir.exists():
@@ -99,6 +119,20 @@ def take(named: str) -> None:
         raise ValueError(
             f"--from_gguf={named}: it is no GGUF file; --from_hf is for it"
         )
+    config, tokenizer, cfg, params = published(source)
+    with pretrained.whole(workdir) as draft:
+        runs.create(draft, config, tokenizer)
+        pretrained.keep(source, draft)
+        with checkpoint.Checkpoints(draft / "checkpoints", keep=1) as store:
+            meta = {"from": named}
+            store.save(0, {"params": params}, metric=None, meta=meta)
+    tell(params, cfg)
+
+
+def published(source: Path):
+    """Returns the config of a run, the tokenizer, model and weights of a source."""
+    from gpt_jax import pretrained, runs
+
     config = common.base()
     config.model.update(pretrained.fields(source), param_dtype=PARAM_DTYPE.value)
     if not 0 <= CONTEXT.value <= config.model.context_length:
@@ -107,35 +141,81 @@ def take(named: str) -> None:
             f"{config.model.context_length:,} tokens at most"
         )
     config.model.context_length = CONTEXT.value or config.model.context_length
-    config.data.update(source="", tokenizer=str(workdir / "tokenizer.json"))
+    own = str(Path(RUN.value) / "tokenizer.json")
+    config.data.update(source="", tokenizer=own)
     tokenizer = pretrained.tokenizer(source)
     cfg = runs.model_config(config, tokenizer)
     params = pretrained.load(source, cfg, place=lambda path, array: array)
-    with pretrained.whole(workdir) as draft:
-        runs.create(draft, config, tokenizer)
-        pretrained.keep(source, draft)
-        with checkpoint.Checkpoints(draft / "checkpoints", keep=1) as store:
-            meta = {"from": named}
-            store.save(0, {"params": params}, metric=None, meta=meta)
+    if ADD_SPECIAL.value:
+        tokenizer = tokenizer.add_special(ADD_SPECIAL.value)
+        new = [tokenizer.specials[token] for token in ADD_SPECIAL.value]
+        params, cfg = pretrained.vocabulary.grow(params, cfg, new)
+        config.model.vocab_size = cfg.vocab_size
+    return config, tokenizer, cfg, params
+
+
+def tell(params, cfg) -> None:
+    """Prints what a new run is, and how to use it."""
+    from gpt_jax import commands, model
+
     print(
         f"{model.count(params):,} parameters, {cfg.n_layers} layers of {cfg.d_model}, "
         f"context {cfg.context_length:,}"
     )
-    print(f"  sample  {commands.typed('sample')} --run={workdir} --prompt=...")
+    print(f"  sample  {commands.typed('sample')} --run={RUN.value} --prompt=...")
+
+
+def adapt() -> None:
+    """Makes a LoRA run of an adapter and its base."""
+    from gpt_jax import checkpoint, files, pretrained, runs, special
+
+    workdir, folder = Path(RUN.value), Path(FROM_PEFT.value)
+    if workdir.exists():
+        raise FileExistsError(f"{workdir} exists already; name a new --run")
+    door.check_writable("run", RUN.value, folder=True)
+    named = BASE.value or pretrained.peft.base_of(folder)
+    if not named:
+        raise ValueError(f"{folder} does not name its base: give it as --base")
+    source = files.expand(named)
+    if (source / "config.json").is_file() and not special.is_published(source):
+        base = runs.open(source)
+        config, tokenizer, cfg = base.config, base.tokenizer, base.model.cfg
+        params = base.params
+        config.data.tokenizer = str(workdir / "tokenizer.json")
+        config.model.scan_layers = False
+    else:
+        source = pretrained.find(named)
+        config, tokenizer, cfg, params = published(source)
+    found = pretrained.peft.load(folder, cfg)
+    config.adapter = common.adapter_lora()
+    config.adapter.update(
+        rank=found.rank, alpha=found.alpha, targets=found.targets, base_dtype=""
+    )
+    with pretrained.whole(workdir) as draft:
+        runs.create(draft, config, tokenizer)
+        pretrained.keep(source, draft)
+        with checkpoint.Checkpoints(draft / "checkpoints", keep=1) as store:
+            meta = {"from": FROM_PEFT.value}
+            meta["frozen"] = store.save_frozen({"base": params})
+            store.save(0, {"params": found.params}, metric=None, meta=meta)
+    print(f"an adapter of rank {found.rank} on {named}")
+    tell(params, cfg)
 
 
 def export() -> None:
     """Writes the weights of a run for other software."""
     from gpt_jax import chat, pretrained, runs
 
-    target = Path(TO_HF.value or TO_GGUF.value or TO_STABLEHLO.value)
+    ways = (TO_HF, TO_GGUF, TO_STABLEHLO, TO_PEFT)
+    way = next(flag for flag in ways if flag.value)
+    target = Path(way.value)
     if target.exists():
         raise FileExistsError(f"{target} exists already; name a new one, or remove it")
-    way = next(flag for flag in (TO_HF, TO_GGUF, TO_STABLEHLO) if flag.value)
     door.check_writable(way.name, way.value, folder=not TO_GGUF.value)
     if not 0 < SHARD_GB.value < float("inf"):
         raise ValueError(f"--shard_gb={SHARD_GB.value}: it must be above 0")
-    run = runs.open(RUN.value, step=door.step(STEP.value), weights=WEIGHTS.value)
+    which = {"step": door.step(STEP.value), "weights": WEIGHTS.value}
+    run = runs.open(RUN.value, **which, merge=not TO_PEFT.value)
     what = (run.params, run.model.cfg, run.tokenizer)
     if TO_HF.value:
         shard_bytes = int(SHARD_GB.value * 1e9)
@@ -144,6 +224,11 @@ def export() -> None:
         template = chat.template_of(run.folder)
         how = {"kind": GGUF_TYPE.value, "template": template}
         pretrained.gguf.save(target, *what, **how)
+    elif TO_PEFT.value:
+        prefix, _, name = run.config.init_from.partition(":")
+        with pretrained.whole(target) as draft:
+            base = name if prefix == "hf" else ""
+            pretrained.peft.save(draft, run.params, run.model.cfg, base=base)
     else:
         with pretrained.whole(target) as draft:
             pretrained.stablehlo.save(draft, *what)

@@ -39,6 +39,12 @@ STOP = flags.DEFINE_multi_string(
 BEYOND_CONTEXT = flags.DEFINE_bool(
     "beyond_context", False, "When the context is full, go on from its last half."
 )
+LOOKUP = flags.DEFINE_integer(
+    "lookup",
+    0,
+    "Guess so many tokens from the text so far and try them out in one pass: the same "
+    "text, sooner where it repeats itself.",
+)
 STEP = flags.DEFINE_string(
     "step", "", "Checkpoint: best, newest, a step number; empty = best, else newest."
 )
@@ -75,6 +81,7 @@ def main(_: list[str]) -> None:
         "seed": SEED.value,
         "stop": [text.replace("\\n", "\n") for text in STOP.value],
         "beyond_context": BEYOND_CONTEXT.value,
+        "lookup": LOOKUP.value,
         **settings,
     }
     if len(prompts) == 1 and COUNT.value == 1:

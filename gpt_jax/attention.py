@@ -95,18 +95,27 @@ def rope_frequencies(
 
 
 def rotation(
-    position_BT, head_dim: int, *, base: float, scaling: RopeScaling | None
+    position_BT, features: int, *, base: float, scaling: RopeScaling | None
 ) -> Rotation:
-    """Returns the rotation of each position (RoFormer, Su et al. 2021, section 3.2)."""
-    frequency = rope_frequencies(head_dim, base=base, scaling=scaling)
+    """Returns the rotation of each position (RoFormer, Su et al. 2021, section 3.2).
+
+    Of the first `features` of every head: all, or some (Black et al. 2022, section
+    2.2.1, "GPT-NeoX-20B").
+    """
+    frequency = rope_frequencies(features, base=base, scaling=scaling)
     angle = position_BT.astype(jnp.float32)[..., None, None] * frequency
     return Rotation(jnp.cos(angle), jnp.sin(angle))
 
 
 def rotate(x_BTHK, turn: Rotation):
-    """Rotates feature i with feature i + K/2 by its position's angle, in float32."""
-    a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
-    turned = (a * turn.cos - b * turn.sin, b * turn.cos + a * turn.sin)
+    """Rotates feature i with feature i + R/2 by its position's angle, in float32.
+
+    R is how many features the rotation is of; those behind them stay as they are.
+    """
+    half = turn.cos.shape[-1]
+    cuts = 2 if 2 * half == x_BTHK.shape[-1] else (half, 2 * half)
+    a, b, *rest = jnp.split(x_BTHK.astype(jnp.float32), cuts, axis=-1)
+    turned = (a * turn.cos - b * turn.sin, b * turn.cos + a * turn.sin, *rest)
     return jnp.concatenate(turned, axis=-1).astype(x_BTHK.dtype)
 
 

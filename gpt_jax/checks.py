@@ -341,6 +341,10 @@ def _unread_of_the_model(config: Tree) -> dict[str, str]:
         found["model.norm_bias"] = "model.norm rmsnorm"
     if not fields["norm_scale"]:
         found["model.norm_offset"] = "a model without norm_scale"
+    if fields["position"] != "rope":
+        found["model.rotary_dim"] = f"model.position {fields['position']}"
+    if not fields["qk_norm"]:
+        found["model.qk_norm_over"] = "a model without qk_norm"
     if begins(config["init_from"]) != RANDOM:
         found["data.tokenizer"] = (
             "a run that starts from init_from, with its tokenizer,"

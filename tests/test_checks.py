@@ -352,7 +352,10 @@ OTHER |= {"activation": "silu", "query_scale": 0.3, "attn_softcap": 3.0}
 OTHER |= {"logit_softcap": 3.0, "embed_scale": 2.0, "dtype": "bfloat16"}
 OTHER |= {"param_dtype": "bfloat16", "norm_offset": 0.5, "init": "modern"}
 OTHER |= {"pattern": ({"window": 4, "rope_base": 1e4, "rope_scaling": None},)}
-OTHER |= {"vocab_size": 64, "n_classes": 3}
+OTHER |= {"vocab_size": 64, "n_classes": 3, "rotary_dim": 4, "parallel": "own"}
+OTHER |= {"qk_norm_over": "heads", "residual_scale": 0.5, "logit_divisor": 2.0}
+# What a key needs beside it to be read.
+NEEDS = {"rotary_dim": {"position": "rope"}, "qk_norm_over": {"qk_norm": True}}
 FAST = ("attention", "remat", "scan_layers")  # the same numbers, in another way
 START: dict[str, Any] = {"tie_embeddings": False, "n_layers": 1}
 NO_SCALE = {"norm_scale": False}
@@ -375,22 +378,26 @@ def unread_of(**fields) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "key, beside", [("norm_bias", {"norm": "rmsnorm"}), ("norm_offset", NO_SCALE)]
+    "key, beside",
+    [
+        *(("norm_bias", {"norm": "rmsnorm"}), ("norm_offset", NO_SCALE)),
+        *(("rotary_dim", {"position": "none"}), ("qk_norm_over", {})),
+    ],
 )
 def test_a_key_of_the_model_that_is_said_to_be_unread_changes_nothing(key, beside):
     default = vars(tiny.cfg(**beside))[key]
     other = not default if isinstance(default, bool) else OTHER[key]
-    assert key in unread_of(**beside) - unread_of()
+    assert key in unread_of(**beside) - unread_of(**NEEDS.get(key, {}))
     assert program(**beside) == program(**{**beside, key: other})
 
 
 @pytest.mark.slow
 def test_every_other_key_of_the_model_changes_what_it_computes():
-    before = program()
     for key, default in common.base().model.items():
         if key in FAST:
             continue
         default = START.get(key, default)
         other = OTHER.get(key, not default if isinstance(default, bool) else None)
         assert other is not None, key
-        assert program(**{key: other}) != before, key
+        beside = NEEDS.get(key, {})
+        assert program(**beside, **{key: other}) != program(**beside), key

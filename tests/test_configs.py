@@ -22,6 +22,7 @@ ARGS = [
     *("grpo:stage=start", "grpo:stage=rl,run=none", "grpo:stage=rl,size=tiny"),
     *("gpt2:size=small", "gpt2:size=medium", "gpt2:size=large", "gpt2:size=xl"),
     *("sft:set=alpaca,template=chatml,run=none", "sft:adapter=lora,run=none"),
+    *("smollm2:run=none", "smollm2:stage=dpo,run=none", "smollm2:stage=spam,run=none"),
     *(f"{name}:size=tiny" for name in NAMES),
 ]
 

@@ -92,24 +92,28 @@ def by_numpy(c, params, seen, layer, row):
         return x * scale + group.get("bias", 0)
 
     def head_norm(x, group):
-        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + c.norm_eps)
+        over = -1 if c.qk_norm_over == "head" else (1, 2)
+        x = x / np.sqrt((x**2).mean(over, keepdims=True) + c.norm_eps)
         return x * (c.norm_offset + group["scale"] if c.norm_scale else 1)
 
     def rotated(x_THK):
-        half = c.head_dim // 2
+        half = c.rotary_dim // 2
         speed = kind.rope_base ** (-np.arange(half) / half)
         speed = speed / (kind.rope_scaling.factor if kind.rope_scaling else 1)
         angle = (row.positions_T[:, None] * speed)[:, None]
-        a, b = x_THK[..., :half], x_THK[..., half:]
+        a, b, rest = np.split(x_THK, (half, 2 * half), -1)
         return np.concatenate(
             [
                 a * np.cos(angle) - b * np.sin(angle),
                 b * np.cos(angle) + a * np.sin(angle),
+                rest,
             ],
             -1,
         )
 
-    x_TD = norm(seen.stream_LTD[layer], block.get("norm1", {}))
+    x_TD = seen.stream_LTD[layer]
+    if c.norm_placement != "post":
+        x_TD = norm(x_TD, block.get("norm1", {}))
     q, k = (
         np.einsum("TD,DHK->THK", x_TD, block["attn"][name]["kernel"])
         + block["attn"][name].get("bias", 0)
@@ -118,7 +122,7 @@ def by_numpy(c, params, seen, layer, row):
     if c.qk_norm:
         q = head_norm(q, block["attn"].get("query_norm", {}))
         k = head_norm(k, block["attn"].get("key_norm", {}))
-    if c.position == "rope":
+    if c.position == "rope" and kind.rope_base:
         q, k = rotated(q), rotated(k)
     k = np.repeat(k, c.n_heads // c.n_kv_heads, axis=1)
     score = c.query_scale * np.einsum("THK,SHK->HTS", q, k)

@@ -69,7 +69,20 @@ MODERN = {
     "head_bias": True,
     "vocab_multiple": 16,
 }
+NEOX = {
+    **{"position": "rope", "rotary_dim": 4, "parallel": "own", "activation": "gelu"},
+    **{"tie_embeddings": False, "residual_scale": 0.7, "logit_divisor": 3.0},
+}
+PHI = {
+    **{"position": "rope", "rotary_dim": 6, "parallel": "shared", "qk_norm": True},
+    **{"pattern": (*layers(0, base=100.0), *layers(4, base=0.0))},
+}
+OLMO2 = {
+    **{**LLAMA, "norm_placement": "post", "qk_norm": True, "qk_norm_over": "heads"},
+    "residual_scale": 0.5,
+}
 FAMILIES = {"gpt2": {}, "llama": LLAMA, "gemma": GEMMA, "modern": MODERN}
+FAMILIES |= {"neox": NEOX, "phi": PHI, "olmo2": OLMO2}
 
 
 def shake(params, seed=0):
@@ -105,22 +118,25 @@ def forward(c, **static):
 # ---------------------------------------------------------------- independent oracle
 
 
-def np_norm(x, w, c, kind):
+def np_norm(x, w, c, kind, over: int | tuple[int, ...] = -1):
     if kind == "layernorm":
-        x = x - x.mean(-1, keepdims=True)
-    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + c.norm_eps)
+        x = x - x.mean(over, keepdims=True)
+    x = x / np.sqrt((x**2).mean(over, keepdims=True) + c.norm_eps)
     x = x * (w["scale"] + c.norm_offset) if "scale" in w else x
     return x + w["bias"] if "bias" in w else x
 
 
-def np_rope(x, position, kind):
-    """x [T, H, K]: pairs (i, i + K/2) as complex numbers, turned."""
-    half = x.shape[-1] // 2
+def np_rope(x, position, kind, features):
+    """x [T, H, K]: pairs (i, i + R/2) as complex numbers, turned."""
+    if not kind.rope_base:
+        return x
+    x, rest = x[..., :features], x[..., features:]
+    half = features // 2
     factor = kind.rope_scaling.factor if kind.rope_scaling else 1.0
     rate = kind.rope_base ** -(np.arange(half) / half) / factor
     turned = x[..., :half] + 1j * x[..., half:]
     turned = turned * np.exp(1j * position[:, None, None] * rate)
-    return np.concatenate([turned.real, turned.imag], -1)
+    return np.concatenate([turned.real, turned.imag, rest], -1)
 
 
 def np_dense(x, w, n_in=1):
@@ -144,11 +160,12 @@ NP_ACT = {
 def np_attention(x, w, c, kind):
     q, k, v = (np_dense(x, w[name]) for name in ("query", "key", "value"))
     if c.qk_norm:
-        q = np_norm(q, w.get("query_norm", {}), c, "rmsnorm")
-        k = np_norm(k, w.get("key_norm", {}), c, "rmsnorm")
+        over = (-2, -1) if c.qk_norm_over == "heads" else -1
+        q = np_norm(q, w.get("query_norm", {}), c, "rmsnorm", over)
+        k = np_norm(k, w.get("key_norm", {}), c, "rmsnorm", over)
     t = np.arange(len(x))
     if c.position == "rope":
-        q, k = np_rope(q, t, kind), np_rope(k, t, kind)
+        q, k = (np_rope(a, t, kind, c.rotary_dim) for a in (q, k))
     k, v = (np.repeat(a, c.n_heads // c.n_kv_heads, axis=1) for a in (k, v))
     score = np.einsum("thk,shk->hts", q, k) * c.query_scale
     if c.attn_softcap:
@@ -172,17 +189,22 @@ def np_logits(params, tokens, c):
         x = np_norm(x, w.get("embed_norm", {}), c, c.norm)
     for i in range(c.n_layers):
         b = w[f"block_{i}"]
-        y = np_norm(x, b.get("norm1", {}), c, c.norm)
+        pre = c.norm_placement != "post"
+        y = first = np_norm(x, b.get("norm1", {}), c, c.norm) if pre else x
         y = np_attention(y, b["attn"], c, c.pattern[i % len(c.pattern)])
-        x = x + (np_norm(y, b["post1"], c, c.norm) if "post1" in b else y)
-        y = np_norm(x, b.get("norm2", {}), c, c.norm)
+        y = y * c.residual_scale
+        both = x + (np_norm(y, b["post1"], c, c.norm) if "post1" in b else y)
+        y = x if c.parallel == "own" else both
+        y = np_norm(y, b.get("norm2", {}), c, c.norm) if pre else y
+        y = first if c.parallel == "shared" else y
+        x = both
         up = np_dense(y, b["mlp"]["up"])
         gated = act(np_dense(y, b["mlp"]["gate"])) * up if c.gated else act(up)
-        y = np_dense(gated, b["mlp"]["down"])
+        y = np_dense(gated, b["mlp"]["down"]) * c.residual_scale
         x = x + (np_norm(y, b["post2"], c, c.norm) if "post2" in b else y)
     x = np_norm(x, w.get("final_norm", {}), c, c.norm)
     head = {"kernel": w["embed"]["embedding"].T} if c.tie_embeddings else w["head"]
-    y = np_dense(x, head)[:, : c.vocab_size]
+    y = np_dense(x, head)[:, : c.vocab_size] / c.logit_divisor
     return c.logit_softcap * np.tanh(y / c.logit_softcap) if c.logit_softcap else y
 
 

@@ -5,6 +5,8 @@ other random weights, and let it load what is exported here.
 """
 
 import json
+import shutil
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -75,6 +77,78 @@ def test_they_load_what_is_exported_with_the_same_numbers(name, tmp_path):
     ids = torch.randint(0, make.VOCAB, (1, make.CONTEXT))
     with torch.no_grad():
         assert torch.equal(found(ids).logits, again(ids).logits)
+
+
+# What a key may be instead, by what it is; what is not legal there is passed over.
+ROPES = (
+    *({"rope_theta": 77.0}, {"rope_type": "linear", "factor": 2.0}),
+    *({"partial_rotary_factor": 0.5}, {"rope_type": "dynamic", "factor": 2.0}),
+    {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32},
+    {**make.LLAMA3, "rope_theta": 50.0},
+)
+WORDS_OF = ("gelu", "relu", "silu", "gelu_new", "tanh")
+
+
+def others(value) -> list:
+    """Returns other values of a key."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [value * 2, max(1, value // 2), value + 1]
+    if isinstance(value, float):
+        return [value * 2 + 0.1, value / 2]
+    if isinstance(value, str):
+        return [word for word in WORDS_OF if word != value]
+    if isinstance(value, list):
+        return [value[::-1], [value[0]] * len(value)] if value else []
+    if isinstance(value, dict):
+        return [{**value, **rope} for rope in ROPES] if "rope_theta" in value else []
+    return [True, 1, 8, 0.5]
+
+
+# Keys of transformers that say nothing of a model, or of another use of it.
+ELSEWHERE = (
+    *("architectures", "dtype", "transformers_version", "id2label", "label2id"),
+    *("model_type", "_name_or_path", "return_dict", "output_attentions"),
+    *("output_hidden_states", "chunk_size_feed_forward", "problem_type"),
+)
+
+
+@partial(jax.jit, static_argnums=0)
+def compiled(gpt: GPT, params, ids):
+    return gpt.apply({"params": params}, ids)[0]
+
+
+@pytest.mark.timeout(900)
+@models
+def test_every_key_of_a_config_is_honoured_or_refused(name, tmp_path):
+    """No key of a family's config, set to another legal value, differs in silence."""
+    ids = np.random.default_rng(0).integers(0, make.VOCAB // 2, (1, make.CONTEXT // 2))
+    told = {"equal": 0, "refused": 0, "not legal there": 0}
+    for key, value in make.build(name, seed=3).config.to_dict().items():
+        if key in ELSEWHERE:
+            continue
+        for number, other in enumerate(others(value)):
+            folder = tmp_path / f"{key}-{number}"
+            try:
+                found = make.build(name, seed=3, **{key: other})
+                with torch.no_grad():
+                    wanted = found(torch.tensor(ids)).logits.numpy()
+                found.save_pretrained(folder)
+            except Exception:  # whatever transformers says of it
+                told["not legal there"] += 1
+                continue
+            try:
+                gpt, params = ours(folder)
+            except ValueError:
+                told["refused"] += 1
+                continue
+            off = np.abs(np.asarray(compiled(gpt, params, ids)) - wanted)
+            assert not off.max() > 1e-3, f"{key} = {other!r} instead of {value!r}"
+            told["equal"] += 1
+            shutil.rmtree(folder)
+    assert told["equal"] > 20, told
+    print(name, told)
 
 
 RECIPES = {
@@ -166,3 +240,39 @@ def test_the_old_spelling_of_rotary_positions_means_what_it_means_there(
     with torch.no_grad():
         wanted = found(torch.tensor(ids)).logits.numpy()
     assert np.abs(logits(gpt, params, ids) - wanted).max() <= 1e-4
+
+
+def test_an_adapter_of_peft_computes_the_same_here_and_goes_back(tmp_path):
+    peft = pytest.importorskip("peft", reason="needs peft: make test-real")
+    from gpt_jax import adapters
+
+    for name, targets in {
+        "gpt2": ["c_attn", "mlp.c_proj"],
+        "llama": ["q_proj", "v_proj", "down_proj"],
+        "phi3": ["qkv_proj", "gate_up_proj"],
+        "gpt_neox": ["query_key_value", "dense"],
+    }.items():
+        base = make.build(name, seed=5)
+        folder, again = tmp_path / name, tmp_path / f"{name}-out"
+        base.save_pretrained(folder)
+        gpt, params = ours(folder)
+        config = peft.LoraConfig(r=4, lora_alpha=7, target_modules=targets)
+        tuned = peft.get_peft_model(base, config).eval()
+        for path, weight in tuned.named_parameters():
+            if "lora_" in path:
+                weight.data = 0.2 * torch.randn_like(weight)
+        tuned.save_pretrained(folder / "adapter")
+        ids = np.random.default_rng(0).integers(0, make.VOCAB, (1, 32))
+        with torch.no_grad():
+            wanted = tuned(torch.tensor(ids)).logits.numpy()
+        found = pretrained.peft.load(folder / "adapter", gpt.cfg)
+        keys = {"rank": found.rank, "alpha": found.alpha, "targets": found.targets}
+        how = adapters.lora(model.declared(gpt.cfg), **keys, base_dtype="")
+        both = how.join(found.params, {"base": params})
+        assert np.abs(logits(gpt, both, ids) - wanted).max() <= 1e-3, name
+        again.mkdir()
+        pretrained.peft.save(again, both, gpt.cfg, base="")
+        fresh = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+        theirs_again = peft.PeftModel.from_pretrained(fresh, again).eval()
+        with torch.no_grad():
+            assert np.abs(theirs_again(torch.tensor(ids)).logits - wanted).max() < 1e-4

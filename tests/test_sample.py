@@ -648,3 +648,61 @@ def test_weights_wider_than_the_activations_are_rounded_once_with_the_same_logit
         for tree in (params, laid)
     )
     np.testing.assert_array_equal(one, other)
+
+
+# ---------------------------------------------------------------- prompt lookup
+
+
+def test_a_guess_is_what_stood_behind_the_newest_tokens_where_they_stood_last():
+    tokens_BS = np.zeros((4, 12), np.int32)
+    for row, ids in enumerate(([1, 2, 3, 9, 1, 2, 4, 5, 1, 2], [1, 2, 3], [7], [5, 5])):
+        tokens_BS[row, : len(ids)] = ids
+    guess_BM, found_B = sample.guess(
+        jnp.asarray(tokens_BS), jnp.array([10, 3, 1, 2]), 3
+    )
+    assert found_B.tolist() == [True, False, False, False]
+    assert guess_BM[0].tolist() == [4, 5, 1]
+
+
+HOT = {"temperature": 0.7, "repetition_penalty": 1.3, "top_k": 20}
+
+
+@pytest.mark.parametrize(
+    "options", ["learned positions, tied", "pattern, qk-norm, gated"]
+)
+def test_guesses_change_no_text_and_save_passes(options):
+    model, params = build(**{**OPTIONS[options], "context_length": 64})
+    prompts = ragged(6, model.cfg.vocab_size, width=8)
+    prompts[:3, 4:] = prompts[:3, :4]  # that repeat themselves
+    length_B = jnp.array([8, 7, 8, 8, 3, 1])
+    rows = [{**PLAIN, **(HOT if i == 2 else {})} for i in range(6)]
+    rows[1]["max_new"] = 11
+    sampling, key_B = sample.rows_of(rows), keys(6)
+    tables = {}
+    for lookup in (0, 4):
+        state = jax.jit(
+            partial(sample.start, model=model, max_length=64, stop_id=5),
+            compiler_options=CHEAP,
+        )(params, jnp.asarray(prompts), length_B, sampling, key_B)
+        run = jax.jit(
+            partial(sample.advance, model=model, stop_id=5, lookup=lookup),
+            compiler_options=CHEAP,
+        )
+        some = run(params, state, sampling, key_B, 20)
+        tables[lookup] = some.length_B, run(params, some, sampling, key_B, 99)
+    (short_B, plain), (long_B, guessed) = tables[0], tables[4]
+    for name in ("tokens_BS", "length_B", "reason_B"):
+        np.testing.assert_array_equal(getattr(guessed, name), getattr(plain, name))
+    assert (long_B >= short_B).all()
+    if "learned" in options:  # the other says nothing twice in so few steps
+        assert (long_B > short_B).any()
+
+
+def test_too_many_guesses_are_refused():
+    model, params = build()
+    with pytest.raises(ValueError, match="lookup is 99; it must be 0 to 15"):
+        sample.texts(
+            **{"model": model, "params": params, "tokenizer": None, "prompts": [[1]]},
+            **{"count": 1, "seed": 0, "stop": [], "lookup": 99},
+            **PLAIN,
+        )

@@ -284,7 +284,7 @@ def layer_norm(x_TD, scale_D, bias_D):
     """
     cfg = _cfg(norm="layernorm", norm_eps=1e-5, norm_bias=True, norm_scale=True)
     params = {"scale": scale_D, "bias": bias_D}
-    made: jax.Array = layers.Norm("embed", "layernorm", cfg).apply(  # type: ignore
+    made: jax.Array = layers.Norm(("embed",), "layernorm", cfg).apply(  # type: ignore
         {"params": params}, x_TD
     )
     return made
@@ -320,7 +320,7 @@ def rms_norm(x_TD, scale_D):
       scale_D: weights.
     """
     cfg = _cfg(norm="rmsnorm", norm_eps=1e-5, norm_scale=True, norm_offset=0.0)
-    made: jax.Array = layers.Norm("embed", "rmsnorm", cfg).apply(  # type: ignore
+    made: jax.Array = layers.Norm(("embed",), "rmsnorm", cfg).apply(  # type: ignore
         {"params": {"scale": scale_D}}, x_TD
     )
     return made

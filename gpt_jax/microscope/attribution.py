@@ -50,7 +50,9 @@ def attribute(gpt: GPT, params, seen: Seen, wanted_T) -> Attribution:
     """
     cfg, T = gpt.cfg, len(wanted_T)
     seen = jax.tree.map(jnp.asarray, seen)
-    end = _Held.of(cfg, params.get("final_norm", {}), seen.stream_LTD[-1])
+    end = _Held.of(
+        cfg, params.get("final_norm", {}), seen.stream_LTD[-1], cfg.logit_divisor
+    )
 
     def raw_T(x_TD):
         raw_TV = applied(gpt, params, _raw, x_TD.astype(cfg.dtype))
@@ -65,7 +67,7 @@ def attribute(gpt: GPT, params, seen: Seen, wanted_T) -> Attribution:
     heads, shifts = [], []
     for layer in range(cfg.n_layers):
         out_THD, bias_TD = _outputs(gpt, params, layer, seen.read_LTHK[layer])
-        if cfg.norm_placement == "both":
+        if cfg.norm_placement != "pre":
             post = params[f"block_{layer}"].get("post1", {})
             behind = _Held.of(cfg, post, out_THD.sum(1) + bias_TD)
             out_THD = jax.vmap(behind.scaled, 1, 1)(out_THD)
@@ -100,15 +102,16 @@ class _Held(NamedTuple):
     shift: Any
 
     @classmethod
-    def of(cls, cfg: GPTConfig, params, x_TD) -> "_Held":
-        """Returns the norm as it is of `x_TD`."""
+    def of(cls, cfg: GPTConfig, params, x_TD, divisor: float = 1.0) -> "_Held":
+        """Returns the norm as it is of `x_TD`, what it gives divided by `divisor`."""
         centred = cfg.norm == "layernorm"
         y_TD = x_TD - x_TD.mean(-1, keepdims=True) if centred else x_TD
         square_T1 = jnp.square(y_TD).mean(-1, keepdims=True)
         scale_TD = jax.lax.rsqrt(square_T1 + cfg.norm_eps)
         if "scale" in params:
             scale_TD = scale_TD * (cfg.norm_offset + params["scale"])
-        return cls(centred, scale_TD, params.get("bias", jnp.zeros(())))
+        shift = params.get("bias", jnp.zeros(()))
+        return cls(centred, scale_TD / divisor, shift / divisor)
 
     def scaled(self, x_TD):
         """Returns the norm of a part, without the bias."""

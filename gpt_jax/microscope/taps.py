@@ -147,8 +147,8 @@ def see(gpt: GPT, params, row: Row) -> Seen:
         x_BTD = _features(gpt, params, row, rows=1)
     names = [f"block_{layer}" for layer in range(cfg.n_layers)]
     # Where a part has a norm behind it, what is added is what that norm returns.
-    both = cfg.norm_placement == "both"
-    added = ("post1", "post2") if both else ("attn", "mlp")
+    behind = cfg.norm_placement != "pre"
+    added = ("post1", "post2") if behind else ("attn", "mlp")
 
     def stacked(*part: str):
         found = [taps.found[name, *part] for name in names]

@@ -62,29 +62,43 @@ __all__ = [
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each added to the residual stream."""
+    """Attention, then MLP, each added to the residual stream.
+
+    Or both at once, of the same stream (Wang and Komatsuzaki 2021, GPT-J).
+    """
 
     cfg: GPTConfig
     kind: LayerKind  # what differs between layers
 
     def setup(self):
         cfg = self.cfg
-        self.norm1 = Norm("embed", cfg.norm, cfg)
-        self.attn = Attention(cfg, self.kind)
-        self.norm2 = Norm("embed", cfg.norm, cfg)
-        self.mlp = MLP(cfg)
-        if cfg.norm_placement == "both":
-            self.post1 = Norm("embed", cfg.norm, cfg)
-            self.post2 = Norm("embed", cfg.norm, cfg)
+        self.attn, self.mlp = Attention(cfg, self.kind), MLP(cfg)
+        if cfg.norm_placement != "post":
+            self.norm1 = Norm(("embed",), cfg.norm, cfg)
+        if cfg.norm_placement != "post" and cfg.parallel != "shared":
+            self.norm2 = Norm(("embed",), cfg.norm, cfg)
+        if cfg.norm_placement != "pre":
+            self.post1 = Norm(("embed",), cfg.norm, cfg)
+            self.post2 = Norm(("embed",), cfg.norm, cfg)
 
     def __call__(self, x_BTD, past, where: Where, dropout: Dropout | None):
-        y_BTD, past = self.attn(self.norm1(x_BTD), past, where, dropout)
+        read_BTD = self._begin(x_BTD, 1)
+        y_BTD, past = self.attn(read_BTD, past, where, dropout)
+        if self.cfg.parallel == "own":
+            read_BTD = self._begin(x_BTD, 2)
         x_BTD += self._finish(y_BTD, 1, dropout)
-        x_BTD += self._finish(self.mlp(self.norm2(x_BTD), dropout), 2, dropout)
+        if self.cfg.parallel == "no":
+            read_BTD = self._begin(x_BTD, 2)
+        x_BTD += self._finish(self.mlp(read_BTD, dropout), 2, dropout)
         return x_BTD, past
 
+    def _begin(self, x_BTD, sublayer: int):
+        if self.cfg.norm_placement == "post":
+            return x_BTD
+        return (self.norm1 if sublayer == 1 else self.norm2)(x_BTD)
+
     def _finish(self, y_BTD, sublayer: int, dropout):
-        if self.cfg.norm_placement == "both":
+        if self.cfg.norm_placement != "pre":
             y_BTD = (self.post1 if sublayer == 1 else self.post2)(y_BTD)
         if dropout is None:
             return y_BTD
@@ -105,12 +119,13 @@ class GPT(nn.Module):
         if cfg.position == "learned":
             self.positions = Embed("position", cfg)
         if cfg.embed_norm:
-            self.embed_norm = Norm("embed", cfg.norm, cfg)
+            self.embed_norm = Norm(("embed",), cfg.norm, cfg)
         if cfg.scan_layers and cfg.n_periods:
             self.blocks = Period(cfg)
         for i in range(cfg.n_scanned if cfg.scan_layers else 0, cfg.n_layers):
             setattr(self, f"block_{i}", Block(cfg, cfg.kind(i)))
-        self.final_norm = Norm("embed", cfg.norm, cfg)
+        # The head is linear, so what it reads may be divided in place of the logits.
+        self.final_norm = Norm(("embed",), cfg.norm, cfg, cfg.logit_divisor)
         if cfg.n_classes:
             self.classifier = Dense(("embed",), ("classes",), True, cfg, draw="head")
         elif not cfg.tie_embeddings:

@@ -14,7 +14,10 @@ from gpt_jax.attention import RopeScaling
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What may differ between layers: attention window and rotary positions."""
+    """What may differ between layers: attention window and rotary positions.
+
+    A rope_base of 0 is no rotation at all (NoPE, Kazemnejad et al. 2023).
+    """
 
     window: int
     rope_base: float
@@ -24,8 +27,10 @@ class LayerKind:
         settings.fit("", vars(self), settings.declared(LayerKind))
         if self.window < 0:
             raise ValueError(f"window {self.window} is below 0; 0 means all tokens")
-        if self.rope_base <= 0:
-            raise ValueError(f"rope_base {self.rope_base} must be above 0")
+        if self.rope_base < 0:
+            raise ValueError(
+                f"rope_base {self.rope_base} is below 0; 0 means no rotation"
+            )
 
 
 def _layer_kind(kind) -> LayerKind:
@@ -67,6 +72,8 @@ class GPTConfig:
     d_ff: int
     position: str
     pattern: tuple[LayerKind, ...]
+    rotary_dim: int
+    parallel: str
     norm: str
     norm_eps: float
     norm_scale: bool
@@ -82,10 +89,13 @@ class GPTConfig:
     head_bias: bool
     tie_embeddings: bool
     qk_norm: bool
+    qk_norm_over: str
     query_scale: float
     attn_softcap: float
     logit_softcap: float
     embed_scale: float
+    residual_scale: float
+    logit_divisor: float
     init: str
     zero_init: bool
     scan_layers: bool
@@ -111,6 +121,7 @@ class GPTConfig:
             )
         settle("n_kv_heads", self.n_kv_heads or self.n_heads)
         settle("head_dim", self.head_dim or self.d_model // self.n_heads)
+        settle("rotary_dim", self.rotary_dim or self.head_dim)
         settle("d_ff", self.d_ff or 4 * self.d_model)
         settle("query_scale", self.query_scale or self.head_dim**-0.5)
         if self.n_heads % self.n_kv_heads:
@@ -118,10 +129,27 @@ class GPTConfig:
                 f"n_heads {self.n_heads} is not a multiple of n_kv_heads "
                 f"{self.n_kv_heads}; each key/value head serves equally many queries"
             )
-        if self.position == "rope" and self.head_dim % 2:
+        if self.position == "rope" and self.rotary_dim % 2:
+            whole = self.rotary_dim == self.head_dim
             raise ValueError(
-                f"head_dim {self.head_dim} is odd; rope rotates features in pairs"
+                f"{'head_dim' if whole else 'rotary_dim'} {self.rotary_dim} is odd; "
+                "rope rotates features in pairs"
             )
+        if self.rotary_dim > self.head_dim:
+            raise ValueError(
+                f"rotary_dim {self.rotary_dim} is more than the {self.head_dim} "
+                "features of a head"
+            )
+        if self.parallel != "no" and self.norm_placement == "post":
+            raise ValueError(
+                f"parallel {self.parallel} needs a norm before attention and MLP: "
+                "norm_placement pre or both"
+            )
+        if self.logit_divisor != 1.0 and self.head_bias:
+            raise ValueError("logit_divisor needs a head without a bias")
+        for name in ("residual_scale", "logit_divisor"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} {getattr(self, name)} must be above 0")
         if not self.pattern:
             raise ValueError("pattern is empty; it needs at least one layer kind")
         if self.n_classes == 1:
@@ -205,11 +233,14 @@ REMAT: dict[str, Callable | None] = {
 _POSITIVE = ("vocab_multiple", "context_length", "n_layers")
 _POSITIVE += ("d_model", "n_heads")
 _NOT_NEGATIVE = ("vocab_size", "n_kv_heads", "head_dim", "d_ff", "query_scale")
+_NOT_NEGATIVE += ("rotary_dim",)
 _NOT_NEGATIVE += ("attn_softcap", "logit_softcap", "norm_eps", "n_classes")
 _CHOICES = {
     "position": ("learned", "rope", "none"),
     "norm": ("layernorm", "rmsnorm"),
-    "norm_placement": ("pre", "both"),
+    "norm_placement": ("pre", "post", "both"),
+    "parallel": ("no", "shared", "own"),
+    "qk_norm_over": ("head", "heads"),
     "activation": tuple(ACTIVATIONS),
     "init": ("gpt2", "torch_default", "modern"),
     "remat": ("none", *REMAT),

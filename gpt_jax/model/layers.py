@@ -67,9 +67,10 @@ def rotations(cfg: GPTConfig, positions_BT) -> dict[tuple, Rotation]:
     ropes = dict.fromkeys((kind.rope_base, kind.rope_scaling) for kind in cfg.pattern)
     return {
         (base, scaling): attention.rotation(
-            positions_BT, cfg.head_dim, base=base, scaling=scaling
+            positions_BT, cfg.rotary_dim, base=base, scaling=scaling
         )
         for base, scaling in ropes
+        if base  # without one the layers do not rotate
     }
 
 
@@ -114,6 +115,8 @@ class Dense(nn.Module):
     Where an adapter has put leaves beside the kernel (adapters.py), also
     + (drop(x) @ lora_a) @ lora_b * lora_scale: LoRA (Hu et al. 2021, section 4.1).
     With a `kernel_scale` the kernel is int8, and its outputs are multiplied by that.
+    A layer whose outputs are added to the residual stream multiplies them by
+    `residual_scale` (Bordelon et al. 2023, "Depthwise hyperparameter transfer").
 
     Attributes:
       reads, gives: the axes of the kernel by name, as long as the config says.
@@ -147,6 +150,8 @@ class Dense(nn.Module):
             y = y + bias.astype(dtype).reshape(-1)
         if self.has_variable("params", "lora_a"):
             y = y + self._low_rank(x_ND, dropout)
+        if self.draw == "residual" and self.cfg.residual_scale != 1.0:
+            y = y * jnp.asarray(self.cfg.residual_scale, y.dtype)
         return y.reshape(*x.shape[: x.ndim - len(inputs)], *outputs)
 
     def _low_rank(self, x_ND, dropout: Dropout | None):
@@ -164,23 +169,26 @@ class Dense(nn.Module):
 class Norm(nn.Module):
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019), in float32."""
 
-    axis: str
+    axes: tuple[str, ...]  # the last of x, as one vector
     kind: str
     cfg: GPTConfig
+    divisor: float = 1.0  # of what comes out; the last norm has that of the logits
 
     @nn.compact
     def __call__(self, x):
-        cfg = self.cfg
+        cfg, over = self.cfg, tuple(range(-len(self.axes), 0))
         y = x.astype(jnp.float32)
         if self.kind == "layernorm":
-            y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + cfg.norm_eps)
+            y = y - y.mean(over, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(over, keepdims=True) + cfg.norm_eps)
         if cfg.norm_scale:
-            scale = _weight(self, "scale", (self.axis,), "scale")
+            scale = _weight(self, "scale", self.axes, "scale")
             # In float32: 1 + a small scale has too few digits in bfloat16.
             y = y * (cfg.norm_offset + scale.astype(jnp.float32))
         if cfg.norm_bias and self.kind == "layernorm":
-            y = y + _weight(self, "bias", (self.axis,), "shift")
+            y = y + _weight(self, "bias", self.axes, "shift")
+        if self.divisor != 1.0:
+            y = y / self.divisor
         return y.astype(cfg.dtype)
 
 
@@ -199,8 +207,10 @@ class Attention(nn.Module):
             ("heads", "head"), ("embed",), cfg.attn_bias, cfg, draw="residual"
         )
         if cfg.qk_norm:
-            self.query_norm = Norm("head", "rmsnorm", cfg)
-            self.key_norm = Norm("head", "rmsnorm", cfg)
+            whole = cfg.qk_norm_over == "heads"
+            query, key = (("heads",), ("kv_heads",)) if whole else ((), ())
+            self.query_norm = Norm((*query, "head"), "rmsnorm", cfg)
+            self.key_norm = Norm((*key, "head"), "rmsnorm", cfg)
 
     @staticmethod
     def empty(cfg: GPTConfig, rows: int, length: int, dtype) -> Past:

@@ -24,8 +24,10 @@ from gpt_jax.pretrained import (
     files,
     gguf,
     gguf_file,
+    peft,
     stablehlo,
     texts,
+    vocabulary,
     weights,
 )
 from gpt_jax.tokenizers import Tokenizer
@@ -36,10 +38,12 @@ __all__ = [
     "gguf",
     "keep",
     "load",
+    "peft",
     "save",
     "stablehlo",
     "template",
     "tokenizer",
+    "vocabulary",
     "whole",
 ]
 
@@ -178,8 +182,8 @@ def whole(target: Path) -> Iterator[Path]:
 
 # What else people have, by a file's name, and what to do with it.
 FOREIGN = (
-    (r"adapter_config\.json", "an adapter (PEFT), not a model: merge it into its base "
-     "with peft's merge_and_unload and save_pretrained, and import that folder"),
+    (r"adapter_config\.json", "an adapter (PEFT), not a model: --from_peft=FOLDER of "
+     "convert makes a run of it and its base"),
     (r"consolidated.*\.(safetensors|pth)|params\.json", "in its maker's own form (of "
      "Meta or Mistral): get the version for transformers, with config.json"),
     (r".*\.gguf", "a GGUF file: name the file itself, gguf:FILE or --from_gguf=FILE"),

@@ -97,7 +97,10 @@ def config_of(cfg: GPTConfig) -> dict[str, Any]:
     for family in TABLE.values():
         config = _config(family, cfg)
         absent = dict.fromkeys(_zeros(family, cfg), False)
-        wrong = difference(cfg, fields(config) | absent)
+        try:
+            wrong = difference(cfg, fields(config) | absent)
+        except ValueError:  # what this family cannot even say
+            continue
         if not wrong:
             return config
         lacking[family.model_type] = wrong
@@ -143,6 +146,10 @@ def _canonical(cfg: GPTConfig) -> dict[str, Any]:
         values["norm_bias"] = False
     if not cfg.norm_scale:
         values["norm_offset"] = 0.0
+    if cfg.position != "rope":
+        values["rotary_dim"] = 0
+    if not cfg.qk_norm:
+        values["qk_norm_over"] = ""
     kinds = [_canonical_kind(cfg, cfg.kind(i)) for i in range(cfg.n_layers)]
     return values | {"pattern": period(kinds)}
 
@@ -151,7 +158,8 @@ def _canonical_kind(cfg: GPTConfig, kind: LayerKind) -> LayerKind:
     window = kind.window if kind.window < cfg.context_length else 0
     if cfg.position != "rope":
         return LayerKind(window, 1.0, None)
-    return replace(kind, window=window)
+    scaling = kind.rope_scaling if kind.rope_base else None
+    return replace(kind, window=window, rope_scaling=scaling)
 
 
 def _refuse_unknown(

@@ -60,6 +60,11 @@ class Family(NamedTuple):
     rows: tuple[Row, ...]
     zeros: tuple[str, ...] = ()
 
+    def full(self, name: str) -> str:
+        """Returns the whole name of a tensor; the head's has no prefix."""
+        head = name.startswith(("lm_head.", "embed_out."))
+        return name if head else self.prefix + name
+
 
 REQUIRED = object()
 
@@ -80,10 +85,15 @@ PLAIN = {
     "embed_norm": False,
     "head_bias": False,
     "qk_norm": False,
+    "qk_norm_over": "head",
     "attn_softcap": 0.0,
     "logit_softcap": 0.0,
     "embed_scale": 1.0,
+    "parallel": "no",
+    "residual_scale": 1.0,
+    "logit_divisor": 1.0,
 }
+MULTIPLIERS = ("embed_scale", "residual_scale", "logit_divisor")
 ROTARY = {**PLAIN, "position": "rope", "norm": "rmsnorm", "gated": True}
 
 
@@ -173,6 +183,19 @@ def _block(*rows: tuple[str, str, Any]) -> tuple[Row, ...]:
     return tuple(
         Row(f"block_{{i}}/{ours}", f"layers.{{i}}.{theirs}", layout)
         for ours, theirs, layout in rows
+    )
+
+
+QKV = ("query", "key", "value")
+
+
+def _fused(ours: str, theirs: str, *parts: str) -> tuple[Row, ...]:
+    """Returns the rows of weights that lie in one tensor, in this order."""
+    layout = LINEAR if theirs.endswith(".weight") else VECTOR
+    where = f"layers.{{i}}.{theirs}"
+    return tuple(
+        Row(f"block_{{i}}/{ours.format(part)}", where, layout, number, len(parts))
+        for number, part in enumerate(parts)
     )
 
 
@@ -481,7 +504,674 @@ NANOCHAT = LLAMA._replace(
     ),
 )
 
+
+# ---------------------------------------------------------------- Qwen 2 and 2.5
+
+
+def _read_qwen2(config: Mapping) -> dict[str, Any]:
+    own = {"num_key_value_heads": 32, **config}
+    size = (
+        config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    )
+    return {**_read_qwen3({**own, "head_dim": size}), "attn_bias": False}
+
+
+QWEN2 = QWEN3._replace(
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    keys={
+        **SIZES,
+        "context_length": ("max_position_embeddings", 32_768),
+        "tie_embeddings": ("tie_word_embeddings", False),
+    },
+    fixed={**ROTARY, "qkv_bias": True, "attn_bias": False, "mlp_bias": False},
+    read=_read_qwen2,
+    rows=LLAMA.rows,
+)
+
+
+# ---------------------------------------------------------------- Gemma 1
+
+
+def _read_gemma(config: Mapping) -> dict[str, Any]:
+    # "gelu" of the first release was meant to be, and is computed as, the other one.
+    name = config.get("hidden_act") or "gelu_pytorch_tanh"
+    name = "gelu_pytorch_tanh" if name == "gelu" else name
+    if (config.get("hidden_activation") or name) != name:
+        raise ValueError(
+            f"hidden_act and hidden_activation differ: {name!r} and "
+            f"{config['hidden_activation']!r}"
+        )
+    return {
+        **_read_llama({**config, "hidden_act": name}),
+        **options.heads(config, head_dim=256, kv=16),
+        "embed_scale": config["hidden_size"] ** 0.5,
+    }
+
+
+def _write_gemma(cfg: GPTConfig) -> dict[str, Any]:
+    name = _gemma_activation(cfg)
+    return {**_write_llama(cfg), "hidden_act": name, "hidden_activation": name}
+
+
+def _gemma_activation(cfg: GPTConfig) -> str:
+    tanh = cfg.activation == "gelu_tanh"
+    return "gelu_pytorch_tanh" if tanh else ACTIVATIONS[cfg.activation][0]
+
+
+GEMMA = LLAMA._replace(
+    model_type="gemma",
+    architecture="GemmaForCausalLM",
+    keys={
+        **SIZES,
+        "context_length": ("max_position_embeddings", 8192),
+        "tie_embeddings": ("tie_word_embeddings", True),
+        "qkv_bias": ("attention_bias", False),
+    },
+    fixed={**ROTARY, "mlp_bias": False, "norm_offset": 1.0},
+    known=(*LLAMA.known, "hidden_activation"),
+    read=_read_gemma,
+    write=_write_gemma,
+)
+
+
+# ---------------------------------------------------------------- Gemma 2
+
+
+def _read_gemma2(config: Mapping) -> dict[str, Any]:
+    types = options.layer_types(config, lambda i: SLIDING if (i + 1) % 2 else FULL)
+    window = config.get("sliding_window", 4096) or 0
+    rope = options.rope(config, FULL, BASE)
+    kinds = [LayerKind(window if name == SLIDING else 0, *rope) for name in types]
+    scalar = config.get("query_pre_attn_scalar") or 256
+    return {
+        **options.heads(config, head_dim=256, kv=4),
+        "query_scale": scalar**-0.5,
+        "embed_scale": config["hidden_size"] ** 0.5,
+        "activation": options.activation(
+            config.get("hidden_activation") or "gelu_pytorch_tanh"
+        ),
+        "attn_softcap": float(config.get("attn_logit_softcapping", 50.0) or 0.0),
+        "logit_softcap": float(config.get("final_logit_softcapping", 30.0) or 0.0),
+        "attn_bias": bool(config.get("attention_bias")),
+        **options.pattern(kinds),
+    }
+
+
+def _write_gemma2(cfg: GPTConfig) -> dict[str, Any]:
+    return {
+        **options.write_heads(cfg),
+        **_write_windows(cfg),
+        **options.write_rope(cfg.kind(0)),
+        "hidden_activation": _gemma_activation(cfg),
+        "query_pre_attn_scalar": round(cfg.query_scale**-2),
+        "attn_logit_softcapping": cfg.attn_softcap or None,
+        "final_logit_softcapping": cfg.logit_softcap or None,
+    }
+
+
+GEMMA2 = GEMMA3._replace(
+    model_type="gemma2",
+    architecture="Gemma2ForCausalLM",
+    keys={**GEMMA3.keys, "context_length": ("max_position_embeddings", 8192)},
+    fixed={
+        **{**ROTARY, "mlp_bias": False},
+        **{"norm_offset": 1.0, "norm_placement": "both"},
+    },
+    known=(
+        *(*HEADS, *ROPE, *WINDOWS, "hidden_activation", "query_pre_attn_scalar"),
+        *("attn_logit_softcapping", "final_logit_softcapping", "hidden_act"),
+    ),
+    read=_read_gemma2,
+    write=_write_gemma2,
+    rows=tuple(row for row in GEMMA3.rows if row not in QK_NORM),
+)
+
+
+# ---------------------------------------------------------------- StarCoder 2
+
+
+def _read_starcoder2(config: Mapping) -> dict[str, Any]:
+    window = config.get("sliding_window") or 0
+    return {
+        **options.heads(config, kv=2),
+        "activation": options.activation(
+            config.get("hidden_act") or "gelu_pytorch_tanh"
+        ),
+        **options.pattern([LayerKind(window, *options.rope(config, FULL, BASE))]),
+    }
+
+
+def _write_starcoder2(cfg: GPTConfig) -> dict[str, Any]:
+    return {**_write_mistral(cfg), "hidden_act": _gemma_activation(cfg)}
+
+
+STARCODER2 = LLAMA._replace(
+    model_type="starcoder2",
+    architecture="Starcoder2ForCausalLM",
+    keys={
+        **SIZES,
+        "context_length": ("max_position_embeddings", 4096),
+        "norm_eps": ("norm_epsilon", 1e-5),
+        "tie_embeddings": ("tie_word_embeddings", True),
+        "qkv_bias": ("use_bias", True),
+        "attn_bias": ("use_bias", True),
+        "mlp_bias": ("use_bias", True),
+    },
+    fixed={
+        **{**PLAIN, "position": "rope", "norm": "layernorm"},
+        **{"norm_bias": True, "gated": False},
+    },
+    known=(*LLAMA.known, "sliding_window"),
+    read=_read_starcoder2,
+    write=_write_starcoder2,
+    rows=(
+        *(*ENDS, *NORMS, *ATTENTION),
+        Row("final_norm/bias", "norm.bias", VECTOR),
+        *_block(
+            ("norm1/bias", "input_layernorm.bias", VECTOR),
+            ("norm2/bias", "post_attention_layernorm.bias", VECTOR),
+            ("mlp/up/kernel", "mlp.c_fc.weight", LINEAR),
+            ("mlp/down/kernel", "mlp.c_proj.weight", LINEAR),
+            ("mlp/up/bias", "mlp.c_fc.bias", VECTOR),
+            ("mlp/down/bias", "mlp.c_proj.bias", VECTOR),
+        ),
+    ),
+)
+
+
+# ---------------------------------------------------------------- Arcee
+
+ARCEE = LLAMA._replace(
+    model_type="arcee",
+    architecture="ArceeForCausalLM",
+    keys={
+        **LLAMA.keys,
+        "context_length": ("max_position_embeddings", 4096),
+        "norm_eps": ("rms_norm_eps", 1e-5),
+    },
+    fixed={**ROTARY, "gated": False},
+    read=lambda config: _read_llama({"hidden_act": "relu2", **config}),
+    rows=tuple(row for row in LLAMA.rows if "gate" not in row.ours),
+)
+
+
+# ---------------------------------------------------------------- GPT-Neo
+
+GLOBAL, LOCAL = "global", "local"
+
+
+def _read_gpt_neo(config: Mapping) -> dict[str, Any]:
+    sizes = {
+        "hidden_size": config["hidden_size"],
+        "num_attention_heads": config["num_heads"],
+    }
+    window = config.get("window_size") or 256
+    kinds = [
+        LayerKind(window if local else 0, BASE[1], None) for local in _local(config)
+    ]
+    return {
+        **options.heads(sizes),
+        "query_scale": 1.0,  # its scores are not scaled
+        "d_ff": config.get("intermediate_size") or 4 * config["hidden_size"],
+        "activation": options.activation(config.get("activation_function", "gelu_new")),
+        **options.pattern(kinds),
+    }
+
+
+def _local(config: Mapping) -> list[bool]:
+    """Returns which layers see a window alone, as [[["global", "local"], 12]] says."""
+    spelt = config.get("attention_types") or [[[GLOBAL, LOCAL], 12]]
+    count, names = config["num_layers"], []
+    try:
+        for kinds, times in spelt:
+            names += list(kinds) * min(int(times), count)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"attention_types {spelt!r:.80} is not understood") from error
+    listed = config.get("attention_layers") or names
+    if len(names) != count or listed != names or not {*names} <= {GLOBAL, LOCAL}:
+        raise ValueError(
+            f"attention_types {spelt!r:.80} does not name {count} layers, {GLOBAL} or "
+            f"{LOCAL}, or attention_layers says otherwise"
+        )
+    return [name == LOCAL for name in names]
+
+
+def _write_gpt_neo(cfg: GPTConfig) -> dict[str, Any]:
+    windows = [cfg.kind(i).window for i in range(cfg.n_layers)]
+    names = [LOCAL if window else GLOBAL for window in windows]
+    return {
+        "intermediate_size": cfg.d_ff,
+        "activation_function": ACTIVATIONS[cfg.activation][0],
+        "window_size": max(windows) or 256,
+        "attention_types": [[[name], 1] for name in names],
+        "attention_layers": names,
+    }
+
+
+GPT_NEO = GPT2._replace(
+    model_type="gpt_neo",
+    architecture="GPTNeoForCausalLM",
+    keys={
+        "vocab_size": ("vocab_size", REQUIRED),
+        "context_length": ("max_position_embeddings", 2048),
+        "n_layers": ("num_layers", REQUIRED),
+        "d_model": ("hidden_size", REQUIRED),
+        "n_heads": ("num_heads", REQUIRED),
+        "norm_eps": ("layer_norm_epsilon", 1e-5),
+        "tie_embeddings": ("tie_word_embeddings", True),
+    },
+    fixed={**GPT2.fixed, "qkv_bias": False},
+    always={},
+    known=(
+        *("intermediate_size", "activation_function", "window_size"),
+        *("attention_types", "attention_layers"),
+    ),
+    read=_read_gpt_neo,
+    write=_write_gpt_neo,
+    rows=(
+        *(
+            row
+            for row in GPT2.rows
+            if "attn" not in row.ours and "/kernel" not in row.ours
+        ),
+        Row("head/kernel", "lm_head.weight", LINEAR),
+        Row("block_{i}/mlp/up/kernel", "h.{i}.mlp.c_fc.weight", LINEAR),
+        Row("block_{i}/mlp/down/kernel", "h.{i}.mlp.c_proj.weight", LINEAR),
+        *(
+            Row(f"block_{{i}}/attn/{ours}", f"h.{{i}}.attn.attention.{theirs}", layout)
+            for ours, theirs, layout in (
+                ("query/kernel", "q_proj.weight", LINEAR),
+                ("key/kernel", "k_proj.weight", LINEAR),
+                ("value/kernel", "v_proj.weight", LINEAR),
+                ("out/kernel", "out_proj.weight", LINEAR),
+                ("out/bias", "out_proj.bias", VECTOR),
+            )
+        ),
+    ),
+    zeros=(),
+)
+
+
+# ---------------------------------------------------------------- Granite
+
+
+def _read_granite(config: Mapping) -> dict[str, Any]:
+    return {
+        **_read_llama(config),
+        **{
+            field: float(config.get(key) or 1.0)
+            for field, key in (
+                ("embed_scale", "embedding_multiplier"),
+                ("query_scale", "attention_multiplier"),
+                ("residual_scale", "residual_multiplier"),
+                ("logit_divisor", "logits_scaling"),
+            )
+        },
+    }
+
+
+def _write_granite(cfg: GPTConfig) -> dict[str, Any]:
+    return {
+        **_write_llama(cfg),
+        "embedding_multiplier": cfg.embed_scale,
+        "attention_multiplier": cfg.query_scale,
+        "residual_multiplier": cfg.residual_scale,
+        "logits_scaling": cfg.logit_divisor,
+    }
+
+
+GRANITE = LLAMA._replace(
+    model_type="granite",
+    architecture="GraniteForCausalLM",
+    fixed={k: v for k, v in ROTARY.items() if k not in MULTIPLIERS},
+    known=(
+        *(*LLAMA.known, "embedding_multiplier", "attention_multiplier"),
+        *("residual_multiplier", "logits_scaling"),
+    ),
+    read=_read_granite,
+    write=_write_granite,
+)
+
+
+# ---------------------------------------------------------------- SmolLM 3
+
+
+def _read_smollm3(config: Mapping) -> dict[str, Any]:
+    base, scaling = options.rope(config, FULL, ("rope_theta", 2_000_000.0))
+    count, every = config["num_hidden_layers"], config.get("no_rope_layer_interval", 4)
+    turned = config.get("no_rope_layers")
+    if turned is None:
+        turned = [int((i + 1) % every != 0) for i in range(count)]
+    if len(turned) != count or not {*map(repr, turned)} <= {"0", "1"}:
+        raise ValueError(
+            f"no_rope_layers should be {count} numbers, 1 where a layer has rotary "
+            "positions and else 0"
+        )
+    window = config.get("sliding_window") or 0
+    window = window if config.get("use_sliding_window") else 0
+    types = options.layer_types(
+        config, lambda i: SLIDING if window and not turned[i] else FULL
+    )
+    if SLIDING in types and not window:
+        raise ValueError("config.json has sliding layers but no sliding_window in use")
+    return {
+        **options.heads(config, kv=4),
+        "activation": options.activation(config.get("hidden_act") or "silu"),
+        "attn_bias": bool(config.get("attention_bias")),
+        **options.pattern(
+            LayerKind(window if name == SLIDING else 0, base if turn else 0.0, scaling)
+            for name, turn in zip(types, turned, strict=True)
+        ),
+    }
+
+
+def _write_smollm3(cfg: GPTConfig) -> dict[str, Any]:
+    kinds = [cfg.kind(i) for i in range(cfg.n_layers)]
+    turned = next((kind for kind in kinds if kind.rope_base), None)
+    keys = {
+        **options.write_heads(cfg),
+        **_write_windows(cfg),
+        "hidden_act": ACTIVATIONS[cfg.activation][0],
+        **(options.write_rope(turned) if turned else {}),
+        "no_rope_layers": [int(kind.rope_base > 0) for kind in kinds],
+    }
+    return {**keys, "use_sliding_window": bool(keys["sliding_window"])}
+
+
+SMOLLM3 = LLAMA._replace(
+    model_type="smollm3",
+    architecture="SmolLM3ForCausalLM",
+    keys={
+        **LLAMA.keys,
+        "context_length": ("max_position_embeddings", 32_768),
+        "tie_embeddings": ("tie_word_embeddings", True),
+    },
+    known=(
+        *(*LLAMA.known, *WINDOWS, "use_sliding_window"),
+        *("no_rope_layers", "no_rope_layer_interval"),
+    ),
+    read=_read_smollm3,
+    write=_write_smollm3,
+)
+
+
+# ---------------------------------------------------------------- OLMo 1 and 2
+
+
+def _read_olmo(config: Mapping) -> dict[str, Any]:
+    return {**_read_llama(config), "norm_eps": 1e-5}
+
+
+OLMO = LLAMA._replace(
+    model_type="olmo",
+    architecture="OlmoForCausalLM",
+    keys={k: v for k, v in LLAMA.keys.items() if k not in ("norm_eps", "mlp_bias")},
+    fixed={**ROTARY, "norm": "layernorm", "norm_scale": False, "mlp_bias": False},
+    always={"clip_qkv": None},
+    read=_read_olmo,
+    rows=tuple(row for row in LLAMA.rows if "norm" not in row.ours),
+)
+OLMO2 = LLAMA._replace(
+    model_type="olmo2",
+    architecture="Olmo2ForCausalLM",
+    keys={
+        **{k: v for k, v in LLAMA.keys.items() if k != "mlp_bias"},
+        "norm_eps": ("rms_norm_eps", 1e-5),
+    },
+    fixed={
+        **{**ROTARY, "mlp_bias": False, "norm_placement": "post"},
+        **{"qk_norm": True, "qk_norm_over": "heads"},
+    },
+    rows=(
+        *(*ENDS, *ATTENTION, *QK_NORM, *GATED_MLP),
+        *_block(
+            ("post1/scale", "post_attention_layernorm.weight", VECTOR),
+            ("post2/scale", "post_feedforward_layernorm.weight", VECTOR),
+        ),
+    ),
+)
+
+
+# ---------------------------------------------------------------- Phi 3 and 4
+
+
+def _read_phi3(config: Mapping) -> dict[str, Any]:
+    rope = options.rope(config, FULL, BASE)
+    if rope[1] is not None:
+        raise ValueError(f"the rope scaling {rope[1].kind} is not supported for phi3")
+    window = config.get("sliding_window") or 0
+    return {
+        **options.heads(config),
+        **options.rotary(config, 1.0),
+        "activation": options.activation(config.get("hidden_act") or "silu"),
+        **options.pattern([LayerKind(window, *rope)]),
+    }
+
+
+def _write_phi3(cfg: GPTConfig) -> dict[str, Any]:
+    return {**_write_partial(cfg), "sliding_window": cfg.kind(0).window or None}
+
+
+def _write_partial(cfg: GPTConfig) -> dict[str, Any]:
+    """As `_write_llama`, where some features of a head may be left unrotated."""
+    keys, share = _write_llama(cfg), cfg.rotary_dim / cfg.head_dim
+    rope = {**keys["rope_parameters"], "partial_rotary_factor": share}
+    return {**keys, "rope_parameters": rope, "partial_rotary_factor": share}
+
+
+PHI3 = LLAMA._replace(
+    model_type="phi3",
+    architecture="Phi3ForCausalLM",
+    keys={
+        **SIZES,
+        "context_length": ("max_position_embeddings", 4096),
+        "norm_eps": ("rms_norm_eps", 1e-5),
+        "tie_embeddings": ("tie_word_embeddings", False),
+    },
+    fixed={**ROTARY, "qkv_bias": False, "attn_bias": False, "mlp_bias": False},
+    known=(
+        *(*LLAMA.known, "sliding_window", "partial_rotary_factor"),
+        "original_max_position_embeddings",  # which longrope alone reads
+    ),
+    read=_read_phi3,
+    write=_write_phi3,
+    rows=(
+        *(*ENDS, *NORMS),
+        *_fused("attn/{}/kernel", "self_attn.qkv_proj.weight", *QKV),
+        *_fused("mlp/{}/kernel", "mlp.gate_up_proj.weight", "gate", "up"),
+        *_block(
+            ("attn/out/kernel", "self_attn.o_proj.weight", LINEAR),
+            ("mlp/down/kernel", "mlp.down_proj.weight", LINEAR),
+        ),
+    ),
+)
+
+
+# ---------------------------------------------------------------- Phi 1, 1.5 and 2
+
+
+def _read_phi(config: Mapping) -> dict[str, Any]:
+    return {
+        **_read_llama({"hidden_act": "gelu_new", **config}),
+        **options.rotary(config, 0.5),
+        "attn_bias": True,
+    }
+
+
+TWO_LAYERS = {  # LayerNorm with biases, and an MLP without a gate
+    **{**PLAIN, "position": "rope", "norm": "layernorm", "norm_bias": True},
+    **{"gated": False, "mlp_bias": True},
+}
+PHI = LLAMA._replace(
+    model_type="phi",
+    architecture="PhiForCausalLM",
+    keys={
+        **SIZES,
+        "norm_eps": ("layer_norm_eps", 1e-5),
+        "tie_embeddings": ("tie_word_embeddings", False),
+    },
+    fixed={
+        **{**TWO_LAYERS, "parallel": "shared", "head_bias": True},
+        **{"qkv_bias": True},
+    },
+    always={"qk_layernorm": False},
+    known=(*LLAMA.known, "partial_rotary_factor"),
+    read=_read_phi,
+    write=_write_partial,
+    rows=(
+        *(row for row in (*ENDS, *ATTENTION) if row.ours != "final_norm/scale"),
+        Row("final_norm/scale", "final_layernorm.weight", VECTOR),
+        Row("final_norm/bias", "final_layernorm.bias", VECTOR),
+        Row("head/bias", "lm_head.bias", VECTOR),
+        *_block(
+            ("norm1/scale", "input_layernorm.weight", VECTOR),
+            ("norm1/bias", "input_layernorm.bias", VECTOR),
+            ("mlp/up/kernel", "mlp.fc1.weight", LINEAR),
+            ("mlp/up/bias", "mlp.fc1.bias", VECTOR),
+            ("mlp/down/kernel", "mlp.fc2.weight", LINEAR),
+            ("mlp/down/bias", "mlp.fc2.bias", VECTOR),
+        ),
+    ),
+)
+PHI = PHI._replace(
+    rows=tuple(
+        row._replace(theirs=row.theirs.replace("o_proj", "dense")) for row in PHI.rows
+    )
+)
+
+
+# ---------------------------------------------------------------- GPT-NeoX, Pythia
+
+
+def _read_gpt_neox(config: Mapping) -> dict[str, Any]:
+    if {FULL, SLIDING} & (config.get("rope_parameters") or {}).keys():
+        raise ValueError("rope_parameters for each type of layer are not supported")
+    if config.get("partial_rotary_factor") is not None:
+        raise ValueError("partial_rotary_factor is called rotary_pct for gpt_neox")
+    rope = options.rope(config, FULL, ("rotary_emb_base", 10_000.0))
+    share = config.get("rotary_pct")
+    return {
+        **options.heads(config),
+        **options.rotary(config, 0.25 if share is None else share),
+        "activation": options.activation(config.get("hidden_act") or "gelu"),
+        "parallel": "own" if config.get("use_parallel_residual", True) else "no",
+        **options.pattern([LayerKind(0, *rope)]),
+    }
+
+
+def _write_gpt_neox(cfg: GPTConfig) -> dict[str, Any]:
+    keys = _write_partial(cfg)
+    return {
+        "hidden_act": keys["hidden_act"],
+        "use_parallel_residual": cfg.parallel == "own",
+        "rotary_emb_base": keys["rope_theta"],
+        "rotary_pct": keys["partial_rotary_factor"],
+        "rope_scaling": keys["rope_scaling"],
+        "rope_parameters": keys["rope_parameters"],
+    }
+
+
+GPT_NEOX = PHI._replace(
+    model_type="gpt_neox",
+    architecture="GPTNeoXForCausalLM",
+    prefix="gpt_neox.",
+    keys={
+        **PHI.keys,
+        "qkv_bias": ("attention_bias", True),
+        "attn_bias": ("attention_bias", True),
+    },
+    fixed={k: v for k, v in TWO_LAYERS.items() if k != "parallel"},
+    always={},
+    known=(
+        *("rotary_emb_base", "rotary_pct", "rope_scaling", "rope_parameters"),
+        *("hidden_act", "use_parallel_residual", "partial_rotary_factor"),
+    ),
+    read=_read_gpt_neox,
+    write=_write_gpt_neox,
+    rows=(
+        Row("embed/embedding", "embed_in.weight", EMBEDDING),
+        Row("final_norm/scale", "final_layer_norm.weight", VECTOR),
+        Row("final_norm/bias", "final_layer_norm.bias", VECTOR),
+        Row("head/kernel", "embed_out.weight", LINEAR),
+        *(
+            row._replace(by_head=True)
+            for leaf in ("weight", "bias")
+            for row in _fused(
+                f"attn/{{}}/{'kernel' if leaf == 'weight' else leaf}",
+                f"attention.query_key_value.{leaf}",
+                *QKV,
+            )
+        ),
+        *NORMS,
+        *_block(
+            ("norm1/bias", "input_layernorm.bias", VECTOR),
+            ("norm2/bias", "post_attention_layernorm.bias", VECTOR),
+            ("attn/out/kernel", "attention.dense.weight", LINEAR),
+            ("attn/out/bias", "attention.dense.bias", VECTOR),
+            ("mlp/up/kernel", "mlp.dense_h_to_4h.weight", LINEAR),
+            ("mlp/up/bias", "mlp.dense_h_to_4h.bias", VECTOR),
+            ("mlp/down/kernel", "mlp.dense_4h_to_h.weight", LINEAR),
+            ("mlp/down/bias", "mlp.dense_4h_to_h.bias", VECTOR),
+        ),
+    ),
+)
+
+
+# ---------------------------------------------------------------- StableLM
+
+
+def _read_stablelm(config: Mapping) -> dict[str, Any]:
+    return {
+        **_read_llama({"num_key_value_heads": 32, **config}),
+        **options.rotary(config, 0.25),
+        "attn_bias": False,
+        "parallel": "shared" if config.get("use_parallel_residual") else "no",
+    }
+
+
+def _write_stablelm(cfg: GPTConfig) -> dict[str, Any]:
+    keys = {k: v for k, v in _write_partial(cfg).items() if k != "head_dim"}
+    return {**keys, "use_parallel_residual": cfg.parallel == "shared"}
+
+
+STABLELM = LLAMA._replace(
+    model_type="stablelm",
+    architecture="StableLmForCausalLM",
+    keys={
+        **SIZES,
+        "context_length": ("max_position_embeddings", 4096),
+        "norm_eps": ("layer_norm_eps", 1e-5),
+        "tie_embeddings": ("tie_word_embeddings", False),
+        "qkv_bias": ("use_qkv_bias", False),
+    },
+    fixed={
+        **{k: v for k, v in PLAIN.items() if k != "parallel"},
+        **{"position": "rope", "norm": "layernorm", "norm_bias": True, "gated": True},
+        "mlp_bias": False,
+    },
+    always={"qk_layernorm": False},
+    known=(
+        *("num_key_value_heads", *ROPE, "hidden_act", "partial_rotary_factor"),
+        "use_parallel_residual",
+    ),
+    read=_read_stablelm,
+    write=_write_stablelm,
+    rows=(
+        *LLAMA.rows,
+        Row("final_norm/bias", "norm.bias", VECTOR),
+        *_block(
+            ("norm1/bias", "input_layernorm.bias", VECTOR),
+            ("norm2/bias", "post_attention_layernorm.bias", VECTOR),
+        ),
+    ),
+)
+
 TABLE = {
     family.model_type: family
-    for family in (GPT2, LLAMA, MISTRAL, QWEN3, GEMMA3, NANOCHAT)
+    for family in (
+        *(GPT2, LLAMA, MISTRAL, QWEN3, GEMMA3, NANOCHAT),
+        *(QWEN2, GEMMA, GEMMA2, STARCODER2, ARCEE, GPT_NEO),
+        *(GRANITE, SMOLLM3, OLMO, OLMO2, PHI3, PHI, GPT_NEOX, STABLELM),
+    )
 }

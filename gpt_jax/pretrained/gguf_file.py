@@ -400,7 +400,7 @@ def _named(
         for row in family.rows
         for layer in range(layers if "{i}" in row.theirs else 1)
     ]
-    full = [n if n.startswith("lm_head") else family.prefix + n for n in names]
+    full = [family.full(name) for name in names]
     tensors, used = {}, {FACTORS}
     for theirs, place in places(list(dict.fromkeys(full)), name, config).items():
         if place.name not in shapes:

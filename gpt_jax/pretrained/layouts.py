@@ -16,17 +16,19 @@ Shape = tuple[int, ...]
 
 
 class Layout(NamedTuple):
-    """Three functions that belong together.
+    """Three functions that belong together, and an axis.
 
     Attributes:
       shape: our weight -> the shape of theirs.
       read: (theirs, our weight) -> ours; a view where it can be.
       write: (ours, our weight) -> theirs; read's inverse, bit for bit.
+      outputs: the axis of theirs that a layer's outputs are.
     """
 
     shape: Callable[[Weight], Shape]
     read: Callable[[np.ndarray, Weight], np.ndarray]
     write: Callable[[np.ndarray, Weight], np.ndarray]
+    outputs: int
 
 
 class Row(NamedTuple):
@@ -36,9 +38,10 @@ class Row(NamedTuple):
       ours: its path; {i} is the layer.
       theirs: the tensor's name, without the family's prefix.
       layout: how it lies there.
-      part: which of `parts` equal shares of the tensor's outputs (its last axis, by
-        GPT-2's layout) it is.
+      part: which of the weights that share the tensor's outputs it is.
       parts: how many of our weights the tensor holds.
+      by_head: whether the parts lie together head by head, as GPT-NeoX has them, and
+        not one behind the other.
     """
 
     ours: str
@@ -46,6 +49,29 @@ class Row(NamedTuple):
     layout: Layout
     part: int = 0
     parts: int = 1
+    by_head: bool = False
+
+    def cut(self, theirs: np.ndarray, weight: Weight, first: int) -> np.ndarray:
+        """Returns this part of a tensor; `first` of its outputs are before it."""
+        if self.parts == 1:
+            return theirs
+        if self.by_head:
+            size, rest = weight.shape[-1], theirs.shape[1:]
+            heads = theirs.reshape(-1, self.parts, size, *rest)
+            return heads[:, self.part].reshape(-1, *rest)
+        axis = self.layout.outputs
+        width = self.layout.shape(weight)[axis]
+        return theirs[(slice(None),) * axis + (slice(first, first + width),)]
+
+    def join(self, parts: list[np.ndarray], weight: Weight) -> np.ndarray:
+        """Returns the tensor of all its parts, in their order."""
+        if len(parts) == 1:
+            return parts[0]
+        if self.by_head:
+            size, rest = weight.shape[-1], parts[0].shape[1:]
+            heads = [part.reshape(-1, size, *rest) for part in parts]
+            return np.stack(heads, 1).reshape(-1, *rest)
+        return np.concatenate(parts, axis=self.layout.outputs)
 
 
 def _matrix(turned: bool) -> Layout:
@@ -59,7 +85,7 @@ def _matrix(turned: bool) -> Layout:
         flat = ours.reshape(weight.sides)
         return flat.T if turned else flat
 
-    return Layout(shape, read, write)
+    return Layout(shape, read, write, outputs=0 if turned else 1)
 
 
 def _swapped(layout: Layout) -> Layout:
@@ -72,6 +98,7 @@ def _swapped(layout: Layout) -> Layout:
         layout.shape,
         lambda theirs, weight: swap(layout.read(theirs, weight)),
         lambda ours, weight: layout.write(swap(ours), weight),
+        layout.outputs,
     )
 
 
@@ -79,11 +106,13 @@ EMBEDDING = Layout(
     lambda weight: weight.shape,
     lambda theirs, weight: theirs,
     lambda ours, weight: ours,
+    outputs=0,
 )
 VECTOR = Layout(
     lambda weight: (math.prod(weight.shape),),
     lambda theirs, weight: theirs.reshape(weight.shape),
     lambda ours, weight: ours.reshape(-1),
+    outputs=0,
 )
 LINEAR = _matrix(turned=True)
 CONV = _matrix(turned=False)

@@ -55,7 +55,8 @@ SHAPES = {
     LAYERS: "n_layer num_layers num_hidden_layers",
     SIZE: "vocab_size n_positions n_embd n_head n_inner hidden_size intermediate_size "
     "num_attention_heads num_heads num_key_value_heads head_dim sliding_window "
-    "max_position_embeddings sliding_window_pattern window_size",
+    "max_position_embeddings sliding_window_pattern window_size "
+    "no_rope_layer_interval",
     COUNT: "max_window_layers",
     NUMBER: "layer_norm_epsilon layer_norm_eps norm_epsilon rms_norm_eps",
     POSITIVE: "rope_theta rope_local_base_freq query_pre_attn_scalar factor "
@@ -65,7 +66,7 @@ SHAPES = {
     FLAG: "tie_word_embeddings attention_bias mlp_bias use_sliding_window use_bias "
     "use_qkv_bias use_parallel_residual",
     TEXT: "hidden_act hidden_activation activation_function rope_type type",
-    LIST: "layer_types attention_types",
+    LIST: "layer_types attention_types no_rope_layers",
     OBJECT: "rope_parameters rope_scaling",
 }
 SHAPE_OF = {key: shape for shape, keys in SHAPES.items() for key in keys.split()}
@@ -143,7 +144,7 @@ def rope(
 
 
 def partial(config: Mapping, absent: float) -> float:
-    """Returns the share of a head's features that rotate; refuses an odd number."""
+    """Returns the share of a head's features that rotate; refuses several shares."""
     given = config.get("rope_parameters") or {}
     inner = [v for v in given.values() if isinstance(v, Mapping)] or [given]
     shares = [v.get("partial_rotary_factor") for v in inner]
@@ -264,8 +265,17 @@ def heads(config: Mapping, head_dim: int = 0, kv: int = 0) -> dict[str, Any]:
     return {
         "n_kv_heads": config.get("num_key_value_heads", kv) or count,
         "head_dim": size,
+        "rotary_dim": size,
         "query_scale": size**-0.5,
     }
+
+
+def rotary(config: Mapping, absent: float) -> dict[str, Any]:
+    """Returns the field rotary_dim where only a share of a head may rotate."""
+    size, share = heads(config)["head_dim"], partial(config, absent)
+    if int(size * share) < 1 or share > 1:
+        raise ValueError(f"partial_rotary_factor {share} of {size} features is none")
+    return {"rotary_dim": int(size * share)}
 
 
 def write_heads(cfg: GPTConfig) -> dict[str, Any]:

@@ -20,24 +20,29 @@ from gpt_jax.pretrained.layouts import Row, Shape
 from gpt_jax.weights import Weight
 
 # Buffers that old versions of transformers saved with the weights.
-BUFFERS = re.compile(r".*\.attn\.(masked_)?bias|.*rotary_emb\.inv_freq")
+BUFFERS = re.compile(r".*\.attn\.(attention\.)?(masked_)?bias|.*rotary_emb\.inv_freq")
 
 
 class Source(NamedTuple):
-    """One of our weights and the tensor that it comes from."""
+    """One of our weights and the tensor that it comes from.
+
+    Attributes:
+      ours: its path.
+      weight: what it is.
+      row: where it lies.
+      tensor: the tensor.
+      first: how many of the tensor's outputs are before it.
+    """
 
     ours: str
     weight: Weight
     row: Row
     tensor: files.Tensor
+    first: int
 
     def read(self, dtype: np.dtype) -> np.ndarray:
         """Returns the weight as an array of its own, in our layout."""
-        theirs = self.tensor.read()
-        if self.row.parts > 1:
-            width = theirs.shape[-1] // self.row.parts
-            first = self.row.part * width
-            theirs = theirs[..., first : first + width]
+        theirs = self.row.cut(self.tensor.read(), self.weight, self.first)
         ours = _aligned(self.weight.shape, dtype)
         found = self.row.layout.read(theirs, self.weight)
         np.copyto(ours, found, casting="unsafe")
@@ -147,22 +152,20 @@ def tensors_of(
     """
     family = config_json.of_config(config)
     full = replace(cfg, **dict.fromkeys(config_json.missing_biases(cfg), True))
-    wanted, ours = _declared(full), dict(_flat(params))
+    wanted, ours = unrolled(full), dict(flat(params))
     kind = files.kind_of(next(iter(ours.values())).dtype)
     if extra := sorted(ours.keys() - wanted.keys()):
         raise ValueError(
             f"the weights hold {extra[0]}, which the model has no place for; an "
             "adapter must be merged into them before they are exported"
         )
-    groups: dict[str, list[tuple[str, Row]]] = {}
-    for path in wanted:
-        row, layer = _row(family, path)
-        groups.setdefault(_full_name(family, row, layer), []).append((path, row))
+    held = groups(family, wanted)
 
     def value(name: str) -> np.ndarray:
-        parts = sorted(groups[name], key=lambda item: item[1].part)
+        parts = held[name]
         arrays = [row.layout.write(weight(path), wanted[path]) for path, row in parts]
-        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
+        path, row = parts[0]
+        return row.join(arrays, wanted[path])
 
     def weight(path: str) -> np.ndarray:
         if path not in ours:  # a bias that the family has and this model does not
@@ -172,9 +175,22 @@ def tensors_of(
         return array[cut]
 
     return {
-        name: (kind, _their_shape(group[0][1], wanted[group[0][0]]))
-        for name, group in groups.items()
+        name: (kind, _their_shape(group, wanted)) for name, group in held.items()
     }, value
+
+
+Groups = dict[str, list[tuple[str, Row]]]
+
+
+def groups(family: Family, wanted: Mapping[str, Weight]) -> Groups:
+    """Returns the weights that each tensor of theirs holds, in their order there."""
+    held: Groups = {}
+    for path in wanted:
+        row, layer = _row(family, path)
+        held.setdefault(_full_name(family, row, layer), []).append((path, row))
+    for group in held.values():
+        group.sort(key=lambda item: item[1].part)
+    return held
 
 
 def _plan(
@@ -194,17 +210,16 @@ def _plan(
         if short in named:
             raise ValueError(f"{folder} has the tensor {short} under two names")
         named[short] = name, tensor
-    plan, used = [], set()
-    for path, weight in _declared(cfg).items():
-        row, layer = _row(family, path)
-        theirs = row.theirs.format(i=layer)
+    plan, used, declared_ = [], set(), unrolled(cfg)
+    for full, group in groups(family, declared_).items():
+        theirs = full.removeprefix(family.prefix)
         if theirs not in named:
             raise ValueError(
-                f"{folder} has no tensor {_full_name(family, row, layer)}, which the "
-                "model of its config.json needs"
+                f"{folder} has no tensor {full}, which the model of its config.json "
+                "needs"
             )
         name, tensor = named[theirs]
-        wanted = _their_shape(row, weight)
+        wanted = _their_shape(group, declared_)
         if tensor.shape != wanted:
             raise ValueError(
                 f"tensor {name} in {tensor.path} has shape {tensor.shape}, but the "
@@ -216,7 +231,11 @@ def _plan(
                 f"{', '.join(files.DTYPES)}"
             )
         used.add(theirs)
-        plan.append(Source(path, weight, row, tensor))
+        first = 0
+        for path, row in group:
+            weight = declared_[path]
+            plan.append(Source(path, weight, row, tensor, first))
+            first += row.layout.shape(weight)[row.layout.outputs]
     _check_rest({n: t for n, t in named.items() if n not in used}, named, cfg, folder)
     return plan
 
@@ -226,7 +245,7 @@ def _check_rest(rest: Mapping, named: Mapping, cfg: GPTConfig, folder: Path) -> 
     for short, (name, head) in rest.items():
         if BUFFERS.fullmatch(name):
             continue
-        if short != "lm_head.weight" or not cfg.tie_embeddings:
+        if short not in LM_HEADS or not cfg.tie_embeddings:
             raise ValueError(
                 f"{folder} has the tensor {name}, which the model of its config.json "
                 "has no place for"
@@ -240,15 +259,17 @@ def _check_rest(rest: Mapping, named: Mapping, cfg: GPTConfig, folder: Path) -> 
             )
 
 
-EMBEDDINGS = ("wte.weight", "embed_tokens.weight")
+EMBEDDINGS = ("wte.weight", "embed_tokens.weight", "embed_in.weight")
+LM_HEADS = ("lm_head.weight", "embed_out.weight")
 
 
-def _declared(cfg: GPTConfig) -> dict[str, Weight]:
+def unrolled(cfg: GPTConfig) -> dict[str, Weight]:
     """Returns what each weight is, layers unrolled, vocabulary not padded."""
     return declared(replace(cfg, scan_layers=False, vocab_multiple=1))
 
 
-def _flat(tree: Mapping) -> Iterator[tuple[str, Any]]:
+def flat(tree: Mapping) -> Iterator[tuple[str, Any]]:
+    """Yields the path and the array of every weight."""
     for path, leaf in flatten_dict(dict(tree), sep="/").items():
         yield str(path), leaf
 
@@ -264,14 +285,16 @@ def _row(family: Family, path: str) -> tuple[Row, str]:
     raise ValueError(f"{family.model_type} has no weight like {path}")
 
 
-def _their_shape(row: Row, weight: Weight) -> Shape:
-    *rest, last = row.layout.shape(weight)
-    return (*rest, last * row.parts)
+def _their_shape(group: list[tuple[str, Row]], wanted: Mapping[str, Weight]) -> Shape:
+    """Returns the shape of the tensor that holds these weights."""
+    shapes = [row.layout.shape(wanted[path]) for path, row in group]
+    axis = group[0][1].layout.outputs
+    whole = sum(shape[axis] for shape in shapes)
+    return (*shapes[0][:axis], whole, *shapes[0][axis + 1 :])
 
 
 def _full_name(family: Family, row: Row, layer: str) -> str:
-    name = row.theirs.format(i=layer)
-    return name if name.startswith("lm_head") else family.prefix + name
+    return family.full(row.theirs.format(i=layer))
 
 
 def _aligned(shape: Shape, dtype: np.dtype) -> np.ndarray:

@@ -30,6 +30,7 @@ from gpt_jax.model import (
 from gpt_jax.sample.filters import Sampling, choose
 
 RUNNING, STOP, LENGTH = 0, 1, 2  # the reason of a row; the last two end it
+NGRAM = 2  # newest tokens that are looked up for a guess at the next ones
 
 
 class Decoding(NamedTuple):
@@ -107,10 +108,61 @@ def step(
     return _append(state, logits_BV, sampling, key_B, stop_id)
 
 
-def _append(state, logits_BV, sampling, key_B, stop_id):
-    """Chooses a token for every running row, and ends the rows it ends."""
+def guess(tokens_BS, length_B, count: int):
+    """Returns what stood behind the newest tokens where they stood before.
+
+    Prompt lookup (Saxena 2023): texts repeat names, phrases and code of their prompts.
+
+    Args:
+      tokens_BS: the texts, S at least `count`.
+      length_B: how many tokens each has.
+      count: how many tokens are guessed.
+
+    Returns:
+      (tokens [B, count], whether the newest NGRAM tokens of a row stood before [B]).
+    """
+    places_S, last_B1 = jnp.arange(tokens_BS.shape[1]), length_B[:, None] - 1
+    same_BS = (places_S >= NGRAM - 1) & (places_S < last_B1)
+    for back in range(NGRAM):
+        newest_B1 = jnp.take_along_axis(tokens_BS, last_B1 - back, axis=1, mode="clip")
+        same_BS &= jnp.roll(tokens_BS, back, axis=1) == newest_B1
+    end_B = jnp.where(same_BS, places_S, -1).max(1)
+    behind_BM = end_B[:, None] + 1 + jnp.arange(count)
+    found_BM = jnp.take_along_axis(tokens_BS, behind_BM, axis=1, mode="clip")
+    return found_BM, end_B >= 0
+
+
+def try_out(
+    params, state: Decoding, guess_BM, sampling, key_B, *, model: GPT, stop_id
+) -> Decoding:
+    """Reads guesses in one pass and gives every running row the tokens of `step`.
+
+    A token is a function of its logits, its place and the row's key. So the text is
+    the one that is written token by token: where a guess is right the logits behind it
+    are, too; the first that is not ends the row's turn (Leviathan et al. 2023).
+    """
+    rows, count = jnp.arange(len(state.length_B)), guess_BM.shape[1]
+    newest_B1 = state.tokens_BS[rows, state.length_B - 1][:, None]
+    read_BT = jnp.concatenate([newest_B1, guess_BM], axis=1)
+    x_BTD, cache, _ = hidden(model, params, read_BT, cache=state.cache)
+    logits_BTV = logits(model, params, x_BTD)
+    ran_B = on_B = state.reason_B == RUNNING
+    for i in range(count + 1):
+        state = _append(state, logits_BTV[:, i], sampling, key_B, stop_id, on_B)
+        if i < count:
+            wrote_B = state.tokens_BS[rows, state.length_B - 1]
+            on_B &= (wrote_B == guess_BM[:, i]) & (state.reason_B == RUNNING)
+    # What is behind it in the cache is overwritten before anything sees it.
+    held_B = jnp.where(ran_B, state.length_B - 1, state.cache.length_B)
+    return state._replace(cache=cache._replace(length_B=held_B))
+
+
+def _append(state, logits_BV, sampling, key_B, stop_id, on_B=None):
+    """Chooses a token for every running row (that is on), and ends the rows it ends."""
     token_B = choose(logits_BV, state.tokens_BS, state.length_B, sampling, key_B)
     running_B = state.reason_B == RUNNING
+    if on_B is not None:
+        running_B &= on_B
     rows, width = state.tokens_BS.shape
     place_B = jnp.where(running_B, state.length_B, width)  # width: dropped
     tokens_BS = state.tokens_BS.at[jnp.arange(rows), place_B].set(token_B, mode="drop")
@@ -123,9 +175,21 @@ def _append(state, logits_BV, sampling, key_B, stop_id):
 
 
 def advance(
-    params, state: Decoding, sampling, key_B, steps, *, model: GPT, stop_id: int | None
+    params,
+    state: Decoding,
+    sampling,
+    key_B,
+    steps,
+    *,
+    model: GPT,
+    stop_id: int | None,
+    lookup: int = 0,
 ) -> Decoding:
-    """Takes up to `steps` (traced) steps; fewer when every row has ended."""
+    """Takes up to `steps` (traced) steps; fewer when every row has ended.
+
+    With `lookup` a step also tries out so many guesses, where a row has some.
+    """
+    fixed = {"model": model, "stop_id": stop_id}
 
     def going(carry):
         taken, state = carry
@@ -133,8 +197,18 @@ def advance(
 
     def body(carry):
         taken, state = carry
-        state = step(params, state, sampling, key_B, model=model, stop_id=stop_id)
-        return taken + 1, state
+        return taken + 1, once(state)
+
+    def once(state):
+        if not lookup:
+            return step(params, state, sampling, key_B, **fixed)
+        guess_BM, found_B = guess(state.tokens_BS, state.length_B, lookup)
+        return jax.lax.cond(
+            (found_B & (state.reason_B == RUNNING)).any(),
+            lambda state: try_out(params, state, guess_BM, sampling, key_B, **fixed),
+            lambda state: step(params, state, sampling, key_B, **fixed),
+            state,
+        )
 
     return jax.lax.while_loop(going, body, (0, state))[1]
 
@@ -179,3 +253,4 @@ def laid_out(model: GPT, params, *, rows: int):
     if rows == 1 and mesh.platform() == "cpu":
         params = for_one_row(params, declared(model.cfg))
     return model, params
+    lookup: int = (0,)

@@ -1,14 +1,15 @@
 """Makes the golden files: tiny random models of transformers, and what they compute.
 
-    python -m tests.golden.make            # needs torch and transformers (make parity)
+    python -m tests.golden.make [NAME...]  # needs torch and transformers
 
-For every model of MODELS the folder tests/golden/<name> gets config.json and
+For every model of MODELS, or of those named, tests/golden/<name> gets config.json and
 model.safetensors, as transformers saves them, and answers.npz:
 
     ids [2, T], logits [2, T, V]            a full context of random ids
     prompt_<n>, greedy_<n> [32]             likeliest continuations, one by one
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -80,23 +81,92 @@ MODELS = {
         },
     ),
     "nanochat": ("NanoChatConfig", SIZES),
+    "qwen2": (
+        "Qwen2Config",
+        {
+            **{**SIZES, "num_key_value_heads": 4, "use_sliding_window": True},
+            **{"sliding_window": 8, "max_window_layers": 1},
+        },
+    ),
+    "gemma": ("GemmaConfig", {**SIZES, "head_dim": 16}),
+    "gemma2": (
+        "Gemma2Config",
+        {
+            **{**SIZES, "head_dim": 16, "sliding_window": 8},
+            **{"query_pre_attn_scalar": 24, "attn_logit_softcapping": 3.0},
+            "final_logit_softcapping": 10.0,
+        },
+    ),
+    "starcoder2": ("Starcoder2Config", {**SIZES, "sliding_window": 8}),
+    "arcee": ("ArceeConfig", {**SIZES, "attention_bias": True, "mlp_bias": True}),
+    "gpt_neo": (
+        "GPTNeoConfig",
+        {
+            **{"vocab_size": VOCAB, "max_position_embeddings": CONTEXT},
+            **{"hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 8},
+            **{"attention_types": [[["global", "local"], 1]]},
+            **{"bos_token_id": None, "eos_token_id": None},
+        },
+    ),
+    "granite": (
+        "GraniteConfig",
+        {
+            **{**SIZES, "embedding_multiplier": 12.0, "attention_multiplier": 0.2},
+            **{"residual_multiplier": 0.4, "logits_scaling": 13.0},
+        },
+    ),
+    "smollm3": (
+        "SmolLM3Config",
+        {
+            **{**SIZES, "num_hidden_layers": 3, "no_rope_layer_interval": 2},
+            **{"use_sliding_window": True, "sliding_window": 8},
+        },
+    ),
+    "olmo": ("OlmoConfig", SIZES),
+    "olmo2": ("Olmo2Config", SIZES),
+    "phi3": (
+        "Phi3Config",
+        {
+            **{**SIZES, "sliding_window": 8},
+            "rope_parameters": {
+                **{"rope_type": "default", "rope_theta": 500.0},
+                "partial_rotary_factor": 0.75,
+            },
+        },
+    ),
+    "phi": ("PhiConfig", SIZES),
+    "gpt_neox": (
+        "GPTNeoXConfig",
+        {
+            **{key: SIZES[key] for key in SIZES if key != "num_key_value_heads"},
+            "rotary_pct": 0.5,
+        },
+    ),
+    "stablelm": ("StableLmConfig", {**SIZES, "use_qkv_bias": True}),
 }
 
 
-def build(name: str, *, seed: int):
-    """Returns a model with weights so large that every part of it shows."""
+def build(name: str, *, seed: int, **changes):
+    """Returns a model with weights so large that every part of it shows.
+
+    Args:
+      name: which of MODELS.
+      seed: of the weights.
+      **changes: arguments of its config that are other ones.
+    """
     import torch
     import transformers
 
     kind, arguments = MODELS[name]
     torch.manual_seed(seed)
-    config = getattr(transformers, kind)(**arguments)
+    config = getattr(transformers, kind)(**{**arguments, **changes})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for path, weight in model.named_parameters():
         draw = torch.randn_like(weight)
         if weight.ndim == 1:
             one = "norm" in path or "ln_" in path
-            start = 1.0 if one and path.endswith("weight") and name != "gemma3" else 0.0
+            plus_one = name.startswith("gemma")  # the norms add it to their weights
+            start = 1.0 if one and path.endswith("weight") and not plus_one else 0.0
             weight.data = start + 0.2 * draw
         elif "embed" in path or "wte" in path or "wpe" in path:
             weight.data = 0.3 * draw
@@ -130,7 +200,7 @@ def answers(model, *, seed: int) -> dict[str, np.ndarray]:
 def main() -> None:
     from transformers import AutoModelForCausalLM
 
-    for name in MODELS:
+    for name in sys.argv[1:] or MODELS:
         model = build(name, seed=0)
         if name == "gemma3":  # as it is published: in bfloat16, and in several files
             model.bfloat16().save_pretrained(HERE / name, max_shard_size="60KB")
