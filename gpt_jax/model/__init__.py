@@ -72,7 +72,8 @@ class Block(nn.Module):
 
     def setup(self):
         cfg = self.cfg
-        self.attn, self.mlp = Attention(cfg, self.kind), MLP(cfg)
+        self.attn = Attention(cfg, self.kind)
+        self.mlp = MLP(cfg)
         if cfg.norm_placement != "post":
             self.norm1 = Norm(("embed",), cfg.norm, cfg)
         if cfg.norm_placement != "post" and cfg.parallel != "shared":

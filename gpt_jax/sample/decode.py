@@ -253,4 +253,3 @@ def laid_out(model: GPT, params, *, rows: int):
     if rows == 1 and mesh.platform() == "cpu":
         params = for_one_row(params, declared(model.cfg))
     return model, params
-    lookup: int = (0,)
