@@ -59,6 +59,10 @@ python -m experiments.chat --run=runs/a
 python -m experiments.serve --runs=runs/a
 ```
 
+```bash
+python -m experiments.look --run=runs/a --prompt="def"
+```
+
 ```python
 figure.savefig("a.png")
 ```
@@ -82,6 +86,8 @@ def test_what_is_to_be_run_is_a_cell_and_the_rest_is_text(cells):
         "!python -m experiments.train --config=configs/quickstart.py \\\n"
         "  --workdir=runs/a\n"
         "# in a terminal: python -m experiments.chat --run=runs/a",
+        '!python -m experiments.look --run=runs/a --prompt="def"',
+        notebooks.SHOW.format(pages='"runs/a/look.html",').rstrip(),
         'figure.savefig("a.png")\n\n'
         'from IPython.display import Image\n\nImage("a.png")',
     ]

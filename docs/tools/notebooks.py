@@ -20,6 +20,18 @@ from docs.tools.pages import GUIDE, ROOT, SHELL
 PAGES = sorted(GUIDE.glob("*.md"))
 TERMINAL = re.compile(r"python -m experiments\.(?:serve|chat)\b")
 PICTURE = re.compile(r'savefig\("([^"]+)"\)')
+WRITES = re.compile(r"experiments\.(look|report) --run=(\S+)")
+SHOW = """\
+import html
+from pathlib import Path
+
+from IPython.display import HTML, display
+
+for page in ({pages}):
+    text = html.escape(Path(page).read_text(encoding="utf-8"))
+    frame = f'<iframe srcdoc="{{text}}" width="100%" height="600"></iframe>'
+    display(HTML(f"<div>{{frame}}</div>"))
+"""
 SETUP = """\
 # The project and what it needs, on Colab and Kaggle; elsewhere this finds its folder.
 import os
@@ -80,6 +92,10 @@ def _cells(page: Path, address: str) -> Iterator[nbformat.NotebookNode]:
             yield from _prose(text, page, address)
             text, program = "", cell if block.language == "python" else None
             yield cell
+            if written := WRITES.findall(cell.source):
+                files = "".join(f'"{run}/{name}.html", ' for name, run in written)
+                show = SHOW.format(pages=files.removesuffix(" "))
+                yield v4.new_code_cell(show.rstrip())
         elif block.language is None:
             text += block.body
             program = program if not block.body.strip() else None
