@@ -87,7 +87,7 @@ def test_what_is_to_be_run_is_a_cell_and_the_rest_is_text(cells):
         "  --workdir=runs/a\n"
         "# in a terminal: python -m experiments.chat --run=runs/a",
         '!python -m experiments.look --run=runs/a --prompt="def"',
-        notebooks.SHOW.format(pages='"runs/a/look.html",').rstrip(),
+        notebooks.SHOW.format(pages='"runs/a/look.html"').rstrip(),
         'figure.savefig("a.png")\n\n'
         'from IPython.display import Image\n\nImage("a.png")',
     ]

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from IPython.display import HTML, display
 
-for page in ({pages}):
+for page in [{pages}]:
     text = html.escape(Path(page).read_text(encoding="utf-8"))
     frame = f'<iframe srcdoc="{{text}}" width="100%" height="600"></iframe>'
     display(HTML(f"<div>{{frame}}</div>"))
@@ -93,9 +93,8 @@ def _cells(page: Path, address: str) -> Iterator[nbformat.NotebookNode]:
             text, program = "", cell if block.language == "python" else None
             yield cell
             if written := WRITES.findall(cell.source):
-                files = "".join(f'"{run}/{name}.html", ' for name, run in written)
-                show = SHOW.format(pages=files.removesuffix(" "))
-                yield v4.new_code_cell(show.rstrip())
+                files = ", ".join(f'"{run}/{name}.html"' for name, run in written)
+                yield v4.new_code_cell(SHOW.format(pages=files).rstrip())
         elif block.language is None:
             text += block.body
             program = program if not block.body.strip() else None
