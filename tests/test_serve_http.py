@@ -24,6 +24,7 @@ from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.serve import server
 from gpt_jax.serve.flow import Served
 from tests import serving
+from tests.cases import few
 from tests.serving import TOKENIZER, alone, open_server, running, wait_until
 
 CONTEXT = 32
@@ -374,7 +375,7 @@ def test_texts_are_looked_at_one_at_a_time_and_only_where_that_is_offered(live):
     assert first[0][:2] == (200, {"page": "ab"})
 
 
-@pytest.fixture(scope="module", params=["", "int8"])
+@pytest.fixture(scope="module", params=few(["", "int8"], ""))
 def lora_folders(run_folder, request):
     """Two LoRA runs over the weights of that run, with thin matrices of their own."""
     base = runs.open(run_folder)
