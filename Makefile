@@ -85,6 +85,10 @@ test-browser: browser  ## the chat page and the report in Chromium; installs pla
 	  || $(RUN) -m playwright install chromium
 	$(RUN) -m pytest tests/test_serve_page.py tests/test_report_page.py $(PYTEST_ARGS)
 
+.PHONY: test-notebooks
+test-notebooks: notebook-tools  ## the notebooks, every cell of them, headless
+	$(RUN) -m pytest -m 'slow or not slow' tests/test_notebooks.py $(PYTEST_ARGS)
+
 .PHONY: test-faults
 test-faults: dev  ## what must survive what, with a table at the end (half an hour)
 	$(RUN) -m pytest -p tests.fault_table -m fault $(FAULTS) $(WORKERS) $(PYTEST_ARGS)
@@ -125,13 +129,30 @@ lock: python  ## resolve the requirements*.txt anew; UPGRADE=--upgrade takes new
 	$(LOCK) pyproject.toml \
 	  --extra sweep --extra wandb --extra datasets --extra parity --extra export \
 	  --extra chat --extra eval --extra serve --extra browser --extra peft \
+	  --extra notebooks --extra site \
 	  --constraints requirements.txt --no-annotate -o requirements-extras.txt
 	grep -Ev '^(nvidia|cuda|triton)' requirements-extras.txt > requirements-extras.tmp
 	mv requirements-extras.tmp requirements-extras.txt
 
+# Colab and Kaggle clone ADDRESS; a notebook without one asks for it there.
+.PHONY: notebooks
+notebooks: notebook-tools  ## the guide as notebooks/*.ipynb; ADDRESS=https://... of a clone
+	$(RUN) -m docs.tools.notebooks notebooks $(ADDRESS)
+
+# Its notice of a coming MkDocs 2, which the lock rules out, is no warning of the build.
+MKDOCS = NO_MKDOCS_2_WARNING=1 ADDRESS=$(ADDRESS) $(RUN) -m mkdocs
+.PHONY: site
+site: site-tools  ## the pages and the docstrings as site/, to be published or opened
+	$(MKDOCS) build --strict
+
+.PHONY: test-site
+test-site: site-tools  ## the site: no warning, no broken link, all that the pages hold
+	$(RUN) -m pytest -m 'slow or not slow' tests/test_site.py $(PYTEST_ARGS)
+
 .PHONY: clean
 clean:  ## remove the environments and caches; runs/ and data/ stay
-	rm -rf .venv-* .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv-* .pytest_cache .ruff_cache .hypothesis build dist *.egg-info \
+	  notebooks site
 	find gpt_jax configs experiments tests -name __pycache__ -prune -exec rm -rf {} +
 
 # --- environments ---------------------------------------------------------------------
@@ -179,6 +200,23 @@ browser: dev
 	  && $(RUN) -m pip install --quiet --disable-pip-version-check \
 	    -r requirements-dev.txt -c requirements-extras.txt playwright \
 	  && cp requirements-extras.txt $(STAMP)-browser; }
+
+.PHONY: notebook-tools
+notebook-tools: dev
+	@$(call fresh,requirements-extras.txt,notebooks) || { \
+	  echo 'Installing nbclient and ipykernel into $(VENV): once ...' \
+	  && $(RUN) -m pip install --quiet --disable-pip-version-check \
+	    -r requirements-dev.txt -c requirements-extras.txt nbformat nbclient ipykernel \
+	  && cp requirements-extras.txt $(STAMP)-notebooks; }
+
+.PHONY: site-tools
+site-tools: dev
+	@$(call fresh,requirements-extras.txt,site) || { \
+	  echo 'Installing mkdocs-material and mkdocstrings into $(VENV): once ...' \
+	  && $(RUN) -m pip install --quiet --disable-pip-version-check \
+	    -r requirements-dev.txt -c requirements-extras.txt \
+	    mkdocs-material 'mkdocstrings[python]' nbformat \
+	  && cp requirements-extras.txt $(STAMP)-site; }
 
 .PHONY: lm-eval
 lm-eval: python

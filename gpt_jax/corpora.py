@@ -101,7 +101,7 @@ def open(
       source: "builtin" (the source of the running Python's standard library;
         "builtin:json" is one folder of it), one of NAMES, a file, a folder or a glob
         (rows by `field`, any other file is text; see `plaintext` for packed ones),
-        "hf:<dataset>[:<config>][:<split>]", or a mixture "a*3 + b*1". Hidden files
+        `hf:<dataset>[:<config>][:<split>]`, or a mixture "a*3 + b*1". Hidden files
         of a folder or glob are not looked at; links are followed, and each file is
         read once.
       field: the field of a row that holds its text.

@@ -25,8 +25,8 @@ def read(
 
     Args:
       source: one of NAMES (downloaded once), a file of rows (see `rows`),
-        hf:<dataset>[:<config>][:<split>], or "builtin" (what the functions of Python's
-        library do, by their docstrings; "builtin:json" is one folder of it).
+        `hf:<dataset>[:<config>][:<split>]`, or "builtin" (what the functions of
+        Python's library do, by their docstrings; "builtin:json" is one folder of it).
       cache: the folder where downloads are kept.
       progress: show how far a download is.
       bad: is told why a row cannot be used, which is then left out. None: it is an

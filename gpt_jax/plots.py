@@ -54,7 +54,7 @@ def loss(folder: str | Path) -> Picture | None:
         return None
     words = _curve(rows, "sample_words")
     known = len(words[0]) > 0
-    figure = _figure(height=7 if known else 5)
+    figure = empty(height=7 if known else 5)
     heights = (3, 1) if known else (1,)
     panels = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)
     axes = panels[0, 0]
@@ -64,7 +64,7 @@ def loss(folder: str | Path) -> Picture | None:
     if known:
         _draw_words(panels[1, 0], *words)
         panels[1, 0].set_xlim(axes.get_xlim())
-    return _save(figure, folder / "loss.png")
+    return save(figure, folder / "loss.png")
 
 
 def confusion(
@@ -90,7 +90,7 @@ def confusion(
     axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
     axes.set_yticks(range(len(labels)), labels)
     axes.set(xlabel="given class", ylabel="right class")
-    _save(figure, Path(path))
+    save(figure, Path(path))
 
 
 def margins(folder: str | Path) -> Picture | None:
@@ -110,7 +110,7 @@ def margins(folder: str | Path) -> Picture | None:
     rows = metrics.read(folder)
     if not any("val_margin" in row for row in rows):
         return None
-    figure = _figure(height=7)
+    figure = empty(height=7)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     for name, color in (
         ("chosen_reward", "#55A868"),
@@ -131,7 +131,7 @@ def margins(folder: str | Path) -> Picture | None:
     for axes in (above, below):
         _quiet(axes)
         axes.spines[["top", "right"]].set_visible(False)
-    return _save(figure, folder / "margins.png")
+    return save(figure, folder / "margins.png")
 
 
 def rewards(folder: str | Path) -> Picture | None:
@@ -150,7 +150,7 @@ def rewards(folder: str | Path) -> Picture | None:
     rows = metrics.read(folder)
     if not any("train_reward" in row for row in rows):
         return None
-    figure = _figure(height=7)
+    figure = empty(height=7)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     _draw_train(above, *_curve(rows, "train_reward"), label="mean reward")
     right = _curve(rows, "val_accuracy")
@@ -167,7 +167,7 @@ def rewards(folder: str | Path) -> Picture | None:
     for axes in (above, below):
         _quiet(axes)
         axes.spines[["top", "right"]].set_visible(False)
-    return _save(figure, folder / "reward.png")
+    return save(figure, folder / "reward.png")
 
 
 @functools.cache
@@ -188,7 +188,7 @@ def _matplotlib() -> Any:
     return Figure
 
 
-def _figure(height: float) -> Any:
+def empty(height: float) -> Any:
     """Returns an empty figure of 8 inches by `height`."""
     figure = _matplotlib()
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -204,7 +204,7 @@ def _quiet(axes) -> None:
     axes.legend(frameon=False)
 
 
-def _save(figure, path: Path) -> Picture:
+def save(figure, path: Path) -> Picture:
     """Writes a figure whole or not at all."""
     with files.draft(path) as part:
         figure.savefig(part, format="png")

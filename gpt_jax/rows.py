@@ -98,7 +98,7 @@ def read(
 def dataset(
     spec: str, *, streaming: bool, only: Collection[str] = (), bad: Bad = None
 ) -> Iterator[Row]:
-    """Yields the rows of hf:<name>[:<config>][:<split>], of its train split without.
+    """Yields the rows of `hf:<name>[:<config>][:<split>]`, of its train split without.
 
     The number of a class becomes its name, and -1, which is no class, None. Code of a
     dataset, if it has any, never runs. See `read` for the other arguments.

@@ -90,8 +90,7 @@ def open_server(served, *, limits=LIMITS, key="", grace_s=5.0):
     thread = threading.Thread(target=work)
     thread.start()
     try:
-        engine = next(iter(served.values())).engine
-        yield Running(lines, stop, thread, engine)
+        yield Running(lines, stop, thread, served)
     finally:
         stop.signals += 2
         thread.join(30)
@@ -101,8 +100,9 @@ def open_server(served, *, limits=LIMITS, key="", grace_s=5.0):
 class Running:
     """A server in a thread."""
 
-    def __init__(self, lines, stop, thread, engine):
-        self.lines, self.stop, self.thread, self.engine = lines, stop, thread, engine
+    def __init__(self, lines, stop, thread, models):
+        self.lines, self.stop, self.thread, self.models = lines, stop, thread, models
+        self.engine = next(iter(models.values())).engine
         wait_until(lambda: any("serving" in line for line in lines), 100)
         self.url = re.search(r"http://\S+:\d+", lines[-1])[0]
         self.port = int(self.url.rpartition(":")[2])

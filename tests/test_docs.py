@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from docs.tools.pages import FENCE, MARK, quoted
+from gpt_jax import learn
 from gpt_jax.__main__ import FIRST
 from gpt_jax.sampling import SETTINGS
 from tests import runs_to_evaluate
@@ -19,8 +21,6 @@ from tests import runs_to_evaluate
 ROOT = Path(__file__).parents[1]
 PAGES = [path for path in [ROOT / "README.md"] if path.exists()]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
-QUOTED = re.compile(r"# ((?:gpt_jax|configs|experiments)/\S+\.py)\n")
 pages = pytest.mark.parametrize(
     "page", PAGES, ids=lambda page: str(page.relative_to(ROOT))
 )
@@ -28,12 +28,6 @@ pages = pytest.mark.parametrize(
 
 def blocks(page: Path, *languages: str) -> list[str]:
     return [code for name, code in FENCE.findall(page.read_text()) if name in languages]
-
-
-def quoted(code: str) -> str | None:
-    """Returns the file that a block says it is quoted from."""
-    match = QUOTED.match(code)
-    return match[1] if match else None
 
 
 # --- Python ---------------------------------------------------------------------------
@@ -76,7 +70,6 @@ def test_every_import_in_a_python_block_is_there(page):
 
 
 NUMBER = re.compile(r"-?\d[\d,]*\.\d+(?:e-?\d+)?")
-MARK = re.compile(r"<!-- (not run|varies): ([^>]+) -->\s*\Z")
 
 
 def programs(page: Path) -> list[tuple[str, str, str]]:
@@ -142,6 +135,15 @@ def test_every_program_runs_and_prints_what_is_shown(page, reader, capsys):
         assert not wrong and len(lines) == len(wanted), f"{code}\n{printed}"
 
 
+def test_the_verdict_is_cut_as_the_page_shows(corpus_file, capsys):
+    page = ROOT / "docs/guide/bpe-by-hand.md"
+    ((code, mark, shown),) = [p for p in programs(page) if "the_verdict" in p[0]]
+    assert mark == "not run"
+    folder = corpus_file("the-verdict.txt").parent
+    exec(code.replace("~/.cache/gpt_jax", str(folder)), {"__name__": "__main__"})
+    assert capsys.readouterr().out == shown
+
+
 @pytest.mark.parametrize(
     "line, wanted, alike",
     [
@@ -153,6 +155,27 @@ def test_every_program_runs_and_prints_what_is_shown(page, reader, capsys):
 )
 def test_a_printed_line_is_compared_with_the_one_shown(line, wanted, alike):
     assert same(line, wanted) == alike
+
+
+# --- exercises and pictures -----------------------------------------------------------
+
+GUIDE = ROOT / "docs/guide"
+BOOK = [*GUIDE.glob("[1-9]-*.md"), *GUIDE.glob("1[0-5]-*.md"), *GUIDE.glob("[a-z]*.md")]
+# What draws a file or a page, beside a program's own savefig.
+DRAWS = re.compile(
+    r"savefig|--image=|experiments\.(?:look|report|sweep)\b|`?(?:loss|margins|reward)\.png"
+)
+
+
+@pytest.mark.parametrize("page", BOOK, ids=lambda page: page.stem)
+def test_a_page_of_the_guide_ends_with_three_holes_and_has_a_picture(page):
+    text = page.read_text()
+    end = text.partition("\n## Exercises\n")[2]
+    begun = re.findall(r"^python -m experiments.learn --start=(\w+)$", end, re.M)
+    assert len(begun) == 3 and {*begun} <= {*learn.HOLES}
+    told = re.findall(r"^\d\. `(\w+)`: ", end, re.M)
+    assert told == begun and "\n## " not in end
+    assert "![" in text or DRAWS.search(text)
 
 
 # --- commands -------------------------------------------------------------------------

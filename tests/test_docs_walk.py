@@ -16,14 +16,16 @@ from pathlib import Path
 
 import pytest
 
+from docs.tools.pages import FENCE, MARK, ROOT
 from gpt_jax import commands, tokenizers
 from tests import forks
-from tests.test_docs import FENCE, MARK, ROOT, programs
+from tests.test_docs import programs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 GUIDE = ROOT / "docs/guide"
 PAGES = [ROOT / "README.md", GUIDE / "README.md"]
 PAGES += sorted(GUIDE.glob("[0-9]*.md"), key=lambda p: int(p.name.partition("-")[0]))
+PAGES += sorted(GUIDE.glob("[a-z]*.md"))
 PAGES += [ROOT / f"docs/{name}.md" for name in ("reliability", "security")]
 TRAIN = ("train", "prepare", "launch", "verify_resume")
 # What a reader has: files of theirs, and what a hub would send.
@@ -41,6 +43,7 @@ FILES = {
     )
     + "]",
 }
+FILES["names.txt"] = "bado.\nlemi.\nku.\n" * 300
 FILES["book.txt"] = FILES["my_book.txt"]
 
 
@@ -87,7 +90,7 @@ def small(door: str, words: list[str]) -> list[str]:
 class Reader:
     """Somebody with a clone, in a folder of their own."""
 
-    def __init__(self, folder: Path, started: forks.Forks):
+    def __init__(self, folder: Path, started: forks.Forks | None):
         self.folder, self.forks = folder, started
         for name in ("configs", "experiments", "gpt_jax", "requirements.txt"):
             (folder / name).symlink_to(ROOT / name)

@@ -263,6 +263,7 @@ def test_nothing_is_written_over_and_wrong_names_have_a_near_one(tmp_path):
     with pytest.raises(ValueError, match="is there already"):
         learn.start("gelu", tmp_path, "check")
     assert "return mine" in (tmp_path / "gelu.py").read_text()
+    assert learn.start("clip", tmp_path, "c") == learn.start("clip", tmp_path, "c")
     with pytest.raises(ValueError, match="did you mean attention"):
         learn.start("atention", tmp_path, "check")
     with pytest.raises(ValueError, match="start rope first"):

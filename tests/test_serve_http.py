@@ -1,11 +1,14 @@
 """Facts about the server over HTTP, mostly through OpenAI's own client."""
 
+import base64
+import hashlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import urllib.request
 
 import jax
@@ -19,6 +22,7 @@ from gpt_jax import adapters, runs, sample
 from gpt_jax import model as models
 from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.serve import server
+from gpt_jax.serve.flow import Served
 from tests import serving
 from tests.cases import few
 from tests.serving import TOKENIZER, alone, open_server, running, wait_until
@@ -319,6 +323,56 @@ def test_equal_weights_of_several_models_are_held_once():
     first, second = server.share(base, held), server.share(tuned, held)
     assert second["kernel"] is first["kernel"] and second["bias"] is first["bias"]
     assert "head" in second and len(held) == 3
+
+
+def test_a_text_is_looked_at_with_the_weights_that_are_served(run_folder):
+    folders = server.named([str(run_folder)])
+    models = server.open_runs(folders, step=None, weights="", sizes=[1], queue=4)
+    with open_server(models) as found:
+        assert found.ask("/v1/models")[1]["data"][0]["look"] is True
+        status, answer, _ = found.ask(
+            "/v1/look", {"prompt": "ab ab", "against": "ab ac"}
+        )
+        assert status == 200 and answer["page"].startswith("<!doctype html>")
+        with urllib.request.urlopen(found.url, timeout=60) as page:
+            policy = page.headers["Content-Security-Policy"]
+        for kind in ("script", "style"):  # a browser runs what has this hash, no more
+            code = answer["page"].split(f"<{kind}>")[1].split(f"</{kind}>")[0]
+            digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+            assert f"'sha256-{digest}'" in policy
+        for body, told in (
+            ({}, "prompt must be a text"),
+            ({"prompt": "x" * 65}, "here at most 64 are looked at"),
+            ({"prompt": "ab", "against": "abc"}, "texts of as many tokens"),
+            ({"prompt": "ab", "promt": "a"}, "did you mean prompt"),
+        ):
+            status, answer, _ = found.ask("/v1/look", body)
+            assert status == 400 and told in answer["error"]["message"], answer
+
+
+def test_texts_are_looked_at_one_at_a_time_and_only_where_that_is_offered(live):
+    status, answer, _ = live.ask("/v1/look", {"model": "tiny", "prompt": "ab"})
+    assert status == 404 and "not looked into" in answer["error"]["message"]
+    began, go_on = threading.Event(), threading.Event()
+
+    def slow(prompt, against):
+        began.set()
+        go_on.wait(60)
+        return prompt
+
+    engine = serving.make_engine(CONTEXT, [1], 4)
+    with open_server({"slow": Served(engine, None, {}, slow)}) as found:
+        first = []
+        ask = threading.Thread(
+            target=lambda: first.append(found.ask("/v1/look", {"prompt": "ab"}))
+        )
+        ask.start()
+        assert began.wait(60)
+        status, answer, headers = found.ask("/v1/look", {"prompt": "cd"})
+        assert status == 429 and headers["Retry-After"] == "5"
+        go_on.set()
+        ask.join(60)
+    assert first[0][:2] == (200, {"page": "ab"})
 
 
 @pytest.fixture(scope="module", params=few(["", "int8"], ""))

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import serving
+from gpt_jax import microscope
+from tests import runs_to_evaluate, serving
 from tests.serving import alone, running, wait_until
 
 playwright = pytest.importorskip(
@@ -40,6 +41,13 @@ def chromium():
         browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def looked(tmp_path_factory):
+    """The page of the microscope, of a small run."""
+    folder = runs_to_evaluate.make(tmp_path_factory.mktemp("run") / "small")
+    return microscope.page.make(microscope.look(folder, ["ab ab"], history=False))[0]
 
 
 @pytest.fixture(params=WIDTHS)
@@ -157,6 +165,24 @@ def test_tokens_are_coloured_and_tell_what_else_was_likely(page):
     page.keyboard.press("ArrowRight")
     assert tokens.nth(3).evaluate("token => token === document.activeElement")
     playwright.expect(tip).to_be_visible()
+
+
+def test_a_text_is_looked_at_in_a_tab_of_its_own(page, live, monkeypatch, looked):
+    for served in live.models.values():
+        monkeypatch.setitem(vars(served), "look", lambda prompt, against: looked)
+    page.reload()
+    page.click("#tab-look")
+    page.fill("#look-prompt", "ab ab")
+    shoot(page, "look-empty")
+    page.click("#look-send")
+    inside = page.frame_locator("#look-page")
+    playwright.expect(inside.locator("#tokens button").first).to_be_visible()
+    assert inside.locator("#tokens button").count() == 5
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    shoot(page, "look")
+    page.locator("#tab-look").press("ArrowLeft")
+    playwright.expect(page.locator("#input")).to_be_visible()
+    assert page.locator("#look").is_hidden()
 
 
 def test_an_error_of_the_server_is_told_in_its_words(page):

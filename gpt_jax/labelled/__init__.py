@@ -1,7 +1,7 @@
 """Labelled texts: read from a table, cleaned, balanced and split.
 
 A table is a file of rows (see `rows`), a named download, a Hugging Face dataset
-("hf:<name>[:<config>][:<split>]"), or "builtin:<folder>": every line of a folder of
+(`hf:<name>[:<config>][:<split>]`), or `builtin:<folder>`: every line of a folder of
 Python's own library, labelled with the file that it stands in. Which rows are left, and
 in which part they are, depends on the rows and the settings alone.
 """

@@ -2,18 +2,21 @@
 
     learn.start("attention", "learn")   a file with the signature and the docstring
     learn.check("attention", "learn")   values, shapes, gradients, jit, vmap
+    learn.train("attention", "learn")   the quickstart with it, and both curves
 
 A hole is declared beside the usual mistakes that are made in it (hole.py): text.py,
-layers.py, training.py and tuning.py hold them.
+layers.py, training.py and tuning.py hold them; trained.py, where they stand in a run.
 """
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 from gpt_jax import files, names
-from gpt_jax.learn import layers, text, training, tuning
+from gpt_jax.learn import layers, text, trained, training, tuning
 from gpt_jax.learn.hole import Hole, Verdict
+from gpt_jax.learn.trained import Trained
 
 HOLES: dict[str, Hole] = {
     found.name: found
@@ -24,7 +27,7 @@ HOLES: dict[str, Hole] = {
 
 
 def start(name: str, folder: str | Path, command: str) -> Path:
-    """Writes the file in which a reader fills a hole; never over one that is there.
+    """Writes the file in which a reader fills a hole; never over what they wrote.
 
     Args:
       name: of the hole.
@@ -32,16 +35,17 @@ def start(name: str, folder: str | Path, command: str) -> Path:
       command: what the file says checks it.
 
     Raises:
-      ValueError: there is no such hole, or the file is there.
+      ValueError: there is no such hole, or it was begun and is being filled.
     """
     found: Hole = names.choose("the hole", name, HOLES)
     path = Path(folder) / f"{name}.py"
-    if path.exists():
+    source = found.source(f"Fill the hole, then: {command}")
+    if path.exists() and path.read_text(encoding="utf-8") != source:
         raise ValueError(
             f"{path} is there already: check it, or move it away to begin anew"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write(path, found.source(f"Fill the hole, then: {command}"))
+    files.write(path, source)
     return path
 
 
@@ -51,14 +55,37 @@ def check(name: str, folder: str | Path) -> Verdict:
     Raises:
       ValueError: there is no such hole, no such file, or it cannot be run.
     """
+    found, mine = _written(name, folder)
+    return found.check(mine)
+
+
+def train(name: str, folder: str | Path, *, steps: int = trained.STEPS) -> Trained:
+    """Trains the quickstart (tiny) twice: with the real function, with a reader's.
+
+    Writes both curves into `NAME.png` in the folder.
+
+    Args:
+      name: of the hole.
+      folder: where the reader's file is.
+      steps: of each run.
+
+    Raises:
+      ValueError: there is no such hole, no such file, it cannot be run, or no training
+        goes through it.
+    """
+    picture = Path(folder) / f"{name}.png"
+    return trained.both(*_written(name, folder), picture, steps=steps)
+
+
+def _written(name: str, folder: str | Path) -> tuple[Hole, Callable]:
+    """Returns a hole and the reader's function."""
     found: Hole = names.choose("the hole", name, HOLES)
     path = Path(folder) / f"{name}.py"
     if not path.is_file():
         raise ValueError(f"{path} is not there: start {name} first")
-    module = _run(path)
-    if not callable(mine := getattr(module, name, None)):
+    if not callable(mine := getattr(_run(path), name, None)):
         raise ValueError(f"{path} has no function {name}")
-    return found.check(mine)
+    return found, mine
 
 
 def _run(path: Path) -> ModuleType:

@@ -132,6 +132,7 @@ def look(
     weights: str = "",
     history: bool = True,
     progress: bool = False,
+    at_most: int | None = None,
 ) -> Look:
     """Looks into a run while it reads a text.
 
@@ -143,6 +144,7 @@ def look(
       weights: see there.
       history: whether all other checkpoints that the run keeps are looked at as well.
       progress: show how far it is.
+      at_most: tokens; None = as many as the model reads.
 
     Raises:
       ValueError: the run is none or writes no text, a text does not fit the model, or
@@ -158,6 +160,11 @@ def look(
         raise ValueError(
             f"the prompts have {len(row.tokens_T)} tokens together but the model's "
             f"context is {cfg.context_length}; shorten them"
+        )
+    if at_most is not None and len(row.tokens_T) > at_most:
+        raise ValueError(
+            f"the prompt has {len(row.tokens_T)} tokens; here at most {at_most} are "
+            "looked at: shorten it"
         )
     swap = None
     if against:

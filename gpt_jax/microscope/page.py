@@ -4,6 +4,7 @@ Its numbers stand in it as base64 of little-endian arrays; look.js draws them.
 """
 
 import base64
+import hashlib
 import html
 import json
 from importlib import resources
@@ -39,6 +40,17 @@ def make(found: "Look") -> tuple[str, list[int]]:
         )
     steps = _fitting({step: len(text) for step, text in frames.items()}, found, room)
     return _page(found, steps, ",".join(frames[step] for step in steps)), steps
+
+
+def hashes() -> dict[str, str]:
+    """Returns what a Content-Security-Policy calls the page's script and style."""
+    found = {}
+    for kind, file in (("script", "look.js"), ("style", "look.css")):
+        text = (FOLDER / file).read_text(encoding="utf-8")
+        text = f"\n{text}\n"  # as look.html has it
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        found[kind] = f"'sha256-{digest}'"
+    return found
 
 
 def _fitting(sizes: dict[int, int], found: "Look", room: int) -> list[int]:

@@ -360,19 +360,21 @@ function part(tag, attributes, text) {
 const brief = v => v === 0 ? "0" : Math.abs(v) >= 1e4 || Math.abs(v) < 1e-3
   ? v.toExponential(1).replace("e+", "e") : String(Number(v.toPrecision(3)));
 function draw(svg, one) {
-  const W = svg.clientWidth || 460, H = 230, left = 52, right = 8, top = 22, low = H - 24;
+  const W = svg.clientWidth || 460, H = 230, right = 8, top = 22, low = H - 24;
   const log = document.getElementById("logx").checked, across = s => log ? Math.log10(s + 1) : s;
   const xs = one.lines.flatMap(l => l.x), ys = one.lines.flatMap(l => l.y).sort((a, b) => a - b);
   const a = across(Math.min(...xs)), b = across(Math.max(...xs));
   let min = ys[0], max = ys[ys.length - 1];
   if (document.getElementById("zero").checked) min = Math.min(0, min);
   if (max === min) { max += Math.abs(max) * 0.1 || 1; min -= Math.abs(min) * 0.1 || 0; }
+  const marks = [0, 1, 2, 3, 4].map(k => min + (max - min) * k / 4);
+  const left = Math.max(52, 14 + 7.5 * Math.max(...marks.map(v => brief(v).length)));
   const x = s => left + (b > a ? (across(s) - a) / (b - a) : 0.5) * (W - left - right);
   const y = v => low - (v - min) / (max - min) * (low - top);
   svg.setAttribute("viewBox", `0 0 ${W} ${H}`);
   svg.replaceChildren();
   for (let k = 0; k <= 4; k++) {
-    const v = min + (max - min) * k / 4;
+    const v = marks[k];
     svg.append(part("line", { x1: left, x2: W - right, y1: y(v), y2: y(v), stroke: "#E3E7ED" }),
       part("text", { x: left - 6, y: y(v) + 4, "text-anchor": "end" }, brief(v)));
     const s = Math.round(log ? 10 ** (a + (b - a) * k / 4) - 1 : a + (b - a) * k / 4);

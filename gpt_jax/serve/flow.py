@@ -5,7 +5,7 @@ import contextlib
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +30,13 @@ class Served:
       engine: what writes.
       template: of conversations (see chat.py); None = it only continues texts.
       facts: what `/v1/models` tells besides.
+      look: (prompt, against) -> the page of the microscope; None = it has none.
     """
 
     engine: Engine
     template: str | None
     facts: Mapping[str, Any]
+    look: Callable[[str, str], str] | None = None
 
 
 def requests_of(

@@ -3,6 +3,7 @@
     GET  /v1/models  /v1/models/NAME    what is served
     POST /v1/completions                texts continued, scored, streamed
     POST /v1/chat/completions           conversations, where a run has a template
+    POST /v1/look                       what a model does with a text, as a page
     GET  /healthz  /readyz  /metrics    alive; compiled and not leaving; Prometheus
     GET  /openapi.json                  all of this, for tools
     GET  /                              the page
@@ -17,11 +18,13 @@ JSON as OpenAI's clients read it.
 import asyncio
 import contextlib
 import json
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpt_jax.microscope.page import hashes
 from gpt_jax.serve import openapi, replies, wire
 from gpt_jax.serve.flow import ENDS, Flow, Mail, Served, prompt_ids, requests_of
 from gpt_jax.serve.guard import GONE, guarded
@@ -30,10 +33,15 @@ from gpt_jax.serve.replies import Reply, Text
 from gpt_jax.serve.wire import Limits, Refused
 
 PAGE = Path(__file__).parent / "page"
-FILES = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css"}
+FILES = {"/": "index.html", "/page.css": "page.css"}
+FILES |= {f"/{name}": name for name in ("page.js", "look.js")}
+INLINE = hashes()  # of what the page of the microscope brings along
 POLICY = {  # of a browser that shows the page: nothing from elsewhere
-    "Content-Security-Policy": "default-src 'self'; img-src data:; base-uri 'none'"
+    "Content-Security-Policy": "default-src 'self'; img-src data:; base-uri 'none'; "
+    f"script-src 'self' {INLINE['script']}; style-src 'self' {INLINE['style']}; "
+    "style-src-attr 'unsafe-inline'"
 }
+LOOKING = threading.Lock()  # held by the thread: a client that leaves does not end it
 FEW = 16  # tokens of an event that are told without a thread of their own
 OPEN = {*FILES, "/healthz", "/readyz"}  # need no key
 
@@ -135,6 +143,13 @@ def application(service: Service) -> Callable:
     async def chats(http: Http) -> Response:
         return await _generate(service, http, wire.chat)
 
+    @app.post("/v1/look")
+    async def look(http: Http) -> Response:
+        name, prompt, against = wire.look(wire.read(await http.body()), service.limits)
+        _, served = service.model(name)
+        work = asyncio.to_thread(_looked, served, prompt, against)
+        return JSONResponse({"page": await _unless_gone(http, work)})
+
     def page(file: str) -> Callable:
         async def send() -> Response:
             return FileResponse(PAGE / file, headers=POLICY)
@@ -155,7 +170,22 @@ def application(service: Service) -> Callable:
 
 def _facts(name: str, served: Served) -> dict:
     head = {"id": name, "object": "model", "owned_by": "gpt_jax"}
-    return {**head, "chat": served.template is not None, **served.facts}
+    can = {"chat": served.template is not None, "look": served.look is not None}
+    return {**head, **can, **served.facts}
+
+
+def _looked(served: Served, prompt: str, against: str) -> str:
+    """Returns the page of the microscope; one at a time, the rest come back later."""
+    if served.look is None:
+        raise Refused(404, "this model is not looked into here", "not_found")
+    if not LOOKING.acquire(blocking=False):
+        raise Refused(429, "another text is being looked at", "busy", 5)
+    try:
+        return served.look(prompt, against)
+    except ValueError as error:  # too long, unlike each other, not of this vocabulary
+        raise Refused(400, str(error), "invalid_request") from None
+    finally:
+        LOOKING.release()
 
 
 async def _generate(service: Service, http, form: Callable):

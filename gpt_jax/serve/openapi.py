@@ -48,6 +48,7 @@ def description(limits: Limits, models: Iterable[str]) -> Schema:
         "/v1/chat/completions": {
             "post": _post("Answers a conversation.", "Chat", "Answers")
         },
+        "/v1/look": {"post": _look()},
         "/healthz": {"get": _open("Whether it lives.", "ok")},
         "/readyz": {"get": _open("Whether it takes requests.", "ready")},
         "/metrics": {
@@ -70,6 +71,15 @@ def description(limits: Limits, models: Iterable[str]) -> Schema:
                 "Chat": _closed(
                     _shared(limits, names) | _chat(), required=["messages"]
                 ),
+                "Look": _closed(
+                    {
+                        "model": {"enum": [*names, None]},
+                        "prompt": _a("string", minLength=1),
+                        "against": _or_null("string"),
+                    },
+                    required=["prompt"],
+                ),
+                "Page": _object(page=_a("string")),
                 "Model": _object(id=_a("string"), object=_a("string")),
                 "Texts": _texts(text=_a("string")),
                 "Answers": _texts(message=_a("object")),
@@ -151,6 +161,13 @@ def _post(summary: str, wanted: str, given: str) -> Schema:
         "requestBody": body,
         "responses": {"200": _answer("Texts.", kinds), **_errors(OF_TEXTS)},
     }
+
+
+def _look() -> Schema:
+    found = _post("What a model does with a text, as HTML.", "Look", "Page")
+    kind = {"application/json": {"schema": _ref("Page")}}
+    found["responses"]["200"] = _answer("A page.", kind)
+    return found
 
 
 # ---------------------------------------------------------------- answers

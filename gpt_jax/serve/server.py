@@ -17,13 +17,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt_jax import chat, commands, model, runs, signals
+from gpt_jax import chat, commands, microscope, model, runs, signals
 from gpt_jax.serve.engine import Engine
 from gpt_jax.serve.flow import Mail, Served
 from gpt_jax.serve.http import Service, application
 from gpt_jax.serve.numbers import Numbers
 from gpt_jax.serve.wire import Limits
 
+LOOKED_AT = 64  # tokens of a prompt under the microscope: seconds, and few megabytes
 TICK = 0.05  # seconds between two looks at whether to leave
 # The engine waits for the event loop's Python at most so long; by default it is 5 ms,
 # more than a decode step of a small model.
@@ -109,8 +110,24 @@ def open_runs(
             "vocab_size": run.model.cfg.vocab_size,
             "step": run.step,
         }
-        served[name] = Served(engine, template, facts)
+        served[name] = Served(
+            engine, template, facts, partial(_look, path, run.step, weights)
+        )
     return served
+
+
+def _look(path: Path, step: int, weights: str, prompt: str, against: str) -> str:
+    """Returns the page of the microscope; the weights are read for it, and let go."""
+    found = microscope.look(
+        path,
+        [prompt],
+        against=against,
+        step=step,
+        weights=weights,
+        history=False,
+        at_most=LOOKED_AT,
+    )
+    return microscope.page.make(found)[0]
 
 
 def _template(path: Path, tokenizer) -> str | None:

@@ -134,6 +134,7 @@ NOTHING: dict[str, list[Any]] = {
 COMPLETION = {*f"{SHARED} {PASSED} prompt echo".split(), *NOTHING}
 CHAT = {*f"{SHARED} {PASSED} messages top_logprobs".split(), *NOTHING}
 CHAT.add("max_completion_tokens")
+LOOK = {"model", "prompt", "against"}
 
 
 def completion(fields: Mapping[str, Any], limits: Limits) -> Ask:
@@ -159,6 +160,17 @@ def chat(fields: Mapping[str, Any], limits: Limits) -> Ask:
     top = top if _flag(fields, "logprobs") else None
     shared = _shared(fields, 1, limits, max_new=-1)
     return Ask(prompts=[], messages=messages, top=top, echo=False, **shared)
+
+
+def look(fields: Mapping[str, Any], limits: Limits) -> tuple[str | None, str, str]:
+    """Returns (model, prompt, against) of the body of /v1/look, or raises Refused."""
+    _known(fields, LOOK)
+    prompt, against = _text(fields, "prompt"), _text(fields, "against") or ""
+    if not prompt:
+        raise _bad("prompt must be a text that is not empty")
+    if _bytes(prompt) + _bytes(against) > limits.prompt_bytes:
+        raise _long(limits)
+    return _text(fields, "model"), prompt, against
 
 
 def _shared(fields, prompts: int, limits: Limits, *, max_new: int) -> dict[str, Any]:

@@ -152,8 +152,10 @@ def batched(
 ) -> Done:
     """Runs a sweep with as few compiled programs as its trials need (population.py).
 
-    Args: as `processes`; `members` trials train at once, 0 = as many as fit into what
-      is free, on a CPU into at most `memory` bytes.
+    Args:
+      members: how many train at once; 0 = as many as fit into what is free, on a CPU
+        into at most `memory` bytes.
+      options: those of `processes`, as are the rest.
     """
     population.use_devices(
         Mesh(**base.mesh)

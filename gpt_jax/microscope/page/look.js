@@ -37,6 +37,12 @@ const signed = x => (x > 0 ? "+" : x < 0 ? "−" : "") + Math.abs(x).toFixed(2);
 const follows = t => t + 1 < T && segments[t + 1] === segments[t];
 const lossOf = t => t && segments[t] === segments[t - 1] ? -Math.log(frame.chance.at_(L, t - 1)) : null;
 
+// A colour of the style, as a canvas takes it.
+function ink(name) {
+  document.body.style.setProperty("outline-color", `var(${name})`);
+  return getComputedStyle(document.body).outlineColor;
+}
+
 function make(tag, attributes = {}, ...inside) {
   const drawn = ["svg", "path", "line", "text", "circle", "g"].includes(tag)
     ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
@@ -101,11 +107,12 @@ const visible = (l, t, s) => s <= t && segments[s] === segments[t] && (!data.win
 function paint(canvas, l, h, size) {
   canvas.width = canvas.height = T * size;
   const pen = canvas.getContext("2d");
-  pen.fillStyle = "#fff";
+  const panel = ink("--panel"), unseen = ink("--unseen");
+  pen.fillStyle = panel;
   pen.fillRect(0, 0, T * size, T * size);
   for (let t = 0; t < T; t++)
     for (let s = 0; s < T; s++) {
-      pen.fillStyle = visible(l, t, s) ? wash(BLUE, 0.04 + 0.96 * Math.sqrt(weight(l, h, t, s))) : "#E9ECF0";
+      pen.fillStyle = visible(l, t, s) ? wash(BLUE, 0.04 + 0.96 * Math.sqrt(weight(l, h, t, s))) : unseen;
       pen.fillRect(s * size, t * size, size, size);
     }
 }
@@ -232,7 +239,7 @@ function drawLens() {
 
 // ---- curves
 
-const COLORS = ["#1F2933", "#3B6FB6", "#D1495B", "#2D8C5A"];
+const COLORS = ["--ink", "--blue", "--red", "--green"].map(name => `var(${name})`);
 function curves(drawing, lines, xs, words, marks = []) {
   const W = drawing.clientWidth || 600, H = 260, left = 46, right = 10, top = 26, low = H - 34;
   const ys = lines.flatMap(line => line.y), most = Math.max(...ys, 1e-9) * 1.05;
@@ -242,13 +249,13 @@ function curves(drawing, lines, xs, words, marks = []) {
   drawing.replaceChildren();
   for (let k = 0; k <= 3; k++) {
     const v = most * k / 3;
-    drawing.append(make("line", { x1: left, x2: W - right, y1: y(v), y2: y(v), stroke: "#E3E7ED" }),
+    drawing.append(make("line", { x1: left, x2: W - right, y1: y(v), y2: y(v), stroke: "var(--line)" }),
       make("text", { x: left - 6, y: y(v) + 4, "text-anchor": "end" }, most < 1.2 ? v.toFixed(2) : most < 12 ? v.toFixed(1) : v.toFixed(0)));
   }
   const every = Math.ceil(xs.length / Math.max(2, Math.floor(W / 70)));
   xs.forEach((v, i) => i % every || drawing.append(make("text", { x: x(i), y: low + 16, "text-anchor": "middle" }, v)));
   drawing.append(make("text", { x: W - right, y: H - 4, "text-anchor": "end" }, words));
-  marks.forEach(i => drawing.append(make("line", { x1: x(i), x2: x(i), y1: top, y2: low, stroke: "#1F2933", "stroke-dasharray": "3 3" })));
+  marks.forEach(i => drawing.append(make("line", { x1: x(i), x2: x(i), y1: top, y2: low, stroke: "var(--ink)", "stroke-dasharray": "3 3" })));
   let place = left;
   lines.forEach((line, n) => {
     const color = COLORS[n];
@@ -367,4 +374,5 @@ if (data.steps.length < data.history.length)
   find("bar").append(make("span", { class: "soft" }, `the page holds ${data.steps.length} of ${data.history.length} checkpoints: more would make it too large`));
 show(Number(slider.value));
 if (data.swap) drawSwap();
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawHeads());
 addEventListener("resize", () => { drawNorms(); drawInduction(); });

@@ -332,6 +332,7 @@ function pick(name) {
   state.model = name;
   $("model").value = name;
   facts();
+  offerLook();
   showSettings();
   show();
 }
