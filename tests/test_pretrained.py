@@ -787,6 +787,7 @@ def test_an_export_ends_where_the_run_does_and_has_its_template(tmp_path):
     assert texts.ids_of(said, run) == {"bos_token_id": b, "eos_token_id": a}
     talk = [chat.Message("user", "Hi <a>"), chat.Message("assistant", "Ho")]
     template = chat.template_of(target)
+    assert template
     for reply in (True, False):
         wanted = chat.render(talk, said, "phi3", reply=reply)
         assert chat.render(talk, said, template, reply=reply) == wanted
