@@ -44,9 +44,13 @@ MAX_CHOICES = flags.DEFINE_integer("max_choices", 32, "Texts of a request.")
 MAX_TOLD = flags.DEFINE_integer(
     "max_told", 1 << 18, "Probabilities of prompts that a request may be told."
 )
-TIMEOUT_S = flags.DEFINE_float("timeout_s", 120.0, "From a request to its last token.")
+TIMEOUT_S = flags.DEFINE_float(
+    "timeout_s", 120.0, "From a request to its end, with what there is by then."
+)
 READ_TIMEOUT_S = flags.DEFINE_float("read_timeout_s", 10.0, "For a request to come.")
-CONNECTIONS = flags.DEFINE_integer("connections", 512, "Connections at once.")
+CONNECTIONS = flags.DEFINE_integer(
+    "connections", 512, "Requests in progress at once; the newest beyond get 503."
+)
 GRACE_S = flags.DEFINE_float("grace_s", 30.0, "For what runs when a signal comes.")
 STEP = flags.DEFINE_string(
     "step", "", "Checkpoint: best, newest, a step number; empty = best, else newest."
@@ -63,7 +67,7 @@ def main(_: list[str]) -> None:
 
     from gpt_jax import programs, runs
     from gpt_jax.serve import server
-    from gpt_jax.serve.wire import Limits
+    from gpt_jax.serve.limits import Limits
 
     paths = server.named(door.folders(RUNS.value))
     server.need_packages()

@@ -55,6 +55,8 @@ class Sampling(NamedTuple):
     top_p: jax.Array
     min_p: jax.Array
     repetition_penalty: jax.Array
+    frequency_penalty: jax.Array
+    presence_penalty: jax.Array
     max_new: jax.Array
 
 
@@ -63,6 +65,7 @@ class Decoding(NamedTuple):
 
     cache: Cache  # holds every token but the newest
     tokens_BS: jax.Array  # int32: the prompt, then what was chosen, then zeros
+    begin_B: jax.Array  # int32: where what was chosen begins
     length_B: jax.Array  # int32: tokens of the row so far, a stop token included
     limit_B: jax.Array  # int32: the length at which the row ends
     reason_B: jax.Array  # int32: RUNNING, STOP or LENGTH
@@ -89,6 +92,17 @@ def penalise(logits_BV, seen_BV, penalty_B):
     penalty_B1 = penalty_B[:, None]
     less_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
     return jnp.where(seen_BV, less_BV, logits_BV)
+
+
+def charge(logits_BV, count_BV, sampling: Sampling):
+    """Returns logits less what tokens cost that were written `count` times.
+
+    The formula of OpenAI's API: the frequency penalty for each time, the presence
+    penalty once.
+    """
+    each_BV = count_BV * sampling.frequency_penalty[:, None]
+    once_BV = (count_BV > 0) * sampling.presence_penalty[:, None]
+    return logits_BV - each_BV - once_BV
 
 
 def temper(logits_BV, temperature_B):
@@ -169,14 +183,27 @@ def draw(logits_BV, key_B):
     return block_B * width + (block_BM + noise[:, 1]).argmax(-1)
 
 
-def choose(logits_BV, tokens_BS, length_B, sampling: Sampling, key_B):
-    """Returns the next token id [B] of rows that hold `length_B` tokens."""
+def choose(logits_BV, tokens_BS, begin_B, length_B, sampling: Sampling, key_B):
+    """Returns the next token id [B] of rows that hold `length_B` tokens.
+
+    Those from `begin_B` on were chosen before; what is before them is the prompt.
+    """
     logits_BV = jax.lax.cond(
         (sampling.repetition_penalty != 1).any(),
         lambda: penalise(
             logits_BV,
             _seen(tokens_BS, length_B, logits_BV.shape[-1]),
             sampling.repetition_penalty,
+        ),
+        lambda: logits_BV,
+    )
+    charged_B = (sampling.frequency_penalty != 0) | (sampling.presence_penalty != 0)
+    logits_BV = jax.lax.cond(
+        charged_B.any(),
+        lambda: charge(
+            logits_BV,
+            _written(tokens_BS, begin_B, length_B, logits_BV.shape[-1]),
+            sampling,
         ),
         lambda: logits_BV,
     )
@@ -197,6 +224,16 @@ def _seen(tokens_BS, length_B, vocab):
     token_BS = jnp.where(valid_BS, tokens_BS, vocab)
     seen_BV = jnp.zeros((rows, vocab), bool)
     return seen_BV.at[jnp.arange(rows)[:, None], token_BS].set(True, mode="drop")
+
+
+def _written(tokens_BS, begin_B, length_B, vocab):
+    """Returns float32 [B, V]: how often each token stands from `begin` to `length`."""
+    rows, width = tokens_BS.shape
+    place_S = jnp.arange(width)
+    chosen_BS = (place_S >= begin_B[:, None]) & (place_S < length_B[:, None])
+    token_BS = jnp.where(chosen_BS, tokens_BS, vocab)
+    count_BV = jnp.zeros((rows, vocab), jnp.float32)
+    return count_BV.at[jnp.arange(rows)[:, None], token_BS].add(1.0, mode="drop")
 
 
 # ---------------------------------------------------------------- the decode loop
@@ -225,6 +262,7 @@ def start(
     model: GPT,
     max_length: int,
     stop_id: int | None,
+    begin_B=None,
 ) -> Decoding:
     """Runs the prompts and chooses each row's first token.
 
@@ -238,7 +276,10 @@ def start(
       max_length: the size of the cache, at most the model's context; a row that
         reaches it ends with LENGTH. A prompt of that length gets no new token.
       stop_id: the token that ends a row with STOP (may be traced), or None.
+      begin_B: where in a prompt what was chosen earlier begins; None = behind it.
     """
+    # Of a buffer of its own: `advance` is given the state to use up.
+    begin_B = (length_B if begin_B is None else begin_B) + 0
     logits_BV, cache = prefill(
         params, tokens_BT, length_B, model=model, max_length=max_length
     )
@@ -249,7 +290,7 @@ def start(
     )
     limit_B = jnp.minimum(length_B + sampling.max_new, max_length)
     reason_B = jnp.where(length_B < limit_B, RUNNING, LENGTH)
-    state = Decoding(cache, tokens_BS, length_B, limit_B, reason_B)
+    state = Decoding(cache, tokens_BS, begin_B, length_B, limit_B, reason_B)
     return _append(state, logits_BV, sampling, key_B, stop_id)
 
 
@@ -269,7 +310,8 @@ def step(
 
 def _append(state, logits_BV, sampling, key_B, stop_id):
     """Chooses a token for every running row, and ends the rows it ends."""
-    token_B = choose(logits_BV, state.tokens_BS, state.length_B, sampling, key_B)
+    begin_B, length_B = state.begin_B, state.length_B
+    token_B = choose(logits_BV, state.tokens_BS, begin_B, length_B, sampling, key_B)
     running_B = state.reason_B == RUNNING
     rows, width = state.tokens_BS.shape
     place_B = jnp.where(running_B, state.length_B, width)  # width: dropped
@@ -477,8 +519,16 @@ class Transcript:
     Text that may be the beginning of a stop string is held back until it is not.
     """
 
-    def __init__(self, tokenizer, prompt: Sequence[int], stop: Sequence[str | int]):
+    def __init__(
+        self,
+        tokenizer,
+        prompt: Sequence[int],
+        stop: Sequence[str | int],
+        least: int = 0,
+    ):
+        """Begins behind a prompt; in the first `least` tokens no stop string counts."""
         self.ids: list[int] = []
+        self._least = least
         self.text = ""
         self.stopped_by: str | int | None = None
         self._strings = [s for s in stop if isinstance(s, str)]
@@ -511,6 +561,9 @@ class Transcript:
     def _release(self, fresh: str, *, last: bool) -> str:
         """Returns what of the held text and the fresh may be shown."""
         text = self._held + fresh
+        if len(self.ids) < self._least:
+            self.text += text
+            return text
         found = [(text.index(s), s) for s in self._strings if s in text]
         if found:
             end, self.stopped_by = min(found)
@@ -556,7 +609,9 @@ def _decode(
     )
     while True:
         fixed = {"model": model, "stop_id": -1 if eos_id is None else eos_id}
-        decoding = _window(params, windows, left, settings, key_B, steps, fixed)
+        written = [len(scribe.ids) for scribe in scribes] + [0] * padding
+        begins = [max(0, len(ids) - n) for ids, n in zip(windows, written, strict=True)]
+        decoding = _window(params, windows, begins, left, settings, key_B, steps, fixed)
         reason, read = None, np.array([len(ids) for ids in windows])
         while True:
             tokens, length, reason = decoding.send(reason)
@@ -586,7 +641,7 @@ def _decode(
     ]
 
 
-def _window(params, windows, left, settings, key_B, steps, fixed):
+def _window(params, windows, begins, left, settings, key_B, steps, fixed):
     """Decodes rows until all have ended or their context is full.
 
     Yields (tokens, lengths, reasons) after every few steps, and takes the reasons
@@ -601,7 +656,9 @@ def _window(params, windows, left, settings, key_B, steps, fixed):
     sampling = rows_of([{**settings, "max_new": max_new} for max_new in left])
     with sharding.in_sight(params):
         state = _start(
-            params, tokens_BT, lengths, sampling, key_B, max_length=max_length, **fixed
+            *(params, tokens_BT, lengths, sampling, key_B),
+            **{**fixed, "max_length": max_length},
+            begin_B=np.array(begins, np.int32),
         )
     while True:
         tokens, length, reason = jax.device_get(

@@ -11,11 +11,11 @@ import urllib.request
 import jax
 
 from gpt_jax import model as models
-from gpt_jax import sample, tokenizers
+from gpt_jax import sample, sampling, tokenizers
 from gpt_jax.serve import server
 from gpt_jax.serve.engine import Engine
 from gpt_jax.serve.flow import Served
-from gpt_jax.serve.wire import Limits
+from gpt_jax.serve.limits import Limits
 from tests import tiny
 
 TOKENIZER = tokenizers.train("byte", [])
@@ -49,8 +49,7 @@ def make_engine(context, sizes, queue):
 def alone(prompt, context, *, number=0, seed=0, stop=(), **settings):
     """The Completion of a request of its own, by code that knows nothing of servers."""
     model, params = build(context)
-    plain = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    plain |= {"repetition_penalty": 1.0, "max_new": 16}
+    plain = sampling.settings(16, temperature=0.0)
     done = sample.texts(
         model=model,
         params=params,

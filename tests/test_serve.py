@@ -8,21 +8,14 @@ import numpy as np
 import pytest
 
 from gpt_jax import model as models
-from gpt_jax import sample, tokenizers
+from gpt_jax import sample, sampling, tokenizers
 from gpt_jax.serve import slots
 from gpt_jax.serve.engine import Closed, Engine, Full
 from gpt_jax.serve.texts import Request
 from tests import tiny
 
 CONTEXT = 32
-SETTINGS = {
-    "temperature": 0.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "max_new": 12,
-}
+SETTINGS = sampling.settings(12, temperature=0.0)
 TOKENIZER = tokenizers.train("byte", [])
 
 
@@ -131,6 +124,8 @@ MIXED = [
     {"prompt": "q", "temperature": 1.3, "top_p": 0.8, "seed": 6, "max_new": 40},
     {"prompt": "r", "temperature": 1.0, "min_p": 0.1, "max_new": 3},
     {"prompt": "hello hello", "repetition_penalty": 1.7, "max_new": 20},
+    {"prompt": "again", "frequency_penalty": 1.5, "max_new": 20},
+    {"prompt": "anew", "presence_penalty": -2.0, "temperature": 0.9, "max_new": 20},
     {"prompt": "one", "max_new": 1},
     {"prompt": "b" * CONTEXT, "max_new": 4},
 ]
@@ -229,14 +224,7 @@ def test_caches_reach_as_far_as_the_longest_row_needs(monkeypatch):
 
 
 def entry(request):
-    return slots.entry(
-        request.ids,
-        request.settings,
-        seed=request.seed,
-        number=request.number,
-        wants=request.top is not None,
-        room=CONTEXT,
-    )
+    return slots.entry(request, CONTEXT)
 
 
 def test_requests_join_while_others_run_and_grow_and_shrink_the_batch(running):

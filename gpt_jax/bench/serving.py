@@ -66,7 +66,7 @@ def ours(
     from gpt_jax.serve import server
     from gpt_jax.serve.engine import Engine
     from gpt_jax.serve.flow import Served
-    from gpt_jax.serve.wire import Limits
+    from gpt_jax.serve.limits import Limits
 
     cfg = GPTConfig(**recipe["model"])
     params = jax.jit(lambda key: model.init(cfg, key))(jax.random.key(0))

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gpt_jax.model import GPT
 from gpt_jax.serve import slots
@@ -37,14 +37,16 @@ class Closed(Exception):
 class Piece(NamedTuple):
     """What a step brought to a request.
 
-    `reason` is "" while it goes on; the last piece has stop, length, cancelled (by
-    `Row.cancel`, or the engine closes), late (its deadline) or error.
+    `reason` is "" while it goes on; the last piece has stop, length (also of what was
+    being written at its deadline), cancelled (by `Row.cancel`, or the engine closes),
+    late (its deadline came before its first token) or error.
     """
 
     text: str
     tokens: list[Token]  # where probabilities are wanted
     prompt: list[Token]  # likewise, once, where the prompt's are
     reason: str
+    vector: Any = None  # float32 [D], with the last piece, where states are pooled
 
 
 @dataclass(eq=False)
@@ -58,6 +60,7 @@ class Row:
     done: int = 0  # tokens of the prompt that have run
     written: int = 0  # tokens chosen
     text: Text | None = None
+    pooled: Any = 0.0  # sum of the prompt's hidden states, or the last of them
 
     def cancel(self) -> None:
         """Ends the request before the next step."""
@@ -65,8 +68,11 @@ class Row:
 
     def over(self, now: float) -> str:
         """Returns why the request need not go on, or ""."""
-        late = "late" if self.request.deadline <= now else ""
-        return "cancelled" if self.cancelled else late
+        if self.cancelled:
+            return "cancelled"
+        if self.request.deadline > now:
+            return ""
+        return "length" if self.written else "late"
 
 
 class Engine:
@@ -242,9 +248,14 @@ class Engine:
         spent = 0
         while spent < slots.PIECE and (row := self._next()):
             before = row.done
-            row.done, told = self._slots.prompt(
-                row.request.ids, row.done, score=row.request.score
+            pool = row.request.pool
+            row.done, told, states_TD = self._slots.prompt(
+                row.request.ids, row.done, score=row.request.score, states=bool(pool)
             )
+            if pool:
+                row.pooled = (
+                    states_TD[-1] if pool == "last" else row.pooled + states_TD.sum(0)
+                )
             spent += row.done - before
             self.prompted += row.done - before
             with self._only(row):
@@ -274,14 +285,7 @@ class Engine:
             with self._only(row):
                 self._tell(row, reason="length")
             return
-        entry = slots.entry(
-            request.ids,
-            request.settings,
-            seed=request.seed,
-            number=request.number,
-            wants=request.top is not None,
-            room=room,
-        )
+        entry = slots.entry(request, room)
         slot, chosen = self._slots.join(entry, row, len(request.ids))
         self._filling = None  # before its first token is told: it may be the last
         with self._only(row):
@@ -321,7 +325,8 @@ class Engine:
             row.text.take(last=bool(reason)) if row.text else _NOTHING
         )
         if text or tokens or prompt or reason:
-            row.deliver(Piece(text, tokens, prompt, reason))
+            vector = row.pooled if row.request.pool and reason == "length" else None
+            row.deliver(Piece(text, tokens, prompt, reason, vector))
 
 
 _NOTHING: tuple[str, list[Token], list[Token]] = ("", [], [])

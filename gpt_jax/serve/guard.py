@@ -1,17 +1,22 @@
-"""Before the paths: the key, the limits on bodies, and the count of answers."""
+"""Before the paths: how many at once, the key, the limits on bodies, the counts."""
 
 import asyncio
 import hmac
 import json
 import re
+import secrets
 from collections.abc import Callable
 from contextlib import suppress
 
+from gpt_jax.serve.connections import Connections
+from gpt_jax.serve.errors import Refused
+from gpt_jax.serve.limits import Limits
 from gpt_jax.serve.numbers import Numbers
-from gpt_jax.serve.wire import Limits, Refused
 
 HOSTS = ("localhost", "127.0.0.1", "[::1]")  # what a server on loopback is called
 GONE = 499  # what the numbers call a client that left; nobody reads such an answer
+AGAIN = 2  # seconds after which who was one too many may come again
+HEALTH = {"/health", "/healthz", "/readyz"}  # answered however many there are
 OVERRUN, OVERRUN_SECONDS = 1 << 26, 5  # of a refused body that is read nevertheless
 
 
@@ -22,9 +27,12 @@ def guarded(
     open_paths: set[str],
     limits: Limits,
     numbers: Numbers,
+    connections: Connections,
     local: bool,
 ) -> Callable:
     """Returns an ASGI application behind a key and limits; counts its answers.
+
+    Every answer has an X-Request-Id: the client's own, where it sent a short one.
 
     Args:
       app: gets bodies whole.
@@ -32,6 +40,7 @@ def guarded(
       open_paths: those that need no key.
       limits: of bodies, and of the time in which they must have come.
       numbers: where answers are counted.
+      connections: know how many are answered.
       local: whether nobody but this machine is meant to ask. A page of another site
         in a browser here could, under a name of its own that leads here.
     """
@@ -39,26 +48,43 @@ def guarded(
     async def asgi(scope, receive, send) -> None:
         if scope["type"] != "http":
             return await app(scope, receive, send)
-        status = GONE
+        status, path = GONE, scope["path"]
+        number = (b"x-request-id", _number(scope))
 
         async def noting(message):
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message = {**message, "headers": [*message["headers"], number]}
             await send(message)
 
-        try:
-            _check_sender(scope, local)
-            if key and scope["path"] not in open_paths:
-                _check_key(scope, key)
-            body = await _body(scope, receive, limits)
-            await app(scope, _replayed(body, receive), noting)
-        except Refused as error:
-            await _refuse(error, scope, receive, noting)
-        finally:
-            numbers.answered(scope["path"], status)
+        client, counted = scope.get("client"), path not in HEALTH
+        with connections.answering(client and tuple(client), counted=counted) as room:
+            try:
+                if not room:
+                    raise Refused(
+                        503,
+                        f"{limits.connections} requests are being answered already",
+                        "overloaded",
+                        AGAIN,
+                    )
+                _check_sender(scope, local)
+                if key and path not in open_paths:
+                    _check_key(scope, key)
+                body = await _body(scope, receive, limits)
+                await app(scope, _replayed(body, receive), noting)
+            except Refused as error:
+                await _refuse(error, scope, receive, noting)
+            finally:
+                numbers.answered(path, status)
 
     return asgi
+
+
+def _number(scope) -> bytes:
+    given = dict(scope["headers"]).get(b"x-request-id", b"")
+    fits = re.fullmatch(rb"[\w.:/+=-]{1,128}", given)
+    return given if fits else b"req_" + secrets.token_hex(16).encode()
 
 
 def _check_sender(scope, local: bool) -> None:
@@ -75,8 +101,10 @@ def _check_sender(scope, local: bool) -> None:
 
 def _check_key(scope, key: str) -> None:
     given = dict(scope["headers"]).get(b"authorization", b"")
+    scheme, _, shown = given.strip().partition(b" ")
     # Compares in a time that does not tell how much of a guess was right.
-    if not hmac.compare_digest(given, f"Bearer {key}".encode()):
+    right = hmac.compare_digest(shown.strip(), key.encode())
+    if scheme.lower() != b"bearer" or not right:
         raise Refused(401, "this server wants an API key", "invalid_api_key")
 
 

@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -17,13 +18,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt_jax import chat, commands, model, runs, signals
+from gpt_jax import chat, commands, files, model, runs, signals
+from gpt_jax.serve.connections import Connections
 from gpt_jax.serve.engine import Engine
 from gpt_jax.serve.flow import Mail, Served
 from gpt_jax.serve.http import Service, application
+from gpt_jax.serve.limits import Limits
 from gpt_jax.serve.numbers import Numbers
-from gpt_jax.serve.wire import Limits
 
+OPEN, OWN = 1 << 16, 100  # descriptors asked for, and those that are not sockets
 TICK = 0.05  # seconds between two looks at whether to leave
 # The engine waits for the event loop's Python at most so long; by default it is 5 ms,
 # more than a decode step of a small model.
@@ -205,8 +208,14 @@ def serve(
     if not (place.local or place.key):
         tell("warning: whoever reaches this port can use the models: set a key")
     sys.setswitchinterval(SWITCH)
-    with stop.watch():
-        asyncio.run(_serve(models, place, limits, stop, tell))
+    # In a thread of its own, since uvicorn takes the signals of the main one.
+    with stop.watch(), ThreadPoolExecutor(1, "server") as pool:
+        work = pool.submit(
+            lambda: asyncio.run(_serve(models, place, limits, stop, tell))
+        )
+        while not wait([work], TICK).done:  # signals are heard between two waits
+            pass
+        work.result()
     ended = [served.engine.close(1.0) for served in models.values()]
     return all(ended)
 
@@ -215,24 +224,29 @@ async def _serve(models, place: Place, limits: Limits, stop: Stop, tell) -> None
     import uvicorn
 
     engines = {name: served.engine for name, served in models.items()}
-    numbers, mail = Numbers(engines), Mail()
-    service = Service(models, limits, place.key, numbers, place.local, mail)
+    connections = Connections(limits, max(16, files.open_most(OPEN) - OWN))
+    service = Service(
+        *(models, limits, place.key, Numbers(engines), place.local),
+        mail=(mail := Mail()),
+        connections=connections,
+    )
     for engine in engines.values():
         engine.flush = mail.flush
     listener = _listen(place.host, place.port)
-    config = uvicorn.Config(
-        application(service),
-        http=_protocol(service.limits),
-        ws="none",
-        lifespan="off",
-        access_log=False,
-        log_level="warning",
-        limit_concurrency=service.limits.connections,
-        timeout_graceful_shutdown=1,
-        server_header=False,
-    )
-    server = uvicorn.Server(config)
-    server.capture_signals = _signals_are_ours  # type: ignore[method-assign]
+    options: dict[str, Any] = {
+        "ws": "none",
+        "lifespan": "off",
+        "access_log": False,
+        "log_level": "warning",
+        "proxy_headers": False,  # addresses are those of the connections
+        "timeout_graceful_shutdown": 1,
+        "server_header": False,
+    }
+    app = application(service)
+    plain = uvicorn.Config(app, http="h11", **options)
+    plain.load()
+    watched = connections.protocol(plain.http_protocol_class)
+    server = uvicorn.Server(uvicorn.Config(app, http=watched, **options))
     work = asyncio.ensure_future(server.serve(sockets=[listener]))
     try:
         await _start(service, listener, stop, work, tell)
@@ -241,9 +255,8 @@ async def _serve(models, place: Place, limits: Limits, stop: Stop, tell) -> None
         service.leaving = True
         tell("leaving: what runs may end; a second signal ends it")
         end, first = time.monotonic() + place.grace_s, stop.signals
-        answering = server.server_state.tasks
         while time.monotonic() < end and stop.signals <= first:
-            if not (answering or _busy(service)):
+            if not (connections.busy or _busy(service)):
                 break
             await asyncio.sleep(TICK)
     finally:
@@ -291,66 +304,3 @@ def _listen(host: str, port: int) -> socket.socket:
             "or take another --port"
         ) from None
     return listener
-
-
-@contextlib.contextmanager
-def _signals_are_ours():
-    """Stands in for uvicorn's own handlers, which stop listening at once."""
-    yield
-
-
-def _protocol(limits: Limits) -> type:
-    """Returns uvicorn's HTTP/1.1 with limits to how slow the other side may be.
-
-    A connection that sends its headers byte by byte would be open for ever, and one
-    that does not read its answer too, even when it is closed: what was written must
-    be sent before.
-    """
-    seconds = limits.read_seconds
-    import h11
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-
-    class Protocol(H11Protocol):
-        timer: asyncio.TimerHandle | None = None
-        held, blocked = 0, 0.0  # bytes not yet sent; seconds since there were none
-
-        def connection_made(self, transport) -> None:
-            super().connection_made(transport)
-            self.await_headers()
-            self.watch = self.loop.call_later(seconds, self.look_at_reader)
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            self.await_headers()
-
-        def connection_lost(self, exc) -> None:
-            super().connection_lost(exc)
-            self.watch.cancel()
-            if self.timer:
-                self.timer.cancel()
-
-        def look_at_reader(self) -> None:
-            before, self.held = self.held, self.transport.get_write_buffer_size()
-            self.blocked = self.blocked + seconds if self.held else 0.0
-            stuck = self.held == before and self.blocked > seconds
-            if stuck or self.blocked > 2 * limits.seconds:
-                self.transport.abort()
-            else:
-                self.watch = self.loop.call_later(seconds, self.look_at_reader)
-
-        def await_headers(self) -> None:
-            began = self.conn.their_state is not h11.IDLE
-            if began and self.timer:
-                self.timer.cancel()
-                self.timer = None
-            elif not began and not self.timer:
-                self.timer = self.loop.call_later(seconds, self.too_slow)
-
-        def too_slow(self) -> None:
-            self.timer = None
-            if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
-                answer = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\n"
-                self.transport.write(answer + b"Content-Length: 0\r\n\r\n")
-                self.transport.close()
-
-    return Protocol

@@ -11,6 +11,7 @@ holds is read. So rows live in the smallest of a few sizes, and their caches rea
 far as the longest of them needs; both change when that does.
 """
 
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,6 +25,7 @@ from gpt_jax import sample
 from gpt_jax.model import GPT, init_cache
 from gpt_jax.serve import batch
 from gpt_jax.serve.batch import Chosen, Entry
+from gpt_jax.serve.texts import Request
 
 PIECE = 256  # prompt tokens run at once: what other rows wait for at most
 SHORTEST = 16  # pieces are padded to powers of two from here on
@@ -49,24 +51,22 @@ def lengths(context: int) -> list[int]:
     return [*(length for length in powers if length < most), most]
 
 
-def entry(
-    ids: Sequence[int],
-    settings: dict,
-    *,
-    seed: int,
-    number: int,
-    wants: bool,
-    room: int,
-) -> Entry:
-    """Returns what a prompt's row brings along; the key is that of `sample.texts`."""
+def entry(request: Request, room: int) -> Entry:
+    """Returns what a request's row brings along; the key is that of `sample.texts`."""
+    ids = request.ids
     tokens_S = np.zeros(room, np.int32)
     tokens_S[: len(ids)] = ids
     key_1 = sample.row_keys(
-        np.uint32(seed % 2**32),
+        np.uint32(request.seed % 2**32),
         np.array([zlib.crc32(np.asarray(ids, "<i4").tobytes())], np.uint32),
-        np.array([number], np.uint32),
+        np.array([request.number], np.uint32),
     )
-    return Entry(tokens_S, sample.rows_of([settings]), key_1, np.array([wants]))
+    ends = [token for token in request.stop if not isinstance(token, str)]
+    ruling = batch.rules(
+        1, begin=len(ids), bias=request.bias, ends=ends, least=request.least
+    )
+    wants_1 = np.array([request.top is not None])
+    return Entry(tokens_S, sample.rows_of([request.settings]), ruling, key_1, wants_1)
 
 
 class Slots:
@@ -119,7 +119,12 @@ class Slots:
         self._row = bind(init_cache(cfg, 1, self.room, jnp.dtype(cfg.dtype)))
         for length in self._lengths:
             self.prompt([0] * length, 0, score=True)
-        idle = entry([0], batch.GREEDY, seed=0, number=0, wants=True, room=self.room)
+        nobody = Request(
+            *([0], batch.GREEDY, 0, 0, (), 0),
+            score=True,
+            deadline=math.inf,
+        )
+        idle = entry(nobody, self.room)
         for smaller, size in zip((None, *self.sizes), self.sizes, strict=False):
             for reach in self.reaches:
                 self._batch = bind(batch.empty(cfg, size, reach))
@@ -142,13 +147,19 @@ class Slots:
         return sum(one._cache_size() for one in jitted)
 
     def prompt(
-        self, ids: Sequence[int], start: int, *, score: bool = False
-    ) -> tuple[int, Chosen | None]:
+        self,
+        ids: Sequence[int],
+        start: int,
+        *,
+        score: bool = False,
+        states: bool = False,
+    ) -> tuple[int, Chosen | None, Any]:
         """Runs the next piece of a prompt, whose last one leaves it ready to `join`.
 
         Returns:
           where the next piece starts; how likely each token after those of the piece
-          was, if asked for (an entry more than there are when the prompt ends).
+          was, if asked for (an entry more than there are when the prompt ends); the
+          last hidden states [tokens, D] in float32, if asked for.
         """
         count = min(PIECE, len(ids) - start)
         length = next(n for n in self._lengths if n >= count)
@@ -158,13 +169,14 @@ class Slots:
             self._params, self._row, tokens_T[None], np.int32(start), np.int32(count)
         )
         end = start + count
+        held_TD = np.asarray(x_TD)[:count].astype(np.float32) if states else None
         if not score:
-            return end, None
+            return end, None, held_TD
         next_T = np.zeros(length, np.int32)
         after = ids[start + 1 : end + 1]
         next_T[: len(after)] = after
         told = jax.device_get(self._score(self._params, x_TD, next_T))
-        return end, jax.tree.map(lambda x: x[:count], told)
+        return end, jax.tree.map(lambda x: x[:count], told), held_TD
 
     def join(self, entry: Entry, owner, length: int) -> tuple[int, Chosen]:
         """Gives the prompt of `length` tokens that has just run a free slot.
