@@ -101,7 +101,7 @@ def charge(logits_BV, count_BV, sampling: Sampling):
     penalty once.
     """
     each_BV = count_BV * sampling.frequency_penalty[:, None]
-    once_BV = (count_BV > 0) * sampling.presence_penalty[:, None]
+    once_BV = jnp.minimum(count_BV, 1) * sampling.presence_penalty[:, None]
     return logits_BV - each_BV - once_BV
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from gpt_jax import model as models
 from gpt_jax import sample, sampling, tokenizers
-from gpt_jax.serve import slots
+from gpt_jax.serve import compiled, slots
 from gpt_jax.serve.engine import Closed, Engine, Full
 from gpt_jax.serve.texts import Request
 from tests import tiny
@@ -27,19 +27,18 @@ def build():
     return models.GPT(cfg), jax.device_put(params, jax.devices()[0])  # as runs.open
 
 
-def engine(sizes=(1, 2, 4), queue=64):
+def engine(sizes=(1, 2, 4), queue=64, **options):
     model, params = build()
-    return Engine(
-        model=model, params=params, tokenizer=TOKENIZER, sizes=sizes, queue=queue
-    )
+    fixed = {"tokenizer": TOKENIZER, "sizes": sizes, "queue": queue, **options}
+    return Engine(model=model, params=params, **fixed)
 
 
 @pytest.fixture(scope="module")
 def running():
-    """An engine of four slots that runs."""
-    made = engine()
+    """An engine of four slots that runs, all its programs compiled."""
+    made = engine(ahead=True)
     made.start()
-    assert made.ready.wait(100)
+    assert made.compiled.wait(200)
     yield made
     assert made.close(10)
 
@@ -190,6 +189,7 @@ def test_caches_reach_as_far_as_the_longest_row_needs(monkeypatch):
     rows = slots.Slots(model, params, [1, 2])
     assert rows.reaches == [8, 16, 32]
     rows.compile()
+    rows.ahead()
     before, written, seen = rows.programs(), [], []
     mine, other = ask("ab", max_new=20), ask("x" * 13, max_new=9)
 
@@ -241,11 +241,10 @@ def test_requests_join_while_others_run_and_grow_and_shrink_the_batch(running):
 
 
 def test_nothing_is_compiled_after_the_start(running):
-    """Nor in a few sizes only: every program has run in every shape."""
+    """Nor in a few sizes only: there is every program in every shape."""
     before = running._slots.programs()
     lengths, sizes = len(slots.lengths(CONTEXT)), len(running._slots.sizes)
-    # More where another engine of this process had programs of the same functions.
-    assert before >= 2 * lengths + 2 * sizes + 2 * (sizes - 1)
+    assert before == 2 * lengths + 2 * sizes + 2 * (sizes - 1)
     requests = [
         ask("y" * n, top=2, score=True, max_new=9) for n in (1, 16, 17, CONTEXT)
     ]
@@ -397,4 +396,67 @@ def test_caches_have_few_reaches_of_which_the_last_is_all():
     assert slots.reaches(100) == [100]
     assert slots.reaches(256) == [128, 256]
     assert slots.reaches(1024) == [128, 256, 512, 1024]
-    assert slots.reaches(8192) == [1024, 2048, 4096, 8192]
+    assert slots.reaches(8192) == [128, 256, 512, 1024, 2048, 4096, 8192]
+    assert slots.reaches(300) == [150, 300]
+
+
+def test_a_prompt_runs_on_the_shortest_cache_that_holds_it(monkeypatch):
+    monkeypatch.setattr(slots, "REACH", 8)
+    model, params = build()
+    rows = slots.Slots(model, params, [1, 2])
+    rows.compile()
+    before = {key for key in rows._programs if key[0] == "prefill"}
+    assert before == {("prefill", 16, 8)}  # of all the server may need, this is there
+    for count, reach in ((8, 8), (9, 16), (17, 32), (CONTEXT, 32)):
+        rows.prompt([65] * count, 0)
+        assert rows._reach_of_prompt == reach
+    # And in one size alone, where the caches of rows always reach over everything.
+    alone_B = slots.Slots(model, params, [2])
+    alone_B.compile()
+    request = ask("ab", max_new=9)
+    alone_B.prompt(request.ids, 0)
+    assert alone_B._reach_of_prompt == 8 and alone_B._batch.reach == CONTEXT
+    _, chosen = alone_B.join(entry(request), "mine", 2)
+    written = [int(chosen.token_B[0])]
+    written += [int(alone_B.step().token_B[0]) for _ in range(8)]
+    assert bytes(written).decode(errors="replace") == alone("ab", max_new=9).text
+
+
+def test_a_program_that_is_wanted_before_it_is_there_is_compiled_once():
+    """By whoever comes first: the thread that compiles ahead, or the request."""
+    programs, begun, go_on = compiled.Programs(), threading.Event(), threading.Event()
+
+    class Slow:
+        """A jitted function whose compilation takes a while, and is counted."""
+
+        count = 0
+
+        def lower(self, *args):
+            self.count += 1
+            begun.set()
+            assert go_on.wait(60)
+            return jax.jit(lambda x: x + 1).lower(*args)
+
+    slow = Slow()
+    draft = compiled.Draft(("one",), lambda: slow.lower(1))
+    thread = threading.Thread(target=programs.ahead, args=([draft],))
+    thread.start()
+    assert begun.wait(60)
+    threading.Timer(0.05, go_on.set).start()
+    assert int(programs.call(("one",), slow, 1)) == 2
+    thread.join(60)
+    assert slow.count == len(programs) == 1
+
+
+def test_what_cannot_be_compiled_is_an_error_of_who_wants_it_and_tried_again():
+    programs = compiled.Programs()
+
+    class Broken:
+        def lower(self, *args):
+            raise KeyError("no such shape")
+
+    programs.ahead([compiled.Draft(("one",), Broken().lower)])
+    good = jax.jit(lambda x: x + 1)
+    assert int(programs.call(("one",), good, 1)) == 2
+    with pytest.raises(KeyError):
+        programs.call(("two",), Broken(), 1)

@@ -313,6 +313,12 @@ def test_runs_are_named_by_their_folders(tmp_path):
         server.named(["x/a", "y/a"])
     with pytest.raises(ValueError, match="no run to serve"):
         server.named([])
+    other = server.named(["x/a", "y/a"], ["small", "org/large"])
+    assert [path.parent.name for path in other.values()] == ["x", "y"]
+    assert list(other) == ["small", "org/large"]
+    for names in (["one"], ["one", "two", "three"], ["", "b"], ["a b", "c"]):
+        with pytest.raises(ValueError, match="--name="):
+            server.named(["x/a", "y/a"], names)
 
 
 def test_equal_weights_of_several_models_are_held_once():
@@ -413,6 +419,9 @@ def test_the_door_serves_a_run_and_leaves_in_good_order(run_folder):
         (["--runs=absent", "--max_choices=0"], "--max_choices=0"),
         (["--runs=absent", "--port=70000"], "--port=70000"),
         (["--runs=absent", "--batches=4,2"], "--batches=4,2"),
+        (["--runs=absent", "--context=-1"], "--context=-1"),
+        (["--runs=absent", "--cors_origin=chat.example.org"], "must be a site"),
+        (["--runs=absent", "--allowed_hosts=a:80"], "without a port"),
     ],
 )
 def test_the_door_refuses_with_a_sentence(args, words):

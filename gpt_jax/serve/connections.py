@@ -6,8 +6,7 @@ which connection is known by the address that ASGI tells.
 """
 
 import asyncio
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from gpt_jax.serve.limits import Limits
@@ -28,7 +27,7 @@ class Connections:
     def __init__(self, limits: Limits, most_open: int):
         """Takes what a request may cost, and how many sockets may be open."""
         self.limits, self._most_open = limits, most_open
-        self._open: dict[Address, Watched] = {}  # in the order in which they came
+        self._open: dict[tuple, Watched] = {}  # in the order in which they came
         self._busy: set[Watched] = set()
 
     def protocol(self, inner: Callable[..., Any]) -> type[asyncio.Protocol]:
@@ -47,26 +46,33 @@ class Connections:
         self._busy = {one for one in self._busy if one.busy}
         return len(self._busy)
 
-    @contextlib.contextmanager
-    def answering(self, client: Address | None, *, counted: bool) -> Iterator[bool]:
-        """Goes round the answer of a request that has come on a connection.
+    def heard(self, app: Callable) -> Callable:
+        """Returns an ASGI application whose requests are noted on their connections."""
 
-        Yields whether there is room for it; what is not counted needs none.
-        """
-        one = self._open.get(client) if client else None
-        most = self.limits.connections
-        room = not counted or len(self._busy) < most or self.busy < most
-        if one:
-            one.begin()
-            if counted and room:
-                self._busy.add(one)
-        try:
-            yield room
-        finally:
+        async def asgi(scope, receive, send) -> None:
+            one = self._of(scope)
             if one:
-                one.answering = False
-                if not one.busy:
-                    self._busy.discard(one)
+                one.begin()
+            try:
+                await app(scope, receive, send)
+            finally:
+                if one:
+                    one.answering = False
+                    if not one.busy:
+                        self._busy.discard(one)
+
+        return asgi
+
+    def enter(self, scope) -> bool:
+        """Takes a request among those that are answered, if there is room for it."""
+        most = self.limits.connections
+        room = len(self._busy) < most or self.busy < most
+        if room and (one := self._of(scope)):
+            self._busy.add(one)
+        return room
+
+    def _of(self, scope) -> "Watched | None":
+        return self._open.get(tuple(scope.get("client") or ()))
 
     def come(self, one: "Watched", address: Address) -> None:
         """Takes a new connection; beyond the most the longest idle one has to go."""

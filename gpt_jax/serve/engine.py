@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from gpt_jax import mesh
 from gpt_jax.model import GPT
 from gpt_jax.serve import slots
 from gpt_jax.serve.texts import Request, Text, Token
@@ -82,8 +83,10 @@ class Engine:
       model, tokenizer: as given; the model's layers unrolled.
       most: how many requests run at once.
       tokens: tokens chosen so far; prompted: prompt tokens run; steps: decode steps.
-      ready: set when everything is compiled.
+      ready: set when the first request can be answered.
+      compiled: set when no request can want a program that there is not.
       failed: what broke the thread, or None.
+      ahead: as given.
       flush: called by the thread when it has delivered what a step brought.
     """
 
@@ -96,6 +99,7 @@ class Engine:
         sizes: Sequence[int],
         queue: int,
         share: slots.Share = lambda tree: tree,
+        ahead: bool = False,
     ):
         """Makes an engine; `start` starts it.
 
@@ -107,13 +111,16 @@ class Engine:
             alone makes a row's numbers the same to the last bit, whoever is there.
           queue: how many more requests may wait.
           share: gives arrays that equal these and are held already; else these.
+          ahead: compile every program that can be wanted, beside the first requests;
+            else each when it is.
         """
         if queue < 0:
             raise ValueError(f"queue {queue} is below 0")
         self._slots = slots.Slots(model, params, sizes, share)
         self.model, self.tokenizer = self._slots.model, tokenizer
         self.most, self._queue = self._slots.sizes[-1], queue
-        self.ready, self.failed = threading.Event(), None
+        self.ready, self.compiled = threading.Event(), threading.Event()
+        self.failed = None
         self.flush: Callable[[], None] = lambda: None
         self.tokens = self.prompted = self.steps = 0
         self._wake = threading.Condition()
@@ -122,6 +129,10 @@ class Engine:
         self._pace = 1.0  # seconds that a request takes, a moving average
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.ahead, self._ahead = ahead, None
+        if ahead:
+            work = self._compile_ahead
+            self._ahead = threading.Thread(target=work, name="ahead", daemon=True)
 
     def start(self) -> None:
         """Starts the thread, which compiles and then sets `ready`."""
@@ -132,9 +143,12 @@ class Engine:
         with self._wake:
             self._closing = True
             self._wake.notify()
-        if self._thread.is_alive():
-            self._thread.join(timeout)
-        return not self._thread.is_alive()
+        self._slots.close()
+        threads = [x for x in (self._thread, self._ahead) if x and x.is_alive()]
+        end = time.monotonic() + timeout
+        for thread in threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        return not any(thread.is_alive() for thread in threads)
 
     @property
     def running(self) -> int:
@@ -178,6 +192,10 @@ class Engine:
     def _run(self) -> None:
         try:
             self._slots.compile()
+            if self._ahead and mesh.platform() == "cpu":
+                self._ahead.start()
+            elif self._ahead:  # a compiler that times kernels wants to be alone
+                self._compile_ahead()
             self.ready.set()
             while self._await_work():
                 self._drop()
@@ -197,6 +215,10 @@ class Engine:
             with self._only(row):
                 self._tell(row, reason="error" if self.failed else "cancelled")
         self.flush()
+
+    def _compile_ahead(self) -> None:
+        self._slots.ahead()
+        self.compiled.set()
 
     @contextlib.contextmanager
     def _only(self, row: Row) -> Iterator[None]:

@@ -5,7 +5,8 @@ import hmac
 import json
 import re
 import secrets
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from contextlib import suppress
 
 from gpt_jax.serve.connections import Connections
@@ -13,6 +14,7 @@ from gpt_jax.serve.errors import Refused
 from gpt_jax.serve.limits import Limits
 from gpt_jax.serve.numbers import Numbers
 
+PLAIN = (b"x-content-type-options", b"nosniff")  # no answer is another type's
 HOSTS = ("localhost", "127.0.0.1", "[::1]")  # what a server on loopback is called
 GONE = 499  # what the numbers call a client that left; nobody reads such an answer
 AGAIN = 2  # seconds after which who was one too many may come again
@@ -28,7 +30,8 @@ def guarded(
     limits: Limits,
     numbers: Numbers,
     connections: Connections,
-    local: bool,
+    hosts: Collection[str],
+    note: Callable[[str], None] | None = None,
 ) -> Callable:
     """Returns an ASGI application behind a key and limits; counts its answers.
 
@@ -41,42 +44,46 @@ def guarded(
       limits: of bodies, and of the time in which they must have come.
       numbers: where answers are counted.
       connections: know how many are answered.
-      local: whether nobody but this machine is meant to ask. A page of another site
-        in a browser here could, under a name of its own that leads here.
+      hosts: what the server is called; none = whatever is asked for. A page of another
+        site in a browser here could ask, under a name of its own that leads here.
+      note: is told a line of every answer: who, what, its status, how long, its id;
+        nothing of what was sent.
     """
 
     async def asgi(scope, receive, send) -> None:
         if scope["type"] != "http":
             return await app(scope, receive, send)
-        status, path = GONE, scope["path"]
+        status, path, began = GONE, scope["path"], time.monotonic()
         number = (b"x-request-id", _number(scope))
 
         async def noting(message):
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], number]}
+                heads = [*message["headers"], number, PLAIN]
+                message = {**message, "headers": heads}
             await send(message)
 
-        client, counted = scope.get("client"), path not in HEALTH
-        with connections.answering(client and tuple(client), counted=counted) as room:
-            try:
-                if not room:
-                    raise Refused(
-                        503,
-                        f"{limits.connections} requests are being answered already",
-                        "overloaded",
-                        AGAIN,
-                    )
-                _check_sender(scope, local)
-                if key and path not in open_paths:
-                    _check_key(scope, key)
-                body = await _body(scope, receive, limits)
-                await app(scope, _replayed(body, receive), noting)
-            except Refused as error:
-                await _refuse(error, scope, receive, noting)
-            finally:
-                numbers.answered(path, status)
+        try:
+            if path not in HEALTH and not connections.enter(scope):
+                raise Refused(
+                    503,
+                    f"{limits.connections} requests are being answered already",
+                    "overloaded",
+                    AGAIN,
+                )
+            _check_sender(scope, hosts)
+            if key and path not in open_paths:
+                _check_key(scope, key)
+            body = await _body(scope, receive, limits)
+            await app(scope, _replayed(body, receive), noting)
+        except Refused as error:
+            await _refuse(error, scope, receive, noting)
+        finally:
+            numbers.answered(path, status)
+            if note:
+                seconds = time.monotonic() - began
+                note(_line(scope, status, seconds, number[1]))
 
     return asgi
 
@@ -87,12 +94,19 @@ def _number(scope) -> bytes:
     return given if fits else b"req_" + secrets.token_hex(16).encode()
 
 
-def _check_sender(scope, local: bool) -> None:
+def _line(scope, status: int, seconds: float, number: bytes) -> str:
+    """Returns a line of the access log; what strangers wrote is quoted and cut."""
+    who = (scope.get("client") or ["-"])[0]
+    what = json.dumps(f"{scope['method']} {scope['path']}"[:200])
+    return f"{who} {what} {status} {seconds:.3f} s {number.decode()}"
+
+
+def _check_sender(scope, hosts: Collection[str]) -> None:
     """Refuses what a browser sends here for a page of somebody else."""
     headers = dict(scope["headers"])
     host = headers.get(b"host", b"").decode("latin-1").lower()
-    if local and re.sub(r":\d+$", "", host) not in HOSTS:
-        names = ", ".join(HOSTS)
+    if hosts and re.sub(r":\d+$", "", host) not in hosts:
+        names = ", ".join(hosts)
         raise Refused(403, f"this server is called {names}, not {host:.80}", "host")
     kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
     if scope["method"] == "POST" and kind != b"application/json":

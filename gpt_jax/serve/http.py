@@ -18,7 +18,7 @@ are JSON as OpenAI's clients read it.
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,8 @@ from gpt_jax.serve.responses import Response
 PAGE = Path(__file__).parent / "page"
 FILES = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css"}
 POLICY = {  # of a browser that shows the page: nothing from elsewhere
-    "Content-Security-Policy": "default-src 'self'; img-src data:; base-uri 'none'"
+    "Content-Security-Policy": "default-src 'self'; img-src data:; base-uri 'none'; "
+    "frame-ancestors 'none'"
 }
 FEW = 16  # tokens of an event that are told without a thread of their own
 OPEN = {*FILES, *HEALTH, "/version"}  # need no key
@@ -66,9 +67,10 @@ class Service:
     limits: Limits
     key: str  # "" = none is asked for
     numbers: Numbers
-    local: bool  # listens on loopback
+    hosts: Collection[str]  # what the server is called; none = anything
     mail: Mail
     connections: Connections
+    note: Callable[[str], None] | None = None  # is told a line of every answer
     leaving: bool = False
 
     def __post_init__(self):
@@ -185,7 +187,8 @@ def application(service: Service) -> Callable:
         limits=service.limits,
         numbers=service.numbers,
         connections=service.connections,
-        local=service.local,
+        hosts=service.hosts,
+        note=service.note,
     )
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hashlib
+import re
 import socket
 import sys
 import time
@@ -18,14 +19,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt_jax import chat, commands, files, model, runs, signals
+from gpt_jax import chat, commands, files, memory, model, runs, signals
+from gpt_jax.serve import plan
 from gpt_jax.serve.connections import Connections
 from gpt_jax.serve.engine import Engine
 from gpt_jax.serve.flow import Mail, Served
+from gpt_jax.serve.guard import HOSTS
 from gpt_jax.serve.http import Service, application
 from gpt_jax.serve.limits import Limits
 from gpt_jax.serve.numbers import Numbers
 
+NAME = re.compile(r"[\w.:/-]{1,100}", re.ASCII)  # of a model
 OPEN, OWN = 1 << 16, 100  # descriptors asked for, and those that are not sockets
 TICK = 0.05  # seconds between two looks at whether to leave
 # The engine waits for the event loop's Python at most so long; by default it is 5 ms,
@@ -45,21 +49,32 @@ def need_packages() -> None:
         )
 
 
-def named(folders: Sequence[str]) -> dict[str, Path]:
-    """Returns run folders by their own names.
+def named(folders: Sequence[str], names: Sequence[str] = ()) -> dict[str, Path]:
+    """Returns run folders by their own names, or by others in the same order.
 
     Raises:
-      ValueError: there is none, or two have one name.
+      ValueError: there is none, two have one name, or there is not a name for each.
     """
     paths: dict[str, Path] = {}
-    for folder in filter(None, (folder.strip() for folder in folders)):
+    folders = [folder.strip() for folder in folders if folder.strip()]
+    if names and len(names) != len(folders):
+        raise ValueError(
+            f"--name={','.join(names)} names {len(names)} models but --runs has "
+            f"{len(folders)}: give a name for each, in their order"
+        )
+    if bad := [name for name in names if not NAME.fullmatch(name)]:
+        raise ValueError(
+            f"--name={bad[0]!r} must be 1 to 100 letters, digits, - _ . : or /"
+        )
+    for i, folder in enumerate(folders):
         path = Path(folder).resolve()
-        if path.name in paths:
+        name = names[i] if names else path.name
+        if name in paths:
             raise ValueError(
-                f"{folder} and {paths[path.name]} would both be served as "
-                f"{path.name!r}; rename one folder"
+                f"{folder} and {paths[name]} would both be served as {name!r}; give "
+                "each a --name"
             )
-        paths[path.name] = path
+        paths[name] = path
     if not paths:
         raise ValueError("no run to serve; name one, as in --runs=runs/quickstart")
     return paths
@@ -72,6 +87,8 @@ def open_runs(
     weights: str,
     sizes: Sequence[int],
     queue: int,
+    context: int = 0,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Served]:
     """Returns the models of run folders, their engines not yet started.
 
@@ -83,12 +100,15 @@ def open_runs(
       paths: run folders by name.
       step, weights: as in `runs.open`.
       sizes, queue: as in `Engine`.
+      context: tokens of a text at most, the prompt's too; 0 = the model's own.
+      tell: is told what memory each will need.
 
     Raises:
-      ValueError: a folder is not a run, or not one of a model that writes.
+      ValueError: a folder is not a run, or not one of a model that writes; the context
+        is longer than the model's; there is not memory enough, and what would fit.
     """
     held: dict[tuple, Any] = {}
-    served, alone = {}, len(paths) == 1
+    served, alone, planned = {}, len(paths) == 1, 0.0  # bytes of those before
     for name, path in paths.items():
         run = runs.open(path, step=step, weights=weights, merge=alone)
         if run.model.cfg.n_classes:
@@ -97,17 +117,23 @@ def open_runs(
                 f"{commands.typed('classify')}"
             )
         template = _template(path, run.tokenizer)
+        gpt, params = plan.shortened(run.model, run.params, context)
+        (device,) = jax.tree.leaves(params)[0].devices()
+        needs = plan.check(gpt.cfg, params, sizes, memory.of_device(device) - planned)
+        planned += needs.total
+        tell(f"{name} will need at most {needs.told()}")
         engine = Engine(
-            model=run.model,
-            params=run.params,
+            model=gpt,
+            params=params,
             tokenizer=run.tokenizer,
             sizes=sizes,
             queue=queue,
+            ahead=True,
             **({} if alone else {"share": partial(share, held=held)}),
         )
         facts = {
             "created": int((path / "config.json").stat().st_mtime),
-            "context_length": run.model.cfg.context_length,
+            "context_length": gpt.cfg.context_length,
             "parameters": model.count(run.model.cfg),
             "vocab_size": run.model.cfg.vocab_size,
             "step": run.step,
@@ -148,12 +174,24 @@ class Place:
       port: 0 takes a free one.
       key: the API key that clients must show; "" = none.
       grace_s: seconds that running requests may go on when the server leaves.
+      hosts: names by which it may be asked; on loopback besides this machine's own.
+      origins: sites whose pages may ask from a browser; "*" = all.
+      access_log: whether a line is told of every answer.
     """
 
     host: str
     port: int
     key: str
     grace_s: float
+    hosts: Sequence[str] = ()
+    origins: Sequence[str] = ()
+    access_log: bool = False
+
+    @property
+    def names(self) -> Sequence[str]:
+        """What the server is called; none = whatever is asked for."""
+        own = HOSTS if self.local else ()
+        return (*own, *(name.lower() for name in self.hosts))
 
     @property
     def local(self) -> bool:
@@ -226,9 +264,10 @@ async def _serve(models, place: Place, limits: Limits, stop: Stop, tell) -> None
     engines = {name: served.engine for name, served in models.items()}
     connections = Connections(limits, max(16, files.open_most(OPEN) - OWN))
     service = Service(
-        *(models, limits, place.key, Numbers(engines), place.local),
+        *(models, limits, place.key, Numbers(engines), place.names),
         mail=(mail := Mail()),
         connections=connections,
+        note=tell if place.access_log else None,
     )
     for engine in engines.values():
         engine.flush = mail.flush
@@ -242,16 +281,21 @@ async def _serve(models, place: Place, limits: Limits, stop: Stop, tell) -> None
         "timeout_graceful_shutdown": 1,
         "server_header": False,
     }
-    app = application(service)
+    app = connections.heard(_shared(application(service), place.origins))
     plain = uvicorn.Config(app, http="h11", **options)
     plain.load()
     watched = connections.protocol(plain.http_protocol_class)
     server = uvicorn.Server(uvicorn.Config(app, http=watched, **options))
     work = asyncio.ensure_future(server.serve(sockets=[listener]))
     try:
+        began = time.monotonic()
         await _start(service, listener, stop, work, tell)
+        waiting = [engine for engine in engines.values() if engine.ahead]
         while not (stop.signals or work.done()):
             await asyncio.sleep(TICK)
+            if waiting and all(engine.compiled.is_set() for engine in waiting):
+                seconds, waiting = time.monotonic() - began, []
+                tell(f"every shape of request is compiled ({seconds:.0f} s)")
         service.leaving = True
         tell("leaving: what runs may end; a second signal ends it")
         end, first = time.monotonic() + place.grace_s, stop.signals
@@ -264,6 +308,21 @@ async def _serve(models, place: Place, limits: Limits, stop: Stop, tell) -> None
             await asyncio.to_thread(served.engine.close, 1.0)
         server.should_exit = True
         await work
+
+
+def _shared(app: Callable, origins: Sequence[str]) -> Callable:
+    """Returns an application that browsers may ask from pages of these sites."""
+    if not origins:
+        return app
+    from starlette.middleware.cors import CORSMiddleware
+
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=["GET", "HEAD", "POST"],
+        allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+        expose_headers=["X-Request-Id", "Retry-After"],
+    )
 
 
 async def _start(service: Service, listener, stop: Stop, work, tell) -> None:
@@ -282,7 +341,9 @@ async def _start(service: Service, listener, stop: Stop, work, tell) -> None:
     if service.ready:
         seconds = time.monotonic() - began
         names = ", ".join(service.models)
-        tell(f"serving {names} at {url} (compiled in {seconds:.0f} s)")
+        more = any(engine.ahead and not engine.compiled.is_set() for engine in engines)
+        also = "; other shapes of requests are compiled meanwhile" if more else ""
+        tell(f"serving {names} at {url} (compiled in {seconds:.0f} s{also})")
 
 
 def _busy(service: Service) -> bool:

@@ -1,42 +1,46 @@
 """The places of a server's rows on the device, and the compiled programs.
 
-    slots.compile()                       # every shape that can occur, once
-    end, told = slots.prompt(ids, 0)      # a piece of a prompt
+    slots.compile()                       # what the first request needs
+    slots.ahead()                         # the other shapes that can occur
+    end, *_ = slots.prompt(ids, 0)        # a piece of a prompt
     slot, chosen = slots.join(entry, owner)  # its row takes a place: first token
     for slot, owner in slots.taken(): ...
     chosen = slots.step()                 # the next token of every row
 
-A decode step costs what its shape costs: every row is computed, and all that a cache
-holds is read. So rows live in the smallest of a few sizes, and their caches reach as
-far as the longest of them needs; both change when that does.
+A program costs what its shape costs: every row is computed, and all that a cache holds
+is read. So prompts run on the shortest cache that holds them, rows live in the smallest
+of a few sizes, and their caches reach as far as the longest of them needs; both change
+when that does.
 """
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from gpt_jax import sample
-from gpt_jax.model import GPT, init_cache
+from gpt_jax.model import GPT, Cache, init_cache, stretch
 from gpt_jax.serve import batch
 from gpt_jax.serve.batch import Chosen, Entry
+from gpt_jax.serve.compiled import Draft, Programs
 from gpt_jax.serve.texts import Request
 
 PIECE = 256  # prompt tokens run at once: what other rows wait for at most
 SHORTEST = 16  # pieces are padded to powers of two from here on
 PATIENCE = 32  # steps for which a smaller shape must have done before it is taken
-REACH, REACHES = 128, 4  # the shortest reach of caches, and how many there are at most
+REACH = 128  # no cache is made for less
 
 
 def reaches(context: int) -> list[int]:
-    """Returns how many tokens the caches of a batch may hold, rising; the last all."""
+    """Returns how many tokens caches may hold, rising; the last all."""
     halves = [context]
-    while len(halves) < REACHES and halves[-1] >= 2 * REACH:
+    while halves[-1] >= 2 * REACH:
         halves.append(-(-halves[-1] // 2))
     return halves[::-1]
 
@@ -96,55 +100,135 @@ class Slots:
         self._params_of_one = self._params if one is many else share(one)
         self.room, self.sizes = model.cfg.context_length, tuple(sizes)
         self._lengths = lengths(self.room)
-        self.reaches = reaches(self.room) if len(sizes) > 1 else [self.room]
+        self._prompt_reaches = reaches(self.room)
+        self.reaches = self._prompt_reaches if len(sizes) > 1 else [self.room]
+        # Arrays that are bound to a device, as the weights of a run and all that comes
+        # of them, have programs of their own: so these are bound from the start.
+        (device,) = jax.tree.leaves(self._params)[0].devices()
+        self._bind = partial(jax.device_put, device=device)
         self._owners: list[Any] = [None] * self.sizes[0]
         self._held: list[int] = [0] * self.sizes[0]  # tokens in each row's cache
+        self._rows: dict[int, Cache] = {}  # of prompts, by reach; each made when wanted
+        self._reach_of_prompt = self._prompt_reaches[0]
         # Steps for which a smaller size, a shorter reach would have done.
         self._spare = self._slack = 0
         fixed = {"model": self.model}
+        self._programs = Programs()
         self._prefill = jax.jit(partial(batch.prefill, **fixed), donate_argnums=1)
         self._score = jax.jit(partial(batch.score, **fixed))
+        self._grow = jax.jit(stretch, static_argnames="reach")
         self._admit = jax.jit(batch.admit, donate_argnums=0)
         self._step = jax.jit(partial(batch.step, **fixed), donate_argnums=1)
         self._resize = jax.jit(batch.resize)
         self._stretch = jax.jit(batch.stretch, static_argnames="reach")
 
     def compile(self) -> None:
-        """Runs every program once in every shape; nothing is compiled later."""
-        cfg = self.model.cfg
-        # Arrays that are bound to a device, as the weights of a run and all that comes
-        # of them, have programs of their own: so these are bound from the start.
-        (device,) = jax.tree.leaves(self._params)[0].devices()
-        bind = partial(jax.device_put, device=device)
-        self._row = bind(init_cache(cfg, 1, self.room, jnp.dtype(cfg.dtype)))
-        for length in self._lengths:
-            self.prompt([0] * length, 0, score=True)
-        nobody = Request(
-            *([0], batch.GREEDY, 0, 0, (), 0),
-            score=True,
-            deadline=math.inf,
-        )
-        idle = entry(nobody, self.room)
-        for smaller, size in zip((None, *self.sizes), self.sizes, strict=False):
-            for reach in self.reaches:
-                self._batch = bind(batch.empty(cfg, size, reach))
-                self._owners, self._held = [None] * size, [0] * size
-                self.join(idle, None, 1)  # nobody: the slot stays free
-                self.step()
-                if smaller:
-                    self._move(smaller)
-                    self._move(size)
-            for reach in (*self.reaches[::-1], *self.reaches):
-                self._reach(reach)
-        first = self.sizes[0]
-        self._batch = bind(batch.empty(cfg, first, self.reaches[0]))
-        self._owners, self._held = [None] * first, [0] * first
+        """Makes the batch, and compiles what a short request needs."""
+        first, reach = self.sizes[0], self.reaches[0]
+        self._batch = self._bind(batch.empty(self.model.cfg, first, reach))
+        self.prompt([0], 0)
+        self.join(self._idle(), None, 1)  # nobody: the slot stays free
+        self.step()
+
+    def ahead(self) -> None:
+        """Compiles every program in every shape that can occur, until `close`.
+
+        May run in a thread beside requests; what they need meanwhile they compile.
+        """
+        self._programs.ahead(self._drafts())
+
+    def close(self) -> None:
+        """Lets `ahead` end after the program that it is at."""
+        self._programs.close()
 
     def programs(self) -> int:
         """Returns how many programs there are."""
-        jitted: list[Any] = [self._prefill, self._score, self._admit]
-        jitted += [self._step, self._resize, self._stretch]
-        return sum(one._cache_size() for one in jitted)
+        return len(self._programs)
+
+    def _drafts(self) -> Iterator[Draft]:
+        """Yields the programs that can be wanted, the likelier ones first."""
+        cfg, shaped = self.model.cfg, self._shaped
+        params, number = shaped(self._params), np.int32(0)
+        row = shaped(jax.eval_shape(partial(self._empty_row, self._prompt_reaches[0])))
+        tokens_1T = np.zeros((1, self._lengths[0]), np.int32)
+        found = jax.eval_shape(self._prefill, params, row, tokens_1T, number, number)
+        logits_1V, x_TD, entry = shaped(found[0]), found[2], self._idle()
+        for reach in self._prompt_reaches:
+            row = shaped(jax.eval_shape(partial(self._empty_row, reach)))
+            for length in self._lengths_for(reach):
+                tokens_1T = np.zeros((1, length), np.int32)
+                given = (params, row, tokens_1T, number, number)
+                yield self._draft(("prefill", length, reach), self._prefill, *given)
+            if reach not in self.reaches:
+                continue
+            for size, smaller in zip(self.sizes, (0, *self.sizes), strict=False):
+                make = partial(batch.empty, cfg, size, reach)
+                rows = shaped(jax.eval_shape(make))
+                given = (rows, row, logits_1V, entry, number)
+                yield self._draft(("admit", size, reach), self._admit, *given)
+                own = self._params if size > 1 else self._params_of_one
+                given = (shaped(own), rows, np.zeros(size, bool))
+                yield self._draft(("step", size, reach), self._step, *given)
+                if smaller:
+                    fewer = partial(batch.empty, cfg, smaller, reach)
+                    fewer = shaped(jax.eval_shape(fewer))
+                    up, down = np.zeros(size, np.int32), np.zeros(smaller, np.int32)
+                    key = ("resize", smaller, size, reach)
+                    yield self._draft(key, self._resize, fewer, up)
+                    key = ("resize", size, smaller, reach)
+                    yield self._draft(key, self._resize, rows, down)
+                for other in self._beside(reach):
+                    key, to = ("stretch", size, reach, other), {"reach": other}
+                    yield self._draft(key, self._stretch, rows, **to)
+            for other in (r for r in self.reaches if r > reach):
+                key, to = ("grow", reach, other), {"reach": other}
+                yield self._draft(key, self._grow, row, **to)
+        if len(self.sizes) == 1:
+            for reach in self._prompt_reaches[:-1]:
+                row = shaped(jax.eval_shape(partial(self._empty_row, reach)))
+                key, to = ("grow", reach, self.room), {"reach": self.room}
+                yield self._draft(key, self._grow, row, **to)
+        for length in self._lengths:
+            like = jax.ShapeDtypeStruct((length, x_TD.shape[1]), x_TD.dtype)
+            given = (params, self._placed(like), np.zeros(length, np.int32))
+            yield self._draft(("score", length), self._score, *given)
+
+    @staticmethod
+    def _draft(key: tuple, jitted: Any, *args: Any, **static: Any) -> Draft:
+        return Draft(key, lambda: jitted.lower(*args, **static))
+
+    def _shaped(self, tree):
+        """Returns the shapes of arrays, where they will lie."""
+        return jax.tree.map(self._placed, tree)
+
+    def _placed(self, x) -> jax.ShapeDtypeStruct:
+        where = SingleDeviceSharding(self._bind.keywords["device"])
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    def _lengths_for(self, reach: int) -> list[int]:
+        """Returns the lengths of pieces that prompts of this reach have."""
+        if reach > PIECE:
+            return self._lengths
+        shorter = max((r for r in self._prompt_reaches if r < reach), default=0)
+        shortest, longest = self._length(shorter + 1), self._length(reach)
+        return [n for n in self._lengths if shortest <= n <= longest]
+
+    def _length(self, count: int) -> int:
+        return next(n for n in self._lengths if n >= count)
+
+    def _beside(self, reach: int) -> list[int]:
+        """Returns the reaches next to one."""
+        here = self.reaches.index(reach)
+        return [*self.reaches[max(0, here - 1) : here], *self.reaches[here + 1 :][:1]]
+
+    def _empty_row(self, reach: int) -> Cache:
+        cfg = self.model.cfg
+        return init_cache(cfg, 1, reach, jnp.dtype(cfg.dtype))
+
+    def _idle(self) -> Entry:
+        """Returns what nobody brings along."""
+        nobody = ([0], batch.GREEDY, 0, 0, (), 0)
+        return entry(Request(*nobody, score=True, deadline=math.inf), self.room)
 
     def prompt(
         self,
@@ -161,12 +245,19 @@ class Slots:
           was, if asked for (an entry more than there are when the prompt ends); the
           last hidden states [tokens, D] in float32, if asked for.
         """
+        reach = next(r for r in self._prompt_reaches if r >= len(ids))
+        if reach not in self._rows:
+            self._rows[reach] = self._bind(self._empty_row(reach))
+        self._reach_of_prompt = reach
         count = min(PIECE, len(ids) - start)
-        length = next(n for n in self._lengths if n >= count)
+        length = self._length(count)
         tokens_T = np.zeros(length, np.int32)
         tokens_T[:count] = ids[start : start + count]
-        self._logits, self._row, x_TD = self._prefill(
-            self._params, self._row, tokens_T[None], np.int32(start), np.int32(count)
+        self._logits, self._rows[reach], x_TD = self._programs.call(
+            ("prefill", length, reach),
+            self._prefill,
+            *(self._params, self._rows[reach], tokens_T[None]),
+            *(np.int32(start), np.int32(count)),
         )
         end = start + count
         held_TD = np.asarray(x_TD)[:count].astype(np.float32) if states else None
@@ -175,7 +266,11 @@ class Slots:
         next_T = np.zeros(length, np.int32)
         after = ids[start + 1 : end + 1]
         next_T[: len(after)] = after
-        told = jax.device_get(self._score(self._params, x_TD, next_T))
+        told = jax.device_get(
+            self._programs.call(
+                ("score", length), self._score, self._params, x_TD, next_T
+            )
+        )
         return end, jax.tree.map(lambda x: x[:count], told), held_TD
 
     def join(self, entry: Entry, owner, length: int) -> tuple[int, Chosen]:
@@ -190,8 +285,14 @@ class Slots:
         self._owners[slot], self._held[slot] = owner, length
         if length > self._batch.reach:
             self._reach(length)
-        self._batch, chosen = self._admit(
-            self._batch, self._row, self._logits, entry, np.int32(slot)
+        row, reach = self._rows[self._reach_of_prompt], self._batch.reach
+        if row.reach < reach:
+            key = ("grow", row.reach, reach)
+            row = self._programs.call(key, self._grow, row, reach=reach)
+        self._batch, chosen = self._programs.call(
+            ("admit", len(self._owners), reach),
+            self._admit,
+            *(self._batch, row, self._logits, entry, np.int32(slot)),
         )
         return slot, _read(chosen, told=bool(entry.wants_1[0]))
 
@@ -211,7 +312,11 @@ class Slots:
             self._held[slot] += 1
         running_B = np.array([owner is not None for owner in self._owners])
         params = self._params if len(running_B) > 1 else self._params_of_one
-        self._batch, chosen = self._step(params, self._batch, running_B)
+        self._batch, chosen = self._programs.call(
+            ("step", len(running_B), self._batch.reach),
+            self._step,
+            *(params, self._batch, running_B),
+        )
         return _read(chosen, told=told)
 
     def fit(self, rows: int) -> None:
@@ -237,8 +342,12 @@ class Slots:
             old_B[: len(taken)] = [slot for slot, _ in taken]
             free = len(old_B) - len(taken)
             self._held = [self._held[slot] for slot, _ in taken] + [0] * free
+            before = len(self._owners)
             self._owners = [owner for _, owner in taken] + [None] * free
-            self._batch = self._resize(self._batch, old_B)
+            self._batch = self._programs.call(
+                ("resize", before, len(old_B), self._batch.reach),
+                *(self._resize, self._batch, old_B),
+            )
         self._spare = 0
 
     def _fit_reach(self, tokens: int) -> None:
@@ -254,7 +363,11 @@ class Slots:
         while (now := self._batch.reach) != wanted:
             step = 1 if wanted > now else -1
             reach = self.reaches[self.reaches.index(now) + step]
-            self._batch = self._stretch(self._batch, reach=reach)
+            self._batch = self._programs.call(
+                ("stretch", len(self._owners), now, reach),
+                *(self._stretch, self._batch),
+                reach=reach,
+            )
         self._slack = 0
 
 
