@@ -51,6 +51,9 @@ BATCHES = flags.DEFINE_list("batches", ["1", "8", "32"], "Rows of a decode step.
 CONTEXT = flags.DEFINE_integer(
     "context", 0, "Tokens of a text at most, with its prompt; 0 = the model's own."
 )
+PREFIX_MB = flags.DEFINE_integer(
+    "prefix_mb", 256, "MB of what prompts begin with, not computed again; 0 = none."
+)
 QUEUE = flags.DEFINE_integer("queue", 64, "Requests that may wait for a slot.")
 MAX_BODY_BYTES = flags.DEFINE_integer("max_body_bytes", 1 << 20, "Of a request.")
 MAX_PROMPT_BYTES = flags.DEFINE_integer(
@@ -95,6 +98,7 @@ def main(_: list[str]) -> None:
         sizes=sizes,
         queue=QUEUE.value,
         context=CONTEXT.value,
+        prefix_bytes=PREFIX_MB.value * 1_000_000,
         tell=lambda line: print(line, flush=True),
     )
     limits = Limits(
@@ -144,7 +148,7 @@ def _check_numbers() -> None:
     for flag in (TIMEOUT_S, READ_TIMEOUT_S):
         if not 0 < flag.value < float("inf"):
             raise ValueError(f"--{flag.name}={flag.value} must be above 0 seconds")
-    for flag in (QUEUE, GRACE_S, CONTEXT):
+    for flag in (QUEUE, GRACE_S, CONTEXT, PREFIX_MB):
         if not flag.value >= 0:
             raise ValueError(f"--{flag.name}={flag.value} must be at least 0")
     for origin in CORS_ORIGIN.value:

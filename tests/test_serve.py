@@ -9,7 +9,7 @@ import pytest
 
 from gpt_jax import model as models
 from gpt_jax import sample, sampling, tokenizers
-from gpt_jax.serve import compiled, slots
+from gpt_jax.serve import compiled, prefixes, slots
 from gpt_jax.serve.engine import Closed, Engine, Full
 from gpt_jax.serve.texts import Request
 from tests import tiny
@@ -420,6 +420,53 @@ def test_a_prompt_runs_on_the_shortest_cache_that_holds_it(monkeypatch):
     written = [int(chosen.token_B[0])]
     written += [int(alone_B.step().token_B[0]) for _ in range(8)]
     assert bytes(written).decode(errors="replace") == alone("ab", max_new=9).text
+
+
+def test_a_turn_of_a_chat_computes_only_what_is_new_in_it(monkeypatch):
+    monkeypatch.setattr(prefixes, "BLOCK", 8)
+    made = engine(sizes=(1, 2), prefix_bytes=10**6)
+    made.start()
+    assert made.ready.wait(100)
+    first = ask("The quick brown fo", top=0, max_new=6)
+    (answer,) = answers(made, [first])
+    assert answer.text == alone("The quick brown fo", max_new=6).text
+    # 23 tokens have been run, the newest one has not: two blocks of them are kept.
+    turn = [*first.ids, *(token.id for token in answer.tokens), *b" so"]
+    for cached in (16, 24):  # the second time the turn itself is there too
+        before = made.prompted
+        (again,) = answers(made, [ask(turn, max_new=4)])
+        assert again.text == alone(turn, max_new=4).text
+        assert made.prompted - before == len(turn) - cached
+    (other,) = answers(made, [ask("The quack brown fo", max_new=6)])
+    assert other.text == alone("The quack brown fo", max_new=6).text
+    before = made.prompted  # whose tokens' probabilities are wanted runs whole
+    answers(made, [ask(turn, score=True, top=0, max_new=0)])
+    assert made.prompted - before == len(turn)
+    assert made.close(10)
+
+
+def test_with_one_size_alone_no_beginnings_are_kept():
+    """They would make the last bits of a row depend on what was asked before."""
+    model, params = build()
+    rows = slots.Slots(model, params, [2], prefix_bytes=10**6)
+    assert rows._prefixes.most == 0 and rows.recall([65] * 20) == 0
+
+
+def test_of_beginnings_what_was_not_used_for_longest_goes_first(monkeypatch):
+    monkeypatch.setattr(prefixes, "BLOCK", 2)
+    kept, block = prefixes.Prefixes(4 * 80), (np.zeros(10), np.zeros(0))
+    first, second = prefixes.names([1, 2, 3, 4, 5]), prefixes.names([1, 9, 3, 4])
+    assert len(first) == len(second) == 2 and not {*first} & {*second}
+    kept.put(first, dict.fromkeys(first, block))
+    kept.put(second, dict.fromkeys(second, block))
+    assert kept.held == 4 * 80 and len(kept.known(first)) == 2
+    third = prefixes.names([7, 7])
+    kept.put(third, {third[0]: block})  # the end of what was used least has to go
+    assert len(kept.known(second)) == 1 and len(kept.known(first)) == 2
+    assert len(kept.known(third)) == 1 and kept.held == 4 * 80
+    small = prefixes.Prefixes(100)
+    small.put(first, dict.fromkeys(first, block))
+    assert small.held <= 100 and len(small.known(first)) == 1
 
 
 def test_a_program_that_is_wanted_before_it_is_there_is_compiled_once():

@@ -1,6 +1,7 @@
 """Behind a port: a model that many ask at once, over HTTP and on a page.
 
 batch.py        the rows on their way, and the programs that move them
+slots.py        their places, the shapes of programs; prefixes.py what prompts share
 engine.py       requests join and leave between decode steps
 fields.py       every field of a request: its kind, limits, default, meaning
 wire.py         what a client asks; flow.py what becomes of it; replies.py the answers

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from gpt_jax import mesh
@@ -61,6 +61,8 @@ class Row:
     done: int = 0  # tokens of the prompt that have run
     written: int = 0  # tokens chosen
     text: Text | None = None
+    chosen: list[int] = field(default_factory=list)
+    cached: int = 0  # tokens of the prompt that were kept of earlier ones
     pooled: Any = 0.0  # sum of the prompt's hidden states, or the last of them
 
     def cancel(self) -> None:
@@ -82,7 +84,8 @@ class Engine:
     Attributes:
       model, tokenizer: as given; the model's layers unrolled.
       most: how many requests run at once.
-      tokens: tokens chosen so far; prompted: prompt tokens run; steps: decode steps.
+      tokens: tokens chosen so far; prompted: prompt tokens run; cached: those that
+        were kept of earlier prompts; steps: decode steps.
       ready: set when the first request can be answered.
       compiled: set when no request can want a program that there is not.
       failed: what broke the thread, or None.
@@ -100,6 +103,7 @@ class Engine:
         queue: int,
         share: slots.Share = lambda tree: tree,
         ahead: bool = False,
+        prefix_bytes: int = 0,
     ):
         """Makes an engine; `start` starts it.
 
@@ -113,16 +117,19 @@ class Engine:
           share: gives arrays that equal these and are held already; else these.
           ahead: compile every program that can be wanted, beside the first requests;
             else each when it is.
+          prefix_bytes: for what prompts begin with, so that it is not computed again.
         """
         if queue < 0:
             raise ValueError(f"queue {queue} is below 0")
-        self._slots = slots.Slots(model, params, sizes, share)
+        self._slots = slots.Slots(
+            model, params, sizes, share, prefix_bytes=prefix_bytes
+        )
         self.model, self.tokenizer = self._slots.model, tokenizer
         self.most, self._queue = self._slots.sizes[-1], queue
         self.ready, self.compiled = threading.Event(), threading.Event()
         self.failed = None
         self.flush: Callable[[], None] = lambda: None
-        self.tokens = self.prompted = self.steps = 0
+        self.tokens = self.prompted = self.cached = self.steps = 0
         self._wake = threading.Condition()
         self._waiting: deque[Row] = deque()
         self._filling: Row | None = None  # its prompt is running
@@ -297,6 +304,9 @@ class Engine:
         if row and row.text is None:
             with self._only(row):
                 row.text = Text(self.tokenizer, row.request)
+                if not (row.request.score or row.request.pool):
+                    row.done = row.cached = self._slots.recall(row.request.ids)
+                    self.cached += row.cached
         return self._filling
 
     def _join(self, row: Row) -> None:
@@ -309,6 +319,7 @@ class Engine:
             return
         entry = slots.entry(request, room)
         slot, chosen = self._slots.join(entry, row, len(request.ids))
+        self._slots.remember(request.ids, slot)
         self._filling = None  # before its first token is told: it may be the last
         with self._only(row):
             self._push(slot, row, chosen, 0)
@@ -336,7 +347,9 @@ class Engine:
         reason = "stop" if text.stopped else ""
         if not reason and (full or row.written >= request.settings["max_new"]):
             reason = "length"
+        row.chosen.append(int(chosen.token_B[i]))
         if reason:
+            self._slots.remember([*request.ids, *row.chosen], slot)
             self._slots.leave(slot)
             self._pace += (time.monotonic() - row.begun - self._pace) / 8
         self._tell(row, reason=reason)

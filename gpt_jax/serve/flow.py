@@ -8,7 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpt_jax import __version__, chat, files, sample, sampling
 from gpt_jax.serve.batch import ENDING
@@ -258,6 +258,13 @@ class Mail:
             queue.put_nowait(letter)
 
 
+class Spent(NamedTuple):
+    """What the texts of a request cost: tokens written, and kept of each prompt."""
+
+    written: int
+    cached: list[int]
+
+
 class Flow:
     """The pieces of a request's texts, as they come to the event loop."""
 
@@ -303,9 +310,10 @@ class Flow:
             raise Refused(*ENDS["late"]) from None
 
     @property
-    def written(self) -> int:
-        """Tokens chosen so far, of all texts."""
-        return sum(row.written for row in self._rows)
+    def spent(self) -> Spent:
+        """What all texts have cost so far."""
+        written = sum(row.written for row in self._rows)
+        return Spent(written, [row.cached for row in self._rows])
 
     def close(self) -> None:
         """Ends what still runs, before the next decode step."""

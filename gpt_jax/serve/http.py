@@ -312,7 +312,7 @@ async def _whole(reply, flow: Flow, first) -> bytes:
         texts[first[0]].add(first[1])
         first = await flow.next()
     # It may be long, and others' tokens are not to wait for it.
-    return await asyncio.to_thread(lambda: as_json(reply.whole(texts, flow.written)))
+    return await asyncio.to_thread(lambda: as_json(reply.whole(texts, flow.spent)))
 
 
 async def _events(reply, flow: Flow, first) -> AsyncIterator[bytes]:
@@ -343,7 +343,7 @@ async def _events(reply, flow: Flow, first) -> AsyncIterator[bytes]:
     except Refused as error:
         yield b"".join([*events, *sent(reply.failed(error))])
         return
-    yield b"".join([*events, *sent(reply.closing(flow.written)), reply.end])
+    yield b"".join([*events, *sent(reply.closing(flow.spent)), reply.end])
 
 
 def _streaming(events, flow: Flow, service: Service, began: float, name: str):

@@ -71,6 +71,10 @@ class Numbers:
         counts = {
             "generated_tokens": ("Tokens chosen.", lambda e: e.tokens),
             "prompt_tokens": ("Prompt tokens run.", lambda e: e.prompted),
+            "cached_tokens": (
+                "Prompt tokens kept of earlier ones.",
+                lambda e: e.cached,
+            ),
             "decode_steps": ("Decode steps.", lambda e: e.steps),
         }
         gauges = {

@@ -25,6 +25,7 @@ class Plan:
       weights: of copies in other orders or types than those read from the disk.
       caches: of all rows, at the moment in which they move to a longer reach.
       prompts: the caches that prompts run on, one of each reach.
+      prefixes: for what prompts begin with.
     """
 
     rows: int
@@ -32,29 +33,31 @@ class Plan:
     weights: int
     caches: int
     prompts: int
+    prefixes: int
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.caches + self.prompts
+        return self.weights + self.caches + self.prompts + self.prefixes
 
     def told(self) -> str:
         """Returns it as a part of a sentence."""
         return (
             f"{size(self.total)} besides the weights: {size(self.caches)} for the "
             f"caches of {self.rows} texts of {self.context:,} tokens, "
-            f"{size(self.prompts)} for prompts, {size(self.weights)} for copies of "
-            "weights"
+            f"{size(self.prompts)} for prompts, {size(self.prefixes)} for their "
+            f"beginnings, {size(self.weights)} for copies of weights"
         )
 
 
-def of(cfg: GPTConfig, params: Any, sizes: Sequence[int]) -> Plan:
+def of(cfg: GPTConfig, params: Any, sizes: Sequence[int], prefixes: int = 0) -> Plan:
     """Returns what serving takes.
 
     Args:
       cfg: the model.
       params: its weights.
       sizes: as in `Slots`.
+      prefixes: bytes, likewise; with one size nothing is kept.
     """
     reaches = slots.reaches(cfg.context_length)
     held = _cache_bytes(cfg, sizes[-1], cfg.context_length)
@@ -65,20 +68,24 @@ def of(cfg: GPTConfig, params: Any, sizes: Sequence[int]) -> Plan:
     if cfg.dtype != cfg.param_dtype:
         copies += kernels * jnp.dtype(cfg.dtype).itemsize // _width(cfg.param_dtype)
     prompts = sum(_cache_bytes(cfg, 1, reach) for reach in reaches)
-    return Plan(sizes[-1], cfg.context_length, copies, held + moved, prompts)
+    prefixes = prefixes if len(sizes) > 1 else 0
+    return Plan(sizes[-1], cfg.context_length, copies, held + moved, prompts, prefixes)
 
 
-def check(cfg: GPTConfig, params: Any, sizes: Sequence[int], free: float) -> Plan:
+def check(
+    cfg: GPTConfig, params: Any, sizes: Sequence[int], free: float, prefixes: int = 0
+) -> Plan:
     """Returns the plan, or raises ValueError saying what would fit into `free`."""
-    plan = of(cfg, params, sizes)
+    plan = of(cfg, params, sizes, prefixes)
     if plan.total <= free:
         return plan
-    fits = _fitting(cfg, params, sizes, free)
+    fits = _fitting(cfg, params, sizes, free - plan.prefixes)
     cure = "nothing smaller does: free memory, or serve a smaller model"
     if fits:
         shorter, fewer = fits
         flags = f"--batches={','.join(map(str, fewer))} --context={shorter}"
-        cure = f"{flags} needs {size(_shortened(cfg, params, shorter, fewer).total)}"
+        smaller = _shortened(cfg, params, shorter, fewer).total + plan.prefixes
+        cure = f"{flags} needs {size(smaller)}"
     raise ValueError(
         f"serving this needs {plan.told()}; {size(max(0.0, free))} are free; {cure}"
     )

@@ -12,7 +12,7 @@ import numpy as np
 from gpt_jax.serve import wire
 from gpt_jax.serve.engine import Piece
 from gpt_jax.serve.errors import Refused
-from gpt_jax.serve.flow import Served
+from gpt_jax.serve.flow import Served, Spent
 from gpt_jax.serve.texts import Token, speller
 from gpt_jax.serve.wire import Ask
 
@@ -34,11 +34,12 @@ class Reply:
         """Returns the ids of the prompt of text `i`."""
         return self.prompts[i // self.ask.drawn]
 
-    def usage(self, written: int) -> dict:
+    def usage(self, spent: Spent) -> dict:
         """Returns token counts; a prompt counts once, however many texts it has."""
-        return wire.usage(sum(map(len, self.prompts)), written)
+        cached = spent.cached[:: self.ask.drawn]
+        return wire.usage(sum(map(len, self.prompts)), spent.written, sum(cached))
 
-    def whole(self, texts: list["Text"], written: int) -> dict:
+    def whole(self, texts: list["Text"], spent: Spent) -> dict:
         """Returns the body of an answer that is not streamed."""
         choices = []
         for i, text in enumerate(self.best(texts)):
@@ -51,7 +52,7 @@ class Reply:
                 choice["text"] = text.text
             choices.append(choice)
         kind = "chat.completion" if self.ask.messages else "text_completion"
-        return self._body(kind, choices, usage=self.usage(written))
+        return self._body(kind, choices, usage=self.usage(spent))
 
     def best(self, texts: list["Text"]) -> list["Text"]:
         """Returns n of the texts of every prompt: the likeliest a token, these first.
@@ -89,12 +90,12 @@ class Reply:
             event["choices"][0]["delta"] = {"role": "assistant", "content": ""}
         return events
 
-    def closing(self, written: int) -> list[dict]:
+    def closing(self, spent: Spent) -> list[dict]:
         """Returns the last event of a stream that asked for token counts."""
         if not self.ask.usage:
             return []
         kind = "chat.completion.chunk" if self.ask.messages else "text_completion"
-        return [self._body(kind, [], usage=self.usage(written))]
+        return [self._body(kind, [], usage=self.usage(spent))]
 
     def encoded(self, event: dict) -> bytes:
         """Returns an event as it is sent."""

@@ -12,7 +12,7 @@ from typing import Any
 from gpt_jax.serve import wire
 from gpt_jax.serve.engine import Piece
 from gpt_jax.serve.errors import Refused
-from gpt_jax.serve.flow import Served
+from gpt_jax.serve.flow import Served, Spent
 from gpt_jax.serve.replies import Text, as_json
 from gpt_jax.serve.texts import Token, speller
 from gpt_jax.serve.wire import Ask
@@ -30,11 +30,11 @@ class Response:
         self._id, self._item = f"resp_{secrets.token_hex(12)}", secrets.token_hex(12)
         self._created, self._count, self._text = int(time.time()), 0, Text("")
 
-    def whole(self, texts: list[Text], written: int) -> dict:
+    def whole(self, texts: list[Text], spent: Spent) -> dict:
         """Returns the body of an answer that is not streamed."""
         (text,) = texts
         item = self._message(text.text, text.tokens, _status(text.reason))
-        return self._body(_status(text.reason), [item], written)
+        return self._body(_status(text.reason), [item], spent)
 
     def opening(self) -> list[dict]:
         """Returns the events with which a stream begins."""
@@ -62,11 +62,11 @@ class Response:
             events.append(self._event("output_item.done", 0, item=item))
         return events
 
-    def closing(self, written: int) -> list[dict]:
+    def closing(self, spent: Spent) -> list[dict]:
         """Returns the last event of a stream."""
         text, status = self._text, _status(self._text.reason)
         body = self._body(
-            status, [self._message(text.text, text.tokens, status)], written
+            status, [self._message(text.text, text.tokens, status)], spent
         )
         return [self._event(status, response=body)]
 
@@ -110,10 +110,11 @@ class Response:
             return []
         return wire.told_chat(tokens, self._spell)["content"]
 
-    def _body(self, status: str, output: list, written: int | None = None) -> dict:
+    def _body(self, status: str, output: list, spent: Spent | None = None) -> dict:
         given, usage = self.ask.given, None
-        if written is not None:
-            usage = wire.usage_of_response(sum(map(len, self.prompts)), written)
+        if spent is not None:
+            prompt, cached = sum(map(len, self.prompts)), sum(spent.cached)
+            usage = wire.usage_of_response(prompt, spent.written, cached)
         cut = {"reason": "max_output_tokens"} if status == "incomplete" else None
         return {
             "id": self._id,

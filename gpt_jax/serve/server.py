@@ -88,6 +88,7 @@ def open_runs(
     sizes: Sequence[int],
     queue: int,
     context: int = 0,
+    prefix_bytes: int = 0,
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Served]:
     """Returns the models of run folders, their engines not yet started.
@@ -99,7 +100,7 @@ def open_runs(
     Args:
       paths: run folders by name.
       step, weights: as in `runs.open`.
-      sizes, queue: as in `Engine`.
+      sizes, queue, prefix_bytes: as in `Engine`.
       context: tokens of a text at most, the prompt's too; 0 = the model's own.
       tell: is told what memory each will need.
 
@@ -119,7 +120,8 @@ def open_runs(
         template = _template(path, run.tokenizer)
         gpt, params = plan.shortened(run.model, run.params, context)
         (device,) = jax.tree.leaves(params)[0].devices()
-        needs = plan.check(gpt.cfg, params, sizes, memory.of_device(device) - planned)
+        free = memory.of_device(device) - planned
+        needs = plan.check(gpt.cfg, params, sizes, free, prefix_bytes)
         planned += needs.total
         tell(f"{name} will need at most {needs.told()}")
         engine = Engine(
@@ -129,6 +131,7 @@ def open_runs(
             sizes=sizes,
             queue=queue,
             ahead=True,
+            prefix_bytes=prefix_bytes,
             **({} if alone else {"share": partial(share, held=held)}),
         )
         facts = {

@@ -26,9 +26,11 @@ from jax.sharding import SingleDeviceSharding
 
 from gpt_jax import sample
 from gpt_jax.model import GPT, Cache, init_cache, stretch
-from gpt_jax.serve import batch
+from gpt_jax.model.cache import block, put_block
+from gpt_jax.serve import batch, prefixes
 from gpt_jax.serve.batch import Chosen, Entry
 from gpt_jax.serve.compiled import Draft, Programs
+from gpt_jax.serve.prefixes import Prefixes
 from gpt_jax.serve.texts import Request
 
 PIECE = 256  # prompt tokens run at once: what other rows wait for at most
@@ -77,7 +79,13 @@ class Slots:
     """A batch of rows, each with an owner; grows and shrinks between fixed shapes."""
 
     def __init__(
-        self, model: GPT, params, sizes: Sequence[int], share: Share = lambda tree: tree
+        self,
+        model: GPT,
+        params,
+        sizes: Sequence[int],
+        share: Share = lambda tree: tree,
+        *,
+        prefix_bytes: int = 0,
     ):
         """Lays the weights out; `compile` does the rest.
 
@@ -88,6 +96,8 @@ class Slots:
             reach over the whole context: a row's numbers are then the same to the last
             bit, whoever is there.
           share: gives arrays that equal these and are held already; else these.
+          prefix_bytes: for what prompts begin with; see prefixes.py. With one size
+            alone nothing is kept: what was asked before would change the last bits.
         """
         if not sizes or min(sizes) < 1 or list(sizes) != sorted(set(sizes)):
             raise ValueError(
@@ -113,12 +123,15 @@ class Slots:
         # Steps for which a smaller size, a shorter reach would have done.
         self._spare = self._slack = 0
         fixed = {"model": self.model}
+        self._prefixes = Prefixes(prefix_bytes if len(sizes) > 1 else 0)
         self._programs = Programs()
         self._prefill = jax.jit(partial(batch.prefill, **fixed), donate_argnums=1)
         self._score = jax.jit(partial(batch.score, **fixed))
         self._grow = jax.jit(stretch, static_argnames="reach")
         self._admit = jax.jit(batch.admit, donate_argnums=0)
         self._step = jax.jit(partial(batch.step, **fixed), donate_argnums=1)
+        self._take = jax.jit(partial(block, size=prefixes.BLOCK))
+        self._put = jax.jit(put_block, donate_argnums=0)
         self._resize = jax.jit(batch.resize)
         self._stretch = jax.jit(batch.stretch, static_argnames="reach")
 
@@ -159,6 +172,11 @@ class Slots:
                 tokens_1T = np.zeros((1, length), np.int32)
                 given = (params, row, tokens_1T, number, number)
                 yield self._draft(("prefill", length, reach), self._prefill, *given)
+            keeps = self._prefixes.most and reach >= prefixes.BLOCK
+            kept = jax.eval_shape(self._take, row, number, number) if keeps else None
+            if keeps:
+                given = (row, shaped(kept), number)
+                yield self._draft(("put", reach), self._put, *given)
             if reach not in self.reaches:
                 continue
             for size, smaller in zip(self.sizes, (0, *self.sizes), strict=False):
@@ -166,6 +184,9 @@ class Slots:
                 rows = shaped(jax.eval_shape(make))
                 given = (rows, row, logits_1V, entry, number)
                 yield self._draft(("admit", size, reach), self._admit, *given)
+                if keeps:
+                    given = (rows.cache, number, number)
+                    yield self._draft(("take", size, reach), self._take, *given)
                 own = self._params if size > 1 else self._params_of_one
                 given = (shaped(own), rows, np.zeros(size, bool))
                 yield self._draft(("step", size, reach), self._step, *given)
@@ -245,10 +266,7 @@ class Slots:
           was, if asked for (an entry more than there are when the prompt ends); the
           last hidden states [tokens, D] in float32, if asked for.
         """
-        reach = next(r for r in self._prompt_reaches if r >= len(ids))
-        if reach not in self._rows:
-            self._rows[reach] = self._bind(self._empty_row(reach))
-        self._reach_of_prompt = reach
+        reach = self._row_for(ids)
         count = min(PIECE, len(ids) - start)
         length = self._length(count)
         tokens_T = np.zeros(length, np.int32)
@@ -272,6 +290,45 @@ class Slots:
             )
         )
         return end, jax.tree.map(lambda x: x[:count], told), held_TD
+
+    def recall(self, ids: Sequence[int]) -> int:
+        """Makes a prompt's row begin with what is kept of its beginning.
+
+        Returns:
+          how many tokens that is, after which `prompt` goes on; less than all.
+        """
+        chain = prefixes.names(ids[:-1]) if self._prefixes.most else []
+        found = self._prefixes.known(chain)
+        reach = self._row_for(ids)
+        for i, kept in enumerate(found):
+            self._rows[reach] = self._programs.call(
+                ("put", reach),
+                *(self._put, self._rows[reach], kept, np.int32(i * prefixes.BLOCK)),
+            )
+        return len(found) * prefixes.BLOCK
+
+    def remember(self, ids: Sequence[int], slot: int) -> None:
+        """Keeps what a slot holds of these ids, with which its row begins."""
+        if not self._prefixes.most:
+            return
+        chain = prefixes.names(ids[: self._held[slot]])
+        fresh = {}
+        for i, name in enumerate(chain):
+            if name not in self._prefixes:
+                where = (np.int32(slot), np.int32(i * prefixes.BLOCK))
+                fresh[name] = self._programs.call(
+                    ("take", len(self._owners), self._batch.reach),
+                    *(self._take, self._batch.cache, *where),
+                )
+        self._prefixes.put(chain, fresh)
+
+    def _row_for(self, ids: Sequence[int]) -> int:
+        """Returns the reach of the shortest cache that holds a prompt, made by then."""
+        reach = next(r for r in self._prompt_reaches if r >= len(ids))
+        if reach not in self._rows:
+            self._rows[reach] = self._bind(self._empty_row(reach))
+        self._reach_of_prompt = reach
+        return reach
 
     def join(self, entry: Entry, owner, length: int) -> tuple[int, Chosen]:
         """Gives the prompt of `length` tokens that has just run a free slot.

@@ -296,21 +296,22 @@ def told_chat(tokens: Sequence[Token], spell: Spell) -> dict:
     }
 
 
-def usage(prompt: int, written: int) -> dict:
-    """Returns token counts."""
+def usage(prompt: int, written: int, cached: int) -> dict:
+    """Returns token counts; `cached` are those of the prompt that were kept."""
     total = prompt + written
     return {
         "prompt_tokens": prompt,
         "completion_tokens": written,
         "total_tokens": total,
+        "prompt_tokens_details": {"cached_tokens": cached},
     }
 
 
-def usage_of_response(prompt: int, written: int) -> dict:
+def usage_of_response(prompt: int, written: int, cached: int) -> dict:
     """Returns token counts as /v1/responses tells them."""
     return {
         "input_tokens": prompt,
-        "input_tokens_details": {"cached_tokens": 0},
+        "input_tokens_details": {"cached_tokens": cached},
         "output_tokens": written,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": prompt + written,
