@@ -406,7 +406,7 @@ def test_a_prompt_runs_on_the_shortest_cache_that_holds_it(monkeypatch):
     rows = slots.Slots(model, params, [1, 2])
     rows.compile()
     before = {key for key in rows._programs if key[0] == "prefill"}
-    assert before == {("prefill", 16, 8)}  # of all the server may need, this is there
+    assert before == {("prefill", 8, 8)}  # of all the server may need, this is there
     for count, reach in ((8, 8), (9, 16), (17, 32), (CONTEXT, 32)):
         rows.prompt([65] * count, 0)
         assert rows._reach_of_prompt == reach

@@ -75,6 +75,11 @@ def entry(request: Request, room: int) -> Entry:
     return Entry(tokens_S, sample.rows_of([request.settings]), ruling, key_1, wants_1)
 
 
+def _length(count: int, reach: int) -> int:
+    """Returns how long a piece of `count` tokens is on a cache of that reach."""
+    return next(n for n in lengths(reach) if n >= count)
+
+
 class Slots:
     """A batch of rows, each with an owner; grows and shrinks between fixed shapes."""
 
@@ -109,7 +114,6 @@ class Slots:
         self._params = share(many)
         self._params_of_one = self._params if one is many else share(one)
         self.room, self.sizes = model.cfg.context_length, tuple(sizes)
-        self._lengths = lengths(self.room)
         self._prompt_reaches = reaches(self.room)
         self.reaches = self._prompt_reaches if len(sizes) > 1 else [self.room]
         # Arrays that are bound to a device, as the weights of a run and all that comes
@@ -163,7 +167,7 @@ class Slots:
         cfg, shaped = self.model.cfg, self._shaped
         params, number = shaped(self._params), np.int32(0)
         row = shaped(jax.eval_shape(partial(self._empty_row, self._prompt_reaches[0])))
-        tokens_1T = np.zeros((1, self._lengths[0]), np.int32)
+        tokens_1T = np.zeros((1, 1), np.int32)
         found = jax.eval_shape(self._prefill, params, row, tokens_1T, number, number)
         logits_1V, x_TD, entry = shaped(found[0]), found[2], self._idle()
         for reach in self._prompt_reaches:
@@ -177,6 +181,9 @@ class Slots:
             if keeps:
                 given = (row, shaped(kept), number)
                 yield self._draft(("put", reach), self._put, *given)
+            for other in (r for r in self.reaches if r > reach):
+                key, to = ("grow", reach, other), {"reach": other}
+                yield self._draft(key, self._grow, row, **to)
             if reach not in self.reaches:
                 continue
             for size, smaller in zip(self.sizes, (0, *self.sizes), strict=False):
@@ -201,15 +208,7 @@ class Slots:
                 for other in self._beside(reach):
                     key, to = ("stretch", size, reach, other), {"reach": other}
                     yield self._draft(key, self._stretch, rows, **to)
-            for other in (r for r in self.reaches if r > reach):
-                key, to = ("grow", reach, other), {"reach": other}
-                yield self._draft(key, self._grow, row, **to)
-        if len(self.sizes) == 1:
-            for reach in self._prompt_reaches[:-1]:
-                row = shaped(jax.eval_shape(partial(self._empty_row, reach)))
-                key, to = ("grow", reach, self.room), {"reach": self.room}
-                yield self._draft(key, self._grow, row, **to)
-        for length in self._lengths:
+        for length in sorted({n for r in self._prompt_reaches for n in lengths(r)}):
             like = jax.ShapeDtypeStruct((length, x_TD.shape[1]), x_TD.dtype)
             given = (params, self._placed(like), np.zeros(length, np.int32))
             yield self._draft(("score", length), self._score, *given)
@@ -228,14 +227,10 @@ class Slots:
 
     def _lengths_for(self, reach: int) -> list[int]:
         """Returns the lengths of pieces that prompts of this reach have."""
-        if reach > PIECE:
-            return self._lengths
+        if reach > PIECE or self._prefixes.most:
+            return lengths(reach)
         shorter = max((r for r in self._prompt_reaches if r < reach), default=0)
-        shortest, longest = self._length(shorter + 1), self._length(reach)
-        return [n for n in self._lengths if shortest <= n <= longest]
-
-    def _length(self, count: int) -> int:
-        return next(n for n in self._lengths if n >= count)
+        return [n for n in lengths(reach) if n >= _length(shorter + 1, reach)]
 
     def _beside(self, reach: int) -> list[int]:
         """Returns the reaches next to one."""
@@ -268,7 +263,7 @@ class Slots:
         """
         reach = self._row_for(ids)
         count = min(PIECE, len(ids) - start)
-        length = self._length(count)
+        length = _length(count, reach)
         tokens_T = np.zeros(length, np.int32)
         tokens_T[:count] = ids[start : start + count]
         self._logits, self._rows[reach], x_TD = self._programs.call(
