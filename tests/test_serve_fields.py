@@ -1,5 +1,6 @@
 """Facts about the one table of HTTP fields: parser, description, guide and errors."""
 
+import ast
 import json
 from pathlib import Path
 
@@ -130,6 +131,30 @@ def test_what_cannot_be_honoured_is_refused_by_its_own_name(
         wire.READERS[form](FORMS[form], {**VALID[form], **changes}, LIMITS)
     assert refused.value.status == 400 and refused.value.param == param
     assert words in str(refused.value)
+
+
+PUBLIC = {  # documented parts of the HTTP library and what lies under it
+    "uvicorn": {"uvicorn"},
+    "fastapi": {"fastapi", "fastapi.responses"},
+    "starlette": {"starlette.exceptions", "starlette.middleware.cors"},
+    "h11": set(),
+}
+PRIVATE = {"capture_signals", "server_state", "conn", "cycle", "lifespan"}
+
+
+@pytest.mark.parametrize("path", (ROOT / "gpt_jax/serve").glob("*.py"), ids=str)
+def test_the_server_uses_no_private_parts_of_its_http_library(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            modules = [node.module or ""]
+            assert not any(alias.name.startswith("_") for alias in node.names)
+        for module in modules:
+            assert module in PUBLIC.get(module.partition(".")[0], {module})
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in PRIVATE
 
 
 def test_nulls_are_the_same_as_leaving_fields_out():
