@@ -6,6 +6,7 @@ longer, or a process of its own, is in faults_serve.py (make test-faults).
 
 import contextlib
 import json
+import math
 import socket
 import threading
 import time
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt_jax import tokenizers
+from gpt_jax import sampling, tokenizers
+from gpt_jax.serve.texts import Request
 from tests import serving
 from tests.serving import LIMITS, running, wait_until
 
@@ -304,8 +306,12 @@ def test_a_path_leads_to_no_file(live, path):
 def test_what_is_late_ends_with_what_there_is_or_is_told_that_it_never_began():
     limits = replace(LIMITS, seconds=0.4)
     with running(serving.make_engine(CONTEXT, [1], 3), limits=limits) as hasty:
-        found = at_once(hasty, 2, body(**LONG))  # one runs, the other waits
-        assert sorted(status for status, _ in found) == [200, 504]
+        how = sampling.settings(2000, temperature=0.0)
+        endless = Request([65], how, 0, 0, (), None, score=False, deadline=math.inf)
+        (row,) = hasty.engine.submit([(endless, lambda piece: None)])
+        status, answer, _ = hasty.ask(PATH, body(**LONG))  # waits for its slot
+        assert status == 504 and answer["error"]["code"] == "timeout"
+        row.cancel()
         wait_until(lambda: hasty.engine.running == 0, 10)
         _, answer, _ = hasty.ask(PATH, body(**LONG))
         assert answer["choices"][0]["finish_reason"] == "length"
