@@ -405,7 +405,7 @@ def test_a_prompt_runs_on_the_shortest_cache_that_holds_it(monkeypatch):
     model, params = build()
     rows = slots.Slots(model, params, [1, 2])
     rows.compile()
-    before = {key for key in rows._programs if key[0] == "prefill"}
+    before = {key[1:] for key in rows._programs if key[1] == "prefill"}
     assert before == {("prefill", 8, 8)}  # of all the server may need, this is there
     for count, reach in ((8, 8), (9, 16), (17, 32), (CONTEXT, 32)):
         rows.prompt([65] * count, 0)
@@ -420,6 +420,27 @@ def test_a_prompt_runs_on_the_shortest_cache_that_holds_it(monkeypatch):
     written = [int(chosen.token_B[0])]
     written += [int(alone_B.step().token_B[0]) for _ in range(8)]
     assert bytes(written).decode(errors="replace") == alone("ab", max_new=9).text
+
+
+def test_models_of_one_shape_share_their_programs_and_no_others_do():
+    model, params = build()
+    shared = compiled.Programs()
+    first = slots.Slots(model, params, [2], programs=shared)
+    first.compile()
+    before = len(shared)
+    other = jax.tree.map(lambda x: 2 * x, params)
+    second = slots.Slots(model, other, [2], programs=shared)
+    second.compile()
+    assert len(shared) == before
+    request, told = ask("mine", max_new=1), []
+    for rows in (first, second):
+        rows.prompt(request.ids, 0)
+        told.append(int(rows.join(entry(request), "mine", 4)[1].token_B[0]))
+    assert told[0] == alone("mine", max_new=1).text.encode()[0] or told[0] > 127
+    cfg = tiny.cfg(context_length=CONTEXT, vocab_size=257, n_layers=1)
+    params = jax.device_put(models.init(cfg, jax.random.key(0)), jax.devices()[0])
+    slots.Slots(models.GPT(cfg), params, [2], programs=shared).compile()
+    assert len(shared) == 2 * before
 
 
 def test_a_turn_of_a_chat_computes_only_what_is_new_in_it(monkeypatch):

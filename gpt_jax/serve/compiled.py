@@ -6,7 +6,7 @@ programs.ahead([(("step", 8, 512), jitted, shapes), ...])     # in a thread of i
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -33,6 +33,12 @@ class Programs:
         self._lock = threading.Lock()
         self._found: dict[Key, Future] = {}
         self._closing = False
+        self._kinds: dict[Hashable, int] = {}
+
+    def number_of(self, kind: Hashable) -> int:
+        """Returns a number for a key, the same for equal kinds of models."""
+        with self._lock:
+            return self._kinds.setdefault(kind, len(self._kinds))
 
     def __iter__(self) -> Iterator[Key]:
         """Yields what there is, or is being compiled."""

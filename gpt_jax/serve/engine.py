@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from gpt_jax import mesh
 from gpt_jax.model import GPT
 from gpt_jax.serve import slots
+from gpt_jax.serve.compiled import Programs
 from gpt_jax.serve.texts import Request, Text, Token
 
 log = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ class Engine:
         share: slots.Share = lambda tree: tree,
         ahead: bool = False,
         prefix_bytes: int = 0,
+        programs: Programs | None = None,
     ):
         """Makes an engine; `start` starts it.
 
@@ -118,11 +120,14 @@ class Engine:
           ahead: compile every program that can be wanted, beside the first requests;
             else each when it is.
           prefix_bytes: for what prompts begin with, so that it is not computed again.
+          programs: shared with engines of models of the same shape.
         """
         if queue < 0:
             raise ValueError(f"queue {queue} is below 0")
         self._slots = slots.Slots(
-            model, params, sizes, share, prefix_bytes=prefix_bytes
+            *(model, params, sizes, share),
+            prefix_bytes=prefix_bytes,
+            programs=programs,
         )
         self.model, self.tokenizer = self._slots.model, tokenizer
         self.most, self._queue = self._slots.sizes[-1], queue

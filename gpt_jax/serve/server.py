@@ -21,6 +21,7 @@ import numpy as np
 
 from gpt_jax import chat, commands, files, memory, model, runs, signals
 from gpt_jax.serve import plan
+from gpt_jax.serve.compiled import Programs
 from gpt_jax.serve.connections import Connections
 from gpt_jax.serve.engine import Engine
 from gpt_jax.serve.flow import Mail, Served
@@ -109,6 +110,7 @@ def open_runs(
         is longer than the model's; there is not memory enough, and what would fit.
     """
     held: dict[tuple, Any] = {}
+    programs = Programs()
     served, alone, planned = {}, len(paths) == 1, 0.0  # bytes of those before
     for name, path in paths.items():
         run = runs.open(path, step=step, weights=weights, merge=alone)
@@ -132,6 +134,7 @@ def open_runs(
             queue=queue,
             ahead=True,
             prefix_bytes=prefix_bytes,
+            programs=programs,
             **({} if alone else {"share": partial(share, held=held)}),
         )
         facts = {

@@ -91,6 +91,7 @@ class Slots:
         share: Share = lambda tree: tree,
         *,
         prefix_bytes: int = 0,
+        programs: Programs | None = None,
     ):
         """Lays the weights out; `compile` does the rest.
 
@@ -103,6 +104,7 @@ class Slots:
           share: gives arrays that equal these and are held already; else these.
           prefix_bytes: for what prompts begin with; see prefixes.py. With one size
             alone nothing is kept: what was asked before would change the last bits.
+          programs: those that others of the same shape have compiled are used here too.
         """
         if not sizes or min(sizes) < 1 or list(sizes) != sorted(set(sizes)):
             raise ValueError(
@@ -128,7 +130,11 @@ class Slots:
         self._spare = self._slack = 0
         fixed = {"model": self.model}
         self._prefixes = Prefixes(prefix_bytes if len(sizes) > 1 else 0)
-        self._programs = Programs()
+        self._programs = Programs() if programs is None else programs
+        weights = (self._params, self._params_of_one)
+        shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(weights))
+        kind = (self.model.cfg, jax.tree.structure(weights), shapes, device)
+        self._kind = self._programs.number_of(kind)
         self._prefill = jax.jit(partial(batch.prefill, **fixed), donate_argnums=1)
         self._score = jax.jit(partial(batch.score, **fixed))
         self._grow = jax.jit(stretch, static_argnames="reach")
@@ -213,9 +219,11 @@ class Slots:
             given = (params, self._placed(like), np.zeros(length, np.int32))
             yield self._draft(("score", length), self._score, *given)
 
-    @staticmethod
-    def _draft(key: tuple, jitted: Any, *args: Any, **static: Any) -> Draft:
-        return Draft(key, lambda: jitted.lower(*args, **static))
+    def _draft(self, key: tuple, jitted: Any, *args: Any, **static: Any) -> Draft:
+        return Draft((self._kind, *key), lambda: jitted.lower(*args, **static))
+
+    def _run(self, key: tuple, jitted: Any, *args: Any, **static: Any) -> Any:
+        return self._programs.call((self._kind, *key), jitted, *args, **static)
 
     def _shaped(self, tree):
         """Returns the shapes of arrays, where they will lie."""
@@ -266,7 +274,7 @@ class Slots:
         length = _length(count, reach)
         tokens_T = np.zeros(length, np.int32)
         tokens_T[:count] = ids[start : start + count]
-        self._logits, self._rows[reach], x_TD = self._programs.call(
+        self._logits, self._rows[reach], x_TD = self._run(
             ("prefill", length, reach),
             self._prefill,
             *(self._params, self._rows[reach], tokens_T[None]),
@@ -280,9 +288,7 @@ class Slots:
         after = ids[start + 1 : end + 1]
         next_T[: len(after)] = after
         told = jax.device_get(
-            self._programs.call(
-                ("score", length), self._score, self._params, x_TD, next_T
-            )
+            self._run(("score", length), self._score, self._params, x_TD, next_T)
         )
         return end, jax.tree.map(lambda x: x[:count], told), held_TD
 
@@ -296,7 +302,7 @@ class Slots:
         found = self._prefixes.known(chain)
         reach = self._row_for(ids)
         for i, kept in enumerate(found):
-            self._rows[reach] = self._programs.call(
+            self._rows[reach] = self._run(
                 ("put", reach),
                 *(self._put, self._rows[reach], kept, np.int32(i * prefixes.BLOCK)),
             )
@@ -311,7 +317,7 @@ class Slots:
         for i, name in enumerate(chain):
             if name not in self._prefixes:
                 where = (np.int32(slot), np.int32(i * prefixes.BLOCK))
-                fresh[name] = self._programs.call(
+                fresh[name] = self._run(
                     ("take", len(self._owners), self._batch.reach),
                     *(self._take, self._batch.cache, *where),
                 )
@@ -340,8 +346,8 @@ class Slots:
         row, reach = self._rows[self._reach_of_prompt], self._batch.reach
         if row.reach < reach:
             key = ("grow", row.reach, reach)
-            row = self._programs.call(key, self._grow, row, reach=reach)
-        self._batch, chosen = self._programs.call(
+            row = self._run(key, self._grow, row, reach=reach)
+        self._batch, chosen = self._run(
             ("admit", len(self._owners), reach),
             self._admit,
             *(self._batch, row, self._logits, entry, np.int32(slot)),
@@ -364,7 +370,7 @@ class Slots:
             self._held[slot] += 1
         running_B = np.array([owner is not None for owner in self._owners])
         params = self._params if len(running_B) > 1 else self._params_of_one
-        self._batch, chosen = self._programs.call(
+        self._batch, chosen = self._run(
             ("step", len(running_B), self._batch.reach),
             self._step,
             *(params, self._batch, running_B),
@@ -396,7 +402,7 @@ class Slots:
             self._held = [self._held[slot] for slot, _ in taken] + [0] * free
             before = len(self._owners)
             self._owners = [owner for _, owner in taken] + [None] * free
-            self._batch = self._programs.call(
+            self._batch = self._run(
                 ("resize", before, len(old_B), self._batch.reach),
                 *(self._resize, self._batch, old_B),
             )
@@ -415,7 +421,7 @@ class Slots:
         while (now := self._batch.reach) != wanted:
             step = 1 if wanted > now else -1
             reach = self.reaches[self.reaches.index(now) + step]
-            self._batch = self._programs.call(
+            self._batch = self._run(
                 ("stretch", len(self._owners), now, reach),
                 *(self._stretch, self._batch),
                 reach=reach,
