@@ -45,6 +45,8 @@ def wrong(kind: Kind, value: Any, name: str) -> Refused:
 
 def shown(value: Any) -> str:
     """Returns a value as JSON, or what it is where that would be long."""
+    if value in ([], {}):
+        return "an empty list" if value == [] else "an empty object"
     if not isinstance(value, str | int | float):
         return plaintext.kind(value)
     text = json.dumps(value)
