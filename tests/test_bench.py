@@ -19,6 +19,7 @@ from gpt_jax import model
 from gpt_jax.bench import machine, match, nanogpt, ours, race, report, texts, worker
 from gpt_jax.bench.match import Match
 from gpt_jax.bench.worker import Absent, Failed, Side, Worker
+from tests.cases import few
 from tests.tiny import cfg
 
 CPU = {"platform": "cpu", "gflops": 100.0, "gbytes_s": 10.0, "versions": {}}
@@ -289,11 +290,10 @@ def setting(tmp_path_factory):
 ROWS = cpu.ROWS | gpu.ROWS
 # Measured below; as a toy, gpu_population is population.
 ELSEWHERE = {"time_to_loss", "gpu_time_to_loss", "gpu_population"}
-LONG = {"population", "gpu_correct"}  # many compilations, even as a toy
-TOYS = [
-    pytest.param(row, marks=[pytest.mark.slow] if row in LONG else [])
-    for row in sorted(ROWS.keys() - ELSEWHERE)
-]
+QUICK = ("checkpoint", "decode", "loader", "memory", "prepare", "startup")
+TOYS = few(
+    sorted(ROWS.keys() - ELSEWHERE), *QUICK, "train_step", "gpu_train_124m"
+)  # the others compile much, even as toys
 
 
 def once(make, options):
