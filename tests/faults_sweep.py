@@ -86,12 +86,14 @@ def test_a_dead_scheduler_is_told_in_a_sentence_and_loses_nothing(long_sweep, st
     }
     address = f"tcp://127.0.0.1:{port}"
     options = [address, "--nthreads=1", "--memory-limit=0", "--no-nanny"]
+    # They read a task before they hand it on, and what is in it is the project's.
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     processes = []
 
     def begin():
         words = [*dask["scheduler"], "--host=127.0.0.1", f"--port={port}"]
         for command in (words, [*dask["worker"], *options]):
-            processes.append(subprocess.Popen(command, cwd=place))
+            processes.append(subprocess.Popen(command, cwd=place, env=env))
 
     try:
         begin()

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from gpt_jax import population, runs, seeds, signals
 from gpt_jax.criterion import Criterion
+from gpt_jax.options import Mesh
 from gpt_jax.population import evolve
 from gpt_jax.sweep import batch, checks, engine, record
 from gpt_jax.sweep import plan as plans
@@ -154,7 +155,9 @@ def batched(
     Args: as `processes`; `members` trials train at once, 0 = as many as fit into what
       is free, on a CPU into at most `memory` bytes.
     """
-    population.use_devices(base)  # the checks trace, which starts the backend
+    population.use_devices(
+        Mesh(**base.mesh)
+    )  # the checks trace, which starts the backend
     opened = _opened(plan, base, out, **options)
     with opened as (study, view, stop, changed, known):
         check = lambda name, config: checks.validate([(name, config)], plan, known)  # noqa: E731
