@@ -1,11 +1,10 @@
 """The chat's line: pastes, and what was typed in earlier sessions, on a terminal."""
 
 import os
+import subprocess
 import sys
 
 import pytest
-
-from tests.serving import wait_until
 
 pty = pytest.importorskip("pty", reason="no terminals of this kind")
 pytest.importorskip("readline")
@@ -18,10 +17,15 @@ class Session:
 
     def __init__(self, home):
         self.said = b""
-        self.pid, self.screen = pty.fork()
-        if self.pid == 0:  # the child
-            os.environ.update(HOME=str(home), TERM="xterm")
-            os.execv(sys.executable, [sys.executable, "-c", PROGRAM])
+        self.screen, terminal = pty.openpty()
+        ends = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM],
+            env={**os.environ, "HOME": str(home), "TERM": "xterm"},
+            start_new_session=True,
+            **ends,
+        )
+        os.close(terminal)
         self.until(b"")
 
     def until(self, words):
@@ -36,15 +40,8 @@ class Session:
 
     def leave(self):
         os.write(self.screen, END)
-        found = []
-        wait_until(lambda: found or self._ended(found), 20)
+        assert self.process.wait(20) == 0
         os.close(self.screen)
-        assert found == [0]
-
-    def _ended(self, found):
-        pid, status = os.waitpid(self.pid, os.WNOHANG)
-        if pid:
-            found.append(os.waitstatus_to_exitcode(status))
 
 
 def test_a_paste_of_several_lines_is_one_message(tmp_path):
