@@ -4,12 +4,18 @@
   python -m experiments.chat --run=runs/tuned --temperature=0 --system="Be brief."
   echo "Name three colours." | python -m experiments.chat --run=runs/tuned
 
-A line is a message; a line that ends with \\ goes on in the next one. Ctrl-C stops an
-answer. Lines that begin with / are commands:
+A line is a message; a line that ends with \\ goes on in the next one, and a text that
+is pasted into a terminal is one message. Ctrl-C stops an answer. What was typed comes
+back with the arrow keys, also in later sessions. Lines that begin with / are commands:
 
   /reset                  forget the conversation
+  /undo                   forget the last message and its answer
+  /regenerate             answer the last message again, with the next seed
+  /system Be brief.       how to answer from here on (/system alone: nothing of it)
   /set temperature 0.7    change a setting (/set alone shows them)
   /save talk.json         write the conversation, as a row that configs/sft.py reads
+  /load talk.json         go on with a conversation that /save wrote
+  /run runs/other         go on with another run
   /help                   show the commands
   /quit                   leave; so does Ctrl-D
 
@@ -22,7 +28,7 @@ import contextlib
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +36,7 @@ from typing import Any
 from absl import flags
 
 from experiments import door
-from gpt_jax import names, sampling, screen, signals
+from gpt_jax import files, names, sampling, screen, signals
 
 RUN = door.define_path("run", "", "Run folder.")
 SYSTEM = flags.DEFINE_string("system", "", "System message: how to answer.")
@@ -44,7 +50,8 @@ STEP = flags.DEFINE_string(
     "step", "", "Checkpoint: best, newest, a step number; empty = best, else newest."
 )
 
-COMMANDS = "/reset, /set NAME VALUE, /save FILE, /help, /quit"
+HISTORY = "~/.cache/gpt_jax/chat_history"  # what was typed, for this user alone
+KEPT = 1000  # lines of it
 
 
 @dataclass
@@ -60,6 +67,7 @@ class Talk:
     template: str | None
     settings: dict[str, Any]
     messages: list
+    new: bool = True  # nothing is compiled yet
 
 
 def main(_: list[str]) -> None:
@@ -68,30 +76,9 @@ def main(_: list[str]) -> None:
         raise ValueError("--run is missing, e.g. --run=runs/tuned")
     step = door.step(STEP.value)
     settings = door.chosen_sampling(SAMPLING, MAX_NEW_TOKENS.value)
-
-    from gpt_jax import chat, commands, programs, runs, sample
-
     sampling.check(**settings)  # before the weights are read
-    run = runs.open(RUN.value, step=step)
-    if run.classes:
-        raise ValueError(
-            f"{RUN.value} sorts texts into classes and writes none; use it with "
-            f"{commands.typed('classify')} --run={RUN.value}"
-        )
-    programs.use_cache(run.config.compile_cache)
-    template = TEMPLATE.value or chat.template_of(RUN.value)
-    model, params = sample.laid_out(run.model, run.params, rows=1)
     settings["seed"] = SEED.value
-    talk = Talk(run, model, params, template, settings, _opening())
-    if template:
-        chat.check(template)
-        chat.stop_ids(run.tokenizer, template)  # refuses what cannot end an answer
-        tell(f"a message a line; {COMMANDS}")
-    else:
-        tell(
-            f"{RUN.value} has no chat template: a base model, which continues what you "
-            "write instead of answering it (configs/sft.py makes one that answers)"
-        )
+    talk = begin(RUN.value, step, settings, _opening())
     for line in lines():
         if line.startswith("/"):
             if not obey(talk, line):
@@ -101,15 +88,71 @@ def main(_: list[str]) -> None:
                 answer(talk, line)
 
 
+def begin(folder: str, step: int | str | None, settings: dict, messages: list) -> Talk:
+    """Opens a run and tells how it is talked to; raises ValueError where it is not."""
+    from gpt_jax import chat, commands, programs, runs, sample
+
+    run = runs.open(folder, step=step)
+    if run.classes:
+        raise ValueError(
+            f"{folder} sorts texts into classes and writes none; use it with "
+            f"{commands.typed('classify')} --run={folder}"
+        )
+    programs.use_cache(run.config.compile_cache)
+    template = TEMPLATE.value or chat.template_of(folder)
+    if template:
+        chat.check(template)
+        chat.stop_ids(run.tokenizer, template)  # refuses what cannot end an answer
+        tell(f"a message a line; {', '.join(COMMANDS)}")
+    else:
+        tell(
+            f"{folder} has no chat template: a base model, which continues what you "
+            "write instead of answering it (configs/sft.py makes one that answers)"
+        )
+    model, params = sample.laid_out(run.model, run.params, rows=1)
+    return Talk(run, model, params, template, settings, messages)
+
+
 def lines() -> Iterator[str]:
     """Yields what is typed or piped in; a backslash at its end takes the next line in.
 
     On a terminal Ctrl-C drops what is being typed.
     """
     terminal = sys.stdin.isatty()
-    if terminal:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  input() then has a history and editing
+    with _history() if terminal else contextlib.nullcontext():
+        yield from _lines(terminal)
+
+
+@contextlib.contextmanager
+def _history() -> Iterator[None]:
+    """Lets input() be edited, take pastes whole, and remember earlier sessions.
+
+    As far as this system has readline and a home to keep the history in.
+    """
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+    readline.parse_and_bind("set enable-bracketed-paste on")
+    readline.set_history_length(KEPT)
+    try:
+        path = files.expand(HISTORY)
+        files.private_folder(path.parent)
+        with contextlib.suppress(FileNotFoundError):
+            readline.read_history_file(path)
+    except (OSError, ValueError):
+        yield
+        return
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError), files.draft(path, durable=False) as draft:
+            draft.touch(mode=0o600)
+            readline.write_history_file(draft)
+
+
+def _lines(terminal: bool) -> Iterator[str]:
     held = ""
     while True:
         try:
@@ -143,6 +186,9 @@ def answer(talk: Talk, text: str) -> None:
     """Prints the answer to a message as it comes and remembers both."""
     from gpt_jax import chat, sample
 
+    if talk.new:
+        tell("[the first answer compiles the model]")
+        talk.new = False
     run, prompt, stop = talk.run, text, []
     if not talk.template and (told := sample.advice(text, run.tokenizer)):
         tell(f"[{told}]")
@@ -204,28 +250,87 @@ def show(before: str, pieces) -> tuple[str, str]:
 def obey(talk: Talk, line: str) -> bool:
     """Does what a command says; returns False when it is to leave."""
     name, _, argument = line.partition(" ")
-    argument = argument.strip()
     if name in ("/quit", "/exit"):
         return False
-    if name == "/help":
-        tell((__doc__ or "").partition("commands:\n\n")[2].partition("\n\n")[0])
-    elif name == "/reset":
-        talk.messages = _opening()
-        tell("[the conversation is forgotten]")
-    elif name == "/set":
-        with _told():
-            change(talk, *argument.split())
-    elif name == "/save":
-        with _told():
-            save(talk, argument)
-    else:
-        near = names.did_you_mean(name, COMMANDS.replace(",", "").split())
-        tell(f"{name} is not one of: {COMMANDS}{near}")
+    with _told():
+        names.choose("command", name, COMMANDS)(talk, argument.strip())
     return True
 
 
-def change(talk: Talk, name: str = "", *values: str) -> None:
+def show_help(talk: Talk, _: str) -> None:
+    """Tells the commands."""
+    tell((__doc__ or "").partition("commands:\n\n")[2].partition("\n\n")[0])
+
+
+def reset(talk: Talk, _: str) -> None:
+    """Forgets the conversation, and what /system said."""
+    talk.messages = _opening()
+    tell("[the conversation is forgotten]")
+
+
+def undo(talk: Talk, _: str = "") -> str:
+    """Forgets the last message and its answer; returns the message."""
+    asked = [i for i, m in enumerate(talk.messages) if m.role == "user"]
+    if not asked:
+        raise ValueError("there is no message yet")
+    text = talk.messages[asked[-1]].content
+    talk.messages = talk.messages[: asked[-1]]
+    tell(f"[forgotten: {text[:60]!r}]")
+    return text
+
+
+def regenerate(talk: Talk, _: str) -> None:
+    """Answers the last message again, with the next seed."""
+    text = undo(talk)
+    talk.settings["seed"] += 1
+    answer(talk, text)
+
+
+def system(talk: Talk, text: str) -> None:
+    """Changes how to answer, in the conversation so far too; "" takes it out."""
+    from gpt_jax import chat
+
+    rest = [m for m in talk.messages if m.role != "system"]
+    talk.messages = [*([chat.Message("system", text)] if text else []), *rest]
+    tell(f"[system: {text!r}]" if text else "[no system message]")
+
+
+def load(talk: Talk, path: str) -> None:
+    """Goes on with the one conversation of a file that `save` wrote."""
+    from gpt_jax import chat
+
+    if not path:
+        raise ValueError("write /load FILE")
+    try:
+        rows = json.loads(Path(path).read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(rows, list) or len(rows) != 1 or not isinstance(rows[0], dict):
+        raise ValueError(
+            f'{path} must hold a list of one conversation, as in [{{"messages": '
+            '[{"role": "user", "content": "..."}]}], which /save writes'
+        )
+    try:
+        messages = chat.messages_of(rows[0], talk.template or "plain")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if messages[-1].role != "assistant":
+        raise ValueError(f"{path} ends without an answer: take its last message out")
+    talk.messages = messages
+    tell(f"[{len(messages)} messages read from {path}]")
+
+
+def switch(talk: Talk, folder: str) -> None:
+    """Goes on with another run and the same conversation."""
+    if not folder:
+        raise ValueError("write /run FOLDER")
+    other = begin(folder, door.step(STEP.value), talk.settings, talk.messages)
+    vars(talk).update(vars(other))
+
+
+def change(talk: Talk, words: str) -> None:
     """Changes a setting after checking it, or shows all of them."""
+    name, *values = words.split() or [""]
     if not name:
         tell(", ".join(f"{key} {value}" for key, value in talk.settings.items()))
         return
@@ -260,6 +365,20 @@ def save(talk: Talk, path: str) -> None:
     with Path(path).open("xb") as file:  # never over another file
         file.write(content)
     tell(f"[{len(talk.messages)} messages written to {path}]")
+
+
+COMMANDS: dict[str, Callable[[Talk, str], Any]] = {
+    "/reset": reset,
+    "/undo": undo,
+    "/regenerate": regenerate,
+    "/system": system,
+    "/set": change,
+    "/save": save,
+    "/load": load,
+    "/run": switch,
+    "/help": show_help,
+    "/quit": show_help,  # `obey` has left by then
+}
 
 
 def tell(text: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import common
-from gpt_jax import chat, data, model, runs, sample, train
+from gpt_jax import chat, data, model, runs, sample, sampling, train
 from gpt_jax.tasks import lm, sft
 from tests import test_step, tiny
 
@@ -316,7 +316,8 @@ def test_a_piped_chat_answers_obeys_and_drops_the_oldest_turns_whole(run, tmp_pa
         "the context of 48 tokens is full: dropped the oldest turn",
         f"File exists: {kept}",
         "the conversation has no answer",
-        "/hm is not one of: /reset, /set",
+        "command '/hm' is not one of: /reset, /undo",
+        "[the first answer compiles the model]",
         "there is room for 24; shorten it",
     ):
         assert words in told
@@ -327,6 +328,37 @@ def test_a_piped_chat_answers_obeys_and_drops_the_oldest_turns_whole(run, tmp_pa
     for name in ("a.json", "b.json"):
         (row,) = json.loads((tmp_path / name).read_text())
         assert row == {"messages": [question, answer]}
+
+
+def test_a_chat_can_be_undone_asked_again_saved_and_taken_up(run, tmp_path):
+    _, folder = run
+    kept, again = tmp_path / "a.json", "Say it twice.\\\nthree"
+    bad = tmp_path / "bad.json"
+    bad.write_text('[{"messages": [{"role": "user", "content": "x"}]}]')
+    said, told = talk(
+        folder,
+        *("/undo", "/regenerate", "/set temperature 0", again, "/regenerate"),
+        *(f"/save {kept}", "/undo", "/undo", "/system Be brief.", "/system"),
+        *(f"/load {kept}", f"/load {bad}", "/load", f"/load {tmp_path / 'none.json'}"),
+        *(f"/run {folder}", "/set", f"/save {tmp_path / 'b.json'}", "/run nowhere"),
+    )
+    assert said == "three three\n" * 2
+    assert told.count("there is no message yet") == 3
+    for words in (
+        "[system: 'Be brief.']",
+        "[forgotten: 'Say it twice.\\nthree']",
+        "[no system message]",
+        f"[2 messages read from {kept}]",
+        f"{bad} ends without an answer",
+        "write /load FILE",
+        "No such file or directory",
+        "seed 1338",  # /regenerate took the next one
+        "nowhere is not a run folder",
+    ):
+        assert words in told, told
+    (row,) = json.loads((tmp_path / "b.json").read_text())
+    roles = [message["role"] for message in row["messages"]]
+    assert roles == ["user", "assistant"]
 
 
 def test_a_chat_with_a_base_model_continues_what_is_written(run, tmp_path):
@@ -345,8 +377,7 @@ def test_a_chat_with_a_base_model_continues_what_is_written(run, tmp_path):
 
 
 def sample_settings():
-    rest = {"top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "max_new": 30}
-    return {"temperature": 0.0, "top_k": 0, **rest}
+    return sampling.settings(30, temperature=0.0)
 
 
 def test_the_samples_of_a_run_are_answers_to_its_prompt(run):
