@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from configs import common
-from gpt_jax import checkpoint, metrics, population, runs, train
+from gpt_jax import checkpoint, metrics, population, runs, sharding, train
 from gpt_jax.population import Rung, program
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 300
@@ -328,6 +328,12 @@ def test_all_go_back_to_the_newest_checkpoint_that_all_have(
     assert "resuming after step 4" in capsys.readouterr().out
     assert digests(tmp_path / "cut", 2) == digests(tmp_path / "whole", 2)
     assert lines(tmp_path / "cut" / "0") == lines(tmp_path / "whole" / "0")
+
+
+def test_every_device_is_given_all_of_a_batch_however_few_its_examples_are():
+    """Of more devices than examples, too: members are what is divided."""
+    mesh = sharding.make_mesh(0, data=8, fsdp=1, tensor=1, cpu_devices=0)
+    assert program.strategy(mesh).rows(4) == [0, 1, 2, 3]
 
 
 def test_only_what_is_the_same_beside_seed_and_hyper_shares_a_program(config):

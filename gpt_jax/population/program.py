@@ -33,6 +33,7 @@ def strategy(mesh: Mesh) -> sharding.Strategy:
         compile=lambda step: jax.jit(partial(step, reduce=lambda tree: tree)),
         layout=partial(sharding.alone, mesh=mesh),
         place=lambda tree: jax.device_put(tree, NamedSharding(mesh, MEMBERS)),
+        rows=lambda count: [*range(count)],  # of a batch every device needs all
         put=lambda batch: jax.device_put(batch, NamedSharding(mesh, ALL)),
         view=lambda tree: tree,
         spread=lambda matrices_NRC: matrices_NRC,

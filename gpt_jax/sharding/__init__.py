@@ -81,8 +81,9 @@ class Strategy(NamedTuple):
       compile: plain `train_step` (with its keyword `reduce` open) -> `Step`.
       layout: a tree of arrays or shapes -> where each is made or restored.
       place: a state laid out so, or on the host -> the same state on all devices.
-      put: a host batch [A, B, ...] -> the batch on the devices, split over B; of
-        several processes each gives its own `rows`.
+      rows: how many examples a micro-batch has -> which of them this process gives.
+      put: a host batch [A, B, ...] of those examples -> the batch on the devices, split
+        over B.
       view: a placed tree -> the same arrays on the mesh, each once: what checkpoints
         and evaluation read.
       spread: an array inside the step -> the same array, split over its first axis
@@ -94,6 +95,7 @@ class Strategy(NamedTuple):
     compile: Callable[[Callable], Any]
     layout: Callable[[Any], Any]
     place: Callable[[Any], Any]
+    rows: Callable[[int], list[int]]
     put: Callable[[Any], Any]
     view: Callable[[Any], Any]
     spread: Callable[[jax.Array], jax.Array]
@@ -180,6 +182,7 @@ def mesh_strategy(mesh: Mesh, declared: Declared) -> Strategy:
         compile=compile,
         layout=partial(layout, declared, mesh=mesh),
         place=place,
+        rows=partial(rows, mesh),
         put=partial(join_rows, mesh=mesh),
         view=lambda placed: placed,
         spread=spread,
@@ -250,6 +253,7 @@ def pmap_strategy(mesh: Mesh, declared: Declared) -> Strategy:
         compile=compile,
         layout=partial(alone, mesh=mesh),
         place=place,
+        rows=partial(rows, mesh),
         put=put,
         view=view,
         spread=lambda x: x,  # pmap's devices each run the whole optimizer
