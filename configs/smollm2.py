@@ -8,8 +8,9 @@ What: `run=` is the run folder of a published model, which experiments.convert m
   two answers is the polite one; `stage=spam` sorts chapter 6's messages. LoRA adapters
   move, and the published weights stay; `adapter=full` moves all. `run=none` is random
   weights, to try things out. Your own file: --config.data.source=FILE.
-Expected: spam is sorted rightly in 97 % of the test messages or more.
-Time: about three minutes for spam on 2 CPU cores; half a minute for ten steps of sft.
+Expected: answers in your style; of spam about 97 % is sorted rightly (the book's larger
+  GPT-2 gets 95.67 to 98.33).
+Time: minutes for spam on 2 CPU cores, a good half hour for sft and for dpo.
 Command: python -m experiments.train --config=configs/smollm2.py:run=runs/smollm2 \
   --workdir=runs/assistant
 """
