@@ -712,7 +712,7 @@ def test_bfloat16_stays_close_to_float32(name):
         ({"dtype": "float16"}, "dtype 'float16'"),
         ({"pattern": ()}, "pattern is empty"),
         ({"pattern": layers(-1)}, "window -1"),
-        ({"pattern": layers(0, base=0.0)}, "rope_base"),
+        ({"pattern": layers(0, base=-1.0)}, "rope_base"),
         ({"head_bias": True}, "tie_embeddings=False"),
         ({"attn_softcap": -1.0}, "attn_softcap is -1.0"),
     ],
