@@ -334,6 +334,7 @@ def test_a_text_is_looked_at_with_the_weights_that_are_served(run_folder, monkey
             "/v1/look", {"prompt": "ab ab", "against": "ab ac"}
         )
         assert status == 200 and answer["page"].startswith("<!doctype html>")
+        assert str(run_folder.parent) not in answer["page"]
         with urllib.request.urlopen(found.url, timeout=60) as page:
             policy = page.headers["Content-Security-Policy"]
         for kind in ("script", "style"):  # a browser runs what has this hash, no more
