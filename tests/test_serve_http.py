@@ -335,7 +335,7 @@ def test_equal_weights_of_several_models_are_held_once():
     assert "head" in second and len(held) == 3
 
 
-def test_a_text_is_looked_at_with_the_weights_that_are_served(run_folder):
+def test_a_text_is_looked_at_with_the_weights_that_are_served(run_folder, monkeypatch):
     folders = server.named([str(run_folder)])
     models = server.open_runs(folders, step=None, weights="", sizes=[1], queue=4)
     with open_server(models) as found:
@@ -344,15 +344,17 @@ def test_a_text_is_looked_at_with_the_weights_that_are_served(run_folder):
             "/v1/look", {"prompt": "ab ab", "against": "ab ac"}
         )
         assert status == 200 and answer["page"].startswith("<!doctype html>")
+        assert str(run_folder.parent) not in answer["page"]
         with urllib.request.urlopen(found.url, timeout=60) as page:
             policy = page.headers["Content-Security-Policy"]
         for kind in ("script", "style"):  # a browser runs what has this hash, no more
             code = answer["page"].split(f"<{kind}>")[1].split(f"</{kind}>")[0]
             digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
             assert f"'sha256-{digest}'" in policy
+        monkeypatch.setattr(server, "LOOKED_AT", 4)
         for body, told in (
             ({}, "prompt must be a text"),
-            ({"prompt": "x" * 65}, "here at most 64 are looked at"),
+            ({"prompt": "x" * 5}, "has 5 tokens; here at most 4 are looked at"),
             ({"prompt": "ab", "against": "abc"}, "texts of as many tokens"),
             ({"prompt": "ab", "promt": "a"}, "did you mean prompt"),
         ):

@@ -170,7 +170,8 @@ def _look(path: Path, step: int, weights: str, prompt: str, against: str) -> str
         history=False,
         at_most=LOOKED_AT,
     )
-    return microscope.page.make(found)[0]
+    # Where a run lies on this machine is nothing that clients need to know.
+    return microscope.page.make(found._replace(name=path.name))[0]
 
 
 def _template(path: Path, tokenizer) -> str | None:
