@@ -353,7 +353,7 @@ def test_a_text_is_looked_at_with_the_weights_that_are_served(run_folder, monkey
             assert f"'sha256-{digest}'" in policy
         monkeypatch.setattr(server, "LOOKED_AT", 4)
         for body, told in (
-            ({}, "prompt must be a text"),
+            ({}, "prompt is missing: it must be a text"),
             ({"prompt": "x" * 5}, "has 5 tokens; here at most 4 are looked at"),
             ({"prompt": "ab", "against": "abc"}, "texts of as many tokens"),
             ({"prompt": "ab", "promt": "a"}, "did you mean prompt"),
