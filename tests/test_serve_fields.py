@@ -20,6 +20,7 @@ VALID = {  # the least that each form takes
     "embedding": {"input": "x"},
     "tokenize": {"prompt": "x"},
     "detokenize": {"tokens": [1]},
+    "look": {"prompt": "x"},
 }
 VALUES = [
     *(None, True, False, 0, 1, -1, 1.5, 200, -200, 2**70, 1e31, "", "x", "x" * 300),
