@@ -35,7 +35,7 @@ from experiments import door
 RUNS = door.define_paths("runs", "Run folders, separated by commas.")
 HOST = flags.DEFINE_string("host", "127.0.0.1", "Address; 0.0.0.0 is every network.")
 NAME = flags.DEFINE_list(
-    "name", [], "What the models are called, in their order; else as their folders."
+    "name", [], "What the models are called, in their order; else as their runs are."
 )
 ALLOWED_HOSTS = flags.DEFINE_list(
     "allowed_hosts", [], "Names by which the server may be asked, besides localhost."
