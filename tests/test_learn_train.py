@@ -47,7 +47,6 @@ def test_a_run_goes_through_the_readers_function_and_both_curves_are_drawn(tmp_p
     assert made.picture == tmp_path / "attention.png"
     assert made.picture.read_bytes().startswith(b"\x89PNG")
     assert made.lines[0].startswith(f"validation loss after {STEPS} steps: ")
-    assert made.real.train[0] == pytest.approx(made.mine.train[0], rel=1e-5)
     assert made.real.train[-1] != pytest.approx(made.mine.train[-1], rel=1e-4)
 
 

@@ -118,6 +118,7 @@ def run(place: Place, function: Callable | None, steps: int) -> Curve:
     config.update(steps=steps, eval_every=max(1, steps // 10), log_every=1)
     config.update(sample_every=0, tensorboard=False, checkpoint_every=steps)
     config.optimizer.update(name="adamw", schedule="constant")
+    config.model.zero_init = False  # else some gradients begin at 0, and matter late
     for key, value in place.config.items():
         config.update_from_flattened_dict({key: value})
     with tempfile.TemporaryDirectory() as folder:
