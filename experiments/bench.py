@@ -63,7 +63,7 @@ def main(_: list[str]) -> int:
         if flag.value:
             door.check_writable(flag.name, flag.value)
 
-    from gpt_jax.bench import report
+    from experiments.benches import report
 
     lines = report.read(TABLE.value) if TABLE.value else _measure()
     if PAGE.value:
@@ -76,9 +76,8 @@ def main(_: list[str]) -> int:
 
 
 def _measure() -> list[dict]:
-    from experiments.benches import cpu, gpu, serving
+    from experiments.benches import cpu, gpu, machine, match, report, serving
     from experiments.benches.setting import Setting
-    from gpt_jax.bench import machine, match, report
 
     table = cpu.ROWS | serving.ROWS | gpu.ROWS
     for name in ROWS.value:
@@ -132,7 +131,7 @@ def _text(folder: str) -> str:
     from gpt_jax import downloads
 
     if TOY.value:
-        from gpt_jax.bench import texts
+        from experiments.benches import texts
 
         path = Path(folder) / "toy.txt"
         texts.write_text(path, 30_000, "builtin:json")

@@ -4,7 +4,7 @@ Exit codes: 0 done or `--help`; 2 a mistake of the user, told in one sentence;
 130, 143 and 129 stopped by Ctrl-C, SIGTERM and a hang-up, after saving where there is
 something to save; 1 a run that could not go on (updates that are not finite, data that
 does not come), and anything else, with a traceback, because that is a bug of ours. A
-screen that fails changes none of them; see gpt_jax/screen.py.
+screen that fails changes none of them; see gpt_jax/screen/.
 """
 
 import ast

@@ -5,8 +5,9 @@ when nothing of the run reads it. Each group is checked by a small function of i
 what one module alone decides is asked of that module.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,10 @@ from gpt_jax import (
     tasks,
 )
 from gpt_jax.optimizer import Hyper
+from gpt_jax.options import Data, Mesh, Run, Sample
 from gpt_jax.tasks import lm
-from gpt_jax.tasks.task import SHARED
+from gpt_jax.tasks.task import DROPOUTS, SHARED
+from gpt_jax.weights import Declared
 
 LONGEST_S = 30 * 24 * 3600  # a wait that Python can count; no run means a longer one
 LARGEST = float(np.finfo(np.float32).max)
@@ -56,66 +59,38 @@ SWITCHES = (
 
 
 @dataclass(frozen=True)
-class Run:
-    """The keys of a config that are in no group: see configs/common.py."""
+class Options(Run):
+    """A config, typed: what the parts of a run are made of, and how long it goes on.
 
-    seed: int
-    init_from: str
-    allow_data_change: bool
-    batch_size: int
-    accumulate: int
-    steps: int
-    max_tokens: int
-    max_bytes: int
-    max_seconds: float
-    patience: int
-    spike_window: int
-    max_skipped: int
-    log_every: int
-    eval_every: int
-    early_from: int
-    eval_batch_size: int
-    eval_windows: int
-    checkpoint_every: int
-    keep: int
-    on_save_error: str
-    sample_every: int
-    tensorboard: bool
-    wandb: str
-    compile_cache: str
-    heartbeat_timeout_seconds: int
-    data_timeout_s: float
-    grace_s: float
+    Attributes:
+      data: what is learnt from.
+      model: the architecture; vocab_size 0 is that of the tokenizer.
+      task: what is learnt.
+      adapter: what the weights are -> which of them move.
+      optimizer: what the weights are -> how they move; takes `spread` as well, see
+        `optimizer.make`.
+      schedule: of the learning rate.
+      ema: whether a moving average of the weights is kept.
+      hyper: the traced numbers, as they stand in the config.
+      sample: the texts that are written on the way.
+      mesh: where all that lies.
+    """
 
+    data: Data
+    model: model.GPTConfig
+    task: tasks.Chosen
+    adapter: Callable[[Declared], adapters.Adapter]
+    optimizer: Callable[..., optimizer.Optimizer]
+    schedule: str
+    ema: bool
+    hyper: Hyper
+    sample: Sample
+    mesh: Mesh
 
-@dataclass(frozen=True)
-class Data:
-    """The keys of config.data."""
-
-    source: str
-    field: str
-    tokenizer: str
-    folder: str
-    cache: str
-    val_fraction: float
-    split: str
-    seq_len: int
-    stride: int
-    workers: int
-    skip_bad_docs: bool
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The keys of config.sample."""
-
-    prompt: str
-    count: int
-    max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    words: bool
+    @property
+    def dropout(self) -> list[str]:
+        """Which rates of hyper are above zero: the others are left out of programs."""
+        return [key for key in DROPOUTS if getattr(self.hyper, key) > 0]
 
 
 Tree = Mapping[str, Any]  # a config, or a group of it, as plain mappings
@@ -128,8 +103,8 @@ GROUPS: dict[str, Tree] = {
         "ema": bool,
     },
     "hyper": dict.fromkeys(Hyper._fields, float),
-    "sample": settings.declared(Samples),
-    "mesh": settings.declared(sharding.check),
+    "sample": settings.declared(Sample),
+    "mesh": settings.declared(Mesh),
 }
 VARIANTS = ("task", "adapter")  # groups whose keys depend on the name in them
 
@@ -157,6 +132,29 @@ def check(config: Tree, recipe: Tree | None = None) -> None:
     sharding.check(**config["mesh"])
     check_task(config)
     check_read(config, recipe)
+
+
+def unpack(config: Tree) -> Options:
+    """Returns a config that `check` has let pass, typed.
+
+    Raises:
+      ValueError: a key is not there, or of another type, or makes no part of a run.
+    """
+    check_types(config)
+    rule = {key: x for key, x in config["optimizer"].items() if key != "ema"}
+    return Options(
+        **{key: config[key] for key in settings.declared(Run)},
+        data=Data(**config["data"]),
+        model=model.GPTConfig(**config["model"]),
+        task=tasks.chosen(config["task"]),
+        adapter=partial(adapters.make, **config["adapter"]),
+        optimizer=partial(optimizer.make, **rule),
+        schedule=rule["schedule"],
+        ema=config["optimizer"]["ema"],
+        hyper=Hyper(**config["hyper"]),
+        sample=Sample(**config["sample"]),
+        mesh=Mesh(**config["mesh"]),
+    )
 
 
 def check_types(config: Tree) -> None:
@@ -216,8 +214,8 @@ def check_hyper(hyper: Tree) -> None:
 def check_model(config: Tree) -> None:
     """Refuses a model that cannot be, or whose attention is another than it says."""
     fields = config["model"]
-    try:  # 1 stands for the size that the tokenizer will give
-        model.GPTConfig(**{**fields, "vocab_size": fields["vocab_size"] or 1})
+    try:
+        model.GPTConfig(**fields)
     except ArithmeticError as error:
         raise ValueError(f"config.model: {error}") from error
     off = {
@@ -249,30 +247,29 @@ def check_data(config: Tree) -> None:
 
 def check_samples(chosen: Tree) -> None:
     """Refuses samples that cannot be drawn."""
-    sampling.check(**sample_settings(chosen))
+    sampling.check(**sample_settings(Sample(**chosen)))
     if chosen["count"] < 1:
         raise ValueError(f"sample.count is {chosen['count']}: it must be at least 1")
 
 
-def sample_settings(chosen: Tree) -> dict[str, Any]:
+def sample_settings(chosen: Sample) -> dict[str, Any]:
     """Returns how the samples of a run are drawn, as `sample.texts` wants it."""
-    own = {name: chosen[name] for name in sampling.SETTINGS if name in chosen}
-    return sampling.settings(chosen["max_new_tokens"], **own)
+    own = {k: value for k, value in vars(chosen).items() if k in sampling.SETTINGS}
+    return sampling.settings(chosen.max_new_tokens, **own)
 
 
 def check_task(config: Tree) -> None:
     """Refuses a task that cannot be, or that has no weights to go on from."""
-    options = {key: value for key, value in config["task"].items() if key != "name"}
-    name = config["task"]["name"]
-    tasks.check(name, options, config["data"])
-    kind = tasks.TABLE[name]
+    task = tasks.chosen(config["task"])
+    name, kind = task.name, task.kind
+    kind.check(task.options, Data(**config["data"]))
     if kind.tuned and not config["init_from"]:
         raise ValueError(
             f"task {name} goes on from trained weights, and init_from names none: say "
             f"--config={kind.config}:run=RUN_FOLDER, or --config.init_from=...; "
             "run=none begins at random weights, to try things out"
         )
-    rollouts = options.get("updates", 1)
+    rollouts = config["task"].get("updates", 1)
     for key in ("steps", "eval_every", "checkpoint_every"):
         if config[key] % rollouts:
             raise ValueError(
@@ -302,14 +299,15 @@ def unread(config: Tree) -> dict[str, str]:
     Keys that say where a run trains, and what it writes, are never among them.
     """
     task, rule = config["task"], config["optimizer"]
-    kind = tasks.TABLE[task["name"]]
+    chosen = tasks.chosen(task)
     variant = task.get("variant", task["name"])
     variant = f" ({variant})" if variant != task["name"] else ""
     found = dict.fromkeys(
-        {*SHARED} - {*kind.reads(task)}, f"task {task['name']}{variant}"
+        {*SHARED} - {*chosen.kind.reads(chosen.options)},
+        f"task {chosen.name}{variant}",
     )
-    for key in kind.idle(task):
-        found[f"task.{key}"] = f"task {task['name']} beside its other keys"
+    for key in chosen.kind.idle(chosen.options):
+        found[f"task.{key}"] = f"task {chosen.name} beside its other keys"
     readers = (
         ("optimizer", optimizer.READS, rule["name"]),
         ("schedule", optimizer.SCHEDULE_READS, rule["schedule"]),
@@ -320,10 +318,9 @@ def unread(config: Tree) -> dict[str, str]:
             *table.get(name, ())
         }
         found |= dict.fromkeys([f"hyper.{key}" for key in others], f"{what} {name}")
-    if rule["name"] != "muon":
-        found["optimizer.muon"] = f"optimizer {rule['name']}"
-    if rule["name"] == "adafactor":
-        found["optimizer.moment_dtype"] = "optimizer adafactor"
+    known = optimizer.OPTIMIZERS[rule["name"]]
+    for key in {"muon", "moment_dtype"} - {*known.options}:
+        found[f"optimizer.{key}"] = f"optimizer {rule['name']}"
     found |= _unread_of_the_model(config)
     switched = {  # by a key that is off
         "optimizer.ema": ("hyper.ema_decay",),

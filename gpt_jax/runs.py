@@ -53,12 +53,12 @@ RESUMABLE = (
 OF_TEXT = r"data\.(source|field|val_fraction|split)"
 ABSENT = "(absent)"
 LOCK = "run.lock"
-# Keys that older runs lack, with the value that means what such a run did.
+# Keys that older runs lack, with the value that means what such a run did; those of the
+# model are the fields of GPTConfig with a default.
 ADDED = {
     "hyper.dropout_adapter": 0.0,
     "data.skip_bad_docs": False,
     "hyper.spike_sigma": 6.0,
-    "model.n_classes": 0,
     "spike_window": 0,
     "early_from": 0,
     "max_bytes": 0,
@@ -301,7 +301,8 @@ def read_classes(folder: str | Path) -> Classes | None:
 
 def complete(tree: dict) -> None:
     """Gives the config of an older run the keys that are newer than it."""
-    for name, value in ADDED.items():
+    added = {**ADDED, **{f"model.{k}": x for k, x in GPTConfig.added().items()}}
+    for name, value in added.items():
         part, _, key = name.rpartition(".")
         (tree.get(part, {}) if part else tree).setdefault(key, value)
 
@@ -309,6 +310,21 @@ def complete(tree: dict) -> None:
 def as_config(tree: dict) -> ConfigDict:
     """Returns the config that was written as JSON, lists as tuples as in configs/."""
     return ConfigDict(tuples(tree))
+
+
+def filled(old: ConfigDict, new: ConfigDict) -> ConfigDict:
+    """Returns an older config with exactly the keys of a newer one.
+
+    Those that it lacks are as in the newer one.
+    """
+    before, after = old.to_dict(), new.to_dict()
+    for key, value in after.items():
+        was = before.get(key, value)
+        if isinstance(value, dict):
+            after[key] = {name: was.get(name, x) for name, x in value.items()}
+        else:
+            after[key] = was
+    return ConfigDict(after)
 
 
 def difference(old: ConfigDict, new: ConfigDict) -> list[str]:

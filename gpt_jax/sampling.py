@@ -1,7 +1,7 @@
 """How a token is chosen: every setting once, with its range and what it is for.
 
 Checks, flags, the server's fields and their schema, and what is off everywhere else
-read this table; the filters themselves are in sample.py.
+read this table; the filters themselves are in sample/filters.py.
 """
 
 import math

@@ -15,6 +15,7 @@ Axes: embed    the residual stream         vocab    tokens
       rank     of an adapter               inputs, outputs  of a kernel, as one axis
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -85,7 +86,8 @@ class Weight(nn.meta.AxisMetadata):
     @property
     def counts(self) -> tuple[int, ...]:
         """The lengths of the leading axes that count weights."""
-        return self.shape[: sum(axis in COUNTS for axis in self.axes)]
+        leading = itertools.takewhile(lambda axis: axis in COUNTS, self.axes)
+        return self.shape[: len([*leading])]
 
     @property
     def is_vector(self) -> bool:

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 
-from gpt_jax.bench.worker import require
+from experiments.benches.worker import require
 
 
 def counting(*, step=1.0, seconds=0.0, flops=0.0):

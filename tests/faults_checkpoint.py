@@ -16,6 +16,7 @@ import pytest
 from configs import common
 from gpt_jax import checkpoint, data, metrics, model, train
 from gpt_jax.checkpoint import Checkpoints
+from gpt_jax.train import feed
 from tests import tiny
 
 pytestmark = pytest.mark.timeout(900)
@@ -174,7 +175,7 @@ def through(monkeypatch, change):
         for n, batch in enumerate(batches(job, start), start=start):
             yield change(n, batch)
 
-    monkeypatch.setattr(train, "train_batches", changed)
+    monkeypatch.setattr("gpt_jax.train.feed.train_batches", changed)
 
 
 @pytest.mark.fault(9, injections=3)
@@ -208,7 +209,7 @@ def test_the_tokens_of_every_step_are_those_of_an_undisturbed_run(
     """Oracle: the windows that each step's numbers name, without any prefetching."""
     monkeypatch.setattr(data, "PREFETCH", prefetch)
     trained: dict[int, np.ndarray] = {}
-    rollouts = train.rollouts
+    rollouts = feed.rollouts
 
     def watch(job):
         roll = rollouts(job)
@@ -220,7 +221,7 @@ def test_the_tokens_of_every_step_are_those_of_an_undisturbed_run(
 
         return rolled
 
-    monkeypatch.setattr(train, "rollouts", watch)
+    monkeypatch.setattr("gpt_jax.train.feed.rollouts", watch)
     for end in (3, 3, 4, 9, 20):  # 3 twice: resumed, and nothing to do but leave
         config.steps = end
         train.train(config, tmp_path / "run")
@@ -229,9 +230,9 @@ def test_the_tokens_of_every_step_are_those_of_an_undisturbed_run(
     assert train.train(config, tmp_path / "run").exit_code == 143
     monkeypatch.undo()
     monkeypatch.setattr(data, "PREFETCH", prefetch)
-    monkeypatch.setattr(train, "rollouts", watch)
+    monkeypatch.setattr("gpt_jax.train.feed.rollouts", watch)
     assert train.train(config, tmp_path / "run").step == 24
-    task = train.make_task(config, tmp_path / "run")
+    task = train.make_task(train.unpack(config), tmp_path / "run")
     count, size = len(task.train), config.batch_size
     assert 24 * size > count  # an epoch and more
     for n in range(24):
@@ -294,7 +295,7 @@ def test_lasting_nan_ends_a_run_with_what_caused_it(config, tmp_path, monkeypatc
     assert last in (7, 8, 9, 10)
     kept = np.load(tmp_path / "run" / f"skipped-{last}.npz")
     monkeypatch.undo()
-    task = train.make_task(config, tmp_path / "run")
+    task = train.make_task(train.unpack(config), tmp_path / "run")
     for step, ids in zip(kept["steps"], kept["examples"], strict=True):
         order = data.members(len(task.train), 4, config.seed, int(step) - 1)
         assert ids.tolist() == order
@@ -331,7 +332,7 @@ def test_a_spike_after_200_steps_is_skipped_and_its_window_survives_a_resume(
         scale = np.full(batch["mask"].shape[:2], 1e3 if n == at - 1 else 1.0)
         return {**batch, "scale": scale.astype(np.float32)}
 
-    monkeypatch.setattr(train, "make_task", scaled)
+    monkeypatch.setattr("gpt_jax.train.parts.make_task", scaled)
     through(monkeypatch, scale)
     whole = train.train(config, tmp_path / "whole")
     assert whole.numbers["skipped"] == 1

@@ -112,7 +112,9 @@ def unfinished(run, newest):
 PHASES = {
     "in a step": "train.sharding.wait_on_cpu = at(9, die, train.sharding.wait_on_cpu)",
     "while waiting for data": "data.Windows.take = at(20, die, data.Windows.take)",
-    "in an evaluation": "train.evaluate.evaluate = at(2, die, train.evaluate.evaluate)",
+    "in an evaluation": """
+train.events.evaluate.evaluate = at(2, die, train.events.evaluate.evaluate)
+""",
     "in a line of the record": """
 def half(self, step, write=metrics.Writer.write, **numbers):
     if step % 10 == 8:
@@ -144,11 +146,11 @@ def test_a_kill_in_any_phase_costs_no_more_than_two_intervals(
 
 # In what the signal comes, in which call of it, and which signal.
 SIGNALS = {
-    "compile": ("train.programs.Program.begin", 1, "term"),
+    "compile": ("train.parts.programs.Program.begin", 1, "term"),
     "train": ("train.sharding.wait_on_cpu", 5, "term"),
     "train, Ctrl-C": ("train.sharding.wait_on_cpu", 5, "interrupt"),
-    "evaluate": ("train.evaluate.evaluate", 2, "term"),
-    "sample": ("train.sample.texts", 2, "term"),
+    "evaluate": ("train.events.evaluate.evaluate", 2, "term"),
+    "sample": ("train.events.sample.texts", 2, "term"),
 }
 
 

@@ -13,12 +13,22 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.benches import cpu, gpu
+from experiments.benches import (
+    cpu,
+    gpu,
+    machine,
+    match,
+    nanogpt,
+    ours,
+    race,
+    report,
+    texts,
+    worker,
+)
+from experiments.benches.match import Match
 from experiments.benches.setting import Setting
+from experiments.benches.worker import Absent, Failed, Side, Worker
 from gpt_jax import model
-from gpt_jax.bench import machine, match, nanogpt, ours, race, report, texts, worker
-from gpt_jax.bench.match import Match
-from gpt_jax.bench.worker import Absent, Failed, Side, Worker
 from tests.cases import few
 from tests.tiny import cfg
 
@@ -298,7 +308,7 @@ TOYS = few(
 
 def once(make, options):
     """Measures a side in this process; its facts and sample."""
-    if make == "gpt_jax.bench.race:fresh":
+    if make == "experiments.benches.race:fresh":
         make, options = options["make"], dict(options["options"])
         if make.endswith("ours:first_step"):
             options["cache"] = ""  # this process keeps its own
@@ -323,10 +333,10 @@ def test_every_row_measures_something_at_a_toy_size(row, which, setting):
 
 
 # Shares of a step: nothing waited for is 0, and a small cost drowns in the noise.
-MAY_BE_0 = ("gpt_jax.bench.ours:data_wait", "gpt_jax.bench.ours:data_cost")
+MAY_BE_0 = ("experiments.benches.ours:data_wait", "experiments.benches.ours:data_cost")
 # The CPU is compared with itself.
 MAY_BE_0 += tuple(
-    f"gpt_jax.bench.correct:{name}_apart" for name in ("losses", "ids", "resume")
+    f"experiments.benches.correct:{name}_apart" for name in ("losses", "ids", "resume")
 )
 
 

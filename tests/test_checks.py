@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from configs import common
-from gpt_jax import checks, losses, model, optimizer, tasks
+from gpt_jax import checks, losses, model, optimizer, settings, tasks
 from gpt_jax.optimizer import Hyper
+from gpt_jax.options import Data
 from tests import tiny
 
 
@@ -253,16 +254,15 @@ def test_a_schedule_reads_what_is_said_of_it(name):
     assert used(factor) == {*optimizer.SCHEDULE_READS[name]}
 
 
-class Spied(dict):
-    """A mapping that knows which of its keys were asked for."""
+ASKED = set()
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.asked = set()
 
-    def __getitem__(self, key):
-        self.asked.add(key)
-        return super().__getitem__(key)
+class Spied(Data):
+    """Settings of data that tell which of them were asked for."""
+
+    def __getattribute__(self, key):
+        ASKED.add(key)
+        return super().__getattribute__(key)
 
 
 ROWS = '{"instruction": "%s", "output": "b", "rejected": "c"}\n'
@@ -289,21 +289,23 @@ CASES += [("dpo", {"variant": "orpo", "logp": "mean"})]
 )
 def test_a_task_reads_what_is_said_of_it(name, options, files, tmp_path):
     """Its hyper is asked of the traced loss, its data of what it looks up."""
-    config, kind = config_of(name, **options), tasks.TABLE[name]
+    config = config_of(name, **options)
+    chosen = tasks.chosen(config["task"])
     source = {"lm": "lm", "classify": "table.csv"}.get(name, "rows.jsonl")
     text = config["data"] | {"source": str(files / source), "folder": str(tmp_path)}
     text |= {"tokenizer": "byte", "val_fraction": 0.2}
-    fields = {**vars(tiny.cfg(context_length=32)), "vocab_size": 0}
+    cfg = tiny.cfg(context_length=32, vocab_size=0)
     on = ("dropout_embed", "dropout_attn", "dropout_residual")
-    read = {*kind.reads(config["task"])}
+    read = {*chosen.kind.reads(chosen.options)}
     dropout = on if f"hyper.{on[0]}" in read else ()
-    spied = Spied(text)
+    ASKED.clear()
     task = tasks.make(
-        **config["task"], model=fields, text=spied, dropout=dropout, progress=False
+        chosen, model=cfg, text=Spied(**text), dropout=dropout, progress=False
     )
     places = {"folder", "cache", "workers"}
     if name != "lm":  # which hands all of them on
-        assert {f"data.{key}" for key in spied.asked - places} == {
+        asked = ASKED & settings.declared(Data).keys()
+        assert {f"data.{key}" for key in asked - places} == {
             key for key in read if key.startswith("data.")
         }
     weights = model.init(task.model.cfg, jax.random.key(0))
@@ -324,8 +326,12 @@ def test_a_task_reads_what_is_said_of_it(name, options, files, tmp_path):
 
 def test_one_step_to_a_rollout_never_clips():
     """So the clip of such a run is a key that nothing reads."""
-    assert tasks.TABLE["grpo"].idle({"updates": 1}) == ("clip",)
-    assert not tasks.TABLE["grpo"].idle({"updates": 2})
+
+    def idle(updates):
+        found = tasks.chosen({**common.task_grpo(), "updates": updates})
+        return found.kind.idle(found.options)
+
+    assert idle(1) == ("clip",) and not idle(2)
 
     @partial(jax.jit, static_argnames="clip")
     def slope(logp_BT, clip):

@@ -167,13 +167,7 @@ def folder(tmp_path_factory):
 
 
 def make(config):
-    return tasks.make(
-        **config.task,
-        model=config.model.to_dict(),
-        text=config.data.to_dict(),
-        dropout=(),
-        progress=False,
-    )
+    return tiny.task(config)
 
 
 def test_the_task_reads_as_far_as_its_longest_training_text(folder):
@@ -274,7 +268,7 @@ def test_a_classifier_writes_no_samples(folder, tmp_path):
     config = settings(folder)
     config.sample_every = 5
     with pytest.raises(ValueError, match="a classifier writes no text"):
-        train.make_task(config, tmp_path)
+        train.make_task(train.unpack(config), tmp_path)
 
 
 # --- a run and the door ---------------------------------------------------------------

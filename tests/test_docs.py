@@ -186,7 +186,8 @@ BY_NAME = re.compile(r"\bgpt-jax (\w+)([^\n`]*)")
 
 def commands(page: Path) -> list[tuple[str, list[str]]]:
     """Returns (door, arguments) of every command, in blocks and in the text."""
-    text = page.read_text().replace("\\\n", " ")
+    text = re.sub(r"^```diff\n.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    text = text.replace("\\\n", " ")
     found = []
     for door, rest in COMMAND.findall(text):
         words = shlex.split(rest, comments=True)

@@ -48,7 +48,7 @@ def task_of(config, tmp_path, rows=None):
     if rows is not None:
         config.data.source = str(tmp_path / "rows.json")
         (tmp_path / "rows.json").write_text(json.dumps(rows))
-    return train.make_task(config, tmp_path)
+    return train.make_task(train.unpack(config), tmp_path)
 
 
 def test_a_pair_is_the_prompt_with_each_answer_and_counts_the_answers(home, tmp_path):

@@ -301,7 +301,7 @@ def test_the_vocabulary_is_told_by_the_name_of_the_tokenizer():
     sizes = {"gpt2": 50257, "byte": 257, "bpe:2000": 2000}
     for name, wanted in sizes.items():
         made.data.tokenizer = name
-        assert plans.vocabulary(made) == wanted
+        assert plans.vocabulary(train.unpack(made)) == wanted
 
 
 def test_sizes_of_memory_are_read_and_bad_ones_refused():
@@ -338,7 +338,7 @@ def test_the_mesh_fits_a_run_as_training_finds_it():
     axes = {name: made.mesh[name] for name in sharding.AXES}
     mesh = sharding.make_mesh(8, **axes, cpu_devices=0)
     real = plans.make(made, mesh)
-    assert train.tokens_per_step(made, real.task) == 8 * 128
+    assert train.tokens_per_step(real.config, real.task) == 8 * 128
     assert real.sharers == plan(made).sharers == 4
 
 

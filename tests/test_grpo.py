@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import common
 from configs import grpo as recipe
 from gpt_jax import (
     losses,
@@ -23,6 +24,7 @@ from gpt_jax import (
     tasks,
     train,
 )
+from gpt_jax.options import Data
 from gpt_jax.tasks import answers, grpo, problems
 from tests import test_step, tiny
 
@@ -143,22 +145,15 @@ def test_log_probabilities_are_right_and_zero_where_masked(poison):
 
 # --- groups ---------------------------------------------------------------------------
 
-ON = grpo.Options(
-    group=4,
-    reward="exact",
-    normalize=True,
-    average="sequence",
-    clip=0.2,
-    kl=0.0,
-    temperature=1.0,
-    updates=1,
-)
+PROBLEMS = {"kind": "reverse", "shortest": 1, "longest": 2, "problems": 50}
+PROBLEMS |= {"held_out": 4, "max_new_tokens": 0}
 
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_an_advantage_is_a_reward_against_its_own_group(normalize):
     right = np.array([1, 0, 0, 0, 1, 1, 1, 1, 0, 1, 1, 0], bool)
-    found = grpo.judge(right, right * 1.0, ON._replace(normalize=normalize))
+    how = {"group": 4, "reward": "exact", "normalize": normalize}
+    found = grpo.judge(right, right * 1.0, **how)
     groups = right.reshape(3, 4).astype(np.float64)
     want = groups - groups.mean(1, keepdims=True)
     if normalize:
@@ -172,7 +167,8 @@ def test_an_advantage_is_a_reward_against_its_own_group(normalize):
 
 def test_equal_rewards_teach_nothing_whatever_their_mean_rounds_to():
     share = np.full(12, 1 / 3, np.float32)
-    found = grpo.judge(share == 1, share, ON._replace(group=12, reward="partial"))
+    how = {"group": 12, "reward": "partial", "normalize": True}
+    found = grpo.judge(share == 1, share, **how)
     assert not np.asarray(found["advantage"]).any()
     assert np.asarray(found["no_signal"]).all()
 
@@ -226,12 +222,10 @@ def test_no_question_of_an_evaluation_is_trained_on():
 
 def make_parts(**changes):
     """Returns the parts of a small run on problems of two letters."""
-    fields = {name: getattr(tiny.cfg(), name) for name in tiny.cfg().__dict__}
-    fields |= {"vocab_size": 0, "position": "rope", "init": "torch_default"}
-    text = {"tokenizer": "char", "val_fraction": 0.1}
-    options = {"kind": "reverse", "shortest": 1, "longest": 2, "problems": 50}
-    options |= {"held_out": 4, "max_new_tokens": 0}
-    return answers.parts(**{"model": fields, "text": text, **options, **changes})
+    cfg = tiny.cfg(vocab_size=0, position="rope", init="torch_default")
+    text = {**common.base().data, "tokenizer": "char", **changes.pop("text", {})}
+    text, cfg = Data(**text), changes.pop("model", cfg)
+    return answers.parts(answers.Options(**PROBLEMS | changes), model=cfg, text=text)
 
 
 def test_a_problem_is_spelled_as_question_answer_and_end():
@@ -277,7 +271,17 @@ def test_only_the_whole_answer_and_its_end_is_right():
 
 # --- rollouts -------------------------------------------------------------------------
 
-DRAWN = ON._replace(updates=2, temperature=0.7, average="token")
+DRAWN = grpo.Options(
+    **PROBLEMS,
+    group=4,
+    reward="exact",
+    normalize=True,
+    average="token",
+    clip=0.2,
+    kl=0.0,
+    temperature=0.7,
+    updates=2,
+)
 
 
 @pytest.fixture(scope="module")
@@ -578,7 +582,7 @@ def test_options_that_make_no_sense_are_refused(change, message, tmp_path):
         config[place or "task"][name] = value
     with pytest.raises(ValueError, match=message):
         train.check(config)
-        train.make_task(config, tmp_path)
+        train.make_task(train.unpack(config), tmp_path)
 
 
 def test_a_population_refuses_to_roll_out(tmp_path):

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 
 # Imports go down at least one floor. Doors (experiments) stand on top of all.
 FLOORS = (
-    "names settings sampling files screen devices memory weights mesh commands configs",
+    "names settings options sampling files screen devices memory weights mesh commands "
+    "configs",
     "plaintext paths downloads special",
     "model attention tokenizers chat rows corpora data losses adapters optimizer "
     "sharding programs processes checkpoint metrics seeds signals criterion",
@@ -20,7 +21,7 @@ FLOORS = (
     "tasks evaluate microscope",
     "step checks train",
     "population serve",
-    "sweep report bench estimate doctor learn",
+    "sweep report estimate doctor learn",
     "__main__",
 )
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names.split()}

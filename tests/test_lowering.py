@@ -84,7 +84,7 @@ def shapes(tree: Any) -> Any:
 
 def numbers(config, task) -> Any:
     number = jax.ShapeDtypeStruct((), jnp.float32)
-    return jax.tree.map(lambda _: number, train.make_hyper(config, task))
+    return jax.tree.map(lambda _: number, train.make_hyper(train.unpack(config), task))
 
 
 KEY = jax.eval_shape(lambda: jax.random.key(0))
@@ -101,14 +101,14 @@ def made(name: str, more: int, dtype: str, folder: Path) -> Any:
         config.task.max_new_tokens = 6 + more
     config.sample_every = 0
     train.check(config)
-    return config, train.make_task(config, folder)
+    return config, train.make_task(train.unpack(config), folder)
 
 
 def step(platform: str, config: Any, task: Any, axes=(1, 1, 1)) -> Lowered:
     """Returns the train step of a task, checked."""
     declared = adapters.make(model.declared(task.model.cfg), **config.adapter).declared
     strategy = sharding.mesh_strategy(mesh(axes), declared)
-    parts = train.make_parts(config, task, strategy)
+    parts = train.make_parts(train.unpack(config), task, strategy)
     state = jax.eval_shape(parts.first, KEY)
     state = dry.placed(state, strategy.layout(state))
     batch = shapes(next(iter(data.once(task.train, batch_size=config.batch_size))))
@@ -235,7 +235,9 @@ def test_evaluation_and_decoding_lower_and_read_rounded_weights(platform):
 @everywhere
 def test_a_population_lowers_and_all_of_it_is_donated(platform, folder):
     config, task = made("gpt2 adamw", 0, "bfloat16", folder)
-    parts = train.make_parts(config, task, populations.strategy(mesh((2, 1, 1))))
+    parts = train.make_parts(
+        train.unpack(config), task, populations.strategy(mesh((2, 1, 1)))
+    )
     example = shapes({name: np.asarray(x)[None] for name, x in task.train[0].items()})
     lead = (populations.STEPS, 1, 1)
     batch = {

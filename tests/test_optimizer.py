@@ -10,7 +10,7 @@ import pytest
 
 from configs import common
 from gpt_jax import model, optimizer
-from gpt_jax.optimizer import Hyper
+from gpt_jax.optimizer import Hyper, muon
 from tests import tiny
 from tests.cases import few
 
@@ -358,7 +358,7 @@ def test_short_and_long_newton_schulz_agree(condition):
     u, v = (np.linalg.qr(rng.normal(size=(n, 16)))[0] for n in (16, 64))
     x = (u * np.geomspace(1, 1 / condition, 16)) @ v.T
     x = jnp.asarray(x / np.linalg.norm(x), jnp.float32)[None]
-    got, want = optimizer._gram(x), optimizer._newton_schulz(x)
+    got, want = muon._gram(x), muon._newton_schulz(x)
     np.testing.assert_allclose(got, want, atol=2e-4)
 
 
@@ -371,7 +371,7 @@ def test_orthogonalise_keeps_a_zero_matrix_and_its_neighbours():
 
 def test_muon_gives_the_same_with_matrices_too_large_to_stack(monkeypatch):
     together, _, _ = run(make("muon"), tree(0))
-    monkeypatch.setattr(optimizer, "STACK_LIMIT", 0)
+    monkeypatch.setattr(muon, "STACK_LIMIT", 0)
     close(run(make("muon"), tree(0))[0], together)
 
 

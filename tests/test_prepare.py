@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt_jax import corpora, data, files, plaintext, prepare, screen, tokenizers
+from gpt_jax import corpora, data, files, plaintext, prepare, tokenizers
+from gpt_jax.screen import progress
 
 TEXT = "".join(f"line {i} of the text\n" for i in range(200))
 
@@ -390,7 +391,7 @@ def test_a_prepared_text_that_was_edited_is_refused(run, text_file, name, messag
 def test_progress_without_a_terminal_is_plain_lines(
     run, text_file, monkeypatch, capsys
 ):
-    monkeypatch.setattr(screen, "LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
     prepared = run(text_file, tokenizer="bpe:300", progress=True)
     shown = capsys.readouterr()
     assert shown.err == "" and "\x1b" not in shown.out

@@ -12,7 +12,7 @@ from scipy import stats
 
 from configs import common
 from gpt_jax import metrics, report, runs, seeds
-from gpt_jax.report import figures, importance, page, pictures
+from gpt_jax.report import figures, importance, looks, page, pictures, scales
 from gpt_jax.report import results as tables
 from gpt_jax.sweep import run as sweeps
 from gpt_jax.sweep.study import Setting, Trial
@@ -352,7 +352,7 @@ def test_a_curve_is_drawn_for_every_setting_and_the_best_on_top(grid):
     out, found = grid
     lines = lines_of(figures.curves(out, found, tables.axes(found)[0]))
     assert len(lines) == 6
-    assert lines[-1].line.color == figures.RED
+    assert lines[-1].line.color == looks.RED
     assert list(lines[-1].x) == [0, 2, 4, 6, 8]
     assert lines[-1].y[-1] == pytest.approx(1.8)
 
@@ -364,7 +364,7 @@ def test_seeds_are_drawn_as_their_mean_with_a_band(seeded):
     lines = {line.name: line for line in lines_of(figure)}
     best = lines["best: lr=0.001,seed=0"]
     assert best.y[-1] == pytest.approx(2.1)
-    (band,) = [one for one in figure.data if one.fill and one.fillcolor == figures.RED]
+    (band,) = [one for one in figure.data if one.fill and one.fillcolor == looks.RED]
     error = stats.sem([2.0, 2.1, 2.2])
     assert max(band.y) == pytest.approx(4.0)
     assert min(band.y) == pytest.approx(2.1 - error)
@@ -377,13 +377,13 @@ def test_a_diverged_point_sets_no_colour_and_no_axis(seeded, tmp_path):
     lost = trial("far", {"h.lr": 1e30}, None, "diverged", seed=0)
     record(tmp_path / "far", [4.0, 1e9, 1e12])
     more = results([*found["trials"], lost], found["keys"])
-    assert figures.interesting(more) == figures.interesting(found)
+    assert scales.interesting(more) == scales.interesting(found)
     axis = next(axis for axis in tables.axes(more) if axis.key == "h.lr")
     own = next(axis for axis in tables.axes(found) if axis.key == "h.lr")
     for row in sound["settings"]:
-        assert figures.colours(more, axis)(row) == figures.colours(found, own)(row)
+        assert looks.colours(more, axis)(row) == looks.colours(found, own)(row)
     (far,) = [row for row in more["settings"] if row["name"] == "far"]
-    assert figures.colours(more, axis)(far) == figures.GREY
+    assert looks.colours(more, axis)(far) == looks.GREY
     shown = figures.slices(more, [axis]).layout.xaxis
     assert max(shown.tickvals) == pytest.approx(0.1)
     assert figures.curves(out, more, axis).layout.yaxis.range[1] < 10
@@ -401,13 +401,13 @@ def test_words_as_colours_have_a_legend_and_none_is_the_red_of_the_best(tmp_path
     told = {line.name: line.line.color for line in lines if line.showlegend}
     assert told.keys() == {"best: adamw", *names[1:]}
     assert len(set(told.values())) == 6
-    assert [name for name, ink in told.items() if ink == figures.RED] == ["best: adamw"]
+    assert [name for name, ink in told.items() if ink == looks.RED] == ["best: adamw"]
 
 
 def test_forty_lines_look_different():
-    assert len({figures.style(number) for number in range(40)}) == 40
-    assert figures.RED not in figures.PALETTE
-    dashes = {figures.style(number)[1] for number in range(40)}
+    assert len({looks.style(number) for number in range(40)}) == 40
+    assert looks.RED not in looks.PALETTE
+    dashes = {looks.style(number)[1] for number in range(40)}
     assert "dot" not in dashes  # which stands for what was stopped early
     assert dashes <= pictures.LINES.keys()
 
@@ -460,5 +460,5 @@ def test_the_optimum_of_each_line_is_starred(grid):
 
 def test_a_hopeless_trial_does_not_flatten_the_picture():
     rows = [trial(str(x), {"a": x}, x) for x in (2.0, 2.1, 2.2, 2.3, 1e6)]
-    low, high = figures.interesting(results(rows, {"a": "a"}))
+    low, high = scales.interesting(results(rows, {"a": "a"}))
     assert low < 2.0 and 2.3 < high < 10

@@ -11,19 +11,20 @@ from pathlib import Path
 import pytest
 
 from gpt_jax import screen
+from gpt_jax.screen import progress, streams
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
 def nothing_told(monkeypatch):
-    monkeypatch.setattr(screen, "_told", set())
+    monkeypatch.setattr(streams, "_told", set())
 
 
 @pytest.fixture
 def clock(monkeypatch):
     now = types.SimpleNamespace(value=100.0)
-    monkeypatch.setattr(screen.time, "monotonic", lambda: now.value)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now.value)
     return now
 
 

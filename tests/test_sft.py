@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import common
-from gpt_jax import chat, data, model, runs, sample, tasks, train
+from gpt_jax import chat, data, model, runs, sample, train
 from gpt_jax.tasks import lm, sft
 from tests import test_step, tiny
 
@@ -40,14 +40,8 @@ def make(tmp_path, rows=ROWS, **changes):
     config.model.context_length = changes.pop("context", 160)
     config.data.source = str(write(tmp_path, rows))
     config.data.skip_bad_docs = changes.pop("skip_bad_docs", False)
-    task = {**common.task_sft(), "template": "chatml", **changes}
-    return tasks.make(
-        **task,
-        model=config.model.to_dict(),
-        text=config.data.to_dict(),
-        dropout=(),
-        progress=True,
-    )
+    config.task = {**common.task_sft(), "template": "chatml", **changes}
+    return tiny.task(config, progress=True)
 
 
 def learnt(task, example):
@@ -246,7 +240,7 @@ def test_a_prompt_that_is_too_long_in_its_template_is_refused_at_once(tmp_path):
     config.sample_every = 5
     config.sample.prompt = "x" * 200  # the template has 150 more
     with pytest.raises(ValueError, match=r"the prompt has 3\d\d tokens but .* is 300"):
-        train.make_task(config, tmp_path)
+        train.make_task(train.unpack(config), tmp_path)
 
 
 # --- a run ----------------------------------------------------------------------------

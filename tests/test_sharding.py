@@ -377,11 +377,11 @@ def test_a_run_from_another_begins_with_its_weights_split(tmp_path):
     config.init_from = str(tmp_path / "first")
     for adapter in (common.adapter_full(), common.adapter_lora()):
         config.adapter = adapter
-        task = train.make_task(config, tmp_path / "second")
+        task = train.make_task(train.unpack(config), tmp_path / "second")
         own = adapters.make(model.declared(task.model.cfg), **adapter)
         made = sharding.mesh_strategy(mesh_of(fsdp=2, tensor=2), own.declared)
-        parts = train.make_parts(config, task, made)
-        state = train.begin(config, parts, jax.random.key(0))
+        parts = train.make_parts(train.unpack(config), task, made)
+        state = train.begin(train.unpack(config), parts, jax.random.key(0))
         weights = parts.join(state.params, state.frozen)
         for tree in (state.params, state.frozen, state.opt_state):
             for x, where in zip(

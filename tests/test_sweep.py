@@ -350,7 +350,7 @@ def test_a_misspelt_metric_is_refused_before_anything_runs(base, tmp_path, metri
 
 def test_the_metrics_of_a_run_are_known_before_it_trains(base, tmp_path):
     """Oracle: the record of the run."""
-    task = train.make_task(base, tmp_path / "none")
+    task = train.make_task(train.unpack(base), tmp_path / "none")
     told = set(checks.metrics_of(base, task)) - {"mfu"}  # a CPU has no known peak
     train.train(base, tmp_path / "run")
     rows = metrics.read(tmp_path / "run")

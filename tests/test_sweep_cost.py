@@ -3,8 +3,8 @@
 import pytest
 
 from gpt_jax import report
-from gpt_jax.report import figures
 from gpt_jax.report import results as tables
+from gpt_jax.report import scales
 from gpt_jax.sweep import plan, space
 from gpt_jax.sweep import run as sweeps
 from tests.test_sweep import base, make, open_study
@@ -48,7 +48,7 @@ def test_a_search_with_a_cost_looks_for_the_front(base, tmp_path, cost, seeds):
     assert [row["overrides"]["model.d_model"] for row in tables.front(found, cost)] == (
         widths
     )
-    assert next(iter(figures.spent(found))) == cost
+    assert next(iter(scales.spent(found))) == cost
     said = report.summary(found)
     assert f"nothing is as good for less (val_loss, {cost}):\n" in said
     assert f"  {64 / widths[0]:.4f}  {amount(widths[0]):.4g}  " in said

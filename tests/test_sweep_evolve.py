@@ -4,7 +4,7 @@ import pytest
 
 from gpt_jax import report, runs
 from gpt_jax.population import evolve
-from gpt_jax.report import figures
+from gpt_jax.report import scales
 from gpt_jax.sweep import choose, plan, space
 from gpt_jax.sweep import run as sweeps
 from gpt_jax.sweep.study import Budget
@@ -44,7 +44,7 @@ def test_a_sweep_evolves_and_its_report_says_how(base, tmp_path):
     changes = {BAD: done.results["evolved"][BAD]}
     told = {**done.results, "evolved": changes}
     assert f"from step 4: lr {rate:.4g}" in report.summary(told)
-    assert figures.stairs(told, BAD, "hyper.lr") == (
+    assert scales.stairs(told, BAD, "hyper.lr") == (
         [0, 4, 8],
         [1e-2, rate, rate],
     )

@@ -22,14 +22,10 @@ def make(tmp_path, **changes):
     config = common.tiny(common.base())
     config.data.update(source=str(tmp_path / "text.txt"), tokenizer="char")
     config.data.update(folder=str(tmp_path / "data"))
-    return tasks.make(
-        name="lm",
-        model={**config.model.to_dict(), **changes.pop("model", {})},
-        text={**config.data.to_dict(), **changes},
-        loss_chunk=loss_chunk,
-        dropout=(),
-        progress=False,
-    )
+    config.task.loss_chunk = loss_chunk
+    config.model.update(changes.pop("model", {}))
+    config.data.update(changes)
+    return tiny.task(config)
 
 
 def test_language_modelling_takes_the_vocabulary_of_its_tokenizer(tmp_path):
@@ -211,7 +207,7 @@ def test_softmax_norms_and_the_loss_are_float32_under_bfloat16(attention, norm):
 
 def test_an_unknown_task_is_refused_with_the_choices():
     with pytest.raises(ValueError, match=r"task\.name 'lmm' is not one of: lm"):
-        tasks.make(name="lmm", text={})
+        tasks.chosen({"name": "lmm"})
 
 
 def test_text_and_model_must_fit_each_other(tmp_path):

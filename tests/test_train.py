@@ -89,7 +89,7 @@ def test_the_early_steps_are_1_2_5_times_powers_of_ten(every, first, updates, st
     config = common.base()
     config.update(eval_every=every, sample_every=0, early_from=first)
     task: Any = type("Task", (), {"updates": updates})
-    early = train.early_steps(config, task)
+    early = train.early_steps(train.unpack(config), task)
     found = [n for n in range(1100) if train.due(n, every, early)]
     regular = range(0, 1100, every) if every else ()
     assert found == sorted({*steps, *regular})
@@ -299,7 +299,7 @@ def test_a_run_that_does_not_say_what_it_measured_goes_on_where_nothing_changed(
 ):
     train.train(config, tmp_path / "run")
     parts, old = tmp_path / "run", train.Totals(best=0.5, stale=2)
-    task = train.make_task(config, parts)
+    task = train.make_task(train.unpack(config), parts)
     shared: Any = type("Parts", (), {"task": task, "measured": "now"})
     totals, told = train.resumed(config, parts, shared, old, 8)
     assert (totals, told) == (old._replace(measured="now"), [])
@@ -336,14 +336,14 @@ def test_a_rate_that_moves_when_a_run_is_extended_is_told(config, tmp_path):
     config.hyper.update(decay_steps=0.0, final_lr_ratio=0.0)
     old = config.copy_and_resolve_references()
     config.steps = 16
-    task = train.make_task(config, tmp_path / "run")
-    (told,) = train.rate_moves(old, config, task, 8)
+    task = train.make_task(train.unpack(config), tmp_path / "run")
+    (told,) = train.rate_moves(train.unpack(old), train.unpack(config), task, 8)
     # Half of a cosine over 16 steps, 2 of them warm-up, is left at step 8.
     rate = 1e-3 * 0.5 * (1 + np.cos(np.pi * 6 / 14))
     assert f"at step 8 the learning rate goes from 0 to {rate:.2g}" in told
     assert "--config.hyper.decay_steps=8 keeps it" in told
     config.hyper.decay_steps = 8.0
-    assert train.rate_moves(old, config, task, 8) == []
+    assert train.rate_moves(train.unpack(old), train.unpack(config), task, 8) == []
 
 
 @pytest.mark.fault(14)

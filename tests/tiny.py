@@ -5,7 +5,9 @@ from functools import partial
 import jax
 
 from configs import common
+from gpt_jax import tasks
 from gpt_jax.model import GPTConfig
+from gpt_jax.options import Data
 from gpt_jax.weights import Weight
 
 # Tiny programs spend their time in LLVM: without its optimisation a third of it.
@@ -16,6 +18,17 @@ def weight(shape, axes, **how) -> Weight:
     """Returns the declaration of a weight that no model has."""
     like = jax.ShapeDtypeStruct(shape, "float32")
     return Weight(like, axes, **{"draw": "kernel", **how})
+
+
+def task(config, progress: bool = False) -> tasks.Task:
+    """Returns the task of a config, without dropout."""
+    return tasks.make(
+        tasks.chosen(config.task),
+        model=GPTConfig(**config.model),
+        text=Data(**config.data),
+        dropout=(),
+        progress=progress,
+    )
 
 
 def cfg(**overrides) -> GPTConfig:

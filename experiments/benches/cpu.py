@@ -6,6 +6,7 @@ as fast) or, without a peer, the most that a value may be.
 
 from typing import Any
 
+from experiments.benches.match import Match
 from experiments.benches.setting import (
     GPT2,
     GPT2_TOKENS,
@@ -14,12 +15,11 @@ from experiments.benches.setting import (
     shape,
     two_sizes,
 )
+from experiments.benches.worker import ENTER, Side
 from gpt_jax import commands
-from gpt_jax.bench.match import Match
-from gpt_jax.bench.worker import Side
 
-OURS, PEERS = "gpt_jax.bench.ours", "gpt_jax.bench.peers"
-FRESH, RACE = "gpt_jax.bench.race:fresh", "gpt_jax.bench.race:to_loss"
+OURS, PEERS = "experiments.benches.ours", "experiments.benches.peers"
+FRESH, RACE = "experiments.benches.race:fresh", "experiments.benches.race:to_loss"
 HF = "Hugging Face GPT-2, torch eager"
 NANOGPT = "nanoGPT's recipe in PyTorch"
 GET_BATCH = "nanoGPT's get_batch"
@@ -95,7 +95,7 @@ def race_peer(
     """Returns the peer's side: nanoGPT's recipe, a process of its own."""
     train = {**train, "text": setting.text, "eval_every": every}
     train |= {"folder": "{folder}", "stop_at": stop_at}
-    code = "from gpt_jax.bench import nanogpt as n; "
+    code = f"{ENTER}from experiments.benches import nanogpt as n; "
     code += f"n.train(seed={{seed}}, **{train!r})"
     options = {"words": ["-c", code], "stop_at": stop_at, "seeds": seeds(setting)}
     options |= {"end_counts": True, "needs": ["torch"]}
@@ -187,7 +187,7 @@ def compile(setting: Setting) -> list[Match]:
 def startup(setting: Setting) -> list[Match]:
     """How soon a command answers, and how soon training begins."""
     words = {"words": [*commands.argv("train")[1:], "--help"]}
-    help_ = Side("gpt_jax", "gpt_jax.bench.race:command", words)
+    help_ = Side("gpt_jax", "experiments.benches.race:command", words)
     fixed, batch = _largest(setting)
     options = _first_step(fixed, batch) | {"cache": f"{setting.folder}/compile"}
     ours = Side("gpt_jax", FRESH, {**_fresh(options, "seconds"), "before": True})
@@ -264,10 +264,9 @@ def _first_step(fixed: dict, batch: int) -> dict[str, Any]:
 
 
 def _trials(name: str, call: str, **options: Any) -> Side:
-    code = "from gpt_jax import commands; commands.enter(); "
-    code += f"from experiments.benches import trials as t; t.{call}"
+    code = f"{ENTER}from experiments.benches import trials as t; t.{call}"
     words = ["-c", code]
-    return Side(name, "gpt_jax.bench.race:command", {"words": words, **options})
+    return Side(name, "experiments.benches.race:command", {"words": words, **options})
 
 
 def _fresh(options: dict, value: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Each function returns the matches of the row of its name.
 from typing import Any
 
 from experiments.benches.cpu import OURS, PEERS, population, races
+from experiments.benches.match import Match
 from experiments.benches.setting import (
     GPT2,
     GPT2_TOKENS,
@@ -14,12 +15,11 @@ from experiments.benches.setting import (
     recipe,
     shape,
 )
-from gpt_jax.bench.match import Match
-from gpt_jax.bench.worker import Side
+from experiments.benches.worker import Side
 
 # Both sides hold the card at the same time: JAX must not take nearly all of it.
 SHARE = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}
-CORRECT = "gpt_jax.bench.correct"
+CORRECT = "experiments.benches.correct"
 TORCH = "PyTorch, compiled"
 TARGET_LOSS = 1.4697  # nanoGPT's best, as its README has it
 FAST = {"dtype": "bfloat16", "vocab_multiple": 128}

@@ -1,5 +1,6 @@
 """The row `serving`: our server against Hugging Face `generate` behind FastAPI."""
 
+from experiments.benches.match import Match
 from experiments.benches.setting import (
     BABY,
     GPT2,
@@ -10,10 +11,9 @@ from experiments.benches.setting import (
     recipe,
     shape,
 )
-from gpt_jax.bench.match import Match
-from gpt_jax.bench.worker import Side
+from experiments.benches.worker import Side
 
-SERVING = "gpt_jax.bench.serving"
+SERVING = "experiments.benches.servers"
 GOALS = {1: None, 8: 1.5, 32: None}
 REQUESTS = {1: 8, 8: 24, 32: 64}
 BABY_TOKENS = 4096  # a small vocabulary of word pieces

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from gpt_jax import attention
 from gpt_jax.estimate import residuals
-from gpt_jax.estimate.plan import Plan, trained
+from gpt_jax.estimate.plan import Plan, loss_chunk, trained
 from gpt_jax.estimate.residuals import Saved
 from gpt_jax.model import GPT, Dropout, GPTConfig, hidden
 from gpt_jax.sharding import Strategy
@@ -138,7 +138,7 @@ def measure(plan: Plan, per_row: PerRow, rows: int) -> Memory:
 
 def logits(plan: Plan, rows: int) -> int:
     """Returns the bytes of the logits that exist at once on one device."""
-    cfg, chunk = plan.cfg, plan.config.task.get("loss_chunk", 0)
+    cfg, chunk = plan.cfg, loss_chunk(plan.config)
     chunk = min(chunk or fitting_chunk(rows, cfg), plan.task.tokens)
     parts = math.ceil(plan.task.tokens / chunk)
     positions = math.ceil(plan.task.tokens / parts)
@@ -216,7 +216,7 @@ def on_its_own(cfg: GPTConfig, tensor: int) -> GPTConfig:
 def _whole(plan: Plan, cfg: GPTConfig, platform: str) -> Saved:
     period = len(cfg.pattern)
     # An adapter may name layers: then they are all there.
-    if plan.config.adapter.name != "full" or cfg.n_layers <= 2 * period:
+    if "base" in plan.state.frozen or cfg.n_layers <= 2 * period:
         return _traced(plan, cfg, cfg.n_layers, platform)
     one, two = (_traced(plan, cfg, n * period, platform) for n in (1, 2))
     more = cfg.n_layers / period - 1

@@ -3,6 +3,7 @@
 No data is read, no weight is made and no device is needed.
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from gpt_jax import adapters, files, model, sharding, tasks, tokenizers, train
+from gpt_jax import files, model, sharding, tasks, tokenizers, train
+from gpt_jax.checks import Options
 from gpt_jax.model import GPT, GPTConfig
 from gpt_jax.step import TrainState
 from gpt_jax.tasks import lm
@@ -28,7 +30,7 @@ class Plan(NamedTuple):
     Attributes:
       task: the model and its loss; no examples.
       strategy: where things live; of the mesh, which may be abstract.
-      parts: what train.py builds a run from.
+      parts: what train builds a run from.
       state: the state before the first step, as shapes.
       rows: examples in a micro-batch, over all devices.
       accumulate: micro-batches of a step.
@@ -36,7 +38,7 @@ class Plan(NamedTuple):
       dropout: which rates are above zero.
     """
 
-    config: ConfigDict
+    config: Options
     task: tasks.Task
     strategy: sharding.Strategy
     parts: train.Parts
@@ -69,24 +71,22 @@ class Plan(NamedTuple):
         return batch | {"mask": jax.ShapeDtypeStruct(shape, jnp.float32)}
 
 
-def make(config: ConfigDict, mesh: Any) -> Plan:
+def make(record: ConfigDict, mesh: Any) -> Plan:
     """Returns the plan of a config on a mesh, which may be abstract.
 
     Raises:
       ValueError: the config makes no run, needs more than its own words to be known
         (see `vocabulary`), or does not divide over the mesh.
     """
-    train.check(config)
+    train.check(record)
+    config = train.unpack(record)
     if config.task.name not in TASKS:
         raise ValueError(
             f"task.name is {config.task.name}: only {', '.join(TASKS)} can be "
             "estimated; take one of them with rows as long and as many"
         )
-    hyper = config.hyper
-    names = ("embed", "attn", "residual", "adapter")
-    dropout = tuple(f"dropout_{n}" for n in names if hyper[f"dropout_{n}"] > 0)
-    task = make_task(config, dropout)
-    adapter = adapters.make(model.declared(task.model.cfg), **config.adapter)
+    task = make_task(config)
+    adapter = config.adapter(model.declared(task.model.cfg))
     strategy = sharding.mesh_strategy(mesh, adapter.declared)
     parts = train.make_parts(config, task, strategy)
     return Plan(
@@ -97,15 +97,14 @@ def make(config: ConfigDict, mesh: Any) -> Plan:
         state=shapes(parts, task.model.cfg),
         rows=config.batch_size // config.accumulate,
         accumulate=config.accumulate,
-        packed=bool(config.task.get("pack")),
-        dropout=dropout,
+        packed=getattr(config.task.options, "pack", False),
+        dropout=tuple(config.dropout),
     )
 
 
-def make_task(config: ConfigDict, dropout: tuple[str, ...]) -> tasks.Task:
+def make_task(config: Options) -> tasks.Task:
     """Returns the language-modelling task of a config, without its text."""
-    fields = {**config.model.to_dict(), "vocab_size": vocabulary(config)}
-    cfg = GPTConfig(**fields)
+    cfg = replace(config.model, vocab_size=vocabulary(config))
     seq_len = config.data.seq_len or cfg.context_length
     lm.check_window(seq_len, cfg.context_length)
     gpt = GPT(cfg)
@@ -115,8 +114,8 @@ def make_task(config: ConfigDict, dropout: tuple[str, ...]) -> tasks.Task:
         loss=lm.make_loss(
             gpt,
             np.zeros(cfg.vocab_size),
-            loss_chunk=config.task.get("loss_chunk", 0),
-            dropout=dropout,
+            loss_chunk=loss_chunk(config),
+            dropout=config.dropout,
         ),
         train=(),
         evals={},
@@ -125,7 +124,12 @@ def make_task(config: ConfigDict, dropout: tuple[str, ...]) -> tasks.Task:
     )
 
 
-def vocabulary(config: ConfigDict) -> int:
+def loss_chunk(config: Options) -> int:
+    """Returns the positions whose logits exist at once; 0 = as many as fit."""
+    return getattr(config.task.options, "loss_chunk", 0)
+
+
+def vocabulary(config: Options) -> int:
     """Returns the size of the vocabulary, as far as the config's own words tell it.
 
     Raises:
@@ -159,6 +163,6 @@ def shapes(parts: train.Parts, cfg: GPTConfig) -> TrainState:
 
 def trained(plan: Plan, cfg: GPTConfig) -> tuple[Any, Any]:
     """Returns (params, frozen) of another model under the plan's adapter, as shapes."""
-    adapter = adapters.make(model.declared(cfg), **plan.config.adapter)
+    adapter = plan.config.adapter(model.declared(cfg))
     key = jax.eval_shape(lambda: jax.random.key(0))
     return jax.eval_shape(lambda k: adapter.split(model.init(cfg, k), k), key)

@@ -210,9 +210,9 @@ def advantage(reward_NG):
       reward_NG: rewards of G answers to each of N questions.
     """
     N, G = reward_NG.shape
-    options = grpo.Options(G, "partial", True, "sequence", 0.0, 0.0, 1.0, 1)
-    right_R = jnp.zeros(N * G)
-    found = grpo.judge(right_R, reward_NG.reshape(-1), options)
+    right_R, share_R = jnp.zeros(N * G), reward_NG.reshape(-1)
+    how = {"group": G, "reward": "partial", "normalize": True}
+    found = grpo.judge(right_R, share_R, **how)
     return found["advantage"].reshape(N, G)
 
 

@@ -1,8 +1,9 @@
 """What a model is: `GPTConfig`, checked, and the kinds of its layers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,8 @@ def _layer_kind(kind) -> LayerKind:
 class GPTConfig:
     """`config.model` (configs/common.py says what each key means), checked, hashable.
 
-    Zeros that mean "choose for me" are resolved here; vocab_size must be given.
+    Zeros that mean "choose for me" are resolved here, but for vocab_size: a model can
+    be made when a tokenizer has told it.
 
     Raises:
       ValueError: a value, or two together, make no model.
@@ -91,7 +93,8 @@ class GPTConfig:
     dtype: str
     param_dtype: str
     attention: str
-    n_classes: int
+    # Fields that older runs lack, with the value that means what such a run did.
+    n_classes: int = 0
 
     def __post_init__(self):
         settle = partial(object.__setattr__, self)
@@ -132,10 +135,14 @@ class GPTConfig:
 
     def _at_least(self, name: str, least: int):
         if getattr(self, name) < least:
-            hint = "; take it from the tokenizer" if name == "vocab_size" else ""
             raise ValueError(
-                f"{name} is {getattr(self, name)}; it must be at least {least}{hint}"
+                f"{name} is {getattr(self, name)}; it must be at least {least}"
             )
+
+    @classmethod
+    def added(cls) -> dict[str, Any]:
+        """Returns the fields that older runs lack, with what such a run did."""
+        return {f.name: f.default for f in fields(cls) if f.default is not MISSING}
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -154,6 +161,10 @@ class GPTConfig:
     @property
     def vocab_rows(self) -> int:
         """Rows of the embedding table: vocab_size padded to vocab_multiple."""
+        if not self.vocab_size:
+            raise ValueError(
+                "vocab_size is 0; it must be at least 1; take it from the tokenizer"
+            )
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
@@ -191,9 +202,9 @@ REMAT: dict[str, Callable | None] = {
     "full": None,
 }
 
-_POSITIVE = ("vocab_size", "vocab_multiple", "context_length", "n_layers")
+_POSITIVE = ("vocab_multiple", "context_length", "n_layers")
 _POSITIVE += ("d_model", "n_heads")
-_NOT_NEGATIVE = ("n_kv_heads", "head_dim", "d_ff", "query_scale")
+_NOT_NEGATIVE = ("vocab_size", "n_kv_heads", "head_dim", "d_ff", "query_scale")
 _NOT_NEGATIVE += ("attn_softcap", "logit_softcap", "norm_eps", "n_classes")
 _CHOICES = {
     "position": ("learned", "rope", "none"),

@@ -61,19 +61,20 @@ def rounded(params: Mapping[str, Any], declared: Declared, dtype: Any) -> Any:
 
 
 def for_one_row(params: Mapping[str, Any], declared: Declared) -> dict:
-    """Returns unstacked weights with every kernel as `transposed` [outputs, inputs].
+    """Returns unstacked weights with kernels as `transposed` [outputs, inputs].
 
     On a CPU one row times a matrix is a series of dot products along the rows of
     memory: 1.5 times as fast as adding up the rows of `kernel`. With eight rows it is
-    the other way round. A tree that is already so is returned as is.
+    the other way round. Kernels of several matrices stay. A tree that is already so is
+    returned as is.
     """
     leaves: dict[str, Any] = flatten_dict(params, sep="/")  # type: ignore[assignment]
     turned = {}
     for path, leaf in leaves.items():
         layer, _, name = path.rpartition("/")
-        if name == "kernel":
-            kernel_DF = leaf.reshape(weights.at(declared, path).sides)
-            turned[f"{layer}/transposed"] = kernel_DF.T
+        weight = weights.at(declared, path) if name == "kernel" else None
+        if weight and not weight.counts:
+            turned[f"{layer}/transposed"] = leaf.reshape(weight.sides).T
         else:
             turned[path] = leaf
     return unflatten_dict(turned, sep="/")

@@ -27,6 +27,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,11 +37,13 @@ from ml_collections import ConfigDict
 
 from gpt_jax import files, programs, runs, sharding, signals
 from gpt_jax import train as alone
+from gpt_jax.options import Mesh
 from gpt_jax.population import evolve as evolution
 from gpt_jax.population import program
 from gpt_jax.population.evolve import Evolve
 from gpt_jax.population.shared import Shared, loss_at, reached
 from gpt_jax.population.wave import Wave, advance, open_wave, shrink
+from gpt_jax.tasks.task import DROPOUTS
 from gpt_jax.train import Result
 
 __all__ = ["Evolve", "Rung", "group", "train", "use_devices", "varies"]
@@ -191,14 +194,15 @@ def build(
     memory: float,
 ) -> Shared:
     """Builds what the trials share, and finds out which have ended already."""
-    config = configs[0].copy_and_resolve_references()
-    for key in config.hyper:
-        if key.startswith("dropout_"):  # left out of the program only if 0 for all
-            config.hyper[key] = max(each.hyper[key] for each in configs)
+    highest = {  # a rate is left out of the program only if it is 0 for all
+        key: max(config.hyper[key] for config in configs) for key in DROPOUTS
+    }
+    config = alone.unpack(configs[0])
+    config = replace(config, hyper=config.hyper._replace(**highest))
     if jax.process_count() > 1:
         raise ValueError("a population trains in one process; start one on each host")
     programs.use_cache(config.compile_cache)
-    axes = use_devices(config)
+    axes = use_devices(config.mesh)
     task = alone.make_task(config, workdirs[0])
     if task.rollout:
         raise ValueError(
@@ -210,11 +214,12 @@ def build(
     parts = alone.make_parts(config, task, strategy)
     parts = parts._replace(eval_fn=program.compile_evaluation(parts))
     end = alone.last_step(config, task)
-    shared = Shared([*configs], workdirs, parts, stop, report, {}, {}, end, memory)
-    for i, (config, workdir) in enumerate(zip(configs, workdirs, strict=True)):
+    fixed = (workdirs, parts, stop, report, {}, {}, end, memory)
+    shared = Shared([*configs], config, *fixed)
+    for i, (record, workdir) in enumerate(zip(configs, workdirs, strict=True)):
         if reached(workdir):  # refuses another config now, not when its turn comes
             runs.create_or_check(
-                workdir, config, task.tokenizer, task.fingerprint, task.classes
+                workdir, record, task.tokenizer, task.fingerprint, task.classes
             )
         if note := runs.ended(workdir):
             shared.conclude(i, *note)
@@ -223,14 +228,14 @@ def build(
     return shared
 
 
-def use_devices(config: ConfigDict) -> dict[str, int]:
+def use_devices(mesh: Mesh) -> dict[str, int]:
     """Asks for a CPU device per core, before anything else asks JAX for devices.
 
     Returns:
       The axes of the mesh.
     """
-    axes = config.mesh.to_dict()
-    del axes["strategy"]  # the devices of a population do not talk
+    # The devices of a population do not talk: it has no strategy.
+    axes = {key: value for key, value in vars(mesh).items() if key != "strategy"}
     sharding.set_cpu_devices(0, **axes)
     return axes
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from gpt_jax import metrics, plots, signals
 from gpt_jax.checkpoint import Checkpoints
+from gpt_jax.checks import Options
 from gpt_jax.population import program
 from gpt_jax.train import Parts, Result, ends_by, make_hyper
 
@@ -20,6 +21,7 @@ class Shared(NamedTuple):
     """The trials, what trains them, and the results so far, by trial."""
 
     configs: list[ConfigDict]  # a population that evolves changes their numbers
+    options: Options  # what they have in common
     workdirs: Sequence[Path]
     parts: Parts
     stop: signals.Stop
@@ -40,7 +42,7 @@ class Shared(NamedTuple):
     def program(self, slots: int, seeds: int) -> Any:
         """Returns the compiled steps of so many slots and seeds."""
         if (slots, seeds) not in self.programs:
-            config, task = self.configs[0], self.parts.task
+            config, task = self.options, self.parts.task
             A, B = config.accumulate, config.batch_size // config.accumulate
             example = {name: np.asarray(x) for name, x in task.train[0].items()}
             batch = {
@@ -60,7 +62,7 @@ class Shared(NamedTuple):
 
     def done(self) -> str:
         """Returns what ends a run at its last step."""
-        return ends_by(self.configs[0], self.parts.task)
+        return ends_by(self.options, self.parts.task)
 
     def through(self, trial: int, step: int) -> bool:
         """Whether a trial has a checkpoint of `step`, evaluated, or a newer one."""

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from gpt_jax import evaluate, runs, screen, sharding, train
 from gpt_jax.checkpoint import Checkpoints
+from gpt_jax.checks import Options
 from gpt_jax.population import program
 from gpt_jax.population.evolve import born
 from gpt_jax.population.shared import Shared
@@ -75,7 +75,7 @@ class Wave(NamedTuple):
 
 def advance(shared: Shared, wave: Wave, until: int) -> Wave:
     """Trains a wave up to a step; one line per thing that happens."""
-    config, step = shared.configs[0], wave.step
+    config, step = shared.options, wave.step
     early = train.early_steps(config, shared.parts.task)
     evaluates = step in (0, until) or due(step, config.eval_every, early)
     if evaluates and any(m.totals.evaluated < step for m in wave.members):
@@ -223,7 +223,7 @@ def leave(shared: Shared, wave: Wave) -> Wave:
 # ---- what happens ----
 
 
-def next_event(config: ConfigDict, step: int, until: int, early: Sequence[int]) -> int:
+def next_event(config: Options, step: int, until: int, early: Sequence[int]) -> int:
     """Returns the next step after which the host has something to do."""
     rhythms = (
         *(config.log_every, config.eval_every),
@@ -246,7 +246,7 @@ def call(shared: Shared, wave: Wave, until: int) -> Wave:
     state, sums, info = run(wave.state, *wave.inputs, batches, np.int32(n))
     sharding.wait_on_cpu(info)
     now = time.monotonic()
-    tokens = n * train.tokens_per_step(shared.configs[0], shared.parts.task)
+    tokens = n * train.tokens_per_step(shared.options, shared.parts.task)
 
     def later(member: Member) -> Member:
         totals = member.totals._replace(

@@ -68,7 +68,9 @@ def fields(config: Mapping[str, Any]) -> dict[str, Any]:
     family = of_config(config)
     known = [*family.known, *(key for key, _ in family.keys.values())]
     options.check_shapes(config, known)
-    found = dict(family.fixed)
+    # What was added to our layers after the tables were made, no family has.
+    added = {k: x for k, x in GPTConfig.added().items() if k not in TECHNICAL}
+    found = {**added, **family.fixed}
     for field, (key, absent) in family.keys.items():
         value = config.get(key)
         found[field] = absent if value is None else value

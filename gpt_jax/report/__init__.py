@@ -3,6 +3,7 @@
 results.py     a sweep's results as rows, axes and curves; its tables
 importance.py  how much each key decides, beyond chance
 figures.py     interactive figures (plotly)
+scales.py      what figures show, and in which range; looks.py, their colours
 pictures.py    the same as PNG (matplotlib)
 explore.py     what a reader of the page may choose: metric, axes, colours, filter
 page.py        one self-contained HTML file

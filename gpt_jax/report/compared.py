@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from gpt_jax import files
-from gpt_jax.report import compare, figures, page, pictures
+from gpt_jax.report import compare, looks, page, pictures, scales
 from gpt_jax.report import results as tables
 from gpt_jax.report.compare import Comparison, Run, Setting
 from gpt_jax.report.results import Band
@@ -107,19 +107,19 @@ def _row(out: Path, setting: Setting, less: str) -> str:
 
 
 def _style(setting: Setting, index: int) -> tuple[str, str]:
-    colour, dash = figures.style(index)
+    colour, dash = looks.style(index)
     return colour, dash if setting.state == "done" else "dot"
 
 
 def _figure(found: Comparison):
-    figure = figures.plotly().Figure()
+    figure = looks.plotly().Figure()
     for index, setting in enumerate(found.settings):
         band, (colour, dash) = _band(setting), _style(setting, index)
         if not band.steps:
             continue
         group = {"legendgroup": str(index)}
         if band.error.any():
-            figure.add_scatter(**figures.area(band, colour), **group)
+            figure.add_scatter(**looks.area(band, colour), **group)
         figure.add_scatter(
             x=band.steps, y=band.mean, mode="lines", name=setting.name, **group,
             line={"color": colour, "width": 2.2, "dash": dash},
@@ -127,7 +127,7 @@ def _figure(found: Comparison):
     figure.update_xaxes(title="step", rangemode="tozero")
     figure.update_yaxes(title=found.metric, range=_range(found))
     height = 460 + 18 * max(0, len(found.settings) - 16)
-    return figures.dress(figure, height=height)
+    return looks.dress(figure, height=height)
 
 
 def _range(found: Comparison) -> list[float] | None:
@@ -137,7 +137,7 @@ def _range(found: Comparison) -> list[float] | None:
     if not values or not best.steps:
         return None
     late = [y for x, y in zip(best.steps, best.mean) if x >= best.steps[-1] / 6]
-    low, high = figures.clip_values([*values], found.direction)
+    low, high = scales.clip_values([*values], found.direction)
     low, high = min([low, *late]), max([high, *late])
     room = 0.06 * (high - low) or 0.05 * max(abs(high), 0.1)
     return [low - room, high + room]

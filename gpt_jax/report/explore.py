@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt_jax.report import figures
+from gpt_jax.report import looks, scales
 from gpt_jax.report import results as tables
 from gpt_jax.report.results import Axis, Results, Row
 
@@ -52,8 +52,8 @@ def numbers(out: Path, results: Results, axes: list[Axis]) -> dict[str, Any]:
       "colour": by key, the colour that it has there, and "curves": metric -> [points
       along `along[i]`, means, errors]; "metrics" and "along": what there is.
     """
-    rows = figures.drawn(results)
-    palettes = {axis.key: figures.colours(results, axis) for axis in axes}
+    rows = scales.drawn(results)
+    palettes = {axis.key: looks.colours(results, axis) for axis in axes}
     records = {row["name"]: [tables.record(out / name) for name in _own(results, row)]
                for row in rows}  # fmt: skip
     names = list(dict.fromkeys(
@@ -70,10 +70,10 @@ def numbers(out: Path, results: Results, axes: list[Axis]) -> dict[str, Any]:
             "name": row["name"],
             "status": row["status"],
             "best": row["name"] == results["best"],
-            "dash": figures.dash(row),
+            "dash": looks.dash(row),
             "keys": {axis.key: tables.brief(tables.at(row, axis.key)) for axis in axes},
             "colour": {key: colour(row) for key, colour in palettes.items()}
-            | {"": figures.colours(results, None)(row)},
+            | {"": looks.colours(results, None)(row)},
             "per_token": per_token,
             "curves": {name: _curve(records[row["name"]], name, most)
                        for name in names},
@@ -83,15 +83,15 @@ def numbers(out: Path, results: Results, axes: list[Axis]) -> dict[str, Any]:
     return {
         "metric": results["metric"],
         "title": results["title"],
-        "range": figures.curve_range(out, results),
-        "last": figures.last_step(rows),
-        "red": figures.RED,
+        "range": scales.curve_range(out, results),
+        "last": scales.last_step(rows),
+        "red": looks.RED,
         "bars": {
-            axis.key: figures.colour_bar(results, axis)
+            axis.key: looks.colour_bar(results, axis)
             for axis in axes
             if axis.numeric and tables.valued(results)
         },
-        "words": [axis.key for axis in axes if figures.has_legend(axis)],
+        "words": [axis.key for axis in axes if looks.has_legend(axis)],
         "along": ["step", "tokens", "seconds", *per_token],
         "metrics": names,
         "rows": told,

@@ -1,40 +1,48 @@
-"""Interactive figures of a sweep; plotly is imported when one is drawn.
+"""Interactive figures of a sweep; plotly is imported when one is drawn."""
 
-Only settings that were trained to their end set a scale or a colour: one that diverged
-would leave no difference to be seen between the others.
-"""
-
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from gpt_jax.report import results as tables
-from gpt_jax.report.results import Axis, Band, Results, Row
-
-MOST_CURVES = 200  # more are not told apart; the best ones are drawn
-COSTS = {
-    "parameters": "parameters",
-    "flops": "FLOPs of a run",
-    "tokens": "tokens of a run",
-    "bytes": "bytes of text of a run",
-    "seconds": "seconds of a run",
-}
-MOST_WORDS = 10  # that colours stand for
-BLUE, RED, GREY = "#3B6FB6", "#D1495B", "#B8BEC8"
-INK, FAINT = "#1F2933", "#E6E9EE"
-SHADES = [[0, "#2B4C9B"], [0.35, "#3C9DB5"], [0.7, "#8BC34A"], [1, "#F2B134"]]
-BEST_FIRST = [[0, RED], [0.12, "#7B4F94"], [0.35, BLUE], [1, "#CBD6E6"]]
-# None is the red of the best.
-PALETTE = (
-    *("#3B6FB6", "#E08E45", "#4C9F70", "#8F6BB3", "#2AA7B8"),
-    *("#C8A415", "#7A8794", "#A0522D", "#D77FB3", "#5B8C2A"),
+from gpt_jax.report.looks import (
+    BEST_FIRST,
+    BLUE,
+    GREY,
+    PALETTE,
+    RED,
+    area,
+    colour_bar,
+    colours,
+    dash,
+    dress,
+    has_legend,
+    plotly,
+    reverse,
+    shade,
+    symbol,
+    title,
 )
-DASHES = ("solid", "dash", "dashdot", "longdash")  # dotted ones were stopped early
-FONT = {"family": "Inter, system-ui, Segoe UI, Helvetica, Arial", "color": INK}
+from gpt_jax.report.results import Axis, Results, Row
+from gpt_jax.report.scales import (
+    band_of,
+    best_label,
+    best_of_each,
+    can_stand,
+    clip,
+    curve_range,
+    diverged,
+    drawn,
+    interesting,
+    last_step,
+    of,
+    place,
+    positive,
+    spent,
+    stairs,
+    worst_end,
+)
 
 
 def curves(out: Path, results: Results, axis: Axis | None):
@@ -55,7 +63,7 @@ def curves(out: Path, results: Results, axis: Axis | None):
         shade = RED if best else colour(row)
         if found.error.any():
             figure.add_scatter(**area(found, shade), name=row["name"])
-        word = tables.brief(_of(row, axis)) if axis and has_legend(axis) else ""
+        word = tables.brief(of(row, axis)) if axis and has_legend(axis) else ""
         figure.add_scatter(
             x=found.steps,
             y=found.mean.tolist(),
@@ -275,7 +283,7 @@ def parallel(results: Results, axes: list[Axis]):
     low, high = clip(results)
     shown = [min(max(row["value"], low), high) for row in rows]
     dimensions.append({"label": results["metric"], "values": shown})
-    scale = BEST_FIRST if results["direction"] == "minimize" else _reverse(BEST_FIRST)
+    scale = BEST_FIRST if results["direction"] == "minimize" else reverse(BEST_FIRST)
     figure = plotly().Figure()
     figure.add_parcoords(
         dimensions=dimensions,
@@ -284,104 +292,6 @@ def parallel(results: Results, axes: list[Axis]):
     )
     figure = dress(figure, height=380)
     return figure.update_layout(margin={"l": 70, "r": 60, "t": 60, "b": 30})
-
-
-# --- what pictures.py draws as well ---------------------------------------------------
-
-
-def spent(results: Results) -> dict[str, str]:
-    """Returns the costs that differ between settings, that of the sweep first."""
-    rows, own = tables.valued(results), results["cost"]
-    found = {}
-    for key in dict.fromkeys([*filter(None, [own]), *COSTS]):
-        known = [tables.cost(row, key) for row in rows]
-        if (key == own or all(known)) and len({*known} - {None}) > 1:
-            found[key] = COSTS.get(key, key)
-    return found
-
-
-def stairs(results: Results, name: str, key: str) -> tuple[list[int], list[float]]:
-    """Returns from which step on a member's weights had which number, to the end."""
-    changes = results["evolved"][name]
-    end = next(row["step"] for row in results["trials"] if row["name"] == name)
-    values = [numbers[key] for _, numbers in changes]
-    return [*(step for step, _ in changes), end], [*values, values[-1]]
-
-
-def positive(results: Results, cost: str) -> bool:
-    """Whether a cost can stand on a logarithmic axis."""
-    known = [tables.cost(row, cost) for row in tables.valued(results)]
-    return all(x > 0 for x in known if x is not None)
-
-
-def drawn(results: Results) -> list[Row]:
-    """Returns the settings whose curves are drawn, best first."""
-    return [row for row in results["settings"] if row["step"]][:MOST_CURVES]
-
-
-def band_of(out: Path, results: Results, row: Row) -> Band:
-    """Returns a setting's curve: of the seeds that are done, else of all it has."""
-    status = {trial["name"]: trial["status"] for trial in results["trials"]}
-    done = [name for name in row["trials"] if status[name] == "done"]
-    names = done or row["trials"]
-    return tables.band(tables.curve(out / name, results["metric"]) for name in names)
-
-
-def last_step(rows: list[Row]) -> int:
-    """Returns where the axis of the steps ends."""
-    sound = [row for row in rows if row["status"] not in ("diverged", "failed")]
-    return max((row["steps"] for row in sound or rows), default=1)
-
-
-def best_label(row: Row, word: str) -> str:
-    """Returns what the best setting's line is called."""
-    return f"best: {word or tables.brief(row['name'], 60)}"
-
-
-def colours(results: Results, axis: Axis | None) -> Callable[[Row], str]:
-    """Returns the colour of a setting; those that did not come to an end are grey."""
-    if axis is None:
-        return lambda row: BLUE if row["status"] in ("done", "running") else GREY
-    if axis.numeric:
-        write = math.log10 if axis.log else float
-        known = [write(_of(row, axis)) for row in tables.valued(results)] or [0.0]
-        low, span = min(known), (max(known) - min(known)) or 1.0
-
-        def shaded(row: Row) -> str:
-            value = _of(row, axis)
-            ended = row["status"] not in ("diverged", "failed")
-            if not (ended or row["value"] is not None) or not can_stand(row, axis):
-                return GREY
-            return shade((write(value) - low) / span)
-
-        return shaded
-
-    def worded(row: Row) -> str:
-        if row["status"] in ("diverged", "failed") and row["value"] is None:
-            return GREY
-        return PALETTE[axis.values.index(_of(row, axis))] if has_legend(axis) else BLUE
-
-    return worded
-
-
-def has_legend(axis: Axis | None) -> bool:
-    """Whether colours stand for words, which a legend tells."""
-    return bool(axis and not axis.numeric and len(axis.values) <= MOST_WORDS)
-
-
-def dash(row: Row) -> str:
-    """Returns how a curve is drawn: dotted where it was stopped before its end."""
-    return "solid" if row["status"] in ("done", "running") else "dot"
-
-
-def best_of_each(results: Results, axis: Axis, rows: list[Row]) -> dict[Any, float]:
-    """Returns value of an axis -> the best result there, in the axis's order."""
-    choose = min if results["direction"] == "minimize" else max
-    found: dict[Any, float] = {}
-    for row in rows:
-        value = _of(row, axis)
-        found[value] = choose(found.get(value, row["value"]), row["value"])
-    return {value: found[value] for value in axis.values if value in found}
 
 
 class Line(NamedTuple):
@@ -413,7 +323,7 @@ def optima(results: Results, axes: list[Axis]) -> tuple[Axis, Axis, list[Line]] 
     (along, by), lines = pair, []
     choose = min if results["direction"] == "minimize" else max
     for number, value in enumerate(by.values):
-        rows = [row for row in tables.valued(results) if _of(row, by) == value]
+        rows = [row for row in tables.valued(results) if of(row, by) == value]
         best = best_of_each(results, along, rows)
         if not best:
             continue
@@ -448,172 +358,6 @@ def interacting(results: Results, axes: list[Axis]) -> tuple[Axis, Axis] | None:
         if along and few and tables.crossed(results, along, by):
             return along, by
     return None
-
-
-def place(row: Row, axis: Axis) -> float:
-    """Returns where a setting stands along an axis; words stand at 0, 1, 2, ..."""
-    value = _of(row, axis)
-    return value if axis.numeric else axis.values.index(value)
-
-
-def can_stand(row: Row, axis: Axis) -> bool:
-    """Whether a setting has a place on an axis."""
-    return not axis.log or _of(row, axis) > 0
-
-
-def diverged(results: Results, axis: Axis, shown: Sequence[float]) -> list[float]:
-    """Returns where settings diverged, within what is drawn: they set no scale."""
-    rows = [row for row in results["settings"] if row["status"] == "diverged"]
-    places = {place(row, axis) for row in rows if can_stand(row, axis)}
-    low, high = min(shown, default=0.0), max(shown, default=0.0)
-    return sorted(x for x in places if not axis.numeric or low <= x <= high)
-
-
-def worst_end(results: Results, ends: list[float]) -> float:
-    """Returns the place just inside the bad end of an axis of the metric."""
-    bad, good = ends[::-1] if results["direction"] == "minimize" else ends
-    return bad + 0.03 * (good - bad)
-
-
-def title(axis: Axis) -> str:
-    """Returns what an axis is called, with the keys that move with it."""
-    more = axis.tied[0] if len(axis.tied) == 1 else f"{len(axis.tied)} more"
-    return f"{axis.label} (with {more})" if axis.tied else axis.label
-
-
-def clip(results: Results) -> tuple[float, float]:
-    """Returns the range in which differences matter: hopeless settings are left out."""
-    ends = [row["value"] for row in tables.valued(results)]
-    return clip_values(ends, results["direction"]) if ends else (0.0, 1.0)
-
-
-def clip_values(ends: list[float], direction: str) -> tuple[float, float]:
-    """Returns the range of results without those that are hopeless."""
-    low, high, middle = min(ends), max(ends), float(np.median(ends))
-    if direction == "minimize":
-        return low, min(high, max(middle + 4 * (middle - low), low + 1e-9))
-    return max(low, min(middle - 4 * (high - middle), high - 1e-9)), high
-
-
-def interesting(results: Results, pad: float = 0.06) -> list[float]:
-    """Returns the range of an axis of the metric, so that differences can be seen."""
-    low, high = clip(results)
-    room = (high - low) * pad or 0.05 * max(abs(high), 0.1)
-    more = 4 * room if pad < 0.1 else room
-    if results["direction"] == "minimize":
-        return [low - room, high + more]
-    return [low - more, high + room]
-
-
-def curve_range(out: Path, results: Results) -> list[float]:
-    """Returns the range for curves: the best one is seen from a sixth of its steps."""
-    low, high = interesting(results)
-    if best := tables.best_of(results):
-        found = band_of(out, results, best)
-        late = [y for x, y in zip(found.steps, found.mean) if x >= found.steps[-1] / 6]
-        low, high = min([low, *late]), max([high, *late])
-    return [low, high]
-
-
-def shade(share: float) -> str:
-    """Returns the colour at a place, 0 to 1, of the scale."""
-    colours = [(at, _rgb(text)) for at, text in SHADES]
-    share = min(max(share, 0.0), 1.0)
-    for (a, one), (b, two) in itertools.pairwise(colours):
-        if share <= b:
-            part = (share - a) / (b - a)
-            mixed = [round(x + part * (y - x)) for x, y in zip(one, two)]
-            return f"rgb({mixed[0]},{mixed[1]},{mixed[2]})"
-    return SHADES[-1][1]
-
-
-def style(number: int) -> tuple[str, str]:
-    """Returns the colour and the dash of a line; forty are different."""
-    dashes = DASHES[number // len(PALETTE) % len(DASHES)]
-    return PALETTE[number % len(PALETTE)], dashes
-
-
-def area(found: Band, colour: str) -> dict[str, Any]:
-    """Returns the band of a mean's standard error."""
-    above, below = found.mean + found.error, found.mean - found.error
-    return {
-        "x": [*found.steps, *found.steps[::-1]],
-        "y": [*above, *below[::-1]],
-        "fill": "toself",
-        "fillcolor": colour,
-        "opacity": 0.16,
-        "mode": "lines",
-        "line": {"width": 0},
-        "hoverinfo": "skip",
-        "showlegend": False,
-    }
-
-
-def colour_bar(results: Results, axis: Axis) -> dict[str, Any]:
-    """Returns a trace of no points that shows which colour is which value."""
-    write = math.log10 if axis.log else float
-    shown = [_of(row, axis) for row in tables.valued(results)]
-    low, span = write(min(shown)), (write(max(shown)) - write(min(shown))) or 1.0
-    at = tables.ticks(axis, shown, apart=0.07)
-    return {
-        "x": [None],
-        "y": [None],
-        "mode": "markers",
-        "showlegend": False,
-        "hoverinfo": "skip",
-        "marker": {
-            "colorscale": SHADES,
-            "cmin": 0,
-            "cmax": 1,
-            "color": [0],
-            "colorbar": {
-                "title": {"text": title(axis), "side": "top"},
-                "tickvals": [(write(value) - low) / span for value in at],
-                "ticktext": [tables.brief(value) for value in at],
-                "thickness": 12,
-                "outlinewidth": 0,
-                "len": 0.9,
-            },
-        },
-    }
-
-
-def dress(figure, *, height: int):
-    """Gives a figure the look that all share; returns it."""
-    figure.update_layout(
-        template="none",
-        font=FONT,
-        height=height,
-        margin={"l": 64, "r": 24, "t": 16, "b": 56},
-        paper_bgcolor="white",
-        plot_bgcolor="white",
-        hovermode="closest",
-        hoverlabel={"bgcolor": "white", "font": FONT},
-        legend={"x": 1.02, "y": 1},
-    )
-    figure.update_xaxes(gridcolor=FAINT, linecolor=GREY, ticks="outside",
-                        tickcolor=GREY, zeroline=False, automargin=True)  # fmt: skip
-    figure.update_yaxes(gridcolor=FAINT, zeroline=False, automargin=True)
-    return figure
-
-
-def plotly():
-    """Returns plotly's figures, loaded when one is drawn."""
-    import plotly.graph_objects
-
-    return plotly.graph_objects
-
-
-# --- details --------------------------------------------------------------------------
-
-
-def _of(row: Row, axis: Axis) -> Any:
-    return tables.at(row, axis.key)
-
-
-def symbol(row: Row) -> str:
-    """Returns the mark of a setting: an open one where seeds of it are missing."""
-    return "circle" if row["status"] == "done" else "circle-open"
 
 
 def _bars(rows: Sequence[Row]) -> dict[str, Any]:
@@ -653,7 +397,7 @@ def _axis(axis: Axis, shown: list, apart: float) -> dict[str, Any]:
 
 def _dimension(axis: Axis, rows: list[Row]) -> dict[str, Any]:
     """Returns an axis of the parallel coordinates."""
-    values = [_of(row, axis) for row in rows]
+    values = [of(row, axis) for row in rows]
     if axis.numeric and not (axis.log and min(values) <= 0):
         write = math.log10 if axis.log else float
         at = tables.ticks(axis, values, apart=0.07)
@@ -669,11 +413,3 @@ def _dimension(axis: Axis, rows: list[Row]) -> dict[str, Any]:
         "tickvals": list(range(len(axis.values))),
         "ticktext": [tables.brief(value, 16) for value in axis.values],
     }
-
-
-def _rgb(text: str) -> tuple[int, ...]:
-    return tuple(int(text[i : i + 2], 16) for i in (1, 3, 5))
-
-
-def _reverse(scale: list) -> list:
-    return [[1 - at, colour] for at, colour in reversed(scale)]

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from gpt_jax import files
 from gpt_jax.criterion import Criterion
-from gpt_jax.report import explore, figures, pictures
+from gpt_jax.report import explore, figures, pictures, scales
 from gpt_jax.report import results as tables
 from gpt_jax.report.importance import importance
 from gpt_jax.report.results import Axis, Results, Row
@@ -118,7 +118,7 @@ def sections(
 ) -> str:
     """Returns the body of a sweep's report; the first axis gives curves a colour."""
     parts = [_head(results), _cards(results), _command(results)]
-    if figures.drawn(results):
+    if scales.drawn(results):
         seeds = (
             "a setting, the mean over its seeds; the band is the standard error"
             if tables.has_seeds(results)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_jax import files
-from gpt_jax.report import figures
+from gpt_jax.report import figures, looks, scales
 from gpt_jax.report import results as tables
 from gpt_jax.report.results import Axis, Results
 
@@ -19,7 +19,7 @@ LINES["longdash"] = (0, (8, 3))  # lengths of ink and of gap
 
 def write(out: Path, results: Results, axes: list[Axis]) -> None:
     """Draws what there is to draw into `out`; the first axis gives curves a colour."""
-    if figures.drawn(results):
+    if scales.drawn(results):
         coloured = axes[0] if axes else None
         save(out / "curves.png", _curves(out, results, coloured))
     if results["evolved"]:
@@ -28,7 +28,7 @@ def write(out: Path, results: Results, axes: list[Axis]) -> None:
         save(out / "slices.png", _slices(results, axes))
         if (found := figures.optima(results, axes)) is not None:
             save(out / "optima.png", _optima(results, *found))
-        if results["cost"] and results["cost"] in figures.spent(results):
+        if results["cost"] and results["cost"] in scales.spent(results):
             save(out / "front.png", _front(results, results["cost"]))
 
 
@@ -61,30 +61,30 @@ def save(path: Path, figure) -> None:
 def _curves(out: Path, results: Results, axis: Axis | None):
     figure = empty(9 if axis else 8, 5)
     panel = figure.add_subplot()
-    rows, colour = figures.drawn(results), figures.colours(results, axis)
+    rows, colour = scales.drawn(results), looks.colours(results, axis)
     labels: dict[str, Any] = {}
     for row in reversed(rows):
-        found = figures.band_of(out, results, row)
+        found = scales.band_of(out, results, row)
         if not found.steps:
             continue
         best = row["name"] == results["best"]
-        ink = figures.RED if best else rgb(colour(row))
+        ink = looks.RED if best else rgb(colour(row))
         low, high = found.mean - found.error, found.mean + found.error
         if found.error.any():
             panel.fill_between(found.steps, low, high, color=ink, alpha=0.15, lw=0)
         (line,) = panel.plot(
-            found.steps, found.mean, LINES[figures.dash(row)], color=ink,
+            found.steps, found.mean, LINES[looks.dash(row)], color=ink,
             lw=2.4 if best else 1.2, marker="o" if len(found.steps) == 1 else None,
         )  # fmt: skip
         word = ""
-        if axis and figures.has_legend(axis):
+        if axis and looks.has_legend(axis):
             word = tables.brief(tables.at(row, axis.key))
         if best:
-            labels[figures.best_label(row, word)] = line
+            labels[scales.best_label(row, word)] = line
         elif word:
             labels.setdefault(word, line)
-    panel.set_ylim(*figures.curve_range(out, results))
-    panel.set_xlim(0, figures.last_step(rows))
+    panel.set_ylim(*scales.curve_range(out, results))
+    panel.set_xlim(0, scales.last_step(rows))
     panel.set_title(f"Sweep {results['sweep']}", fontweight="bold")
     panel.set_xlabel("step")
     panel.set_ylabel(results["title"])
@@ -93,7 +93,7 @@ def _curves(out: Path, results: Results, axis: Axis | None):
         _colour_bar(figure, panel, results, axis)
     if labels:
         words, lines = list(labels)[::-1], list(labels.values())[::-1]
-        if figures.has_legend(axis):
+        if looks.has_legend(axis):
             figure.legend(lines, words, frameon=False, loc="outside right upper")
         else:
             panel.legend(lines, words, frameon=False, loc="upper right")
@@ -106,13 +106,13 @@ def _colour_bar(figure, panel, results: Results, axis: Axis) -> None:
 
     shown = [tables.at(row, axis.key) for row in tables.valued(results)]
     shades = LinearSegmentedColormap.from_list(
-        "shades", [rgb(figures.shade(i / 50)) for i in range(51)]
+        "shades", [rgb(looks.shade(i / 50)) for i in range(51)]
     )
     high = max(shown) if max(shown) > min(shown) else min(shown) + 1
     norm = (LogNorm if axis.log else Normalize)(min(shown), high)
     bar = figure.colorbar(ScalarMappable(norm, shades), ax=panel, pad=0.02)
     _ticks(bar.ax.yaxis, tables.ticks(axis, shown, apart=0.06))
-    bar.set_label(figures.title(axis))
+    bar.set_label(looks.title(axis))
     bar.outline.set_visible(False)
 
 
@@ -124,7 +124,7 @@ def _slices(results: Results, axes: list[Axis]):
         panel.set_visible(False)
     for panel, axis in zip(grid.flat, axes):
         _slice(panel, results, axis, tables.crossed(results, *axes))
-    grid[0, 0].set_ylim(*figures.interesting(results, pad=0.12))
+    grid[0, 0].set_ylim(*scales.interesting(results, pad=0.12))
     for row_of_panels in grid:
         row_of_panels[0].set_ylabel(results["title"])
     return figure
@@ -132,7 +132,7 @@ def _slices(results: Results, axes: list[Axis]):
 
 def _slice(panel, results: Results, axis: Axis, joined: bool) -> None:
     """Draws the result over one key."""
-    rows = [row for row in tables.valued(results) if figures.can_stand(row, axis)]
+    rows = [row for row in tables.valued(results) if scales.can_stand(row, axis)]
     if not axis.numeric:  # words stand in their order, whoever is drawn first
         words = [tables.brief(value, 14) for value in axis.values]
         panel.set_xticks(range(len(words)), words)
@@ -141,34 +141,34 @@ def _slice(panel, results: Results, axis: Axis, joined: bool) -> None:
             panel.tick_params(axis="x", rotation=30)
 
     def x(row):
-        return figures.place(row, axis)
+        return scales.place(row, axis)
 
     if joined and axis.numeric:
-        best = figures.best_of_each(results, axis, rows)
-        panel.plot(list(best), list(best.values()), color=figures.BLUE, lw=1.2)
+        best = scales.best_of_each(results, axis, rows)
+        panel.plot(list(best), list(best.values()), color=looks.BLUE, lw=1.2)
     sure = [row for row in rows if row["low"] is not None]
     ends = [[row[end] for row in sure] for end in ("low", "high")]
     panel.vlines([x(row) for row in sure], *ends, color="0.75", lw=1)
     for whole, edge, fill in (
-        (True, "white", figures.BLUE),
-        (False, figures.BLUE, "none"),
+        (True, "white", looks.BLUE),
+        (False, looks.BLUE, "none"),
     ):
         own = [row for row in rows if (row["status"] == "done") == whole]
         at, values = [x(row) for row in own], [row["value"] for row in own]
         panel.scatter(at, values, s=26, alpha=0.7, edgecolor=edge, color=fill)
-    lost = figures.diverged(results, axis, [x(row) for row in rows])
-    top = figures.worst_end(results, figures.interesting(results, pad=0.12))
+    lost = scales.diverged(results, axis, [x(row) for row in rows])
+    top = scales.worst_end(results, scales.interesting(results, pad=0.12))
     panel.scatter(lost, [top] * len(lost), s=28, marker="x", color="0.6", lw=1)
     for row in rows[:1]:
         if row["name"] == results["best"]:
             panel.scatter(
-                [x(row)], [row["value"]], s=150, marker="*", color=figures.RED, zorder=3
+                [x(row)], [row["value"]], s=150, marker="*", color=looks.RED, zorder=3
             )
     if axis.log:
         panel.set_xscale("log")
     if axis.numeric and rows:
         _ticks(panel.xaxis, tables.ticks(axis, [x(row) for row in rows], apart=0.17))
-    panel.set_xlabel(figures.title(axis))
+    panel.set_xlabel(looks.title(axis))
     dress(panel)
 
 
@@ -182,13 +182,13 @@ def _optima(results: Results, along: Axis, by: Axis, lines: list[figures.Line]):
         panel.plot(line.xs, line.ys, "-o", color=ink, lw=1.8, ms=4, label=label)
         best = line.xs[line.star], line.ys[line.star]
         panel.scatter(*best, s=170, marker="*", color=ink, edgecolor="w", zorder=3)
-    panel.set_ylim(*figures.interesting(results, pad=0.1))
+    panel.set_ylim(*scales.interesting(results, pad=0.1))
     if along.log:
         panel.set_xscale("log")
     shown = [x for line in lines for x in line.xs]
     _ticks(panel.xaxis, tables.ticks(along, shown, apart=0.08))
     panel.set_title(f"Sweep {results['sweep']}", fontweight="bold")
-    panel.set_xlabel(figures.title(along))
+    panel.set_xlabel(looks.title(along))
     panel.set_ylabel(results["title"])
     panel.legend(frameon=False)
     dress(panel)
@@ -204,13 +204,13 @@ def _schedules(results: Results):
     for panel, key in zip(panels, keys):
         for name in reversed(evolved):
             best = name == next(iter(evolved))
-            ink = figures.RED if best else figures.BLUE
+            ink = looks.RED if best else looks.BLUE
             style = {
                 "color": ink,
                 "lw": 2.4 if best else 1,
                 "alpha": 1 if best else 0.5,
             }
-            panel.step(*figures.stairs(results, name, key), where="post", **style)
+            panel.step(*scales.stairs(results, name, key), where="post", **style)
         panel.set_yscale("log")
         panel.set_xlabel("step")
         panel.set_ylabel(key)
@@ -227,18 +227,18 @@ def _front(results: Results, cost: str):
     rows = [row for row in rows if tables.cost(row, cost) is not None]
     paid: list[Any] = [tables.cost(row, cost) for row in rows]
     values = [row["value"] for row in rows]
-    panel.scatter(paid, values, s=30, alpha=0.6, color=figures.BLUE, edgecolor="w")
+    panel.scatter(paid, values, s=30, alpha=0.6, color=looks.BLUE, edgecolor="w")
     xs: list[Any] = [tables.cost(row, cost) for row in ahead]
     ys = [row["value"] for row in ahead]
-    panel.step(xs, ys, "-o", where="post", color=figures.RED, lw=1.6, ms=5)
-    if figures.positive(results, cost):
+    panel.step(xs, ys, "-o", where="post", color=looks.RED, lw=1.6, ms=5)
+    if scales.positive(results, cost):
         panel.set_xscale("log")
         axis = Axis(cost, cost, [], [], numeric=True, log=True)
         at = tables.ticks(axis, paid, apart=0.1)
         _ticks(panel.xaxis, at, tables.amount)
-    panel.set_ylim(*figures.interesting(results, pad=0.1))
+    panel.set_ylim(*scales.interesting(results, pad=0.1))
     panel.set_title(f"Sweep {results['sweep']}", fontweight="bold")
-    panel.set_xlabel(figures.spent(results)[cost])
+    panel.set_xlabel(scales.spent(results)[cost])
     panel.set_ylabel(results["title"])
     dress(panel)
     return figure

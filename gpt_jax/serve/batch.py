@@ -5,7 +5,7 @@
     batch, chosen = step(params, batch, running, ...)    # one token for every row
 
 All are plain functions of fixed shapes; the engine compiles them before its first
-request. A row never depends on its neighbours (see sample.py).
+request. A row never depends on its neighbours (see sample/).
 
 Shapes: B rows  T tokens of a piece  S room of a row  V vocabulary  D width
 K alternatives

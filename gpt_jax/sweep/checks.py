@@ -11,6 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from gpt_jax import adapters, evaluate, model, names, runs, seeds, tasks, train
+from gpt_jax.checks import Options
 from gpt_jax.criterion import Criterion
 from gpt_jax.population import Evolve
 from gpt_jax.population.evolve import check_members
@@ -84,8 +85,9 @@ def all_read(configs: Iterable[tuple[str, ConfigDict]], plan: Plan) -> None:
 
 def metrics_of(config: ConfigDict, task: tasks.Task) -> list[str]:
     """Returns the names that a run's record will have; nothing is computed."""
-    hyper, cfg = train.make_hyper(config, task), task.model.cfg
-    adapter = adapters.make(model.declared(cfg), **config.adapter)
+    options, cfg = train.unpack(config), task.model.cfg
+    hyper = train.make_hyper(options, task)
+    adapter = options.adapter(model.declared(cfg))
 
     def sums(key, examples, in_training):
         weights = model.init(cfg, key)
@@ -123,10 +125,11 @@ def _check(
     if plan.evolve:
         evolve = Evolve(**plan.evolve)
         check_members([config, config], evolve, config.steps)
+    options = train.unpack(config)
     text = (config.task, config.data, config.init_from, config.model.context_length)
-    task = _once(known, ("task", *text), lambda: train.make_task(config, NOWHERE))
+    task = _once(known, ("task", *text), lambda: train.make_task(options, NOWHERE))
     if plan.pruner:
-        _judged(config, plan.pruner, task)
+        _judged(options, plan.pruner, task)
     classes = ("model", config.model, *text)
     _once(known, classes, lambda: runs.model_config(
         config, task.tokenizer, task.classes))  # fmt: skip
@@ -143,10 +146,10 @@ def _check(
         names.choose("metric", criterion.metric, [*recorded, *plan.after])
         _same_tokens(task, criterion.metric, recorded, known)
         once = criterion.metric in plan.after
-        _evaluated(config, 1 if once else train.last_step(config, task), criterion)
+        _evaluated(config, 1 if once else train.last_step(options, task), criterion)
 
 
-def _judged(config: ConfigDict, pruner: Mapping[str, Any], task: tasks.Task) -> None:
+def _judged(config: Options, pruner: Mapping[str, Any], task: tasks.Task) -> None:
     """Refuses runs that end before a pruner first judges them."""
     by, end = pruner.get("by", "steps"), train.last_step(config, task)
     if by == "tokens":

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from gpt_jax import population, runs, seeds, signals
 from gpt_jax.criterion import Criterion
+from gpt_jax.options import Mesh
 from gpt_jax.population import evolve
 from gpt_jax.sweep import batch, checks, engine, record
 from gpt_jax.sweep import plan as plans
@@ -156,7 +157,9 @@ def batched(
         into at most `memory` bytes.
       options: those of `processes`, as are the rest.
     """
-    population.use_devices(base)  # the checks trace, which starts the backend
+    population.use_devices(
+        Mesh(**base.mesh)
+    )  # the checks trace, which starts the backend
     opened = _opened(plan, base, out, **options)
     with opened as (study, view, stop, changed, known):
         check = lambda name, config: checks.validate([(name, config)], plan, known)  # noqa: E731

@@ -4,14 +4,16 @@ Shapes: R rows, each a problem and a completion  S tokens of a row  T = S - 1 po
 that predict the next token
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from gpt_jax import files, sample, sampling, settings
-from gpt_jax.model import GPT
+from gpt_jax import files, sample, sampling
+from gpt_jax.model import GPT, GPTConfig
+from gpt_jax.options import Data
 from gpt_jax.tasks import lm
 from gpt_jax.tasks.problems import Problems, open_source, open_tokenizer
 from gpt_jax.tasks.task import OF_THE_LOSS, OF_THE_MODEL, Kind, Task
@@ -20,8 +22,18 @@ from gpt_jax.tokenizers import Tokenizer
 OF_PROBLEMS = ("data.tokenizer", "data.val_fraction")  # what these tasks read of data
 
 
-class Options(NamedTuple):
-    """The keys of `config.task`, which grpo has as well: see configs/common.py."""
+@dataclass(frozen=True)
+class Options:
+    """The keys of `config.task`, which grpo has as well.
+
+    Attributes:
+      kind: one of problems.KINDS.
+      shortest: letters, or digits of a summand.
+      longest: the same, at most.
+      problems: how many different training problems may be drawn.
+      held_out: problems of an evaluation; a kind with few problems may have fewer.
+      max_new_tokens: the longest completion; 0 = the longest answer's.
+    """
 
     kind: str
     shortest: int
@@ -122,45 +134,32 @@ class Parts(NamedTuple):
     fingerprint: str
 
 
-def parts(
-    *,
-    model: Mapping[str, Any],
-    text: Mapping[str, Any],
-    kind: str,
-    shortest: int,
-    longest: int,
-    problems: int,
-    held_out: int,
-    max_new_tokens: int,
-) -> Parts:
+def parts(options: Options, *, model: GPTConfig, text: Data) -> Parts:
     """Returns what the tasks on problems share.
 
     Args:
-      model: the fields of `GPTConfig`; vocab_size 0 takes the tokenizer's.
-      text: the keys of `config.data`, of which tokenizer and val_fraction count.
-      kind: one of KINDS.
-      shortest: letters, or digits of a summand.
-      longest: the same, at most.
-      problems: how many different training problems may be drawn.
-      held_out: problems of an evaluation; a kind with few problems may have fewer.
-      max_new_tokens: the longest completion; 0 = the longest answer's.
+      options: which problems there are.
+      model: the architecture; vocab_size 0 takes the tokenizer's.
+      text: its tokenizer and val_fraction count.
 
     Raises:
       ValueError: a number is out of range, or the problems do not fit the tokenizer
         or the model.
     """
-    source = open_source(kind, shortest, longest, text["val_fraction"])
-    tokenizer, stop_id = open_tokenizer(text["tokenizer"])
+    kind, shortest, longest = options.kind, options.shortest, options.longest
+    source = open_source(kind, shortest, longest, text.val_fraction)
+    tokenizer, stop_id = open_tokenizer(text.tokenizer)
     prompt = len(tokenizer.opening) + source.kind.question(longest)
-    completion = _completion(max_new_tokens, source.kind.answer(longest) + 1)
+    completion = _completion(options.max_new_tokens, source.kind.answer(longest) + 1)
     gpt = lm.make_model(model, tokenizer)
     if prompt + completion > gpt.cfg.context_length:
         raise ValueError(
             f"a question and its answer have up to {prompt + completion} tokens but "
             f"model.context_length is {gpt.cfg.context_length}: lower task.longest"
         )
-    kept = source.kept(held_out)
+    kept = source.kept(options.held_out)
     sizes = {"stop_id": stop_id, "prompt": prompt, "completion": completion}
+    problems, held_out = options.problems, options.held_out
     identity = [*source[1:], kind, problems, held_out, tokenizer.sha256]
     return Parts(
         model=gpt,
@@ -174,15 +173,13 @@ def parts(
     )
 
 
-def check(options: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+def check(options: Options, text: Data) -> None:
     """Raises ValueError for options that cannot be; see `parts`."""
-    shortest, longest = options["shortest"], options["longest"]
-    open_source(options["kind"], shortest, longest, text["val_fraction"])
+    shortest, longest = options.shortest, options.longest
+    open_source(options.kind, shortest, longest, text.val_fraction)
     for key, least in {"problems": 1, "held_out": 1, "max_new_tokens": 0}.items():
-        if options[key] < least:
-            raise ValueError(
-                f"task.{key} is {options[key]}: it must be at least {least}"
-            )
+        if (value := getattr(options, key)) < least:
+            raise ValueError(f"task.{key} is {value}: it must be at least {least}")
 
 
 def _completion(wanted: int, answer: int) -> int:
@@ -195,19 +192,28 @@ def _completion(wanted: int, answer: int) -> int:
     return wanted or answer
 
 
-def make(*, dropout: Collection[str], progress: bool, **options: Any) -> Task:
+def make(
+    options: Options,
+    *,
+    model: GPTConfig,
+    text: Data,
+    dropout: Collection[str],
+    progress: bool,
+) -> Task:
     """Returns the task of learning answers from examples: the start for rewards.
 
     Its loss is in nats per answer, of its tokens and its end; an evaluation adds
     "accuracy", the share of greedy completions that are right.
 
     Args:
+      options: see `parts`, as for model and text.
+      model: the architecture.
+      text: what of config.data counts.
       dropout: see `lm.make`.
       progress: nothing here takes long.
-      **options: see `parts`.
     """
     del progress
-    common = parts(**options)
+    common = parts(options, model=model, text=text)
     next_token = lm.make_loss(
         common.model, common.tokenizer.token_bytes(), loss_chunk=0, dropout=dropout
     )
@@ -231,7 +237,7 @@ def make(*, dropout: Collection[str], progress: bool, **options: Any) -> Task:
 
 KIND = Kind(
     make=make,
-    options=settings.declared(Options),
+    options=Options,
     check=check,
     reads=lambda options: (*OF_THE_MODEL, *OF_THE_LOSS, *OF_PROBLEMS),
     config="configs/grpo.py:stage=start",

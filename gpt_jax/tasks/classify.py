@@ -1,8 +1,9 @@
 """Classification: one label for a whole text."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,11 +17,11 @@ from gpt_jax import (
     prepare,
     runs,
     screen,
-    settings,
     tokenizers,
 )
 from gpt_jax.classify import POOLS
-from gpt_jax.model import GPT, logits
+from gpt_jax.model import GPT, GPTConfig, logits
+from gpt_jax.options import Data
 from gpt_jax.runs import Classes
 from gpt_jax.tasks import lm
 from gpt_jax.tasks.task import (
@@ -35,7 +36,8 @@ from gpt_jax.tasks.task import (
 HEAD, LM_HEAD = "^classifier/", "^head/"
 
 
-class Options(NamedTuple):
+@dataclass(frozen=True)
+class Options:
     """The keys of `config.task`: see configs/common.py."""
 
     text_column: str
@@ -86,56 +88,49 @@ class Texts:
 
 
 def make(
+    options: Options,
     *,
-    model: Mapping[str, Any],
-    text: Mapping[str, Any],
+    model: GPTConfig,
+    text: Data,
     dropout: Collection[str],
     progress: bool,
-    pool: str,
-    causal: bool,
-    buckets: Sequence[int],
-    **table: Any,
 ) -> Task:
     """Reads the labelled texts and returns the task.
 
     Args:
-      model: the fields of `GPTConfig`; vocab_size 0 takes the tokenizer's, n_classes 0
+      options: the table, and how its texts are read; see configs/common.py.
+      model: the architecture; vocab_size 0 takes the tokenizer's, n_classes 0
         as many as there are labels.
       text: the keys of `config.data`: the table, the tokenizer, the folder of
         downloads; seq_len is how many tokens of a text are read, 0 = as many as the
         longest to learn from has, and at most the context.
       dropout: which of task.DROPOUTS may be above zero.
       progress: say what was found.
-      pool: which position's features are classified, one of classify.POOLS.
-      causal: whether a token sees only what is before it.
-      buckets: widths that a batch may be padded to instead of the full one; each is
-        compiled for when it first comes.
-      **table: see `source_of`.
 
     Raises:
       ValueError: an option, the table, or the model and the texts do not fit.
     """
-    if buckets and jax.process_count() > 1:
+    if options.buckets and jax.process_count() > 1:
         raise ValueError(
             f"{jax.process_count()} processes would pad a batch to different widths: "
             "leave task.buckets empty"
         )
-    found = labelled.load(source_of(table, text))
+    found = labelled.load(source_of(options, text))
     tokenizer = _tokenizer(text, found.parts, progress)
     gpt = _model(model, tokenizer, found.labels)
-    limit = text["seq_len"] or gpt.cfg.context_length
+    limit = text.seq_len or gpt.cfg.context_length
     lm.check_window(limit, gpt.cfg.context_length)
     texts = [[row.text for row in rows] for rows in found.parts]
     train = classify.encode(tokenizer, texts[0], length=limit)
-    width = text["seq_len"] or int(train.length_N.max())
+    width = text.seq_len or int(train.length_N.max())
     train = train._replace(tokens_NT=train.tokens_NT[:, :width])
     val = classify.encode(tokenizer, texts[1], length=width)
     cut = [f"{n.cut} {part}" for n, part in ((train, "train"), (val, "val")) if n.cut]
     show = screen.Show(progress)
-    show.say(f"{text['source']}: {found.summary()}")
+    show.say(f"{text.source}: {found.summary()}")
     if cut:
         show.say(f"cut after {width} tokens: {' and '.join(cut)} texts")
-    widths = sorted({min(size, width) for size in buckets} | {width})
+    widths = sorted({min(size, width) for size in options.buckets} | {width})
     sides = ((train, found.parts.train), (val, found.parts.val))
     examples = [
         Texts(encoded, _numbers(rows, found.labels), widths) for encoded, rows in sides
@@ -143,7 +138,7 @@ def make(
     return Task(
         model=gpt,
         tokenizer=tokenizer,
-        loss=make_loss(gpt, pool=pool, causal=causal, dropout=dropout),
+        loss=make_loss(gpt, pool=options.pool, causal=options.causal, dropout=dropout),
         train=examples[0],
         evals={"val": examples[1]},
         tokens=width,
@@ -184,24 +179,25 @@ def make_loss(model: GPT, *, pool: str, causal: bool, dropout: Collection[str]):
     return loss
 
 
-def source_of(task: Mapping[str, Any], text: Mapping[str, Any]) -> labelled.Source:
+def source_of(task: Options, text: Data) -> labelled.Source:
     """Returns the table that `config.task` and `config.data` name."""
+    train, val, test = task.fractions
     return labelled.Source(
-        source=text["source"],
-        cache=text["cache"],
+        source=text.source,
+        cache=text.cache,
         columns=labelled.Columns(
-            task["text_column"],
-            task["label_column"],
-            task["split_column"],
-            texts_of("task.columns", task["columns"]),
+            task.text_column,
+            task.label_column,
+            task.split_column,
+            texts_of("task.columns", task.columns),
         ),
-        val=task["val"],
-        test=task["test"],
-        fractions=tuple(task["fractions"]),
-        seed=task["split_seed"],
-        balance=task["balance"],
-        labels=texts_of("task.labels", task["labels"]),
-        skip=task["skip"],
+        val=task.val,
+        test=task.test,
+        fractions=(train, val, test),
+        seed=task.split_seed,
+        balance=task.balance,
+        labels=texts_of("task.labels", task.labels),
+        skip=task.skip,
     )
 
 
@@ -252,7 +248,8 @@ def test_rows(run: runs.Run) -> Sequence[labelled.LabelledText]:
       ValueError: there is none, or the table is no longer what it was.
     """
     config, length = run.config, classes_of(run).length
-    found = labelled.load(source_of(config.task.to_dict(), config.data))
+    task = {key: value for key, value in config.task.items() if key != "name"}
+    found = labelled.load(source_of(Options(**task), Data(**config.data)))
     told = json.loads((run.folder / "data.json").read_text(encoding="utf-8"))
     if fingerprint(found, run.tokenizer, length) != told["fingerprint"]:
         raise ValueError(
@@ -278,10 +275,10 @@ def fingerprint(
     return files.digest(words)
 
 
-def check(options: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+def check(options: Options, text: Data) -> None:
     """Raises ValueError for options that cannot be; see `make`."""
     source_of(options, text)
-    pool, buckets = options["pool"], options["buckets"]
+    pool, buckets = options.pool, options.buckets
     names.choose("task.pool", pool, [*POOLS])
     for size in buckets:
         if type(size) is not int or size < 1:
@@ -296,32 +293,32 @@ def check(options: Mapping[str, Any], text: Mapping[str, Any]) -> None:
         )
 
 
-def idle(options: Mapping[str, Any]) -> tuple[str, ...]:
+def idle(options: Options) -> tuple[str, ...]:
     """Returns the keys that do nothing where a column, or tables, make the parts."""
-    if options["split_column"]:
-        return ("fractions",) if options["balance"] else ("fractions", "split_seed")
+    if options.split_column:
+        return ("fractions",) if options.balance else ("fractions", "split_seed")
     return ()
 
 
 def _tokenizer(
-    text: Mapping[str, Any], parts: labelled.Parts, progress: bool
+    text: Data, parts: labelled.Parts, progress: bool
 ) -> tokenizers.Tokenizer:
     """Returns the tokenizer that is named, trained on the texts to learn from."""
-    spec = text["tokenizer"]
-    ready = prepare.ready_tokenizer(spec, text["cache"], progress)
+    spec = text.tokenizer
+    ready = prepare.ready_tokenizer(spec, text.cache, progress)
     texts = (row.text for row in parts.train)
     return ready or prepare.train_tokenizer(spec, texts, screen.Show(progress))
 
 
 def _model(
-    model: Mapping[str, Any], tokenizer: tokenizers.Tokenizer, labels: Sequence[str]
+    model: GPTConfig, tokenizer: tokenizers.Tokenizer, labels: Sequence[str]
 ) -> GPT:
-    if model["n_classes"] not in (0, len(labels)):
+    if model.n_classes not in (0, len(labels)):
         raise ValueError(
-            f"model.n_classes is {model['n_classes']} and the table has {len(labels)} "
+            f"model.n_classes is {model.n_classes} and the table has {len(labels)} "
             f"classes ({', '.join(labels)}): set it to 0 to take those of the table"
         )
-    return lm.make_model({**model, "n_classes": len(labels)}, tokenizer)
+    return lm.make_model(replace(model, n_classes=len(labels)), tokenizer)
 
 
 def _numbers(
@@ -332,7 +329,7 @@ def _numbers(
 
 KIND = Kind(
     make=make,
-    options=settings.declared(Options),
+    options=Options,
     check=check,
     reads=lambda options: (
         *(*OF_THE_MODEL, *OF_THE_LOSS, "model.n_classes"),

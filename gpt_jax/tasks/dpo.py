@@ -6,15 +6,17 @@ from gave them. Those are held once, in `frozen`; with LoRA they are the base it
 """
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from gpt_jax import adapters, chat, data, instructions, losses, names, screen, settings
-from gpt_jax.model import GPT, hidden
+from gpt_jax import adapters, chat, data, instructions, losses, names, screen
+from gpt_jax.model import GPT, GPTConfig, hidden
+from gpt_jax.options import Data
 from gpt_jax.tasks import lm, sft
 from gpt_jax.tasks.scores import scores
 from gpt_jax.tasks.task import (
@@ -34,17 +36,21 @@ CHOSEN = ("chosen", "output")  # columns of the better answer, the first that is
 WANTED = "wanted are 'rejected', and 'chosen' or 'output'"
 
 
-class Options(NamedTuple):
-    """The keys of `config.task`: see configs/common.py."""
+@dataclass(frozen=True)
+class Options(sft.Rows):
+    """The keys of `config.task`.
 
-    template: str
+    A pair is too long where an answer ends behind the window; both are cut there.
+
+    Attributes:
+      variant: see `losses.preference`.
+      logp: see `losses.preference`.
+      beta: see `losses.preference`.
+    """
+
     variant: str
     logp: str
     beta: float
-    too_long: str
-    empty: str
-    test_fraction: float
-    loss_chunk: int
 
 
 class Pair(NamedTuple):
@@ -60,69 +66,57 @@ class Pair(NamedTuple):
 
 
 def make(
+    options: Options,
     *,
-    model: Mapping[str, Any],
-    text: Mapping[str, Any],
-    template: str,
-    variant: str,
-    logp: str,
-    beta: float,
-    too_long: str,
-    empty: str,
-    test_fraction: float,
-    loss_chunk: int,
+    model: GPTConfig,
+    text: Data,
     dropout: Collection[str],
     progress: bool,
 ) -> Task:
     """Reads, splits and encodes pairs of answers and returns the task.
 
     Args:
-      model: the fields of `GPTConfig`; vocab_size 0 takes the tokenizer's.
-      text: the keys of `config.data`; source is as `instructions.read` takes it, and
+      options: how pairs are compared, and which rows are taken.
+      model: the architecture; vocab_size 0 takes the tokenizer's.
+      text: source is as `instructions.read` takes it, and
         each row has the columns "rejected" and "chosen" (or "output") as well. Chat
         messages end before the answer, or with the chosen one, which counts once.
-      template: see `chat.render`.
-      variant: see `losses.preference`.
-      logp: see `losses.preference`.
-      beta: see `losses.preference`.
-      too_long: what becomes of a pair with an answer that ends behind the window:
-        "refuse" is an error, "drop" leaves it out, "cut" cuts both answers off there;
-        the last two are counted.
-      empty: what becomes of a row with an empty answer: "refuse" or "drop".
-      test_fraction: the share of rows kept for a test; nothing here reads them.
-      loss_chunk: see `lm.make_loss`.
       dropout: see `lm.make_loss`.
       progress: show how far reading is, and what was left out.
 
     Raises:
       ValueError: a setting or a row cannot be used.
     """
-    seq_len = text["seq_len"] or model["context_length"]
-    lm.check_window(seq_len, model["context_length"])
+    seq_len = text.seq_len or model.context_length
+    lm.check_window(seq_len, model.context_length)
     show = screen.Show(progress)
     rows = sft.rows_of(text, show, progress)
-    if text["source"].partition(":")[0] == "builtin":
+    if text.source.partition(":")[0] == "builtin":
         rows = mismatched(rows)
     parts = instructions.split(
         rows,
-        how=text["split"],
-        val_fraction=text["val_fraction"],
-        test_fraction=test_fraction,
+        how=text.split,
+        val_fraction=text.val_fraction,
+        test_fraction=options.test_fraction,
     )
-    pairs = {name: both(parts[name], name, empty, show) for name in ("train", "val")}
+    pairs = {
+        name: both(parts[name], name, options.empty, show) for name in ("train", "val")
+    }
     chosen_rows = [chosen for chosen, _ in pairs["train"]]
-    tokenizer = sft.tokenizer_of(text, chosen_rows, template, progress)
+    tokenizer = sft.tokenizer_of(text, chosen_rows, options.template, progress)
     gpt = lm.make_model(model, tokenizer)
     encoded = {}
     for name, rows_of in pairs.items():
         chosen, rejected = (
-            sft.encode(side, tokenizer, template, learn="answers", show=show)
+            sft.encode(side, tokenizer, options.template, learn="answers", show=show)
             for side in zip(*rows_of, strict=True)
         )
         found = [
             Pair(_last(a), _last(b)) for a, b in zip(chosen, rejected, strict=True)
         ]
-        encoded[name] = fitting(found, seq_len, name=name, too_long=too_long, show=show)
+        encoded[name] = fitting(
+            found, seq_len, name=name, too_long=options.too_long, show=show
+        )
     longest = max(pair.size for part in encoded.values() for pair in part)
     width = min(seq_len, -(-longest // 8) * 8)
     ready = {name: Pairs(part, width) for name, part in encoded.items()}
@@ -134,37 +128,37 @@ def make(
         tokenizer=tokenizer,
         loss=make_loss(
             gpt,
-            variant=variant,
-            logp=logp,
-            beta=beta,
-            loss_chunk=loss_chunk,
+            variant=options.variant,
+            logp=options.logp,
+            beta=options.beta,
+            loss_chunk=options.loss_chunk,
             dropout=dropout,
         ),
         train=ready["train"],
         evals={"val": ready["val"]},
         tokens=2 * width,
         fingerprint=sft.fingerprint(encoded, tokenizer, test),
-        reference=variant not in WITHOUT_REFERENCE,
+        reference=options.variant not in WITHOUT_REFERENCE,
         test=test,
-        prompt=partial(sft.prompt_ids, tokenizer=tokenizer, template=template),
-        stop=tuple(chat.stop_ids(tokenizer, template)),
+        prompt=partial(sft.prompt_ids, tokenizer=tokenizer, template=options.template),
+        stop=tuple(chat.stop_ids(tokenizer, options.template)),
     )
 
 
-def check(options: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+def check(options: Options, text: Data) -> None:
     """Raises ValueError for options that cannot be; see `make`."""
-    if not options["template"]:
+    if not options.template:
         raise ValueError(
             f"task.template is empty: name the one that the model was tuned with, "
             f"{', '.join(chat.TEMPLATES)} or the text of a Jinja template"
         )
-    chat.check(options["template"])
-    names.choose("task.variant", options["variant"], [*losses.PREFERENCES])
-    names.choose("task.logp", options["logp"], LOGPS)
+    chat.check(options.template)
+    names.choose("task.variant", options.variant, [*losses.PREFERENCES])
+    names.choose("task.logp", options.logp, LOGPS)
     sft.check_rows(options, text)
-    if options["beta"] <= 0:
-        raise ValueError(f"task.beta is {options['beta']}: it must be above 0")
-    if options["variant"] == "orpo" and options["logp"] == "sum":
+    if options.beta <= 0:
+        raise ValueError(f"task.beta is {options.beta}: it must be above 0")
+    if options.variant == "orpo" and options.logp == "sum":
         raise ValueError(
             "task.variant orpo is made of mean log-probabilities: set task.logp=mean"
         )
@@ -355,15 +349,15 @@ def _last(example: sft.Example) -> sft.Example:
     return sft.Example(example.ids, learnt)
 
 
-def reads(options: Mapping[str, Any]) -> tuple[str, ...]:
+def reads(options: Options) -> tuple[str, ...]:
     """Returns the keys that not every task reads; see `task.Kind`."""
-    smooth = ("hyper.label_smoothing",) if options["variant"] == "dpo" else ()
+    smooth = ("hyper.label_smoothing",) if options.variant == "dpo" else ()
     return (*OF_THE_MODEL, *OF_ROWS, "data.skip_bad_docs", *smooth)
 
 
 KIND = Kind(
     make=make,
-    options=settings.declared(Options),
+    options=Options,
     check=check,
     reads=reads,
     config="configs/dpo.py",

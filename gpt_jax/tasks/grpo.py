@@ -9,14 +9,15 @@ S tokens of a question and its answer  T = S - 1 positions  V vocabulary
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-from gpt_jax import adapters, losses, names, settings
-from gpt_jax.model import hidden, logits
+from gpt_jax import adapters, losses, names
+from gpt_jax.model import GPTConfig, hidden, logits
+from gpt_jax.options import Data
 from gpt_jax.tasks import answers
 from gpt_jax.tasks.answers import Parts
 from gpt_jax.tasks.task import Kind, Task, with_own
@@ -24,8 +25,20 @@ from gpt_jax.tasks.task import Kind, Task, with_own
 SPREAD_FLOOR = 1e-4  # added to a group's standard deviation, as by most libraries
 
 
-class Options(NamedTuple):
-    """The keys of `config.task` that are GRPO's own: see configs/common.py."""
+@dataclass(frozen=True)
+class Options(answers.Options):
+    """The keys of `config.task`: those of problems, and GRPO's own.
+
+    Attributes:
+      group: G, answers to each question.
+      reward: one of REWARDS.
+      normalize: whether advantages are divided by the group's standard deviation.
+      average: one of AVERAGES.
+      clip: see `losses.policy`.
+      kl: see `losses.policy`; the reference is the start.
+      temperature: that answers are drawn with, and that the policy has.
+      updates: steps that use the answers of one rollout.
+    """
 
     group: int
     reward: str
@@ -56,18 +69,12 @@ AVERAGES: dict[str, Callable] = {
 
 
 def make(
+    options: Options,
     *,
-    group: int,
-    reward: str,
-    normalize: bool,
-    average: str,
-    clip: float,
-    kl: float,
-    temperature: float,
-    updates: int,
+    model: GPTConfig,
+    text: Data,
     dropout: Collection[str],
     progress: bool,
-    **shared: Any,
 ) -> Task:
     """Returns the task of finding right answers by trying.
 
@@ -78,29 +85,22 @@ def make(
     and what `losses.policy` adds.
 
     Args:
-      group: G; see configs/common.py for this and the others.
-      reward: one of REWARDS.
-      normalize: whether advantages are divided by the group's standard deviation.
-      average: one of AVERAGES.
-      clip: see `losses.policy`.
-      kl: see `losses.policy`; the reference is the start.
-      temperature: that answers are drawn with, and that the policy has.
-      updates: steps that use the answers of one rollout.
+      options: see `Options`.
+      model: the architecture; vocab_size 0 takes the tokenizer's.
+      text: see `answers.parts`.
       dropout: must be empty: answers are drawn without it.
       progress: nothing here takes long.
-      **shared: see `answers.parts`.
 
     Raises:
       ValueError: an option is out of range, or the problems do not fit the model.
     """
     del progress
-    options = Options(group, reward, normalize, average, clip, kl, temperature, updates)
     if dropout:
         raise ValueError(
             f"hyper.{sorted(dropout)[0]} is above 0, but answers are drawn without "
             "dropout and their probabilities must be those: set it to 0"
         )
-    common = answers.parts(**shared)
+    common = answers.parts(options, model=model, text=text)
     size = common.train.prompt + common.train.completion
     return Task(
         model=common.model,
@@ -108,17 +108,16 @@ def make(
         loss=make_loss(common, options),
         train=common.train,
         evals=common.evals,
-        tokens=group * size,
+        tokens=options.group * size,
         fingerprint=common.fingerprint,
-        reference=kl > 0,
+        reference=options.kl > 0,
         rollout=make_rollout(common, options),
-        updates=updates,
+        updates=options.updates,
     )
 
 
-def check(given: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+def check(options: Options, text: Data) -> None:
     """Raises ValueError for options that cannot be; see `make`."""
-    options = Options(*(given[name] for name in Options._fields))
     names.choose("task.reward", options.reward, REWARDS)
     names.choose("task.average", options.average, AVERAGES)
     rules = (
@@ -133,7 +132,7 @@ def check(given: Mapping[str, Any], text: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"task.{name} is {getattr(options, name)}: it must be {wanted}"
             )
-    answers.check(given, text)
+    answers.check(options, text)
 
 
 def make_rollout(common: Parts, options: Options):
@@ -179,7 +178,12 @@ def make_rollout(common: Parts, options: Options):
             "targets": tokens_RS[:, 1:],
             "weight": inside_RT * scale_NG.reshape(-1, 1),
             "length": new_R.astype(jnp.float32),
-            **judge(*answers.right(rows, tokens_RS, length_R), options),
+            **judge(
+                *answers.right(rows, tokens_RS, length_R),
+                group=G,
+                reward=options.reward,
+                normalize=options.normalize,
+            ),
         }
         if options.updates > 1:
             answered["old"], _ = logp(common, options, weights, answered)
@@ -188,18 +192,18 @@ def make_rollout(common: Parts, options: Options):
     return rollout
 
 
-def judge(right_R, share_R, options: Options):
+def judge(right_R, share_R, *, group: int, reward: str, normalize: bool):
     """Returns [R] arrays: reward, advantage, and what is reported about them.
 
     The advantage is the reward less its group's mean, divided by the group's standard
     deviation where `normalize` says so (equation 3; Liu et al. 2025 advise against).
     """
-    reward_NG = REWARDS[options.reward](right_R, share_R).reshape(-1, options.group)
+    reward_NG = REWARDS[reward](right_R, share_R).reshape(-1, group)
     advantage_NG = reward_NG - reward_NG.mean(1, keepdims=True)
     equal_N1 = reward_NG.max(1, keepdims=True) == reward_NG.min(1, keepdims=True)
     advantage_NG = jnp.where(equal_N1, 0, advantage_NG)  # also no rounding errors
     std_N1 = jnp.sqrt(jnp.square(advantage_NG).mean(1, keepdims=True))
-    if options.normalize:
+    if normalize:
         advantage_NG = advantage_NG / (std_N1 + SPREAD_FLOOR)
     blank_NG = jnp.zeros_like(reward_NG)
     found = {
@@ -259,11 +263,11 @@ def logp(common: Parts, options: Options, weights, batch):
 
 KIND = Kind(
     make=make,
-    options={**settings.declared(answers.Options), **settings.declared(Options)},
+    options=Options,
     check=check,
     reads=lambda options: answers.OF_PROBLEMS,
     config="configs/grpo.py",
     tuned=True,
     # With one step to a rollout the ratio that is clipped is 1.
-    idle=lambda options: () if options["updates"] > 1 else ("clip",),
+    idle=lambda options: () if options.updates > 1 else ("clip",),
 )

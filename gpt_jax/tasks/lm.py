@@ -2,14 +2,16 @@
 
 import functools
 import math
-from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from gpt_jax import data, losses, settings, words
+from gpt_jax import data, losses, words
 from gpt_jax.model import GPT, GPTConfig, hidden
+from gpt_jax.options import Data
 from gpt_jax.prepare import prepare
 from gpt_jax.tasks.scores import scores
 from gpt_jax.tasks.task import (
@@ -25,26 +27,28 @@ from gpt_jax.tasks.task import (
 PART, MOST_PARTS = 1 << 14, 1 << 9  # 8M tokens tell what a byte of text costs
 
 
-class Options(NamedTuple):
+@dataclass(frozen=True)
+class Options:
     """The keys of `config.task`: see configs/common.py."""
 
     loss_chunk: int
 
 
 def make(
+    options: Options,
     *,
-    model: Mapping[str, Any],
-    text: Mapping[str, Any],
-    loss_chunk: int,
+    model: GPTConfig,
+    text: Data,
     dropout: Collection[str],
     progress: bool,
 ) -> Task:
     """Prepares the text (or finds it prepared) and returns the task.
 
     Args:
-      model: the fields of `GPTConfig`; vocab_size 0 takes the tokenizer's.
-      text: the keys of `config.data`.
-      loss_chunk: positions of a window whose logits exist at once; 0 = choose.
+      options: loss_chunk, the positions of a window whose logits exist at once; 0 =
+        choose.
+      model: the architecture; vocab_size 0 takes the tokenizer's.
+      text: where it comes from, and how it is cut.
       dropout: which of DROPOUTS may be above zero.
       progress: show a bar while text is prepared.
 
@@ -52,18 +56,22 @@ def make(
       ValueError: the text is too short for one window, or the model and the text do
         not fit each other.
     """
-    text = dict(text)
-    seq_len = text.pop("seq_len") or model["context_length"]
-    stride = text.pop("stride") or seq_len
-    check_window(seq_len, model["context_length"])
-    prepared = prepare(**text, progress=progress)
+    seq_len = text.seq_len or model.context_length
+    stride = text.stride or seq_len
+    check_window(seq_len, model.context_length)
+    cut = ("seq_len", "stride")
+    source = {key: value for key, value in vars(text).items() if key not in cut}
+    prepared = prepare(**source, progress=progress)
     tokenizer = prepared.tokenizer
     gpt = make_model(model, tokenizer)
     return Task(
         model=gpt,
         tokenizer=tokenizer,
         loss=make_loss(
-            gpt, tokenizer.token_bytes(), loss_chunk=loss_chunk, dropout=dropout
+            gpt,
+            tokenizer.token_bytes(),
+            loss_chunk=options.loss_chunk,
+            dropout=dropout,
         ),
         train=data.Windows(prepared.train, seq_len=seq_len, stride=stride, tail=False),
         evals={
@@ -110,19 +118,19 @@ def check_window(seq_len: int, context_length: int) -> None:
         )
 
 
-def make_model(fields: Mapping[str, Any], tokenizer) -> GPT:
-    """Returns the model of a config; vocab_size 0 takes the tokenizer's.
+def make_model(model: GPTConfig, tokenizer) -> GPT:
+    """Returns the model of an architecture; vocab_size 0 takes the tokenizer's.
 
     Raises:
       ValueError: the tokenizer has more tokens than the model.
     """
-    size = fields["vocab_size"] or tokenizer.vocab_size
+    size = model.vocab_size or tokenizer.vocab_size
     if size < tokenizer.vocab_size:
         raise ValueError(
             f"model.vocab_size {size} is less than the tokenizer's "
             f"{tokenizer.vocab_size}: set it to 0 to take the tokenizer's"
         )
-    return GPT(GPTConfig(**{**fields, "vocab_size": size}))
+    return GPT(replace(model, vocab_size=size))
 
 
 def check_chunk(loss_chunk: int) -> None:
@@ -180,8 +188,8 @@ def make_loss(model: GPT, token_bytes_V, *, loss_chunk: int, dropout: Collection
 
 KIND = Kind(
     make=make,
-    options=settings.declared(Options),
-    check=lambda options, text: check_chunk(options["loss_chunk"]),
+    options=Options,
+    check=lambda options, text: check_chunk(options.loss_chunk),
     reads=lambda options: (
         *(*OF_THE_MODEL, *OF_THE_LOSS, *OF_ROWS),
         *("data.field", "data.stride", "data.skip_bad_docs", "max_bytes"),

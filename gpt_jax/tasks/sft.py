@@ -8,6 +8,7 @@ token belongs to an answer count. Several conversations share a row of tokens
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,9 +21,10 @@ from gpt_jax import (
     names,
     prepare,
     screen,
-    settings,
     tokenizers,
 )
+from gpt_jax.model import GPTConfig
+from gpt_jax.options import Data
 from gpt_jax.tasks import lm
 from gpt_jax.tasks.task import OF_ROWS, OF_THE_LOSS, OF_THE_MODEL, Kind, Task
 
@@ -32,16 +34,37 @@ EMPTY = ("refuse", "drop")
 PACKED = 1024  # tokens of a row of several conversations, where none is longer
 
 
-class Options(NamedTuple):
-    """The keys of `config.task`: see configs/common.py."""
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of a file are learnt, as conversations or as pairs of answers.
+
+    Attributes:
+      template: see `chat.render`.
+      too_long: what becomes of a row longer than the window: "refuse" is an error,
+        "drop" leaves it out, "cut" cuts its end off; the last two are counted.
+      empty: what becomes of a row with an empty answer: "refuse" or "drop".
+      test_fraction: the share of rows kept for a test; nothing here reads them.
+      loss_chunk: see `lm.make_loss`.
+    """
 
     template: str
-    learn: str
-    pack: bool
     too_long: str
     empty: str
     test_fraction: float
     loss_chunk: int
+
+
+@dataclass(frozen=True)
+class Options(Rows):
+    """The keys of `config.task`.
+
+    Attributes:
+      learn: which tokens count: "answers", or "all".
+      pack: several conversations to a row, else one.
+    """
+
+    learn: str
+    pack: bool
 
 
 class Example(NamedTuple):
@@ -57,76 +80,67 @@ class Example(NamedTuple):
 
 
 def make(
+    options: Options,
     *,
-    model: Mapping[str, Any],
-    text: Mapping[str, Any],
-    template: str,
-    learn: str,
-    pack: bool,
-    too_long: str,
-    empty: str,
-    test_fraction: float,
-    loss_chunk: int,
+    model: GPTConfig,
+    text: Data,
     dropout: Collection[str],
     progress: bool,
 ) -> Task:
     """Reads, splits, encodes and packs conversations and returns the task.
 
     Args:
-      model: the fields of `GPTConfig`; vocab_size 0 takes the tokenizer's.
-      text: the keys of `config.data`; source is as `instructions.read` takes it.
-      template: see `chat.render`.
-      learn: which tokens count: "answers", or "all".
-      pack: several conversations to a row, else one.
-      too_long: what becomes of a conversation longer than the window: "refuse" is an
-        error, "drop" leaves it out, "cut" cuts its end off; the last two are counted.
-      empty: what becomes of a row with an empty answer, or none: "refuse" or "drop".
-      test_fraction: the share of rows kept for a test.
-      loss_chunk: see `lm.make_loss`.
+      options: what is learnt, and of which rows.
+      model: the architecture; vocab_size 0 takes the tokenizer's.
+      text: source is as `instructions.read` takes it.
       dropout: see `lm.make_loss`.
       progress: show how far reading is, and what was left out.
 
     Raises:
       ValueError: a setting or a row cannot be used; see `instructions.read`.
     """
-    seq_len = text["seq_len"] or model["context_length"]
-    lm.check_window(seq_len, model["context_length"])
+    template = options.template
+    seq_len = text.seq_len or model.context_length
+    lm.check_window(seq_len, model.context_length)
     show = screen.Show(progress)
     rows = rows_of(text, show, progress)
     parts = instructions.split(
         rows,
-        how=text["split"],
-        val_fraction=text["val_fraction"],
-        test_fraction=test_fraction,
+        how=text.split,
+        val_fraction=text.val_fraction,
+        test_fraction=options.test_fraction,
     )
     tokenizer = tokenizer_of(text, parts["train"], template, progress)
     gpt = lm.make_model(model, tokenizer)
     encoded = {}
     for name in ("train", "val"):
-        kept = _answered(parts[name], name, template, learn, empty, show)
-        found = encode(kept, tokenizer, template, learn=learn, show=show)
-        encoded[name] = fitting(found, seq_len, name=name, too_long=too_long, show=show)
+        kept = _answered(
+            parts[name], name, template, options.learn, options.empty, show
+        )
+        found = encode(kept, tokenizer, template, learn=options.learn, show=show)
+        encoded[name] = fitting(
+            found, seq_len, name=name, too_long=options.too_long, show=show
+        )
     longest = max(example.size for part in encoded.values() for example in part)
     need = -(-longest // 8) * 8
-    if pack and not text["seq_len"]:  # a context may be far longer than any row
+    if options.pack and not text.seq_len:  # a context may be far longer than any row
         need = max(need, PACKED)
-    width = seq_len if pack and text["seq_len"] else min(seq_len, need)
-    packed = pack_rows if pack else one_a_row
+    width = seq_len if options.pack and text.seq_len else min(seq_len, need)
+    packed = pack_rows if options.pack else one_a_row
     ready = {name: Packed(packed(part, width), width) for name, part in encoded.items()}
     counts = ", ".join(
         f"{len(encoded[name])} in {len(ready[name])} rows ({name})" for name in encoded
     )
-    show.say(
-        f"conversations: {counts}, {len(parts['test'])} kept for a test; template "
-        f"{template if template in chat.TEMPLATES else 'in Jinja'}"
-    )
+    named = template if template in chat.TEMPLATES else "in Jinja"
+    kept = f"{len(parts['test'])} kept for a test"
+    show.say(f"conversations: {counts}, {kept}; template {named}")
     alone = {name: one_a_row(part, width) for name, part in encoded.items()}
     test = [row.fields for row in parts["test"]]
     return Task(
         model=gpt,
         tokenizer=tokenizer,
         loss=lm.make_loss(
-            gpt, tokenizer.token_bytes(), loss_chunk=loss_chunk, dropout=dropout
+            gpt, tokenizer.token_bytes(), loss_chunk=options.loss_chunk, dropout=dropout
         ),
         train=ready["train"],
         evals={"val": ready["val"]},
@@ -138,16 +152,14 @@ def make(
     )
 
 
-def rows_of(
-    text: Mapping[str, Any], show: screen.Show, progress: bool
-) -> list[instructions.Row]:
+def rows_of(text: Data, show: screen.Show, progress: bool) -> list[instructions.Row]:
     """Returns the rows of `config.data`; says how many skip_bad_docs leaves out."""
     lost: list[str] = []
     found = instructions.read(
-        text["source"],
-        cache=text["cache"],
+        text.source,
+        cache=text.cache,
         progress=progress,
-        bad=lost.append if text["skip_bad_docs"] else None,
+        bad=lost.append if text.skip_bad_docs else None,
     )
     if lost:
         many = screen.count(len(lost), "row")
@@ -323,14 +335,14 @@ def _answered(
 
 
 def tokenizer_of(
-    text: Mapping[str, Any],
+    text: Data,
     rows: Sequence[instructions.Row],
     template: str,
     progress: bool,
 ) -> tokenizers.Tokenizer:
     """Returns the tokenizer of `config.data`, trained on `rows` where it must be."""
-    spec = text["tokenizer"]
-    ready = prepare.ready_tokenizer(spec, text["cache"], progress)
+    spec = text.tokenizer
+    ready = prepare.ready_tokenizer(spec, text.cache, progress)
     if ready is not None:
         return ready
     talks = (chat.messages_of(row.fields, template) for row in rows)
@@ -369,28 +381,28 @@ def digest_of(rows: Sequence[Any]) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def check(options: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+def check(options: Options, text: Data) -> None:
     """Raises ValueError for options that cannot be; see `make`."""
-    chat.check(options["template"])
-    names.choose("task.learn", options["learn"], LEARN)
+    chat.check(options.template)
+    names.choose("task.learn", options.learn, LEARN)
     check_rows(options, text)
 
 
-def check_rows(options: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+def check_rows(options: Rows, text: Data) -> None:
     """Raises ValueError for options about rows that cannot be."""
-    names.choose("task.too_long", options["too_long"], TOO_LONG)
-    names.choose("task.empty", options["empty"], EMPTY)
+    names.choose("task.too_long", options.too_long, TOO_LONG)
+    names.choose("task.empty", options.empty, EMPTY)
     instructions.check_split(
-        how=text["split"],
-        val_fraction=text["val_fraction"],
-        test_fraction=options["test_fraction"],
+        how=text.split,
+        val_fraction=text.val_fraction,
+        test_fraction=options.test_fraction,
     )
-    lm.check_chunk(options["loss_chunk"])
+    lm.check_chunk(options.loss_chunk)
 
 
 KIND = Kind(
     make=make,
-    options=settings.declared(Options),
+    options=Options,
     check=check,
     reads=lambda options: (
         *(*OF_THE_MODEL, *OF_THE_LOSS, *OF_ROWS),

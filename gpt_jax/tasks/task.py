@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from gpt_jax.data import Examples
 from gpt_jax.model import Dropout
+from gpt_jax.options import Data
 from gpt_jax.runs import Classes
 
 Batch = Mapping[str, Any]  # arrays [A, B, ...]: A micro-batches of B examples
@@ -35,8 +36,8 @@ class Kind(NamedTuple):
 
     Attributes:
       make: returns the Task; see `tasks.make`.
-      options: the keys of config.task besides its name, with their types.
-      check: (options, config.data) -> None; raises ValueError for what cannot be.
+      options: a frozen dataclass: the keys of config.task besides its name.
+      check: (options, text) -> None; raises ValueError for what cannot be.
       reads: options -> the keys of SHARED that this task reads.
       config: the config file that makes such a run.
       tuned: it goes on from the weights of a run; random ones learn nothing by it.
@@ -44,12 +45,12 @@ class Kind(NamedTuple):
     """
 
     make: Callable[..., "Task"]
-    options: Mapping[str, Any]
-    check: Callable[[Mapping[str, Any], Mapping[str, Any]], None]
-    reads: Callable[[Mapping[str, Any]], Collection[str]]
+    options: type
+    check: Callable[[Any, Data], None]
+    reads: Callable[[Any], Collection[str]]
     config: str
     tuned: bool = False
-    idle: Callable[[Mapping[str, Any]], Collection[str]] = lambda options: ()
+    idle: Callable[[Any], Collection[str]] = lambda options: ()
 
 
 def dropout_of(key: Any, hyper: Any, on: Collection[str]) -> Dropout | None:

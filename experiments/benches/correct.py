@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.benches import ours
 from gpt_jax import attention, model, sample
 from gpt_jax.attention import Sight
-from gpt_jax.bench import ours
 from gpt_jax.model import GPT, GPTConfig
 
 STEPS = 20

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from gpt_jax.bench.worker import Side, Worker, timed, versions
+from experiments.benches.worker import Side, Worker, timed, versions
 from gpt_jax.files import cores
 
 

@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 
 from gpt_jax import commands, files
 
+# What a process begins with that imports this folder, wherever it is installed.
+ENTER = "from gpt_jax import commands; commands.enter(); "
 LAST_LINES = 2  # of what a failed process said, shown to the user
 END_SECONDS = 10.0  # the longest wait for a process to end by itself
 PACKAGES = ("jax", "flax", "torch", "transformers", "tokenizers", "numpy")
@@ -112,7 +114,7 @@ class Worker:
     def __init__(self, side: Side, *, limit_s: float):
         self.side, self.limit_s = side, limit_s
         self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        code = f"import gpt_jax.bench.worker as w; w.serve({side.make!r})"
+        code = f"{ENTER}import experiments.benches.worker as w; w.serve({side.make!r})"
         settings = [f"{name}={value}" for name, value in side.env.items()]
         prefix = ["env", *settings] if settings else []
         self.process = subprocess.Popen(

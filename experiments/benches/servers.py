@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from experiments.benches.peers import _gpt2, _threads
+from experiments.benches.worker import ENTER, peak_mb, require
 from gpt_jax import model, tokenizers
-from gpt_jax.bench.peers import _gpt2, _threads
-from gpt_jax.bench.worker import peak_mb, require
 from gpt_jax.model import GPT, GPTConfig
 
 Go = Callable[[], dict[str, Any]]
-CLIENTS = "from gpt_jax.bench import serving; serving.be_clients()"
+CLIENTS = f"{ENTER}from experiments.benches import servers; servers.be_clients()"
 SECONDS = 600.0  # after which a request has failed
 
 

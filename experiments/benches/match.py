@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gpt_jax.bench.worker import Absent, Failed, Side, Worker, busy_seconds
+from experiments.benches.worker import Absent, Failed, Side, Worker, busy_seconds
 
 SHORT_SECONDS = 0.1  # CPU time comes in ticks of 10 ms: less cannot be told
 

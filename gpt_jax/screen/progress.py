@@ -1,33 +1,19 @@
-"""What is shown: lines, progress, tables. No failure of a screen ends or changes a run.
-
-A reader may go away, a log may lie on a full disk, a terminal may hang up or know no
-Greek letters. What cannot be shown is dropped, and told once where that can be.
-
-A run tells its story on stdout. Where stdout holds a product, as a text that was asked
-for, the story is on stderr, and who does not take the product is an error (`product`).
-"""
+"""What is drawn over and over: how far something is, with lines above it."""
 
 import contextlib
-import errno
-import functools
-import os
-import re
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-# A stream that failed like this does not come back; a full disk may.
-GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ESTALE)
+from gpt_jax.screen.streams import Steady, err, out, say, story
+from gpt_jax.screen.tables import clock, size, visible
+
 LINE_EVERY_S = 5.0  # the least time between two lines of progress in a log
 NOTEBOOK_EVERY_S = 0.5  # between two states of it in a notebook
 TERMINAL_EVERY_S = 0.1  # and on a terminal
 BAR = 40  # columns of a bar
 SHOW_CURSOR = "\x1b[?25h"
-# Control characters but tab and newline -> their pictures in Unicode.
-SIGNS = {code: 0x2400 + code for code in range(32) if code not in b"\t\n"}
-SIGNS |= {127: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
 NUMBERS = {  # those of a run that are shown beside its bar, in this order
     "members": "{:,} members",
     "best": "best {:.4f}",
@@ -36,176 +22,7 @@ NUMBERS = {  # those of a run that are shown beside its bar, in this order
     "tokens_per_second": "{:,.0f} tok/s",
     "mfu": "MFU {:.1%}",
 }
-
-_told: set[str] = set()  # what was said of the streams
 _on_terminals: list["Area"] = []  # what is drawn now
-
-
-# --- the two streams ------------------------------------------------------------------
-
-
-class ReaderGone(BrokenPipeError):
-    """Nobody reads the product of this process any more."""
-
-
-class Steady:
-    """A text stream that does not fail: what cannot be shown is dropped, told once."""
-
-    def __init__(self, stream: Any, name: str):
-        """Args: the stream, None for nobody; what it is called."""
-        self._stream, self._name = stream or _nobody(), name
-
-    def write(self, text: str) -> int:
-        """Writes what the stream takes; letters that it does not know become "?"."""
-        try:
-            self._write(text)
-        except (OSError, ValueError) as error:  # ValueError: it is closed
-            self._failed(error)
-        return len(text)
-
-    def writelines(self, lines: Iterable[str]) -> None:
-        """Writes one text after the other."""
-        for line in lines:
-            self.write(line)
-
-    def flush(self) -> None:
-        """Hands on what was written."""
-        try:
-            self._stream.flush()
-        except (OSError, ValueError) as error:
-            self._failed(error)
-
-    def _write(self, text: str) -> None:
-        try:
-            self._stream.write(text)
-        except UnicodeEncodeError:
-            encoding = self._stream.encoding
-            _tell(
-                f"{self._name} is in {encoding}, which lacks some of the letters: they "
-                'become "?" there (PYTHONIOENCODING=utf-8 has all)'
-            )
-            self._stream.write(text.encode(encoding, "replace").decode(encoding))
-
-    def _failed(self, error: Exception) -> None:
-        if not isinstance(error, OSError) or error.errno in GONE:
-            self._stream = _nobody()
-        why = error.strerror if isinstance(error, OSError) else error
-        _tell(f"{self._name} cannot be written ({why}): going on without", self._name)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-class Product(Steady):
-    """The stream of what was asked for: not to be able to write it is an error."""
-
-    def _failed(self, error: Exception) -> None:
-        if isinstance(error, BrokenPipeError):  # `head`, say, has seen enough
-            self._stream = _nobody()
-            raise ReaderGone(*error.args)
-        raise error
-
-
-def out() -> Steady:
-    """Returns stdout, made steady."""
-    return _steady(sys.stdout, "stdout")
-
-
-def err() -> Steady:
-    """Returns stderr, made steady."""
-    return _steady(sys.stderr, "stderr")
-
-
-def story() -> Steady:
-    """Returns where lines and progress go: stdout, or stderr beside a product."""
-    return err() if isinstance(sys.stdout, Product) else out()
-
-
-def take_over(*, product: bool) -> None:
-    """Makes the streams of this process steady, for everything that prints: for doors.
-
-    Args:
-      product: stdout holds what was asked for; else it tells how a run goes.
-    """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        # A file opened later would get the number of a stream that is closed, and
-        # what compilers print would be written into it.
-        try:
-            os.fstat(number)
-        except OSError:
-            nobody = os.open(os.devnull, os.O_RDWR)
-            if nobody != number:
-                os.dup2(nobody, number)
-                os.close(nobody)
-        if getattr(sys, name) is None:
-            stream = open(os.devnull, "r+", encoding="utf-8")  # noqa: SIM115
-            setattr(sys, name, stream)
-    sys.stderr = err()
-    sys.stdout = (Product if product else Steady)(sys.stdout, "stdout")
-
-
-def say(text: str) -> None:
-    """Prints a line of the story."""
-    print(text, file=story(), flush=True)
-
-
-class Words:
-    """Writes a text to stdout as it comes: on a terminal without broken words."""
-
-    def __init__(self):
-        self._stream = out()
-        terminal = self._stream.isatty()
-        self._columns = shutil.get_terminal_size().columns if terminal else 0
-        self._column, self._held = 0, ""
-
-    def write(self, piece: str) -> None:
-        """Writes what can be written: a word on a terminal when it has ended."""
-        if not self._columns:
-            print(piece, end="", file=self._stream, flush=True)
-            return
-        *parts, self._held = re.split(r"(\s)", self._held + visible(piece))
-        self._put(parts)
-        if width(self._held) >= self._columns:  # it fits into no line
-            self._put([self._held])
-            self._held = ""
-
-    def end(self) -> None:
-        """Writes the last word and ends the line."""
-        if self._held:
-            self._put([self._held])
-        self._held = ""
-        print(file=self._stream, flush=True)
-        self._column = 0
-
-    def _put(self, parts: Sequence[str]) -> None:
-        for part in parts:
-            if self._column and self._column + width(part) > self._columns:
-                print(file=self._stream)
-                self._column = 0
-                part = "" if part == " " else part
-            print(part, end="", file=self._stream)
-            here = 8 - self._column % 8 if part == "\t" else width(part)
-            self._column = 0 if part == "\n" else (self._column + here) % self._columns
-        self._stream.flush()
-
-
-def _steady(stream: Any, name: str) -> Steady:
-    return stream if isinstance(stream, Steady) else Steady(stream, name)
-
-
-@functools.cache
-def _nobody() -> Any:
-    return open(os.devnull, "w", encoding="utf-8")
-
-
-def _tell(text: str, besides: str = "") -> None:
-    """Says a sentence about the streams once, on stderr unless it is about that."""
-    if text not in _told and besides != "stderr":
-        _told.add(text)
-        print(text, file=err(), flush=True)
-
-
-# --- progress -------------------------------------------------------------------------
 
 
 class Area:
@@ -509,87 +326,3 @@ def _described(numbers: dict[str, Any]) -> str:
         numbers = {**numbers, "train_loss": None}
     known = [(text, numbers.get(name)) for name, text in NUMBERS.items()]
     return "  ".join(text.format(value) for text, value in known if value is not None)
-
-
-# --- words, numbers, tables -----------------------------------------------------------
-
-
-def size(amount: float) -> str:
-    """Returns bytes in the unit that people read: powers of 1,000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if amount < 999.5:
-            return f"{amount:.3g} {unit}"
-        amount /= 1000
-    return f"{amount:,.4g} TB"
-
-
-def duration(seconds: float) -> str:
-    """Returns a time in the unit that people read."""
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.1f} {unit}"
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
-
-
-def clock(seconds: float) -> str:
-    """Returns a time as 1:02:03."""
-    seconds = int(seconds)
-    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-
-
-def count(number: int, noun: str, many: str = "") -> str:
-    """Returns "1 program", "2 programs", "1,000 classes"."""
-    return f"{number:,} {noun if number == 1 else many or f'{noun}s'}"
-
-
-def table(heads: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
-    """Returns a Markdown table whose columns are aligned, numbers to the right.
-
-    Args:
-      heads: of the columns.
-      lines: their cells: anything with a text; floats with four digits behind the
-        point, None as nothing.
-    """
-    cells = [[_cell(cell) for cell in line] for line in lines]
-    right = [
-        bool(lines) and all(isinstance(cell, int | float | None) for cell in column)
-        for column in zip(*lines, strict=True)
-    ] or [False] * len(heads)
-    # Three dashes are the least that makes a column in Markdown.
-    wide = [max(3, *map(width, column)) for column in zip(heads, *cells, strict=True)]
-    ruler = [
-        "-" * (most - 1) + ":" if number else "-" * most
-        for most, number in zip(wide, right, strict=True)
-    ]
-    return "\n".join(
-        "| " + " | ".join(map(_aligned, line, wide, right)) + " |"
-        for line in (list(heads), ruler, *cells)
-    )
-
-
-def visible(text: str) -> str:
-    """Returns a text for a terminal: what would command it is a sign instead.
-
-    A model that has learnt little writes any byte, also those that clear the screen or
-    switch to another set of letters.
-    """
-    return text.translate(SIGNS)
-
-
-def width(text: str) -> int:
-    """Returns the columns that a text takes on a terminal."""
-    from rich.cells import cell_len
-
-    return cell_len(text)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    text = f"{value:.4f}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _aligned(text: str, columns: int, right: bool) -> str:
-    space = " " * (columns - width(text))
-    return space + text if right else text + space

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.benches import texts
+from experiments.benches.worker import peak_mb, timed
 from gpt_jax import (
     adapters,
     data,
@@ -27,8 +29,6 @@ from gpt_jax import (
     sampling,
     sharding,
 )
-from gpt_jax.bench import texts
-from gpt_jax.bench.worker import peak_mb, timed
 from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.model import GPT, GPTConfig, hidden, logits
 from gpt_jax.step import start, train_step

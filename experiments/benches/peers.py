@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from gpt_jax.bench import nanogpt
-from gpt_jax.bench.worker import peak_mb, require, timed
+from experiments.benches import nanogpt
+from experiments.benches.worker import peak_mb, require, timed
 
 Go = Callable[[], dict[str, Any]]
 GROUP_CHARS = 1 << 20  # of text that tokenizers get at once: memory stays bounded
@@ -156,7 +156,7 @@ def encode_rate(*, folder: str, text: Mapping[str, Any]) -> tuple[Go, dict]:
     require("tokenizers")
     import tokenizers
 
-    from gpt_jax.bench import texts
+    from experiments.benches import texts
 
     file, ready = texts.text_and_tokenizer(folder, **text)
     backend = tokenizers.Tokenizer.from_file(str(ready))
@@ -183,7 +183,7 @@ def loader_rate(
 ) -> tuple[Go, dict]:
     """Batches per second of windows from a memory map, stacked as nanoGPT does."""
     require("torch")
-    from gpt_jax.bench import texts
+    from experiments.benches import texts
 
     path = texts.shards(Path(folder)) / "shard-00000.bin"
 

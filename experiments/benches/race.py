@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from gpt_jax.bench.worker import Failed, Side, Worker, require
+from experiments.benches.worker import Failed, Side, Worker, require
 from gpt_jax.files import cores
 
 Go = Callable[[], dict[str, Any]]

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.benches.match import met
 from gpt_jax import files, screen
-from gpt_jax.bench.match import met
 
 BEGIN, END = "<!-- bench -->", "<!-- end of bench -->"
 OURS, PEER = "#C44E52", "#4C72B0"

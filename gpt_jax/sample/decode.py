@@ -1,0 +1,181 @@
+"""Prefill and the decode loop: rows on their way, until each has a reason to end.
+
+    state = start(params, tokens_BT, length_B, sampling, key_B, ...)  # the first token
+    state = advance(params, state, sampling, key_B, steps, ...)       # a few more
+    state = generate(...)                                             # all of them
+
+A row never depends on its neighbours, on padding or on the size of the batch.
+
+Shapes: B rows  T prompt positions  S cache positions  V vocabulary  D width
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gpt_jax import mesh
+from gpt_jax.model import (
+    GPT,
+    Cache,
+    declared,
+    for_one_row,
+    hidden,
+    init_cache,
+    logits,
+    rounded,
+    unstack,
+)
+from gpt_jax.sample.filters import Sampling, choose
+
+RUNNING, STOP, LENGTH = 0, 1, 2  # the reason of a row; the last two end it
+
+
+class Decoding(NamedTuple):
+    """Rows on their way; a row ends by getting a reason."""
+
+    cache: Cache  # holds every token but the newest
+    tokens_BS: jax.Array  # int32: the prompt, then what was chosen, then zeros
+    length_B: jax.Array  # int32: tokens of the row so far, a stop token included
+    limit_B: jax.Array  # int32: the length at which the row ends
+    reason_B: jax.Array  # int32: RUNNING, STOP or LENGTH
+
+
+def prefill(params, tokens_BT, length_B, *, model: GPT, max_length: int):
+    """Runs right-padded prompts: (logits [B, V] at each last token, cache).
+
+    Every length is at least 1. Pads are written to the cache beyond its length, where
+    nothing sees them and the next tokens overwrite them.
+    """
+    rows = len(tokens_BT)
+    cache = init_cache(model.cfg, rows, max_length, jnp.dtype(model.cfg.dtype))
+    found = hidden(model, params, tokens_BT, cache=cache)
+    last_BD = found.x_BTD[jnp.arange(rows), length_B - 1]
+    return logits(model, params, last_BD), found.cache._replace(length_B=length_B)
+
+
+def start(
+    params,
+    tokens_BT,
+    length_B,
+    sampling: Sampling,
+    key_B,
+    *,
+    model: GPT,
+    max_length: int,
+    stop_id: int | None,
+) -> Decoding:
+    """Runs the prompts and chooses each row's first token.
+
+    Args:
+      params: weights of unrolled layers (see `laid_out`).
+      tokens_BT: prompts, right-padded; ids inside the vocabulary.
+      length_B: tokens in each prompt, 1 to max_length.
+      sampling: the settings of each row.
+      key_B: a PRNG key for each row.
+      model: the model.
+      max_length: the size of the cache, at most the model's context; a row that
+        reaches it ends with LENGTH. A prompt of that length gets no new token.
+      stop_id: the token that ends a row with STOP (may be traced), or None.
+    """
+    logits_BV, cache = prefill(
+        params, tokens_BT, length_B, model=model, max_length=max_length
+    )
+    width = tokens_BT.shape[1]
+    valid_BT = jnp.arange(width) < length_B[:, None]
+    tokens_BS = jnp.pad(
+        jnp.where(valid_BT, tokens_BT, 0), ((0, 0), (0, max_length - width))
+    )
+    limit_B = jnp.minimum(length_B + sampling.max_new, max_length)
+    reason_B = jnp.where(length_B < limit_B, RUNNING, LENGTH)
+    state = Decoding(cache, tokens_BS, length_B, limit_B, reason_B)
+    return _append(state, logits_BV, sampling, key_B, stop_id)
+
+
+def step(
+    params, state: Decoding, sampling, key_B, *, model: GPT, stop_id: int | None
+) -> Decoding:
+    """Gives one more token to every row that still runs."""
+    rows = jnp.arange(len(state.length_B))
+    newest_B1 = state.tokens_BS[rows, state.length_B - 1][:, None]
+    x_BTD, cache, _ = hidden(model, params, newest_B1, cache=state.cache)
+    logits_BV = logits(model, params, x_BTD[:, 0])
+    running_B = state.reason_B == RUNNING
+    held_B = jnp.where(running_B, cache.length_B, state.cache.length_B)
+    state = state._replace(cache=cache._replace(length_B=held_B))
+    return _append(state, logits_BV, sampling, key_B, stop_id)
+
+
+def _append(state, logits_BV, sampling, key_B, stop_id):
+    """Chooses a token for every running row, and ends the rows it ends."""
+    token_B = choose(logits_BV, state.tokens_BS, state.length_B, sampling, key_B)
+    running_B = state.reason_B == RUNNING
+    rows, width = state.tokens_BS.shape
+    place_B = jnp.where(running_B, state.length_B, width)  # width: dropped
+    tokens_BS = state.tokens_BS.at[jnp.arange(rows), place_B].set(token_B, mode="drop")
+    length_B = state.length_B + running_B
+    ended_B = jnp.where(length_B < state.limit_B, RUNNING, LENGTH)
+    if stop_id is not None:
+        ended_B = jnp.where(token_B == stop_id, STOP, ended_B)
+    reason_B = jnp.where(running_B, ended_B, state.reason_B)
+    return state._replace(tokens_BS=tokens_BS, length_B=length_B, reason_B=reason_B)
+
+
+def advance(
+    params, state: Decoding, sampling, key_B, steps, *, model: GPT, stop_id: int | None
+) -> Decoding:
+    """Takes up to `steps` (traced) steps; fewer when every row has ended."""
+
+    def going(carry):
+        taken, state = carry
+        return (taken < steps) & (state.reason_B == RUNNING).any()
+
+    def body(carry):
+        taken, state = carry
+        state = step(params, state, sampling, key_B, model=model, stop_id=stop_id)
+        return taken + 1, state
+
+    return jax.lax.while_loop(going, body, (0, state))[1]
+
+
+def generate(
+    params,
+    tokens_BT,
+    length_B,
+    sampling: Sampling,
+    key_B,
+    *,
+    model: GPT,
+    max_length: int,
+    stop_id: int | None,
+):
+    """Prefill and the whole loop: one program under jit, model and max_length static.
+
+    Takes what `start` takes; returns (tokens_BS with S = max_length, zero beyond the
+    row's length; length_B, the stop token included; reason_B: STOP or LENGTH).
+    """
+    fixed = {"model": model, "stop_id": stop_id}
+    state = start(
+        params, tokens_BT, length_B, sampling, key_B, max_length=max_length, **fixed
+    )
+    state = advance(params, state, sampling, key_B, max_length, **fixed)
+    return state.tokens_BS, state.length_B, state.reason_B
+
+
+def laid_out(model: GPT, params, *, rows: int):
+    """Returns (model, params) with the weights as decoding so many rows reads them.
+
+    One array per layer: slices of stacked weights would be copied for every token,
+    three times slower. For one row on a CPU, kernels transposed (`model.for_one_row`),
+    which are a second copy. Weights wider than the activations are rounded, once. What
+    is laid out already is returned as is.
+    """
+    if model.cfg.scan_layers:
+        params = unstack(params, model.cfg)
+        model = GPT(replace(model.cfg, scan_layers=False))
+    if model.cfg.dtype != model.cfg.param_dtype:
+        params = rounded(params, declared(model.cfg), model.cfg.dtype)
+    if rows == 1 and mesh.platform() == "cpu":
+        params = for_one_row(params, declared(model.cfg))
+    return model, params
