@@ -18,7 +18,7 @@ from docs.tools.pages import GUIDE, ROOT
 
 MOVED = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
 MOVED["CONTRIBUTING.md"] = "contributing.md"
-ABOUT = ("architecture", "performance", "results", "reliability", "security")
+ABOUT = ("architecture", "performance", "results")  # first; then the rest of docs/
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -105,6 +105,8 @@ def _nav() -> list:
     listed = re.findall(r"^\| \[[^]]+\]\(([^)/]+\.md)\)", text, re.M)
     rest = [page.name for page in notebooks.PAGES if page.name not in listed]
     rest.remove("README.md")
+    about = [f"{name}.md" for name in ABOUT]
+    about += sorted({page.name for page in (ROOT / "docs").glob("*.md")} - {*about})
     api: dict[str, list] = {}
     for file in _modules():
         _, *parts = _dotted(file).split(".")
@@ -113,7 +115,7 @@ def _nav() -> list:
     return [
         {"Begin": "index.md"},
         {"Guide": [f"guide/{name}" for name in ("README.md", *listed, *rest)]},
-        {"About": [*(f"{name}.md" for name in ABOUT), *list(MOVED.values())[1:]]},
+        {"About": [*about, *list(MOVED.values())[1:]]},
         {
             "Code": [
                 "api/gpt_jax.md",

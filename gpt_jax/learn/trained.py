@@ -26,6 +26,7 @@ from gpt_jax.learn import training
 from gpt_jax.learn.hole import Hole
 from gpt_jax.model import layers
 from gpt_jax.model.architecture import ACTIVATIONS
+from gpt_jax.optimizer import muon
 from gpt_jax.tasks import lm
 from gpt_jax.tasks.task import dropout_of
 
@@ -371,7 +372,7 @@ def _clip(mine: Callable) -> list[Put]:
 
 
 def _orthogonalise(mine: Callable) -> list[Put]:
-    return [Put(optimizer, "orthogonalise", jax.vmap(mine))]
+    return [Put(muon, "orthogonalise", jax.vmap(mine))]
 
 
 PLACES: dict[str, Place] = {
