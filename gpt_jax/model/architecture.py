@@ -50,12 +50,13 @@ def _layer_kind(kind) -> LayerKind:
     return LayerKind(**kind)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GPTConfig:
     """`config.model` (configs/common.py says what each key means), checked, hashable.
 
     Zeros that mean "choose for me" are resolved here, but for vocab_size: a model can
-    be made when a tokenizer has told it.
+    be made when a tokenizer has told it. A field with a default is newer than some
+    runs; the default means what such a run did.
 
     Raises:
       ValueError: a value, or two together, make no model.
@@ -72,8 +73,8 @@ class GPTConfig:
     d_ff: int
     position: str
     pattern: tuple[LayerKind, ...]
-    rotary_dim: int
-    parallel: str
+    rotary_dim: int = 0
+    parallel: str = "no"
     norm: str
     norm_eps: float
     norm_scale: bool
@@ -89,13 +90,13 @@ class GPTConfig:
     head_bias: bool
     tie_embeddings: bool
     qk_norm: bool
-    qk_norm_over: str
+    qk_norm_over: str = "head"
     query_scale: float
     attn_softcap: float
     logit_softcap: float
     embed_scale: float
-    residual_scale: float
-    logit_divisor: float
+    residual_scale: float = 1.0
+    logit_divisor: float = 1.0
     init: str
     zero_init: bool
     scan_layers: bool
@@ -103,7 +104,6 @@ class GPTConfig:
     dtype: str
     param_dtype: str
     attention: str
-    # Fields that older runs lack, with the value that means what such a run did.
     n_classes: int = 0
 
     def __post_init__(self):

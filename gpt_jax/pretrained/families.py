@@ -85,16 +85,15 @@ PLAIN = {
     "embed_norm": False,
     "head_bias": False,
     "qk_norm": False,
-    "qk_norm_over": "head",
     "attn_softcap": 0.0,
     "logit_softcap": 0.0,
     "embed_scale": 1.0,
-    "parallel": "no",
-    "residual_scale": 1.0,
-    "logit_divisor": 1.0,
 }
-MULTIPLIERS = ("embed_scale", "residual_scale", "logit_divisor")
 ROTARY = {**PLAIN, "position": "rope", "norm": "rmsnorm", "gated": True}
+LAYERNORM = {  # with biases, and an MLP without a gate
+    **{**PLAIN, "position": "rope", "norm": "layernorm", "norm_bias": True},
+    "gated": False,
+}
 
 
 # ---------------------------------------------------------------- GPT-2
@@ -222,6 +221,25 @@ NORMS = _block(
     ("norm1/scale", "input_layernorm.weight", VECTOR),
     ("norm2/scale", "post_attention_layernorm.weight", VECTOR),
 )
+NORM_BIASES = (
+    Row("final_norm/bias", "norm.bias", VECTOR),
+    *_block(
+        ("norm1/bias", "input_layernorm.bias", VECTOR),
+        ("norm2/bias", "post_attention_layernorm.bias", VECTOR),
+    ),
+)
+
+
+def _two_layers(up: str, down: str) -> tuple[Row, ...]:
+    """Returns the rows of an MLP without a gate, by the names of its layers."""
+    return _block(
+        ("mlp/up/kernel", f"{up}.weight", LINEAR),
+        ("mlp/up/bias", f"{up}.bias", VECTOR),
+        ("mlp/down/kernel", f"{down}.weight", LINEAR),
+        ("mlp/down/bias", f"{down}.bias", VECTOR),
+    )
+
+
 GATED_MLP = _block(
     ("mlp/gate/kernel", "mlp.gate_proj.weight", LINEAR),
     ("mlp/up/kernel", "mlp.up_proj.weight", LINEAR),
@@ -658,24 +676,13 @@ STARCODER2 = LLAMA._replace(
         "attn_bias": ("use_bias", True),
         "mlp_bias": ("use_bias", True),
     },
-    fixed={
-        **{**PLAIN, "position": "rope", "norm": "layernorm"},
-        **{"norm_bias": True, "gated": False},
-    },
+    fixed=LAYERNORM,
     known=(*LLAMA.known, "sliding_window"),
     read=_read_starcoder2,
     write=_write_starcoder2,
     rows=(
-        *(*ENDS, *NORMS, *ATTENTION),
-        Row("final_norm/bias", "norm.bias", VECTOR),
-        *_block(
-            ("norm1/bias", "input_layernorm.bias", VECTOR),
-            ("norm2/bias", "post_attention_layernorm.bias", VECTOR),
-            ("mlp/up/kernel", "mlp.c_fc.weight", LINEAR),
-            ("mlp/down/kernel", "mlp.c_proj.weight", LINEAR),
-            ("mlp/up/bias", "mlp.c_fc.bias", VECTOR),
-            ("mlp/down/bias", "mlp.c_proj.bias", VECTOR),
-        ),
+        *(*ENDS, *NORMS, *NORM_BIASES, *ATTENTION),
+        *_two_layers("mlp.c_fc", "mlp.c_proj"),
     ),
 )
 
@@ -824,7 +831,7 @@ def _write_granite(cfg: GPTConfig) -> dict[str, Any]:
 GRANITE = LLAMA._replace(
     model_type="granite",
     architecture="GraniteForCausalLM",
-    fixed={k: v for k, v in ROTARY.items() if k not in MULTIPLIERS},
+    fixed=ROTARY,
     known=(
         *(*LLAMA.known, "embedding_multiplier", "attention_multiplier"),
         *("residual_multiplier", "logits_scaling"),
@@ -899,17 +906,15 @@ SMOLLM3 = LLAMA._replace(
 # ---------------------------------------------------------------- OLMo 1 and 2
 
 
-def _read_olmo(config: Mapping) -> dict[str, Any]:
-    return {**_read_llama(config), "norm_eps": 1e-5}
-
-
 OLMO = LLAMA._replace(
     model_type="olmo",
     architecture="OlmoForCausalLM",
     keys={k: v for k, v in LLAMA.keys.items() if k not in ("norm_eps", "mlp_bias")},
-    fixed={**ROTARY, "norm": "layernorm", "norm_scale": False, "mlp_bias": False},
+    fixed={
+        **{**ROTARY, "norm": "layernorm", "norm_scale": False, "norm_eps": 1e-5},
+        "mlp_bias": False,
+    },
     always={"clip_qkv": None},
-    read=_read_olmo,
     rows=tuple(row for row in LLAMA.rows if "norm" not in row.ours),
 )
 OLMO2 = LLAMA._replace(
@@ -999,10 +1004,6 @@ def _read_phi(config: Mapping) -> dict[str, Any]:
     }
 
 
-TWO_LAYERS = {  # LayerNorm with biases, and an MLP without a gate
-    **{**PLAIN, "position": "rope", "norm": "layernorm", "norm_bias": True},
-    **{"gated": False, "mlp_bias": True},
-}
 PHI = LLAMA._replace(
     model_type="phi",
     architecture="PhiForCausalLM",
@@ -1012,32 +1013,28 @@ PHI = LLAMA._replace(
         "tie_embeddings": ("tie_word_embeddings", False),
     },
     fixed={
-        **{**TWO_LAYERS, "parallel": "shared", "head_bias": True},
-        **{"qkv_bias": True},
+        **{**LAYERNORM, "parallel": "shared", "head_bias": True},
+        **{"qkv_bias": True, "mlp_bias": True},
     },
     always={"qk_layernorm": False},
     known=(*LLAMA.known, "partial_rotary_factor"),
     read=_read_phi,
     write=_write_partial,
     rows=(
-        *(row for row in (*ENDS, *ATTENTION) if row.ours != "final_norm/scale"),
+        *(row for row in ENDS if row.ours != "final_norm/scale"),
+        *(
+            row._replace(theirs=row.theirs.replace("o_proj", "dense"))
+            for row in ATTENTION
+        ),
         Row("final_norm/scale", "final_layernorm.weight", VECTOR),
         Row("final_norm/bias", "final_layernorm.bias", VECTOR),
         Row("head/bias", "lm_head.bias", VECTOR),
         *_block(
             ("norm1/scale", "input_layernorm.weight", VECTOR),
             ("norm1/bias", "input_layernorm.bias", VECTOR),
-            ("mlp/up/kernel", "mlp.fc1.weight", LINEAR),
-            ("mlp/up/bias", "mlp.fc1.bias", VECTOR),
-            ("mlp/down/kernel", "mlp.fc2.weight", LINEAR),
-            ("mlp/down/bias", "mlp.fc2.bias", VECTOR),
         ),
+        *_two_layers("mlp.fc1", "mlp.fc2"),
     ),
-)
-PHI = PHI._replace(
-    rows=tuple(
-        row._replace(theirs=row.theirs.replace("o_proj", "dense")) for row in PHI.rows
-    )
 )
 
 
@@ -1081,7 +1078,7 @@ GPT_NEOX = PHI._replace(
         "qkv_bias": ("attention_bias", True),
         "attn_bias": ("attention_bias", True),
     },
-    fixed={k: v for k, v in TWO_LAYERS.items() if k != "parallel"},
+    fixed={**LAYERNORM, "mlp_bias": True},
     always={},
     known=(
         *("rotary_emb_base", "rotary_pct", "rope_scaling", "rope_parameters"),
@@ -1092,6 +1089,7 @@ GPT_NEOX = PHI._replace(
     rows=(
         Row("embed/embedding", "embed_in.weight", EMBEDDING),
         Row("final_norm/scale", "final_layer_norm.weight", VECTOR),
+        *(row for row in NORM_BIASES if row.ours != "final_norm/bias"),
         Row("final_norm/bias", "final_layer_norm.bias", VECTOR),
         Row("head/kernel", "embed_out.weight", LINEAR),
         *(
@@ -1105,15 +1103,10 @@ GPT_NEOX = PHI._replace(
         ),
         *NORMS,
         *_block(
-            ("norm1/bias", "input_layernorm.bias", VECTOR),
-            ("norm2/bias", "post_attention_layernorm.bias", VECTOR),
             ("attn/out/kernel", "attention.dense.weight", LINEAR),
             ("attn/out/bias", "attention.dense.bias", VECTOR),
-            ("mlp/up/kernel", "mlp.dense_h_to_4h.weight", LINEAR),
-            ("mlp/up/bias", "mlp.dense_h_to_4h.bias", VECTOR),
-            ("mlp/down/kernel", "mlp.dense_4h_to_h.weight", LINEAR),
-            ("mlp/down/bias", "mlp.dense_4h_to_h.bias", VECTOR),
         ),
+        *_two_layers("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
     ),
 )
 
@@ -1145,11 +1138,7 @@ STABLELM = LLAMA._replace(
         "tie_embeddings": ("tie_word_embeddings", False),
         "qkv_bias": ("use_qkv_bias", False),
     },
-    fixed={
-        **{k: v for k, v in PLAIN.items() if k != "parallel"},
-        **{"position": "rope", "norm": "layernorm", "norm_bias": True, "gated": True},
-        "mlp_bias": False,
-    },
+    fixed={**LAYERNORM, "gated": True, "mlp_bias": False},
     always={"qk_layernorm": False},
     known=(
         *("num_key_value_heads", *ROPE, "hidden_act", "partial_rotary_factor"),
@@ -1157,14 +1146,7 @@ STABLELM = LLAMA._replace(
     ),
     read=_read_stablelm,
     write=_write_stablelm,
-    rows=(
-        *LLAMA.rows,
-        Row("final_norm/bias", "norm.bias", VECTOR),
-        *_block(
-            ("norm1/bias", "input_layernorm.bias", VECTOR),
-            ("norm2/bias", "post_attention_layernorm.bias", VECTOR),
-        ),
-    ),
+    rows=(*LLAMA.rows, *NORM_BIASES),
 )
 
 TABLE = {
