@@ -126,6 +126,11 @@ def missing_biases(cfg: GPTConfig) -> tuple[str, ...]:
     return _zeros(of_config(config_of(cfg)), cfg)
 
 
+def with_biases(cfg: GPTConfig) -> GPTConfig:
+    """Returns a model with all biases that an export of `cfg` has."""
+    return replace(cfg, **dict.fromkeys(missing_biases(cfg), True))
+
+
 def _zeros(family: Family, cfg: GPTConfig) -> tuple[str, ...]:
     return tuple(field for field in family.zeros if not getattr(cfg, field))
 

@@ -51,27 +51,36 @@ class Row(NamedTuple):
     parts: int = 1
     by_head: bool = False
 
-    def cut(self, theirs: np.ndarray, weight: Weight, first: int) -> np.ndarray:
-        """Returns this part of a tensor; `first` of its outputs are before it."""
+    def cut(
+        self, theirs: np.ndarray, weight: Weight, first: int, axis: int | None = None
+    ) -> np.ndarray:
+        """Returns this part of a tensor; `first` of its outputs are before it.
+
+        The outputs are those of `axis`; None = where the layout has them. Of what is by
+        head they are the first axis.
+        """
         if self.parts == 1:
             return theirs
         if self.by_head:
             size, rest = weight.shape[-1], theirs.shape[1:]
             heads = theirs.reshape(-1, self.parts, size, *rest)
             return heads[:, self.part].reshape(-1, *rest)
-        axis = self.layout.outputs
-        width = self.layout.shape(weight)[axis]
+        width = self.layout.shape(weight)[self.layout.outputs]
+        axis = self.layout.outputs if axis is None else axis
         return theirs[(slice(None),) * axis + (slice(first, first + width),)]
 
-    def join(self, parts: list[np.ndarray], weight: Weight) -> np.ndarray:
-        """Returns the tensor of all its parts, in their order."""
+    def join(
+        self, parts: list[np.ndarray], weight: Weight, axis: int | None = None
+    ) -> np.ndarray:
+        """Returns the tensor of all its parts, in their order; `axis` as in `cut`."""
         if len(parts) == 1:
             return parts[0]
         if self.by_head:
             size, rest = weight.shape[-1], parts[0].shape[1:]
             heads = [part.reshape(-1, size, *rest) for part in parts]
             return np.stack(heads, 1).reshape(-1, *rest)
-        return np.concatenate(parts, axis=self.layout.outputs)
+        axis = self.layout.outputs if axis is None else axis
+        return np.concatenate(parts, axis=axis)
 
 
 def _matrix(turned: bool) -> Layout:

@@ -91,8 +91,7 @@ def save(folder: Path, params: Mapping, cfg: GPTConfig, *, base: str) -> None:
             "the whole model with --to_hf"
         )
     family = config_json.of_config(config)
-    full = replace(cfg, **dict.fromkeys(config_json.missing_biases(cfg), True))
-    declared = weights.unrolled(full)
+    declared = weights.unrolled(config_json.with_biases(cfg))
     tensors, scales = {}, {}
     modules = set()
     for name, group in weights.groups(family, declared).items():
@@ -166,9 +165,7 @@ def _joined(
         parts.append(part_FR)
     a_RD = next(iter(a.values())) if one else np.concatenate([*a.values()])
     layer, row = own[0]
-    if row.by_head:
-        return a_RD, row.join(parts, declared[f"{layer}/kernel"])
-    return a_RD, np.concatenate(parts)
+    return a_RD, row.join(parts, declared[f"{layer}/kernel"], axis=0)
 
 
 def _like(weight: Weight, rank: int) -> Weight:
@@ -330,12 +327,8 @@ def _cut(
     found, first = {}, 0
     for path, row in own:
         weight = declared[path]
-        width = weight.sides[1]
-        if row.by_head:
-            part_FR = row.cut(b_FR, weight, first)
-        else:
-            part_FR = b_FR[first : first + width]
-        first += width
+        part_FR = row.cut(b_FR, weight, first, axis=0)
+        first += weight.sides[1]
         found[path] = np.ascontiguousarray(a_RD.T), _our_b(part_FR, row, weight)
     return found
 

@@ -151,8 +151,7 @@ def tensors_of(
       (dtype, shape) by name; and the function that gives the tensor of a name.
     """
     family = config_json.of_config(config)
-    full = replace(cfg, **dict.fromkeys(config_json.missing_biases(cfg), True))
-    wanted, ours = unrolled(full), dict(flat(params))
+    wanted, ours = unrolled(config_json.with_biases(cfg)), dict(flat(params))
     kind = files.kind_of(next(iter(ours.values())).dtype)
     if extra := sorted(ours.keys() - wanted.keys()):
         raise ValueError(
