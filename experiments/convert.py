@@ -100,33 +100,48 @@ def main(_: list[str]) -> None:
         raise ValueError(f"give one of {names} (see --help)")
     door.only_with(ways[0].name, READS)
     named = FROM_HF.value or FROM_GGUF.value
-    if FROM_PEFT.value:
-        adapt()
-    else:
-        take(named) if named else export()
+    if ways[0].name.startswith("to_"):
+        return export(ways[0])
+    if Path(RUN.value).exists():
+        raise FileExistsError(f"{RUN.value} exists already; name a new --run")
+    door.check_writable("run", RUN.value, folder=True)
+    take(named) if named else adapt()
 
 
 def take(named: str) -> None:
     """Makes a run folder of published weights."""
-    from gpt_jax import checkpoint, pretrained, runs
+    from gpt_jax import pretrained
 
-    workdir = Path(RUN.value)
-    if workdir.exists():
-        raise FileExistsError(f"{workdir} exists already; name a new --run")
-    door.check_writable("run", RUN.value, folder=True)
     source = pretrained.find(named)
     if FROM_GGUF.value and not source.is_file():
         raise ValueError(
             f"--from_gguf={named}: it is no GGUF file; --from_hf is for it"
         )
     config, tokenizer, cfg, params = published(source)
-    with pretrained.whole(workdir) as draft:
+    write(source, config, tokenizer, params, named)
+    tell(params, cfg)
+
+
+def write(source: Path, config, tokenizer, params, named: str, *, base=None) -> None:
+    """Writes the run folder whole.
+
+    Args:
+      source: of which what else a published folder says is kept.
+      config, tokenizer: of the run.
+      params: its weights, or what moves of them.
+      named: where they come from.
+      base: the weights that stay as they are, if there are such.
+    """
+    from gpt_jax import checkpoint, pretrained, runs
+
+    with pretrained.whole(Path(RUN.value)) as draft:
         runs.create(draft, config, tokenizer)
         pretrained.keep(source, draft)
         with checkpoint.Checkpoints(draft / "checkpoints", keep=1) as store:
             meta = {"from": named}
+            if base is not None:
+                meta["frozen"] = store.save_frozen({"base": base})
             store.save(0, {"params": params}, metric=None, meta=meta)
-    tell(params, cfg)
 
 
 def published(source: Path):
@@ -167,12 +182,9 @@ def tell(params, cfg) -> None:
 
 def adapt() -> None:
     """Makes a LoRA run of an adapter and its base."""
-    from gpt_jax import checkpoint, files, pretrained, runs, special
+    from gpt_jax import files, pretrained, runs, special
 
-    workdir, folder = Path(RUN.value), Path(FROM_PEFT.value)
-    if workdir.exists():
-        raise FileExistsError(f"{workdir} exists already; name a new --run")
-    door.check_writable("run", RUN.value, folder=True)
+    folder = Path(FROM_PEFT.value)
     named = BASE.value or pretrained.peft.base_of(folder)
     if not named:
         raise ValueError(f"{folder} does not name its base: give it as --base")
@@ -181,7 +193,7 @@ def adapt() -> None:
         base = runs.open(source)
         config, tokenizer, cfg = base.config, base.tokenizer, base.model.cfg
         params = base.params
-        config.data.tokenizer = str(workdir / "tokenizer.json")
+        config.data.tokenizer = str(Path(RUN.value) / "tokenizer.json")
         config.model.scan_layers = False
     else:
         source = pretrained.find(named)
@@ -191,23 +203,15 @@ def adapt() -> None:
     config.adapter.update(
         rank=found.rank, alpha=found.alpha, targets=found.targets, base_dtype=""
     )
-    with pretrained.whole(workdir) as draft:
-        runs.create(draft, config, tokenizer)
-        pretrained.keep(source, draft)
-        with checkpoint.Checkpoints(draft / "checkpoints", keep=1) as store:
-            meta = {"from": FROM_PEFT.value}
-            meta["frozen"] = store.save_frozen({"base": params})
-            store.save(0, {"params": found.params}, metric=None, meta=meta)
+    write(source, config, tokenizer, found.params, FROM_PEFT.value, base=params)
     print(f"an adapter of rank {found.rank} on {named}")
     tell(params, cfg)
 
 
-def export() -> None:
+def export(way: flags.FlagHolder) -> None:
     """Writes the weights of a run for other software."""
     from gpt_jax import chat, pretrained, runs
 
-    ways = (TO_HF, TO_GGUF, TO_STABLEHLO, TO_PEFT)
-    way = next(flag for flag in ways if flag.value)
     target = Path(way.value)
     if target.exists():
         raise FileExistsError(f"{target} exists already; name a new one, or remove it")
