@@ -73,7 +73,7 @@ def lines(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe, vmap",
-    [pytest.param("adamw", False, marks=pytest.mark.slow), ("muon", True)],
+    [("adamw", False), ("muon", True)],
 )
 def test_a_member_trains_as_it_would_alone(config, tmp_path, recipe, vmap, monkeypatch):
     """Oracle: `train.train`. Numbers, seeds and dropout differ between the members."""

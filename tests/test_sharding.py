@@ -54,7 +54,7 @@ def alone():
 
 @pytest.mark.parametrize(
     "strategy, data",
-    [("mesh", 2), pytest.param("pmap", 1, marks=pytest.mark.slow), ("pmap", 2)],
+    few([("mesh", 2), ("pmap", 1), ("pmap", 2)], ("mesh", 2), ("pmap", 2)),
 )
 def test_losses_equal_those_of_one_device_over_20_steps(alone, strategy, data):
     losses, state = run(strategy, data, 20)

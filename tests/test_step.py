@@ -206,9 +206,7 @@ def test_a_spike_is_skipped_once_there_are_losses_to_compare_it_with():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [pytest.param("adamw", marks=pytest.mark.slow), "muon"]
-)
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_members_of_a_vmap_over_hyper_equal_single_runs(name):
     """Every number that a population varies is traced: no recompilation, no branch."""
     function, tx = make_step(name=name, dropout=DROPOUTS)

@@ -102,7 +102,7 @@ def test_logits_in_chunks_give_the_loss_and_the_gradient_of_all_at_once(head):
     assert float(got[1]["weight"]) == float(batch["mask"].sum())
 
 
-@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("devices", few([1, 4], 4))
 def test_logits_in_chunks_train_alike_on_a_mesh_with_micro_batches(devices):
     states = []
     for chunk in (0, 3):

@@ -19,6 +19,7 @@ from configs import common
 from gpt_jax import checkpoint, metrics, model, runs, tasks, tokenizers, train
 from gpt_jax.report import compare
 from tests import tiny
+from tests.cases import few
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 300
 
@@ -149,9 +150,7 @@ def test_no_thread_is_left_behind(config, tmp_path):
 
 
 @pytest.mark.fault(10)
-@pytest.mark.parametrize(
-    "strategy", ["mesh", pytest.param("pmap", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("strategy", few(["mesh", "pmap"], "mesh"))
 def test_a_resumed_run_ends_bit_equal_to_an_uninterrupted_one(
     config, tmp_path, strategy
 ):
