@@ -138,11 +138,12 @@ def choose(logits_BV, tokens_BS, begin_B, length_B, sampling: Sampling, key_B):
 
     Those from `begin_B` on were chosen before; what is before them is the prompt.
     """
+    vocab = logits_BV.shape[-1]
     logits_BV = jax.lax.cond(
         (sampling.repetition_penalty != 1).any(),
         lambda: penalise(
             logits_BV,
-            _seen(tokens_BS, length_B, logits_BV.shape[-1]),
+            _written(tokens_BS, jnp.zeros_like(length_B), length_B, vocab) > 0,
             sampling.repetition_penalty,
         ),
         lambda: logits_BV,
@@ -152,7 +153,7 @@ def choose(logits_BV, tokens_BS, begin_B, length_B, sampling: Sampling, key_B):
         charged_B.any(),
         lambda: charge(
             logits_BV,
-            _written(tokens_BS, begin_B, length_B, logits_BV.shape[-1]),
+            _written(tokens_BS, begin_B, length_B, vocab),
             sampling,
         ),
         lambda: logits_BV,
@@ -165,15 +166,6 @@ def choose(logits_BV, tokens_BS, begin_B, length_B, sampling: Sampling, key_B):
         return jnp.where(sampling.temperature > 0, drawn_B, best_B)
 
     return jax.lax.cond((sampling.temperature > 0).any(), drawn_or_best, lambda: best_B)
-
-
-def _seen(tokens_BS, length_B, vocab):
-    """Returns bool [B, V]: whether the row's first `length` tokens hold the token."""
-    rows, width = tokens_BS.shape
-    valid_BS = jnp.arange(width) < length_B[:, None]
-    token_BS = jnp.where(valid_BS, tokens_BS, vocab)
-    seen_BV = jnp.zeros((rows, vocab), bool)
-    return seen_BV.at[jnp.arange(rows)[:, None], token_BS].set(True, mode="drop")
 
 
 def _written(tokens_BS, begin_B, length_B, vocab):

@@ -5,7 +5,7 @@
     kind.schema()          # the same as JSON Schema
 
 Reader and schema stand side by side, so that neither takes what the other refuses;
-tests/faults_fuzz.py holds them to it.
+tests/test_serve_fields.py holds them to it.
 """
 
 import json

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -29,6 +30,7 @@ class Reply:
     prompts: list[list[int]]
     echoes: list[str]  # "" unless asked for
     spell: wire.Spell
+    end: ClassVar[bytes] = b"data: [DONE]\n\n"  # stands behind the last event
 
     def prompt(self, i: int) -> list[int]:
         """Returns the ids of the prompt of text `i`."""
@@ -104,11 +106,6 @@ class Reply:
     def failed(self, error: Refused) -> list[dict]:
         """Returns the event with which a stream breaks off."""
         return [error.body()]
-
-    @property
-    def end(self) -> bytes:
-        """What stands behind the last event."""
-        return b"data: [DONE]\n\n"
 
     def _told(self, i: int, tokens: Sequence[Token], start: int) -> dict:
         if self.ask.top is None:
