@@ -243,6 +243,10 @@ def test_a_config_without_optional_keys_has_their_published_defaults():
     gemma = config_json.fields({**config, "model_type": "gemma3_text"})
     assert gemma["head_dim"] == 256 and gemma["query_scale"] == 256**-0.5
     assert gemma["tie_embeddings"] and gemma["activation"] == "gelu_tanh"
+    for name, turned in (("phi", 2), ("stablelm", 1), ("gpt_neox", 1), ("phi3", 4)):
+        assert (
+            config_json.fields({**config, "model_type": name})["rotary_dim"] == turned
+        )
 
 
 @pytest.mark.parametrize(

@@ -385,6 +385,7 @@ def test_one_too_many_is_told_in_json_when_to_come_again():
         status, answer, headers = live.ask(PATH, body(max_tokens=1))
         assert status == 503 and answer["error"]["code"] == "overloaded"
         assert int(headers["Retry-After"]) >= 1
+        assert live.ask("/healthz")[0] == 200  # is answered beyond any number
         busy.close()
 
 
