@@ -378,6 +378,21 @@ def _runs_here(noted: dict[str, Any]) -> bool:
 # --- this machine and this process ----------------------------------------------------
 
 
+def open_most(wanted: int) -> int:
+    """Lets this process have so many files open, if it may; returns how many."""
+    resource = _import("resource")
+    if resource is None:  # Windows, where handles are plenty
+        return wanted
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if limit <= soft:
+        return soft
+    with contextlib.suppress(OSError, ValueError):  # macOS has a limit of its own
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        return limit
+    return soft
+
+
 def host() -> str:
     """Returns what this machine is called."""
     return socket.gethostname()

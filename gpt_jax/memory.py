@@ -8,6 +8,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -29,6 +30,17 @@ def left(root: Path = Path("/")) -> float:
 def of_machine() -> float:
     """Returns the bytes of the machine's memory that programs could still have."""
     return psutil.virtual_memory().available
+
+
+def of_device(device: Any) -> float:
+    """Returns the free bytes of a JAX device; of a CPU, what a process may still take.
+
+    Likewise of a device that does not say.
+    """
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    return min(left(), of_machine())
 
 
 def _groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:

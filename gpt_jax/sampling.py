@@ -72,6 +72,14 @@ SETTINGS: Mapping[str, Setting] = {
         "Above 1 makes tokens already there less likely; 1 = off.",
         above=True,
     ),
+    "frequency_penalty": Setting(
+        *(0.0, -2, 2),
+        "Taken from a token's logit for each time it was written; 0 = off.",
+    ),
+    "presence_penalty": Setting(
+        *(0.0, -2, 2),
+        "Taken from a token's logit once it was written; 0 = off.",
+    ),
 }
 
 

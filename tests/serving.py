@@ -11,11 +11,11 @@ import urllib.request
 import jax
 
 from gpt_jax import model as models
-from gpt_jax import sample, tokenizers
+from gpt_jax import sample, sampling, tokenizers
 from gpt_jax.serve import server
 from gpt_jax.serve.engine import Engine
 from gpt_jax.serve.flow import Served
-from gpt_jax.serve.wire import Limits
+from gpt_jax.serve.limits import Limits
 from tests import tiny
 
 TOKENIZER = tokenizers.train("byte", [])
@@ -49,8 +49,7 @@ def make_engine(context, sizes, queue):
 def alone(prompt, context, *, number=0, seed=0, stop=(), **settings):
     """The Completion of a request of its own, by code that knows nothing of servers."""
     model, params = build(context)
-    plain = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    plain |= {"repetition_penalty": 1.0, "max_new": 16}
+    plain = sampling.settings(16, temperature=0.0)
     done = sample.texts(
         model=model,
         params=params,
@@ -65,7 +64,15 @@ def alone(prompt, context, *, number=0, seed=0, stop=(), **settings):
 
 
 @contextlib.contextmanager
-def running(engine, *, limits=LIMITS, key="", grace_s=5.0, templates=(None, "plain")):
+def running(
+    engine,
+    *,
+    limits=LIMITS,
+    key="",
+    grace_s=5.0,
+    templates=(None, "plain"),
+    **options,
+):
     """Serves an engine in a thread: as `tiny` it continues, as `chatty` it talks."""
     cfg = engine.model.cfg
     facts = {"context_length": cfg.context_length, "vocab_size": cfg.vocab_size}
@@ -74,15 +81,17 @@ def running(engine, *, limits=LIMITS, key="", grace_s=5.0, templates=(None, "pla
         name: Served(engine, template, facts)
         for name, template in zip(("tiny", "chatty"), templates, strict=True)
     }
-    with open_server(served, limits=limits, key=key, grace_s=grace_s) as found:
+    with open_server(
+        served, limits=limits, key=key, grace_s=grace_s, **options
+    ) as found:
         yield found
 
 
 @contextlib.contextmanager
-def open_server(served, *, limits=LIMITS, key="", grace_s=5.0):
+def open_server(served, *, limits=LIMITS, key="", grace_s=5.0, **options):
     """Serves models by name in a thread."""
     lines, stop = [], server.Stop()
-    place = server.Place("127.0.0.1", 0, key, grace_s)
+    place = server.Place("127.0.0.1", 0, key, grace_s, **options)
 
     def work():
         server.serve(served, place, limits, stop=stop, tell=lines.append)
@@ -104,7 +113,8 @@ class Running:
     def __init__(self, lines, stop, thread, engine):
         self.lines, self.stop, self.thread, self.engine = lines, stop, thread, engine
         wait_until(lambda: any("serving" in line for line in lines), 100)
-        self.url = re.search(r"http://\S+:\d+", lines[-1])[0]
+        line = next(line for line in lines if "serving" in line)
+        self.url = re.search(r"http://\S+:\d+", line)[0]
         self.port = int(self.url.rpartition(":")[2])
 
     def ask(self, path, body=None, key=""):

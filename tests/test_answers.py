@@ -16,6 +16,8 @@ PLAIN = {
     "top_p": 1.0,
     "min_p": 0.0,
     "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
     "max_new": 8,
 }
 TEST = [

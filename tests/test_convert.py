@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from gpt_jax import metrics, pretrained, runs, sample, tokenizers
+from gpt_jax import metrics, pretrained, runs, sample, sampling, tokenizers
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/golden"
@@ -49,7 +49,6 @@ def imported(published, tmp_path_factory) -> Path:
 def test_an_import_is_a_run_that_computes_what_transformers_does(imported):
     run = runs.open(imported)
     answers = np.load(GOLDEN / "llama/answers.npz")
-    settings = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     (done,) = sample.texts(
         model=run.model,
         params=run.params,
@@ -58,9 +57,7 @@ def test_an_import_is_a_run_that_computes_what_transformers_does(imported):
         count=1,
         seed=0,
         stop=[],
-        repetition_penalty=1.0,
-        max_new=32,
-        **settings,
+        **sampling.settings(32, temperature=0.0),
     )
     wanted = answers["greedy_1"].tolist()
     eos = run.tokenizer.eos_id

@@ -19,6 +19,7 @@ from gpt_jax import (
     population,
     runs,
     sample,
+    sampling,
     sharding,
     signals,
     tasks,
@@ -416,7 +417,6 @@ def test_what_a_rollout_remembers_is_what_its_first_step_computes(
 def test_an_evaluation_counts_greedy_answers(parts, weights):
     """Oracle: the text that the sampler writes for each question."""
     kept = source("reverse", 1, 2, 0.1).kept(4)
-    settings = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     said = sample.texts(
         model=parts.model,
         params=weights,
@@ -425,9 +425,7 @@ def test_an_evaluation_counts_greedy_answers(parts, weights):
         count=1,
         seed=0,
         stop=(),
-        max_new=3,
-        repetition_penalty=1.0,
-        **settings,
+        **sampling.settings(3, temperature=0.0),
     )
     batch = parts.evals["val"].take([0, 1, 2, 3])
     for number, text in enumerate(said):  # makes every answer but one right

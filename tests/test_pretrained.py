@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from configs import common
-from gpt_jax import chat, model, pretrained, sample, tokenizers
+from gpt_jax import chat, model, pretrained, sample, sampling, tokenizers
 from gpt_jax.model import GPT, GPTConfig, architecture
 from gpt_jax.pretrained import (
     config_json,
@@ -118,8 +118,7 @@ def test_greedy_text_of_a_ragged_batch_is_that_of_transformers(name):
     gpt, params, answers = opened(name)
     tokens_BT, length_B = prompts(answers)
     generate = jax.jit(sample.generate, static_argnames=("model", "max_length"))
-    rows = [{"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}] * 3
-    settings = [{**row, "repetition_penalty": 1.0, "max_new": NEW} for row in rows]
+    settings = [sampling.settings(NEW, temperature=0.0)] * 3
     key_B = sample.row_keys(0, length_B, length_B)
     fixed = {"model": gpt, "max_length": 64, "stop_id": None}
     batched = generate(

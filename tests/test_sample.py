@@ -27,6 +27,8 @@ PLAIN = {
     "top_p": 1.0,
     "min_p": 0.0,
     "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
     "max_new": 99,
 }
 KINDS = {
@@ -264,8 +266,9 @@ def test_the_penalty_counts_the_prompt_and_the_text_but_no_pads():
     logits_BV = jnp.asarray([[3.0, 2.9, 2.8, 0.0]] * 3)
     tokens_BS = jnp.asarray([[1, 0, 0], [1, 0, 0], [0, 1, 0]])
     sampling = sample.rows_of([{**PLAIN, "repetition_penalty": 2.0}] * 3)
+    one_B = jnp.ones(3, jnp.int32)
     found = sample.choose(
-        logits_BV, tokens_BS, jnp.asarray([1, 2, 2]), sampling, keys(3)
+        logits_BV, tokens_BS, one_B, jnp.asarray([1, 2, 2]), sampling, keys(3)
     )
     assert found.tolist() == [0, 2, 2]
 
@@ -285,6 +288,7 @@ def drawn(logits_V, *, one_key=False, **changes):
     found = choose(
         jnp.broadcast_to(logits_V, (many, len(logits_V))),
         jnp.zeros((many, 1), jnp.int32),
+        jnp.zeros(many, jnp.int32),
         position_B,
         sample.rows_of([row] * many),
         key_B,

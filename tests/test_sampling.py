@@ -9,7 +9,8 @@ import pytest
 from configs import common
 from gpt_jax import sample, sampling
 from gpt_jax.sampling import SETTINGS
-from gpt_jax.serve import openapi
+from gpt_jax.serve import fields
+from tests import serving
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,6 +31,8 @@ def test_every_setting_reaches_the_rows_and_nothing_else_does():
         ("top_p", (0.01, 1), (0.0, 1.01, math.nan)),
         ("min_p", (0.0, 1), (-0.1, 1.1)),
         ("repetition_penalty", (0.5, 2.0), (0.0, -1.0, math.inf)),
+        ("frequency_penalty", (-2, 0.0, 2), (-2.1, 2.1, math.nan)),
+        ("presence_penalty", (-2, 0.0, 2), (-2.1, 2.1, math.nan)),
     ],
 )
 def test_a_setting_is_refused_outside_its_range(name, good, bad):
@@ -50,7 +53,10 @@ def test_the_page_and_the_schema_and_configs_offer_settings_of_the_table():
     ranges = set(re.findall(r'type="range" id="(\w+)"', page))
     assert {"max_tokens"} < ranges <= {*SETTINGS, "max_tokens"}
     for name, setting in SETTINGS.items():
-        assert openapi._range(setting)["default"] == setting.off, name
+        for form in ("completion", "chat", "response"):
+            schema = fields.forms(serving.LIMITS)[form][name].schema()
+            assert schema["default"] == setting.off, name
+            assert schema["description"] == setting.told
     others = {"prompt", "count", "max_new_tokens", "words"}
     assert {*common.base().sample} - others <= SETTINGS.keys()
 

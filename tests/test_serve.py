@@ -8,21 +8,14 @@ import numpy as np
 import pytest
 
 from gpt_jax import model as models
-from gpt_jax import sample, tokenizers
-from gpt_jax.serve import slots
+from gpt_jax import sample, sampling, tokenizers
+from gpt_jax.serve import compiled, prefixes, slots
 from gpt_jax.serve.engine import Closed, Engine, Full
 from gpt_jax.serve.texts import Request
 from tests import tiny
 
 CONTEXT = 32
-SETTINGS = {
-    "temperature": 0.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "max_new": 12,
-}
+SETTINGS = sampling.settings(12, temperature=0.0)
 TOKENIZER = tokenizers.train("byte", [])
 
 
@@ -34,19 +27,18 @@ def build():
     return models.GPT(cfg), jax.device_put(params, jax.devices()[0])  # as runs.open
 
 
-def engine(sizes=(1, 2, 4), queue=64):
+def engine(sizes=(1, 2, 4), queue=64, **options):
     model, params = build()
-    return Engine(
-        model=model, params=params, tokenizer=TOKENIZER, sizes=sizes, queue=queue
-    )
+    fixed = {"tokenizer": TOKENIZER, "sizes": sizes, "queue": queue, **options}
+    return Engine(model=model, params=params, **fixed)
 
 
 @pytest.fixture(scope="module")
 def running():
-    """An engine of four slots that runs."""
-    made = engine()
+    """An engine of four slots that runs, all its programs compiled."""
+    made = engine(ahead=True)
     made.start()
-    assert made.ready.wait(100)
+    assert made.compiled.wait(200)
     yield made
     assert made.close(10)
 
@@ -131,6 +123,8 @@ MIXED = [
     {"prompt": "q", "temperature": 1.3, "top_p": 0.8, "seed": 6, "max_new": 40},
     {"prompt": "r", "temperature": 1.0, "min_p": 0.1, "max_new": 3},
     {"prompt": "hello hello", "repetition_penalty": 1.7, "max_new": 20},
+    {"prompt": "again", "frequency_penalty": 1.5, "max_new": 20},
+    {"prompt": "anew", "presence_penalty": -2.0, "temperature": 0.9, "max_new": 20},
     {"prompt": "one", "max_new": 1},
     {"prompt": "b" * CONTEXT, "max_new": 4},
 ]
@@ -195,6 +189,7 @@ def test_caches_reach_as_far_as_the_longest_row_needs(monkeypatch):
     rows = slots.Slots(model, params, [1, 2])
     assert rows.reaches == [8, 16, 32]
     rows.compile()
+    rows.ahead()
     before, written, seen = rows.programs(), [], []
     mine, other = ask("ab", max_new=20), ask("x" * 13, max_new=9)
 
@@ -229,14 +224,7 @@ def test_caches_reach_as_far_as_the_longest_row_needs(monkeypatch):
 
 
 def entry(request):
-    return slots.entry(
-        request.ids,
-        request.settings,
-        seed=request.seed,
-        number=request.number,
-        wants=request.top is not None,
-        room=CONTEXT,
-    )
+    return slots.entry(request, CONTEXT)
 
 
 def test_requests_join_while_others_run_and_grow_and_shrink_the_batch(running):
@@ -253,11 +241,10 @@ def test_requests_join_while_others_run_and_grow_and_shrink_the_batch(running):
 
 
 def test_nothing_is_compiled_after_the_start(running):
-    """Nor in a few sizes only: every program has run in every shape."""
+    """Nor in a few sizes only: there is every program in every shape."""
     before = running._slots.programs()
     lengths, sizes = len(slots.lengths(CONTEXT)), len(running._slots.sizes)
-    # More where another engine of this process had programs of the same functions.
-    assert before >= 2 * lengths + 2 * sizes + 2 * (sizes - 1)
+    assert before == 2 * lengths + 2 * sizes + 2 * (sizes - 1)
     requests = [
         ask("y" * n, top=2, score=True, max_new=9) for n in (1, 16, 17, CONTEXT)
     ]
@@ -409,4 +396,114 @@ def test_caches_have_few_reaches_of_which_the_last_is_all():
     assert slots.reaches(100) == [100]
     assert slots.reaches(256) == [128, 256]
     assert slots.reaches(1024) == [128, 256, 512, 1024]
-    assert slots.reaches(8192) == [1024, 2048, 4096, 8192]
+    assert slots.reaches(8192) == [128, 256, 512, 1024, 2048, 4096, 8192]
+    assert slots.reaches(300) == [150, 300]
+
+
+def test_a_prompt_runs_on_the_shortest_cache_that_holds_it(monkeypatch):
+    monkeypatch.setattr(slots, "REACH", 8)
+    model, params = build()
+    rows = slots.Slots(model, params, [1, 2])
+    rows.compile()
+    before = {key for key in rows._programs if key[0] == "prefill"}
+    assert before == {("prefill", 8, 8)}  # of all the server may need, this is there
+    for count, reach in ((8, 8), (9, 16), (17, 32), (CONTEXT, 32)):
+        rows.prompt([65] * count, 0)
+        assert rows._reach_of_prompt == reach
+    # And in one size alone, where the caches of rows always reach over everything.
+    alone_B = slots.Slots(model, params, [2])
+    alone_B.compile()
+    request = ask("ab", max_new=9)
+    alone_B.prompt(request.ids, 0)
+    assert alone_B._reach_of_prompt == 8 and alone_B._batch.reach == CONTEXT
+    _, chosen = alone_B.join(entry(request), "mine", 2)
+    written = [int(chosen.token_B[0])]
+    written += [int(alone_B.step().token_B[0]) for _ in range(8)]
+    assert bytes(written).decode(errors="replace") == alone("ab", max_new=9).text
+
+
+def test_a_turn_of_a_chat_computes_only_what_is_new_in_it(monkeypatch):
+    monkeypatch.setattr(prefixes, "BLOCK", 8)
+    made = engine(sizes=(1, 2), prefix_bytes=10**6)
+    made.start()
+    assert made.ready.wait(100)
+    first = ask("The quick brown fo", top=0, max_new=6)
+    (answer,) = answers(made, [first])
+    assert answer.text == alone("The quick brown fo", max_new=6).text
+    # 23 tokens have been run, the newest one has not: two blocks of them are kept.
+    turn = [*first.ids, *(token.id for token in answer.tokens), *b" so"]
+    for cached in (16, 24):  # the second time the turn itself is there too
+        before = made.prompted
+        (again,) = answers(made, [ask(turn, max_new=4)])
+        assert again.text == alone(turn, max_new=4).text
+        assert made.prompted - before == len(turn) - cached
+    (other,) = answers(made, [ask("The quack brown fo", max_new=6)])
+    assert other.text == alone("The quack brown fo", max_new=6).text
+    before = made.prompted  # whose tokens' probabilities are wanted runs whole
+    answers(made, [ask(turn, score=True, top=0, max_new=0)])
+    assert made.prompted - before == len(turn)
+    assert made.close(10)
+
+
+def test_with_one_size_alone_no_beginnings_are_kept():
+    """They would make the last bits of a row depend on what was asked before."""
+    model, params = build()
+    rows = slots.Slots(model, params, [2], prefix_bytes=10**6)
+    assert rows._prefixes.most == 0 and rows.recall([65] * 20) == 0
+
+
+def test_of_beginnings_what_was_not_used_for_longest_goes_first(monkeypatch):
+    monkeypatch.setattr(prefixes, "BLOCK", 2)
+    kept, block = prefixes.Prefixes(4 * 80), (np.zeros(10), np.zeros(0))
+    first, second = prefixes.names([1, 2, 3, 4, 5]), prefixes.names([1, 9, 3, 4])
+    assert len(first) == len(second) == 2 and not {*first} & {*second}
+    kept.put(first, dict.fromkeys(first, block))
+    kept.put(second, dict.fromkeys(second, block))
+    assert kept.held == 4 * 80 and len(kept.known(first)) == 2
+    third = prefixes.names([7, 7])
+    kept.put(third, {third[0]: block})  # the end of what was used least has to go
+    assert len(kept.known(second)) == 1 and len(kept.known(first)) == 2
+    assert len(kept.known(third)) == 1 and kept.held == 4 * 80
+    small = prefixes.Prefixes(100)
+    small.put(first, dict.fromkeys(first, block))
+    assert small.held <= 100 and len(small.known(first)) == 1
+
+
+def test_a_program_that_is_wanted_before_it_is_there_is_compiled_once():
+    """By whoever comes first: the thread that compiles ahead, or the request."""
+    programs, begun, go_on = compiled.Programs(), threading.Event(), threading.Event()
+
+    class Slow:
+        """A jitted function whose compilation takes a while, and is counted."""
+
+        count = 0
+
+        def lower(self, *args):
+            self.count += 1
+            begun.set()
+            assert go_on.wait(60)
+            return jax.jit(lambda x: x + 1).lower(*args)
+
+    slow = Slow()
+    draft = compiled.Draft(("one",), lambda: slow.lower(1))
+    thread = threading.Thread(target=programs.ahead, args=([draft],))
+    thread.start()
+    assert begun.wait(60)
+    threading.Timer(0.05, go_on.set).start()
+    assert int(programs.call(("one",), slow, 1)) == 2
+    thread.join(60)
+    assert slow.count == len(programs) == 1
+
+
+def test_what_cannot_be_compiled_is_an_error_of_who_wants_it_and_tried_again():
+    programs = compiled.Programs()
+
+    class Broken:
+        def lower(self, *args):
+            raise KeyError("no such shape")
+
+    programs.ahead([compiled.Draft(("one",), Broken().lower)])
+    good = jax.jit(lambda x: x + 1)
+    assert int(programs.call(("one",), good, 1)) == 2
+    with pytest.raises(KeyError):
+        programs.call(("two",), Broken(), 1)

@@ -234,7 +234,7 @@ def test_a_slow_reader_holds_up_nobody(live):
 
 @pytest.mark.fault(28)
 def test_who_never_reads_is_cut_off_and_makes_room():
-    limits = replace(LIMITS, read_seconds=0.5, connections=3)
+    limits = replace(LIMITS, read_seconds=0.5, connections=2)
     with running(serving.make_engine(CONTEXT, [2], 3), limits=limits) as live:
         links = []
         for _ in range(2):
@@ -247,10 +247,11 @@ def test_who_never_reads_is_cut_off_and_makes_room():
 
         def free():
             with socket.create_connection(("127.0.0.1", live.port)) as link:
-                link.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                link.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 return link.recv(100).startswith(b"HTTP/1.1 200")
 
         assert not free()
+        assert live.ask("/healthz")[0] == 200  # whoever else is there
         wait_until(free, 60)
         for link in links:
             link.close()
@@ -300,17 +301,19 @@ def test_a_path_leads_to_no_file(live, path):
 
 
 @pytest.mark.fault(28)
-def test_a_request_that_is_late_is_told_so(live):
-    limits = replace(LIMITS, seconds=0.05)
-    with running(serving.make_engine(CONTEXT, [2], 3), limits=limits) as hasty:
-        status, answer, _ = hasty.ask(PATH, body(**LONG))
-        assert status == 504 and answer["error"]["code"] == "timeout"
+def test_what_is_late_ends_with_what_there_is_or_is_told_that_it_never_began():
+    limits = replace(LIMITS, seconds=0.4)
+    with running(serving.make_engine(CONTEXT, [1], 3), limits=limits) as hasty:
+        found = at_once(hasty, 2, body(**LONG))  # one runs, the other waits
+        assert sorted(status for status, _ in found) == [200, 504]
         wait_until(lambda: hasty.engine.running == 0, 10)
-        events = answer_of(
-            raw(hasty, post(body(stream=True, **LONG), "Connection: close",
-                            f"Content-Length: {len(body(stream=True, **LONG))}"))
-        )  # fmt: skip
-        assert b"timeout" in events and b"[DONE]" not in events
+        _, answer, _ = hasty.ask(PATH, body(**LONG))
+        assert answer["choices"][0]["finish_reason"] == "length"
+        assert 0 < answer["usage"]["completion_tokens"] < 2000
+        asked = body(stream=True, **LONG)
+        length = f"Content-Length: {len(asked)}"
+        events = answer_of(raw(hasty, post(asked, "Connection: close", length)))
+        assert b'"finish_reason":"length"' in events and b"[DONE]" in events
 
 
 # ---------------------------------------------------------------- overload, leaving
@@ -340,6 +343,43 @@ def test_too_many_clients_are_told_when_to_come_again(live):
     assert set(statuses) == {200, 429} and statuses.count(200) >= 5
     assert all(int(h["Retry-After"]) >= 1 for status, h in found if status == 429)
     assert live.ask("/healthz")[0] == 200
+
+
+@pytest.mark.fault(37)
+def test_beyond_so_many_requests_the_newest_are_refused_and_the_others_served():
+    limits = replace(LIMITS, connections=6)
+    with running(serving.make_engine(CONTEXT, [2], 3), limits=limits) as live:
+        idle = [raw(live, b"") for _ in range(40)]  # cost nobody a place
+        busy = [raw(live, post(body(stream=True, **LONG))) for _ in range(5)]
+        wait_until(lambda: live.engine.running + live.engine.waiting == 5, 10)
+        found = at_once(live, 30, body(max_tokens=1))
+        assert {status for status, _ in found} <= {429, 503}
+        assert all(int(headers["Retry-After"]) >= 1 for _, headers in found)
+        refused = sum(status == 503 for status, _ in found)
+        assert refused > 0  # of 30, one at a time has the sixth place
+        path = 'gpt_jax_answers_total{path="/v1/completions",status="503"}'
+        assert live.number(path) == refused
+        assert live.ask("/healthz")[0] == live.ask("/readyz")[0] == 200
+        for link in busy:  # they were not disturbed
+            link.settimeout(60)
+            assert link.recv(100).startswith(b"HTTP/1.1 200")
+            link.close()
+        wait_until(lambda: live.engine.running == 0, 10)
+        assert live.ask(PATH, body(max_tokens=1))[0] == 200
+        for link in idle:
+            link.close()
+
+
+@pytest.mark.fault(37)
+def test_one_too_many_is_told_in_json_when_to_come_again():
+    limits = replace(LIMITS, connections=1)
+    with running(serving.make_engine(CONTEXT, [2], 3), limits=limits) as live:
+        busy = raw(live, post(body(stream=True, **LONG)))
+        wait_until(lambda: live.engine.running == 1, 10)
+        status, answer, headers = live.ask(PATH, body(max_tokens=1))
+        assert status == 503 and answer["error"]["code"] == "overloaded"
+        assert int(headers["Retry-After"]) >= 1
+        busy.close()
 
 
 @pytest.mark.fault(29)

@@ -15,7 +15,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import common
-from gpt_jax import adapters, runs, sample
+from gpt_jax import adapters, runs, sample, sampling
 from gpt_jax import model as models
 from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.serve import server
@@ -204,8 +204,9 @@ def test_a_cancelled_stream_frees_its_slot(client, live):
         ("", {"prompt": [1, 2, 400]}, 400, "vocabulary"),
         ("", {"max_tokens": CONTEXT + 1}, 400, "context"),
         ("", {"temprature": 1}, 400, "did you mean temperature"),
-        ("", {"logit_bias": {"1": 2}}, 400, "not supported"),
-        ("", {"frequency_penalty": 0.5}, 400, "not supported"),
+        ("", {"logit_bias": {"400": 2}}, 400, "vocabulary"),
+        ("", {"frequency_penalty": 2.5}, 400, "frequency_penalty"),
+        ("", {"suffix": "x"}, 400, "suffix is not supported"),
         ("", {"temperature": -1}, 400, "temperature"),
         ("", {"top_p": 0}, 400, "top_p"),
         ("", {"stop": ["x"] * 17}, 400, "stop"),
@@ -250,12 +251,15 @@ def test_harmless_keys_of_other_servers_are_passed_over(client):
     [
         ({"tool_choice": "required"}, "tool_choice is not supported by this server"),
         ({"tools": [{}]}, "tools is not supported by this server"),
-        ({"best_of": True}, "best_of is not supported by this server"),
+        ({"best_of": True}, "best_of must be a whole number from 1 to 8, not true"),
         ({"parallel_tool_calls": 1}, "parallel_tool_calls is not supported"),
         ({"seed": 2**70}, "to 18446744073709551616, not 1180591620717411303424"),
-        ({"temperature": [1]}, "temperature must be a number, not a list"),
+        (
+            {"temperature": [1]},
+            "must be a number of at least 0, not a list",
+        ),
         ({"stream": "yes"}, 'stream must be true or false, not "yes"'),
-        ({"temperature": True}, "temperature must be a number, not true"),
+        ({"temperature": True}, "must be a number of at least 0, not true"),
     ],
 )
 def test_what_asks_for_something_else_is_refused_in_words_of_json(live, fields, words):
@@ -309,6 +313,12 @@ def test_runs_are_named_by_their_folders(tmp_path):
         server.named(["x/a", "y/a"])
     with pytest.raises(ValueError, match="no run to serve"):
         server.named([])
+    other = server.named(["x/a", "y/a"], ["small", "org/large"])
+    assert [path.parent.name for path in other.values()] == ["x", "y"]
+    assert list(other) == ["small", "org/large"]
+    for names in (["one"], ["one", "two", "three"], ["", "b"], ["a b", "c"]):
+        with pytest.raises(ValueError, match="--name="):
+            server.named(["x/a", "y/a"], names)
 
 
 def test_equal_weights_of_several_models_are_held_once():
@@ -368,12 +378,7 @@ def test_lora_runs_over_one_base_share_it_and_write_as_when_merged(lora_folders)
                 count=1,
                 seed=0,
                 stop=(),
-                max_new=9,
-                temperature=0.0,
-                top_k=0,
-                top_p=1.0,
-                min_p=0.0,
-                repetition_penalty=1.0,
+                **sampling.settings(9, temperature=0.0),
             )
             assert answer["choices"][0]["text"] == wanted[0].text
 
@@ -414,6 +419,9 @@ def test_the_door_serves_a_run_and_leaves_in_good_order(run_folder):
         (["--runs=absent", "--max_choices=0"], "--max_choices=0"),
         (["--runs=absent", "--port=70000"], "--port=70000"),
         (["--runs=absent", "--batches=4,2"], "--batches=4,2"),
+        (["--runs=absent", "--context=-1"], "--context=-1"),
+        (["--runs=absent", "--cors_origin=chat.example.org"], "must be a site"),
+        (["--runs=absent", "--allowed_hosts=a:80"], "without a port"),
     ],
 )
 def test_the_door_refuses_with_a_sentence(args, words):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import common
-from gpt_jax import chat, data, model, runs, sample, train
+from gpt_jax import chat, data, model, runs, sample, sampling, train
 from gpt_jax.tasks import lm, sft
 from tests import test_step, tiny
 
@@ -345,8 +345,7 @@ def test_a_chat_with_a_base_model_continues_what_is_written(run, tmp_path):
 
 
 def sample_settings():
-    rest = {"top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "max_new": 30}
-    return {"temperature": 0.0, "top_k": 0, **rest}
+    return sampling.settings(30, temperature=0.0)
 
 
 def test_the_samples_of_a_run_are_answers_to_its_prompt(run):

@@ -16,6 +16,7 @@ from gpt_jax import (
     optimizer,
     runs,
     sample,
+    sampling,
     sharding,
     step,
     tokenizers,
@@ -316,7 +317,7 @@ def test_bfloat16_in_flight_and_in_moments_trains_on_every_mesh(axes):
 def written(model_of, params):
     """Returns what sampling and the likeliest tokens make of a prompt."""
     prompts = [[5, 3, 9, 1], [7, 7]]
-    how = {"top_k": 0, "top_p": 0.9, "min_p": 0.0, "repetition_penalty": 1.2}
+    how = {"top_p": 0.9, "repetition_penalty": 1.2}
     return [
         [
             text.ids
@@ -328,9 +329,7 @@ def written(model_of, params):
                 count=2,
                 seed=3,
                 stop=(),
-                max_new=8,
-                temperature=temperature,
-                **how,
+                **sampling.settings(8, temperature=temperature, **how),
             )
         ]
         for temperature in (0.0, 1.0)

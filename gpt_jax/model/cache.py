@@ -66,6 +66,25 @@ def free(cache: Cache, slot) -> Cache:
     return cache._replace(length_B=cache.length_B.at[slot].set(0))
 
 
+def block(cache: Cache, slot, start, *, size: int) -> tuple[Any, ...]:
+    """Returns what row `slot` keeps of `size` tokens from `start` on, both traced."""
+
+    def cut(x):
+        row = jax.lax.dynamic_slice_in_dim(x, slot, 1, axis=ROW)
+        return jax.lax.dynamic_slice_in_dim(row, start, size, axis=PLACE)
+
+    return jax.tree.map(cut, cache.layers)
+
+
+def put_block(row: Cache, block: tuple[Any, ...], start) -> Cache:
+    """Returns a cache of one row with such a block at `start`; its length stays."""
+
+    def put(x, part):
+        return jax.lax.dynamic_update_slice_in_dim(x, part, start, axis=PLACE)
+
+    return row._replace(layers=jax.tree.map(put, row.layers, block))
+
+
 def stretch(cache: Cache, reach: int) -> Cache:
     """Returns the cache with room for `reach` tokens in each row: more, or fewer."""
 

@@ -185,7 +185,5 @@ def needed_bytes(compiled: Any, devices: int) -> int:
 
 def free_bytes(device: Any, most: float) -> float:
     """Returns the free memory of a device; of a CPU, what a process may still take."""
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    return min(most, memory.left(), memory.of_machine())
+    free = memory.of_device(device)
+    return min(most, free) if device.platform == "cpu" else free

@@ -214,7 +214,9 @@ def _decode(
     )
     while True:
         fixed = {"model": model, "stop_id": -1 if eos_id is None else eos_id}
-        decoding = _window(params, windows, left, settings, key_B, steps, fixed)
+        written = [len(scribe.ids) for scribe in scribes] + [0] * padding
+        begins = [max(0, len(ids) - n) for ids, n in zip(windows, written, strict=True)]
+        decoding = _window(params, windows, begins, left, settings, key_B, steps, fixed)
         reason, read = None, np.array([len(ids) for ids in windows])
         while True:
             tokens, length, reason = decoding.send(reason)
@@ -244,7 +246,7 @@ def _decode(
     ]
 
 
-def _window(params, windows, left, settings, key_B, steps, fixed):
+def _window(params, windows, begins, left, settings, key_B, steps, fixed):
     """Decodes rows until all have ended or their context is full.
 
     Yields (tokens, lengths, reasons) after every few steps, and takes the reasons
@@ -259,7 +261,9 @@ def _window(params, windows, left, settings, key_B, steps, fixed):
     sampling = rows_of([{**settings, "max_new": max_new} for max_new in left])
     with sharding.in_sight(params):
         state = _start(
-            params, tokens_BT, lengths, sampling, key_B, max_length=max_length, **fixed
+            *(params, tokens_BT, lengths, sampling, key_B),
+            **{**fixed, "max_length": max_length},
+            begin_B=np.array(begins, np.int32),
         )
     while True:
         tokens, length, reason = jax.device_get(

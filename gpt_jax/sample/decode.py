@@ -37,6 +37,7 @@ class Decoding(NamedTuple):
 
     cache: Cache  # holds every token but the newest
     tokens_BS: jax.Array  # int32: the prompt, then what was chosen, then zeros
+    begin_B: jax.Array  # int32: where what was chosen begins
     length_B: jax.Array  # int32: tokens of the row so far, a stop token included
     limit_B: jax.Array  # int32: the length at which the row ends
     reason_B: jax.Array  # int32: RUNNING, STOP or LENGTH
@@ -65,6 +66,7 @@ def start(
     model: GPT,
     max_length: int,
     stop_id: int | None,
+    begin_B=None,
 ) -> Decoding:
     """Runs the prompts and chooses each row's first token.
 
@@ -78,7 +80,10 @@ def start(
       max_length: the size of the cache, at most the model's context; a row that
         reaches it ends with LENGTH. A prompt of that length gets no new token.
       stop_id: the token that ends a row with STOP (may be traced), or None.
+      begin_B: where in a prompt what was chosen earlier begins; None = behind it.
     """
+    # Of a buffer of its own: `advance` is given the state to use up.
+    begin_B = (length_B if begin_B is None else begin_B) + 0
     logits_BV, cache = prefill(
         params, tokens_BT, length_B, model=model, max_length=max_length
     )
@@ -89,7 +94,7 @@ def start(
     )
     limit_B = jnp.minimum(length_B + sampling.max_new, max_length)
     reason_B = jnp.where(length_B < limit_B, RUNNING, LENGTH)
-    state = Decoding(cache, tokens_BS, length_B, limit_B, reason_B)
+    state = Decoding(cache, tokens_BS, begin_B, length_B, limit_B, reason_B)
     return _append(state, logits_BV, sampling, key_B, stop_id)
 
 
@@ -109,7 +114,8 @@ def step(
 
 def _append(state, logits_BV, sampling, key_B, stop_id):
     """Chooses a token for every running row, and ends the rows it ends."""
-    token_B = choose(logits_BV, state.tokens_BS, state.length_B, sampling, key_B)
+    begin_B, length_B = state.begin_B, state.length_B
+    token_B = choose(logits_BV, state.tokens_BS, begin_B, length_B, sampling, key_B)
     running_B = state.reason_B == RUNNING
     rows, width = state.tokens_BS.shape
     place_B = jnp.where(running_B, state.length_B, width)  # width: dropped

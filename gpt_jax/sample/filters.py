@@ -31,6 +31,17 @@ def penalise(logits_BV, seen_BV, penalty_B):
     return jnp.where(seen_BV, less_BV, logits_BV)
 
 
+def charge(logits_BV, count_BV, sampling: Sampling):
+    """Returns logits less what tokens cost that were written `count` times.
+
+    The formula of OpenAI's API: the frequency penalty for each time, the presence
+    penalty once.
+    """
+    each_BV = count_BV * sampling.frequency_penalty[:, None]
+    once_BV = jnp.minimum(count_BV, 1) * sampling.presence_penalty[:, None]
+    return logits_BV - each_BV - once_BV
+
+
 def temper(logits_BV, temperature_B):
     """Returns logits / temperature, shifted so that each row's best is 0."""
     shifted_BV = logits_BV - logits_BV.max(-1, keepdims=True)
@@ -122,14 +133,27 @@ def draw(logits_BV, key_B):
     return block_B * width + (block_BM + noise[:, 1]).argmax(-1)
 
 
-def choose(logits_BV, tokens_BS, length_B, sampling: Sampling, key_B):
-    """Returns the next token id [B] of rows that hold `length_B` tokens."""
+def choose(logits_BV, tokens_BS, begin_B, length_B, sampling: Sampling, key_B):
+    """Returns the next token id [B] of rows that hold `length_B` tokens.
+
+    Those from `begin_B` on were chosen before; what is before them is the prompt.
+    """
     logits_BV = jax.lax.cond(
         (sampling.repetition_penalty != 1).any(),
         lambda: penalise(
             logits_BV,
             _seen(tokens_BS, length_B, logits_BV.shape[-1]),
             sampling.repetition_penalty,
+        ),
+        lambda: logits_BV,
+    )
+    charged_B = (sampling.frequency_penalty != 0) | (sampling.presence_penalty != 0)
+    logits_BV = jax.lax.cond(
+        charged_B.any(),
+        lambda: charge(
+            logits_BV,
+            _written(tokens_BS, begin_B, length_B, logits_BV.shape[-1]),
+            sampling,
         ),
         lambda: logits_BV,
     )
@@ -150,6 +174,16 @@ def _seen(tokens_BS, length_B, vocab):
     token_BS = jnp.where(valid_BS, tokens_BS, vocab)
     seen_BV = jnp.zeros((rows, vocab), bool)
     return seen_BV.at[jnp.arange(rows)[:, None], token_BS].set(True, mode="drop")
+
+
+def _written(tokens_BS, begin_B, length_B, vocab):
+    """Returns float32 [B, V]: how often each token stands from `begin` to `length`."""
+    rows, width = tokens_BS.shape
+    place_S = jnp.arange(width)
+    chosen_BS = (place_S >= begin_B[:, None]) & (place_S < length_B[:, None])
+    token_BS = jnp.where(chosen_BS, tokens_BS, vocab)
+    count_BV = jnp.zeros((rows, vocab), jnp.float32)
+    return count_BV.at[jnp.arange(rows)[:, None], token_BS].add(1.0, mode="drop")
 
 
 def rows_of(settings: Sequence[dict]) -> Sampling:

@@ -11,8 +11,16 @@ class Transcript:
     Text that may be the beginning of a stop string is held back until it is not.
     """
 
-    def __init__(self, tokenizer, prompt: Sequence[int], stop: Sequence[str | int]):
+    def __init__(
+        self,
+        tokenizer,
+        prompt: Sequence[int],
+        stop: Sequence[str | int],
+        least: int = 0,
+    ):
+        """Begins behind a prompt; in the first `least` tokens no stop string counts."""
         self.ids: list[int] = []
+        self._least = least
         self.text = ""
         self.stopped_by: str | int | None = None
         self._strings = [s for s in stop if isinstance(s, str)]
@@ -45,6 +53,9 @@ class Transcript:
     def _release(self, fresh: str, *, last: bool) -> str:
         """Returns what of the held text and the fresh may be shown."""
         text = self._held + fresh
+        if len(self.ids) < self._least:
+            self.text += text
+            return text
         found = [(text.index(s), s) for s in self._strings if s in text]
         if found:
             end, self.stopped_by = min(found)

@@ -8,15 +8,17 @@ All are plain functions of fixed shapes; the engine compiles them before its fir
 request. A row never depends on its neighbours (see sample/).
 
 Shapes: B rows  T tokens of a piece  S room of a row  V vocabulary  D width
-K alternatives
+K alternatives  N biases  E ends
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gpt_jax.model import GPT, Cache, GPTConfig, hidden, init_cache, insert, logits
 from gpt_jax.model import stretch as stretch_cache
@@ -24,10 +26,23 @@ from gpt_jax.sample import Sampling, choose, rows_of
 from gpt_jax.sampling import settings
 
 TOP = 20  # alternatives told with a token; OpenAI's most, so shapes stay few
+BIASED = 300  # tokens of a row whose logits may be biased; so shapes stay few
+ENDING = 32  # tokens that may end a row
+NO_TOKEN = 2**31 - 1  # fills the places of biases and ends that there are not
 SCORED = 16  # positions whose logits are held at once: bounds memory only
 
 # What costs least, for idle rows.
 GREEDY = settings(0, temperature=0.0)
+
+
+class Rules(NamedTuple):
+    """What a row's logits are changed by before a token is chosen."""
+
+    bias_id_BN: Any  # int32: NO_TOKEN where there is no more
+    bias_BN: Any  # float32: added to the logits of these
+    end_BE: Any  # int32: tokens that end the row, NO_TOKEN where there is no more
+    begin_B: Any  # int32: where what is written begins: the prompt's length
+    least_B: Any  # int32: so many tokens are written before one of the ends may come
 
 
 class Batch(NamedTuple):
@@ -36,6 +51,7 @@ class Batch(NamedTuple):
     cache: Cache  # holds every token but the newest
     tokens_BS: jax.Array  # int32: the prompt, then what was chosen
     sampling: Sampling
+    rules: Rules
     key_B: jax.Array
     wants_B: jax.Array  # bool: log-probabilities too
 
@@ -50,6 +66,7 @@ class Entry(NamedTuple):
 
     tokens_S: Any  # int32: the prompt, right-padded to the room of a row
     sampling: Sampling  # this and the rest: [1]
+    rules: Rules
     key_1: jax.Array
     wants_1: Any
 
@@ -58,7 +75,7 @@ class Chosen(NamedTuple):
     """What a step brought; log-probabilities are 0 unless a row wants them."""
 
     token_B: jax.Array
-    logprob_B: jax.Array  # of the token, before penalty, temperature and filters
+    logprob_B: jax.Array  # of the token, before rules, penalties and filters
     top_BK: jax.Array  # the likeliest tokens
     top_logprob_BK: jax.Array
 
@@ -69,9 +86,28 @@ def empty(cfg: GPTConfig, rows: int, reach: int) -> Batch:
         cache=init_cache(cfg, rows, reach, jnp.dtype(cfg.dtype)),
         tokens_BS=jnp.zeros((rows, cfg.context_length), jnp.int32),
         sampling=rows_of([GREEDY] * rows),
+        rules=jax.tree.map(jnp.asarray, rules(rows)),
         key_B=jax.random.split(jax.random.key(0), rows),
         wants_B=jnp.zeros(rows, bool),
     )
+
+
+def rules(
+    rows: int,
+    *,
+    begin: int = 0,
+    bias: Mapping[int, float] | None = None,
+    ends: Sequence[int] = (),
+    least: int = 0,
+) -> Rules:
+    """Returns the same rules for so many rows; by default they change nothing."""
+    ids_N, bias_N = np.full(BIASED, NO_TOKEN, np.int32), np.zeros(BIASED, np.float32)
+    for i, (token, number) in enumerate((bias or {}).items()):
+        ids_N[i], bias_N[i] = token, number
+    end_E = np.full(ENDING, NO_TOKEN, np.int32)
+    end_E[: len(ends)] = ends
+    one = (ids_N, bias_N, end_E, np.array(begin, np.int32), np.array(least, np.int32))
+    return Rules(*(np.repeat(x[None], rows, axis=0) for x in one))
 
 
 def resize(batch: Batch, row_B) -> Batch:
@@ -139,8 +175,10 @@ def admit(batch: Batch, row: Cache, logits_1V, entry: Entry, slot):
     Returns:
       the batch and Chosen of one row.
     """
-    tokens_S, sampling, key_1, wants_1 = entry
-    chosen = _choose(logits_1V, tokens_S[None], row.length_B, sampling, key_1, wants_1)
+    tokens_S, sampling, ruling, key_1, wants_1 = entry
+    chosen = _choose(
+        logits_1V, tokens_S[None], row.length_B, sampling, ruling, key_1, wants_1
+    )
     tokens_S = tokens_S.at[row.length_B].set(chosen.token_B, mode="drop")
 
     def put(old_B, new_1):
@@ -150,6 +188,7 @@ def admit(batch: Batch, row: Cache, logits_1V, entry: Entry, slot):
         cache=insert(batch.cache, stretch_cache(row, batch.reach), slot),
         tokens_BS=batch.tokens_BS.at[slot].set(tokens_S),
         sampling=jax.tree.map(put, batch.sampling, sampling),
+        rules=jax.tree.map(put, batch.rules, ruling),
         key_B=put(batch.key_B, key_1),
         wants_B=put(batch.wants_B, wants_1),
     )
@@ -166,9 +205,14 @@ def step(params, batch: Batch, running_B, *, model: GPT):
     length_B = held_B + 1
     idle = rows_of([GREEDY])
     sampling = jax.tree.map(partial(jnp.where, running_B), batch.sampling, idle)
+    ruling = batch.rules._replace(  # of who has left nothing is to be done
+        bias_BN=jnp.where(running_B[:, None], batch.rules.bias_BN, 0),
+        least_B=jnp.where(running_B, batch.rules.least_B, 0),
+    )
     wants_B = running_B & batch.wants_B
     chosen = _choose(
-        logits_BV, batch.tokens_BS, length_B, sampling, batch.key_B, wants_B
+        *(logits_BV, batch.tokens_BS, length_B, sampling, ruling),
+        *(batch.key_B, wants_B),
     )
     place_B = jnp.where(running_B, length_B, room)  # room: dropped
     tokens_BS = batch.tokens_BS.at[jnp.arange(rows), place_B].set(
@@ -178,8 +222,30 @@ def step(params, batch: Batch, running_B, *, model: GPT):
     return batch._replace(cache=cache, tokens_BS=tokens_BS), chosen
 
 
-def _choose(logits_BV, tokens_BS, length_B, sampling, key_B, wants_B) -> Chosen:
-    token_B = choose(logits_BV, tokens_BS, length_B, sampling, key_B).astype(jnp.int32)
+def ruled(logits_BV, ruling: Rules, length_B):
+    """Returns the logits of rows of `length_B` tokens as their rules change them."""
+    row_B1 = jnp.arange(len(logits_BV))[:, None]
+
+    def biased():
+        return logits_BV.at[row_B1, ruling.bias_id_BN].add(ruling.bias_BN, mode="drop")
+
+    changed_BV = jax.lax.cond((ruling.bias_BN != 0).any(), biased, lambda: logits_BV)
+    early_B = length_B - ruling.begin_B < ruling.least_B
+
+    def endless():
+        barred_BE = jnp.where(early_B[:, None], ruling.end_BE, NO_TOKEN)
+        return changed_BV.at[row_B1, barred_BE].set(-jnp.inf, mode="drop")
+
+    return jax.lax.cond(early_B.any(), endless, lambda: changed_BV)
+
+
+def _choose(
+    logits_BV, tokens_BS, length_B, sampling, ruling: Rules, key_B, wants_B
+) -> Chosen:
+    token_B = choose(
+        *(ruled(logits_BV, ruling, length_B), tokens_BS),
+        *(ruling.begin_B, length_B, sampling, key_B),
+    ).astype(jnp.int32)
     like = jax.eval_shape(_told, logits_BV, token_B)
     return jax.lax.cond(
         wants_B.any(),

@@ -12,9 +12,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+from gpt_jax import mesh
 from gpt_jax.model import GPT
 from gpt_jax.serve import slots
 from gpt_jax.serve.texts import Request, Text, Token
@@ -37,14 +38,16 @@ class Closed(Exception):
 class Piece(NamedTuple):
     """What a step brought to a request.
 
-    `reason` is "" while it goes on; the last piece has stop, length, cancelled (by
-    `Row.cancel`, or the engine closes), late (its deadline) or error.
+    `reason` is "" while it goes on; the last piece has stop, length (also of what was
+    being written at its deadline), cancelled (by `Row.cancel`, or the engine closes),
+    late (its deadline came before its first token) or error.
     """
 
     text: str
     tokens: list[Token]  # where probabilities are wanted
     prompt: list[Token]  # likewise, once, where the prompt's are
     reason: str
+    vector: Any = None  # float32 [D], with the last piece, where states are pooled
 
 
 @dataclass(eq=False)
@@ -58,6 +61,9 @@ class Row:
     done: int = 0  # tokens of the prompt that have run
     written: int = 0  # tokens chosen
     text: Text | None = None
+    chosen: list[int] = field(default_factory=list)
+    cached: int = 0  # tokens of the prompt that were kept of earlier ones
+    pooled: Any = 0.0  # sum of the prompt's hidden states, or the last of them
 
     def cancel(self) -> None:
         """Ends the request before the next step."""
@@ -65,8 +71,11 @@ class Row:
 
     def over(self, now: float) -> str:
         """Returns why the request need not go on, or ""."""
-        late = "late" if self.request.deadline <= now else ""
-        return "cancelled" if self.cancelled else late
+        if self.cancelled:
+            return "cancelled"
+        if self.request.deadline > now:
+            return ""
+        return "length" if self.written else "late"
 
 
 class Engine:
@@ -75,9 +84,12 @@ class Engine:
     Attributes:
       model, tokenizer: as given; the model's layers unrolled.
       most: how many requests run at once.
-      tokens: tokens chosen so far; prompted: prompt tokens run; steps: decode steps.
-      ready: set when everything is compiled.
+      tokens: tokens chosen so far; prompted: prompt tokens run; cached: those that
+        were kept of earlier prompts; steps: decode steps.
+      ready: set when the first request can be answered.
+      compiled: set when no request can want a program that there is not.
       failed: what broke the thread, or None.
+      ahead: as given.
       flush: called by the thread when it has delivered what a step brought.
     """
 
@@ -90,6 +102,8 @@ class Engine:
         sizes: Sequence[int],
         queue: int,
         share: slots.Share = lambda tree: tree,
+        ahead: bool = False,
+        prefix_bytes: int = 0,
     ):
         """Makes an engine; `start` starts it.
 
@@ -101,21 +115,31 @@ class Engine:
             alone makes a row's numbers the same to the last bit, whoever is there.
           queue: how many more requests may wait.
           share: gives arrays that equal these and are held already; else these.
+          ahead: compile every program that can be wanted, beside the first requests;
+            else each when it is.
+          prefix_bytes: for what prompts begin with, so that it is not computed again.
         """
         if queue < 0:
             raise ValueError(f"queue {queue} is below 0")
-        self._slots = slots.Slots(model, params, sizes, share)
+        self._slots = slots.Slots(
+            model, params, sizes, share, prefix_bytes=prefix_bytes
+        )
         self.model, self.tokenizer = self._slots.model, tokenizer
         self.most, self._queue = self._slots.sizes[-1], queue
-        self.ready, self.failed = threading.Event(), None
+        self.ready, self.compiled = threading.Event(), threading.Event()
+        self.failed = None
         self.flush: Callable[[], None] = lambda: None
-        self.tokens = self.prompted = self.steps = 0
+        self.tokens = self.prompted = self.cached = self.steps = 0
         self._wake = threading.Condition()
         self._waiting: deque[Row] = deque()
         self._filling: Row | None = None  # its prompt is running
         self._pace = 1.0  # seconds that a request takes, a moving average
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.ahead, self._ahead = ahead, None
+        if ahead:
+            work = self._compile_ahead
+            self._ahead = threading.Thread(target=work, name="ahead", daemon=True)
 
     def start(self) -> None:
         """Starts the thread, which compiles and then sets `ready`."""
@@ -126,9 +150,12 @@ class Engine:
         with self._wake:
             self._closing = True
             self._wake.notify()
-        if self._thread.is_alive():
-            self._thread.join(timeout)
-        return not self._thread.is_alive()
+        self._slots.close()
+        threads = [x for x in (self._thread, self._ahead) if x and x.is_alive()]
+        end = time.monotonic() + timeout
+        for thread in threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        return not any(thread.is_alive() for thread in threads)
 
     @property
     def running(self) -> int:
@@ -172,6 +199,10 @@ class Engine:
     def _run(self) -> None:
         try:
             self._slots.compile()
+            if self._ahead and mesh.platform() == "cpu":
+                self._ahead.start()
+            elif self._ahead:  # a compiler that times kernels wants to be alone
+                self._compile_ahead()
             self.ready.set()
             while self._await_work():
                 self._drop()
@@ -191,6 +222,10 @@ class Engine:
             with self._only(row):
                 self._tell(row, reason="error" if self.failed else "cancelled")
         self.flush()
+
+    def _compile_ahead(self) -> None:
+        self._slots.ahead()
+        self.compiled.set()
 
     @contextlib.contextmanager
     def _only(self, row: Row) -> Iterator[None]:
@@ -242,9 +277,14 @@ class Engine:
         spent = 0
         while spent < slots.PIECE and (row := self._next()):
             before = row.done
-            row.done, told = self._slots.prompt(
-                row.request.ids, row.done, score=row.request.score
+            pool = row.request.pool
+            row.done, told, states_TD = self._slots.prompt(
+                row.request.ids, row.done, score=row.request.score, states=bool(pool)
             )
+            if pool:
+                row.pooled = (
+                    states_TD[-1] if pool == "last" else row.pooled + states_TD.sum(0)
+                )
             spent += row.done - before
             self.prompted += row.done - before
             with self._only(row):
@@ -264,6 +304,9 @@ class Engine:
         if row and row.text is None:
             with self._only(row):
                 row.text = Text(self.tokenizer, row.request)
+                if not (row.request.score or row.request.pool):
+                    row.done = row.cached = self._slots.recall(row.request.ids)
+                    self.cached += row.cached
         return self._filling
 
     def _join(self, row: Row) -> None:
@@ -274,15 +317,9 @@ class Engine:
             with self._only(row):
                 self._tell(row, reason="length")
             return
-        entry = slots.entry(
-            request.ids,
-            request.settings,
-            seed=request.seed,
-            number=request.number,
-            wants=request.top is not None,
-            room=room,
-        )
+        entry = slots.entry(request, room)
         slot, chosen = self._slots.join(entry, row, len(request.ids))
+        self._slots.remember(request.ids, slot)
         self._filling = None  # before its first token is told: it may be the last
         with self._only(row):
             self._push(slot, row, chosen, 0)
@@ -310,7 +347,9 @@ class Engine:
         reason = "stop" if text.stopped else ""
         if not reason and (full or row.written >= request.settings["max_new"]):
             reason = "length"
+        row.chosen.append(int(chosen.token_B[i]))
         if reason:
+            self._slots.remember([*request.ids, *row.chosen], slot)
             self._slots.leave(slot)
             self._pace += (time.monotonic() - row.begun - self._pace) / 8
         self._tell(row, reason=reason)
@@ -321,7 +360,8 @@ class Engine:
             row.text.take(last=bool(reason)) if row.text else _NOTHING
         )
         if text or tokens or prompt or reason:
-            row.deliver(Piece(text, tokens, prompt, reason))
+            vector = row.pooled if row.request.pool and reason == "length" else None
+            row.deliver(Piece(text, tokens, prompt, reason, vector))
 
 
 _NOTHING: tuple[str, list[Token], list[Token]] = ("", [], [])

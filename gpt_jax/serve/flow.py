@@ -2,22 +2,37 @@
 
 import asyncio
 import contextlib
+import json
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from gpt_jax import chat, sample
+from gpt_jax import __version__, chat, files, sample, sampling
+from gpt_jax.serve.batch import ENDING
 from gpt_jax.serve.engine import Closed, Engine, Full, Piece
+from gpt_jax.serve.errors import Refused, bad
+from gpt_jax.serve.fields import STOPS
+from gpt_jax.serve.limits import Limits
 from gpt_jax.serve.texts import Request
-from gpt_jax.serve.wire import Ask, Limits, Refused
+from gpt_jax.serve.wire import Ask, Embed
 
+ROOM = 1024  # tokens of an answer whose request does not say how many
+MOST = {  # what the number of tokens to write is called
+    "completion": "max_tokens",
+    "chat": "max_completion_tokens",
+    "response": "max_output_tokens",
+}
 LATER = 1.0  # seconds after a deadline at which the engine is not waited for any more
 ENDS = {  # how a text that was not finished is answered
     "cancelled": (503, "the server is leaving", "leaving"),
-    "late": (504, "the request was not done in time; ask for less", "timeout"),
+    "late": (
+        504,
+        "the request was not begun in time; come again, or ask for less",
+        "timeout",
+    ),
     "error": (500, "the model failed; the server's log says how", "failed"),
 }
 
@@ -36,6 +51,12 @@ class Served:
     template: str | None
     facts: Mapping[str, Any]
 
+    @property
+    def fingerprint(self) -> str:
+        """What decides, besides a request and its seed, which text comes."""
+        facts = json.dumps([__version__, self.template, dict(self.facts)], default=str)
+        return f"fp_{files.digest(facts)[:12]}"
+
 
 def requests_of(
     ask: Ask,
@@ -44,67 +65,169 @@ def requests_of(
     limits: Limits,
     deadline: float,
 ) -> list[Request]:
-    """Returns the requests for the engine: n texts of every prompt, in order."""
+    """Returns the requests for the engine: the texts of every prompt, in order."""
     engine = served.engine
     context = engine.model.cfg.context_length
-    settings = dict(ask.settings)
-    if settings["max_new"] > context:
-        raise Refused(
-            400,
-            f"max_tokens {settings['max_new']} is more than the context of {context}",
-            "invalid_request",
-        )
-    if settings["max_new"] < 0:
-        settings["max_new"] = context
-    told = ask.n * sum(map(len, prompts)) * (1 + (ask.top or 0))
+    most = _most(ask, context)
+    told = ask.drawn * sum(map(len, prompts)) * (1 + (ask.top or 0))
     if ask.echo and ask.top is not None and told > limits.told:
         raise Refused(
             413,
             f"the prompts' probabilities would be {told} numbers, more than "
             f"{limits.told}: send fewer prompts at once, or ask for fewer logprobs",
             "prompt_too_long",
+            param="logprobs",
         )
-    ends = list(engine.tokenizer.ends)
-    if ask.messages and served.template:
-        ends = chat.stop_ids(engine.tokenizer, served.template)
-    stop = [*ask.stop, *(i for i in ends if not ask.ignore_eos)]
+    check_tokens(served, logit_bias=ask.bias, stop_token_ids=ask.stop_ids)
+    longest = max(map(len, prompts))
+    if ask.least > most or longest + ask.least > context:
+        why = f"max_tokens {most}" if ask.least > most else f"a context of {context}"
+        raise bad(
+            f"min_tokens {ask.least} cannot be with a prompt of {longest} tokens and "
+            f"{why}",
+            "min_tokens",
+        )
+    ends = [] if ask.ignore_eos else _ends(ask, served)
+    ends = [*dict.fromkeys([*ends, *ask.stop_ids])]
+    if len(ends) > ENDING:
+        raise bad(
+            f"{len(ends)} tokens that end an answer are more than {ENDING}: send "
+            f"fewer stop_token_ids, at most {STOPS} do everywhere",
+            "stop_token_ids",
+        )
     seed = secrets.randbits(31) if ask.seed is None else ask.seed
+    top = 0 if ask.drawn > ask.n and ask.top is None else ask.top
     numbers, requests = Counter(), []
-    for prompt in (tuple(ids) for ids in prompts for _ in range(ask.n)):
+    for prompt in (tuple(ids) for ids in prompts for _ in range(ask.drawn)):
         requests.append(
             Request(
                 ids=prompt,
-                settings=settings,
+                settings={**ask.settings, "max_new": most},
                 seed=seed,
                 number=numbers[prompt],  # equal prompts get different texts too
-                stop=stop,
-                top=ask.top,
+                stop=[*ask.stop, *ends],
+                top=top,
                 score=ask.echo and ask.top is not None,
                 deadline=deadline,
+                least=ask.least,
+                bias=ask.bias,
             )
         )
         numbers[prompt] += 1
     return requests
 
 
+def _most(ask: Ask, context: int) -> int:
+    """Returns how many tokens to write at most; a default leaves room for a turn."""
+    if ask.most is None:
+        return min(ROOM, max(1, context // 2))
+    if ask.most > context:
+        raise bad(
+            f"{MOST[ask.form]} {ask.most} is more than the context of {context}",
+            MOST[ask.form],
+        )
+    return ask.most
+
+
+def check_tokens(served: Served, **fields: Iterable[int]) -> None:
+    """Refuses fields with ids that are no tokens of the model."""
+    vocabulary = served.engine.model.cfg.vocab_size
+    for name, ids in fields.items():
+        if wrong := [i for i in ids if i >= vocabulary]:
+            raise bad(
+                f"token id {wrong[0]} of {name} is not in the model's vocabulary of "
+                f"{vocabulary}",
+                name,
+            )
+
+
+def _ends(ask: Ask, served: Served) -> list[int]:
+    """Returns the tokens with which a text ends by itself."""
+    tokenizer = served.engine.tokenizer
+    if ask.messages and served.template:
+        return chat.stop_ids(tokenizer, served.template)
+    return list(tokenizer.ends)
+
+
 def prompt_ids(ask: Ask, served: Served) -> list[list[int]]:
     """Returns the ids of every prompt; raises Refused for one that cannot be."""
+    param = {"completion": "prompt", "chat": "messages", "response": "input"}[ask.form]
+    if ask.messages:
+        return [conversation_ids(ask.messages, served, param=param)]
+    return text_ids(ask.prompts, served, param=param)
+
+
+def text_ids(
+    prompts: Sequence[str | list[int]], served: Served, *, param: str
+) -> list[list[int]]:
+    """Returns the ids of texts, as `sample.prompt_ids` does; raises Refused."""
     tokenizer, cfg = served.engine.tokenizer, served.engine.model.cfg
-    try:
-        if not ask.messages:
-            return [sample.prompt_ids(p, tokenizer, cfg) for p in ask.prompts]
+    with _in_words(param):
+        return [sample.prompt_ids(p, tokenizer, cfg) for p in prompts]
+
+
+def conversation_ids(
+    messages: Sequence[tuple[str, str]],
+    served: Served,
+    *,
+    param: str,
+    reply: bool = True,
+) -> list[int]:
+    """Returns the ids of a conversation; raises Refused for one that cannot be."""
+    tokenizer, cfg = served.engine.tokenizer, served.engine.model.cfg
+    with _in_words(param):
         if served.template is None:
             raise ValueError(
                 "this model only continues texts: ask /v1/completions, or serve a run "
                 "that was tuned on conversations"
             )
-        messages = [chat.Message(*message) for message in ask.messages]
-        ids, _ = chat.render(messages, tokenizer, served.template, reply=True)
-        return [sample.prompt_ids(ids, tokenizer, cfg)]
+        turns = [chat.Message(*message) for message in messages]
+        ids, _ = chat.render(turns, tokenizer, served.template, reply=reply)
+        return sample.prompt_ids(ids, tokenizer, cfg)
+
+
+@contextlib.contextmanager
+def _in_words(param: str) -> Iterator[None]:
+    """Makes what is wrong with a prompt the answer of a request."""
+    try:
+        yield
     except ValueError as error:
         long = "context" in str(error)
         code = "context_length_exceeded" if long else "invalid_request"
-        raise Refused(400, str(error), code) from None
+        raise Refused(400, str(error), code, param=param) from None
+
+
+def token_ids(asked: Mapping[str, Any], served: Served) -> list[int]:
+    """Returns the ids that /tokenize tells; raises Refused for what has none."""
+    if asked["messages"] is not None:
+        reply = asked["add_generation_prompt"]
+        return conversation_ids(
+            asked["messages"], served, param="messages", reply=reply
+        )
+    tokenizer = served.engine.tokenizer
+    opening = tokenizer.opening if asked["add_special_tokens"] else []
+    with _in_words("prompt"):
+        return [*opening, *tokenizer.encode(asked["prompt"])]
+
+
+def embeddings_of(
+    ask: Embed, prompts: list[list[int]], deadline: float
+) -> list[Request]:
+    """Returns the requests for the engine whose hidden states are pooled."""
+    return [
+        Request(
+            ids=ids,
+            settings=sampling.settings(0),
+            seed=0,
+            number=0,
+            stop=(),
+            top=None,
+            score=False,
+            deadline=deadline,
+            pool=ask.pooling,
+        )
+        for ids in prompts
+    ]
 
 
 class Mail:
@@ -133,6 +256,13 @@ class Mail:
         while self._letters:
             queue, letter = self._letters.popleft()
             queue.put_nowait(letter)
+
+
+class Spent(NamedTuple):
+    """What the texts of a request cost: tokens written, and kept of each prompt."""
+
+    written: int
+    cached: list[int]
 
 
 class Flow:
@@ -180,9 +310,10 @@ class Flow:
             raise Refused(*ENDS["late"]) from None
 
     @property
-    def written(self) -> int:
-        """Tokens chosen so far, of all texts."""
-        return sum(row.written for row in self._rows)
+    def spent(self) -> Spent:
+        """What all texts have cost so far."""
+        written = sum(row.written for row in self._rows)
+        return Spent(written, [row.cached for row in self._rows])
 
     def close(self) -> None:
         """Ends what still runs, before the next decode step."""

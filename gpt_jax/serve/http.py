@@ -3,39 +3,57 @@
     GET  /v1/models  /v1/models/NAME    what is served
     POST /v1/completions                texts continued, scored, streamed
     POST /v1/chat/completions           conversations, where a run has a template
-    GET  /healthz  /readyz  /metrics    alive; compiled and not leaving; Prometheus
-    GET  /openapi.json                  all of this, for tools
+    POST /v1/responses                  the same in OpenAI's newer form
+    POST /v1/embeddings                 hidden states of texts, of length 1
+    POST /tokenize  /detokenize         texts and conversations to ids, ids to texts
+    GET  /health  /healthz  /readyz     alive; compiled and not leaving
+    GET  /metrics                       numbers for Prometheus
+    GET  /version  /openapi.json        which this is; all of this, for tools
     GET  /                              the page
 
-Every answer has one of these statuses: 200; 400 a request that cannot be; 401 without
-the key; 403 the wrong Host on loopback; 404 no such model or path; 405; 408 it came too
-slowly; 413 too long; 415 no JSON; 429 the queue is full (Retry-After says when to come
-back); 500 a mistake of ours; 503 starting or leaving; 504 not done in time. Errors are
-JSON as OpenAI's clients read it.
+What can be got has HEAD too. Every answer is 200 or one of `errors.STATUSES`; errors
+are JSON as OpenAI's clients read it.
 """
 
 import asyncio
 import contextlib
-import json
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from gpt_jax.serve import openapi, replies, wire
-from gpt_jax.serve.flow import ENDS, Flow, Mail, Served, prompt_ids, requests_of
-from gpt_jax.serve.guard import GONE, guarded
+from gpt_jax import __version__
+from gpt_jax.serve import fields, openapi, replies, wire
+from gpt_jax.serve.connections import Connections
+from gpt_jax.serve.errors import Refused
+from gpt_jax.serve.flow import (
+    ENDS,
+    Flow,
+    Mail,
+    Served,
+    check_tokens,
+    embeddings_of,
+    prompt_ids,
+    requests_of,
+    text_ids,
+    token_ids,
+)
+from gpt_jax.serve.guard import GONE, HEALTH, guarded
+from gpt_jax.serve.limits import Limits
 from gpt_jax.serve.numbers import Numbers
-from gpt_jax.serve.replies import Reply, Text
-from gpt_jax.serve.wire import Limits, Refused
+from gpt_jax.serve.replies import Text, as_json, reply
+from gpt_jax.serve.responses import Response
 
 PAGE = Path(__file__).parent / "page"
 FILES = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css"}
 POLICY = {  # of a browser that shows the page: nothing from elsewhere
-    "Content-Security-Policy": "default-src 'self'; img-src data:; base-uri 'none'"
+    "Content-Security-Policy": "default-src 'self'; img-src data:; base-uri 'none'; "
+    "frame-ancestors 'none'"
 }
 FEW = 16  # tokens of an event that are told without a thread of their own
-OPEN = {*FILES, "/healthz", "/readyz"}  # need no key
+OPEN = {*FILES, *HEALTH, "/version"}  # need no key
 
 
 @dataclass
@@ -49,9 +67,14 @@ class Service:
     limits: Limits
     key: str  # "" = none is asked for
     numbers: Numbers
-    local: bool  # listens on loopback
+    hosts: Collection[str]  # what the server is called; none = anything
     mail: Mail
+    connections: Connections
+    note: Callable[[str], None] | None = None  # is told a line of every answer
     leaving: bool = False
+
+    def __post_init__(self):
+        self.forms = fields.forms(self.limits)
 
     @property
     def ready(self) -> bool:
@@ -71,6 +94,7 @@ class Service:
                 404,
                 f"there is no model {name!r:.80}; there are: {', '.join(self.models)}",
                 "model_not_found",
+                param="model",
             )
         return name, self.models[name]
 
@@ -93,47 +117,60 @@ def application(service: Service) -> Callable:
 
     @app.exception_handler(HTTPException)
     async def not_here(_: Http, error: HTTPException) -> Response:
-        kind = Refused(error.status_code, str(error.detail), "not_found")
+        code = "wrong_method" if error.status_code == 405 else "not_found"
+        kind = Refused(error.status_code, str(error.detail), code)
         return JSONResponse(kind.body(), error.status_code, error.headers)
 
     @app.exception_handler(Exception)
     async def broken(_: Http, error: Exception) -> Response:
         return JSONResponse(Refused(*ENDS["error"]).body(), 500)
 
-    @app.get("/healthz")
+    def got(path: str) -> Callable:
+        return app.api_route(path, methods=["GET", "HEAD"])
+
+    @got("/health")
+    @got("/healthz")
     async def healthz() -> Response:
         failed = any(served.engine.failed for served in service.models.values())
         return JSONResponse({"ok": not failed}, 503 if failed else 200)
 
-    @app.get("/readyz")
+    @got("/readyz")
     async def readyz() -> Response:
         return JSONResponse({"ready": service.ready}, 200 if service.ready else 503)
 
-    @app.get("/metrics")
+    @got("/version")
+    async def version() -> Response:
+        return JSONResponse({"version": __version__})
+
+    @got("/metrics")
     async def metrics() -> Response:
         text, kind = service.numbers.text()
         return Response(text, media_type=kind)
 
-    @app.get("/openapi.json")
+    @got("/openapi.json")
     async def described() -> Response:
         return JSONResponse(openapi.description(service.limits, service.models))
 
-    @app.get("/v1/models")
+    @got("/v1/models")
     async def models() -> Response:
         data = [_facts(name, served) for name, served in service.models.items()]
         return JSONResponse({"object": "list", "data": data})
 
-    @app.get("/v1/models/{name:path}")
+    @got("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         return JSONResponse(_facts(*service.model(name)))
 
-    @app.post("/v1/completions")
-    async def completions(http: Http) -> Response:
-        return await _generate(service, http, wire.completion)
+    def asked(form: str, answer: Callable) -> None:
+        async def answered(http: Http) -> Response:
+            return await answer(service, http)
 
-    @app.post("/v1/chat/completions")
-    async def chats(http: Http) -> Response:
-        return await _generate(service, http, wire.chat)
+        app.post(fields.PATHS[form])(answered)
+
+    for form in ("completion", "chat", "response"):
+        asked(form, partial(_generate, form=form))
+    asked("embedding", _embed)
+    asked("tokenize", _tokenize)
+    asked("detokenize", _detokenize)
 
     def page(file: str) -> Callable:
         async def send() -> Response:
@@ -142,14 +179,16 @@ def application(service: Service) -> Callable:
         return send
 
     for path, file in FILES.items():
-        app.get(path)(page(file))
+        got(path)(page(file))
     return guarded(
         app,
         key=service.key,
         open_paths=OPEN,
         limits=service.limits,
         numbers=service.numbers,
-        local=service.local,
+        connections=service.connections,
+        hosts=service.hosts,
+        note=service.note,
     )
 
 
@@ -158,60 +197,133 @@ def _facts(name: str, served: Served) -> dict:
     return {**head, "chat": served.template is not None, **served.facts}
 
 
-async def _generate(service: Service, http, form: Callable):
-    """Answers a request for texts; the slots are free when this or its stream ends."""
-    began = time.monotonic()
+async def _asked(service: Service, http, form: str) -> Any:
+    """Returns what a body asks for, or raises Refused."""
     if service.leaving:
         raise Refused(503, "the server is leaving", "leaving", 10)
-    ask = form(wire.read(await http.body()), service.limits)
-    name, served = service.model(ask.model)
+    body = wire.read(await http.body())
+    return wire.READERS[form](service.forms[form], body, service.limits)
+
+
+def _ready(service: Service, name: str | None) -> tuple[str, Served]:
+    """Returns a model that is compiled, by its name."""
+    name, served = service.model(name)
     if not served.engine.ready.is_set():
         raise Refused(503, "the model is still being compiled", "starting", 5)
-    deadline = began + service.limits.seconds
+    return name, served
 
-    def prepared() -> tuple[list, Reply]:
-        prompts = prompt_ids(ask, served)
-        requests = requests_of(ask, served, prompts, service.limits, deadline)
-        return requests, replies.reply(ask, name, served.engine.tokenizer, prompts)
 
-    try:  # whoever writes a tokenizer's rules may have made one that never ends
+async def _in_time(http, work: Callable, deadline: float) -> Any:
+    """Returns what `work` does in a thread, if it is done before the deadline.
+
+    Whoever writes a tokenizer's rules may have made one that never ends.
+    """
+    try:
         async with asyncio.timeout(deadline - time.monotonic()):
-            work = asyncio.to_thread(prepared)
-            requests, reply = await _unless_gone(http, work)
+            return await _unless_gone(http, asyncio.to_thread(work))
     except TimeoutError:
         raise Refused(*ENDS["late"]) from None
+
+
+async def _generate(service: Service, http, form: str):
+    """Answers a request for texts; the slots are free when this or its stream ends."""
+    began = time.monotonic()
+    ask = await _asked(service, http, form)
+    name, served = _ready(service, ask.model)
+    deadline = began + service.limits.seconds
+
+    def prepared() -> tuple[list, Any]:
+        prompts = prompt_ids(ask, served)
+        requests = requests_of(ask, served, prompts, service.limits, deadline)
+        answer = Response if form == "response" else reply
+        return requests, answer(ask, name, served, prompts)
+
+    requests, made = await _in_time(http, prepared, deadline)
     flow = Flow(served.engine, requests, service.mail)
     try:
         first = await _unless_gone(http, flow.next())
         service.numbers.first(name, time.monotonic() - began)
         if ask.stream:
-            events = _events(service, reply, flow, first)
+            events = _events(made, flow, first)
             return _streaming(events, flow, service, began, name)
-        body = await _unless_gone(http, _whole(reply, flow, first))
+        body = await _unless_gone(http, _whole(made, flow, first))
         service.numbers.done(name, time.monotonic() - began)
     except BaseException:
         flow.close()
         raise
+    return _json(body)
+
+
+async def _embed(service: Service, http):
+    """Answers a request for embeddings."""
+    began = time.monotonic()
+    ask = await _asked(service, http, "embedding")
+    name, served = _ready(service, ask.model)
+    deadline = began + service.limits.seconds
+    work = partial(text_ids, ask.prompts, served, param="input")
+    prompts = await _in_time(http, work, deadline)
+    flow = Flow(served.engine, embeddings_of(ask, prompts, deadline), service.mail)
+    found: list = [None] * len(prompts)
+    try:
+        while (piece := await _unless_gone(http, flow.next())) is not None:
+            found[piece[0]] = piece[1].vector
+    except BaseException:
+        flow.close()
+        raise
+    body = replies.embeddings(name, found, encoded=ask.encoded)
+    body["usage"] = wire.usage_of_prompts(sum(map(len, prompts)))
+    service.numbers.done(name, time.monotonic() - began)
+    return _json(await asyncio.to_thread(as_json, body))
+
+
+async def _tokenize(service: Service, http):
+    """Answers what the tokens of a text or a conversation are."""
+    asked = await _asked(service, http, "tokenize")
+    _, served = service.model(asked["model"])
+    tokenizer = served.engine.tokenizer
+
+    def work() -> dict:
+        return replies.tokens(tokenizer, token_ids(asked, served), asked, served)
+
+    end = time.monotonic() + service.limits.seconds
+    return _json(as_json(await _in_time(http, work, end)))
+
+
+async def _detokenize(service: Service, http):
+    """Answers what the text of tokens is."""
+    asked = await _asked(service, http, "detokenize")
+    _, served = service.model(asked["model"])
+    check_tokens(served, tokens=asked["tokens"])
+    work = partial(served.engine.tokenizer.decode, asked["tokens"])
+    end = time.monotonic() + service.limits.seconds
+    return _json(as_json({"prompt": await _in_time(http, work, end)}))
+
+
+def _json(body: bytes):
     from fastapi.responses import Response
 
     return Response(body, media_type="application/json")
 
 
-async def _whole(reply: Reply, flow: Flow, first) -> bytes:
+async def _whole(reply, flow: Flow, first) -> bytes:
     """Collects all pieces and returns the body."""
-    texts = [Text(echo) for echo in reply.echoes for _ in range(reply.ask.n)]
+    texts = [Text(echo) for echo in reply.echoes for _ in range(reply.ask.drawn)]
     while first is not None:
         texts[first[0]].add(first[1])
         first = await flow.next()
     # It may be long, and others' tokens are not to wait for it.
-    return await asyncio.to_thread(lambda: _json(reply.whole(texts, flow.written)))
+    return await asyncio.to_thread(lambda: as_json(reply.whole(texts, flow.spent)))
 
 
-async def _events(service: Service, reply: Reply, flow: Flow, first) -> AsyncIterator:
+async def _events(reply, flow: Flow, first) -> AsyncIterator[bytes]:
     """Yields the server-sent events of a stream."""
+
+    def sent(told) -> list[bytes]:
+        return [reply.encoded(event) for event in told]
+
     texts = [Text("") for _ in reply.echoes for _ in range(reply.ask.n)]
     echoes = [echo for echo in reply.echoes for _ in range(reply.ask.n)]
-    events = [_event(event) for event in reply.opening()]
+    events = sent(reply.opening())
     try:
         while first is not None:
             i, piece = first
@@ -220,27 +332,18 @@ async def _events(service: Service, reply: Reply, flow: Flow, first) -> AsyncIte
             tokens = text.add(piece)
             told = (i, echo + piece.text, tokens, start, piece.reason)
             if len(tokens) > FEW:
-                work = asyncio.to_thread(lambda a: _event(reply.piece(*a)), told)
-                events.append(await work)
+                work = asyncio.to_thread(lambda a: sent(reply.pieces(*a)), told)
+                events += await work
             else:
-                events.append(_event(reply.piece(*told)))
+                events += sent(reply.pieces(*told))
             if not flow.more:  # else they share a system call, the dearest part
                 yield b"".join(events)
                 events.clear()
             first = await flow.next()
     except Refused as error:
-        yield b"".join([*events, _event(error.body())])
+        yield b"".join([*events, *sent(reply.failed(error))])
         return
-    events += map(_event, reply.closing(flow.written))
-    yield b"".join([*events, b"data: [DONE]\n\n"])
-
-
-def _event(body: dict) -> bytes:
-    return b"data: " + _json(body) + b"\n\n"
-
-
-def _json(body: dict) -> bytes:
-    return json.dumps(body, separators=(",", ":")).encode()
+    yield b"".join([*events, *sent(reply.closing(flow.spent)), reply.end])
 
 
 def _streaming(events, flow: Flow, service: Service, began: float, name: str):

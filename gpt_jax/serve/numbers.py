@@ -7,12 +7,13 @@ second. Times to the first token and whole answers are histograms, by model.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from gpt_jax.serve import fields
 from gpt_jax.serve.engine import Engine
 
 SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
 PATHS = {  # any other path is counted as one, or strangers could make many
-    *("/v1/completions", "/v1/chat/completions", "/v1/models", "/metrics"),
-    *("/healthz", "/readyz", "/"),
+    *fields.PATHS.values(),
+    *("/v1/models", "/metrics", "/health", "/healthz", "/readyz", "/version", "/"),
 }
 
 
@@ -70,6 +71,10 @@ class Numbers:
         counts = {
             "generated_tokens": ("Tokens chosen.", lambda e: e.tokens),
             "prompt_tokens": ("Prompt tokens run.", lambda e: e.prompted),
+            "cached_tokens": (
+                "Prompt tokens kept of earlier ones.",
+                lambda e: e.cached,
+            ),
             "decode_steps": ("Decode steps.", lambda e: e.steps),
         }
         gauges = {

@@ -1,34 +1,29 @@
 """What the server understands and answers, as an OpenAPI description.
 
 `/openapi.json` shows it to tools; tests/faults_fuzz.py makes requests from it, right
-and wrong ones, and holds the server to it. What wire.py checks is described here.
+and wrong ones, and holds the server to it. Requests are described by fields.py.
 """
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
-from gpt_jax import __version__, sampling
-from gpt_jax.sampling import Setting
-from gpt_jax.serve.batch import TOP
-from gpt_jax.serve.wire import NOTHING, PASSED, ROLES, STOP_CHARS, STOPS, Limits
+from gpt_jax import __version__
+from gpt_jax.serve import fields
+from gpt_jax.serve.errors import STATUSES
+from gpt_jax.serve.fields import Form
+from gpt_jax.serve.kinds import Schema
+from gpt_jax.serve.limits import Limits
 
-Schema = dict[str, Any]
-
-ERRORS = {
-    400: "A request that cannot be.",
-    401: "The API key is missing or wrong.",
-    403: "Another host's name on loopback.",
-    404: "No such model or path.",
-    408: "The request came too slowly.",
-    413: "Too long.",
-    415: "Not application/json.",
-    429: "The queue is full; Retry-After says when to come back.",
-    500: "A mistake of the server.",
-    503: "Starting or leaving; Retry-After says when to come back.",
-    504: "Not done in time.",
+POSTS = {  # of each form: what it does, what is sent, what comes back
+    "completion": ("Continues or scores texts.", "Completion", "Texts"),
+    "chat": ("Answers a conversation.", "Chat", "Answers"),
+    "response": ("Answers a text or a conversation.", "Response", "Answered"),
+    "embedding": ("Tells hidden states of texts.", "Embedding", "Embeddings"),
+    "tokenize": ("Tells the tokens of a text.", "Tokenize", "Tokens"),
+    "detokenize": ("Tells the text of tokens.", "Detokenize", "Prompt"),
 }
-EVERYWHERE = (401, 403, 408, 413, 500)
+STREAMED = ("completion", "chat", "response")
+EVERYWHERE = (401, 403, 408, 413, 500, 503)
 OF_TEXTS = (400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)
 
 
@@ -42,12 +37,11 @@ def description(limits: Limits, models: Iterable[str]) -> Schema:
             "parameters": named,
             "get": _get("What a model is.", _ref("Model"), 404),
         },
-        "/v1/completions": {
-            "post": _post("Continues or scores texts.", "Completion", "Texts")
+        **{
+            fields.PATHS[form]: {"post": _post(*told, streams=form in STREAMED)}
+            for form, told in POSTS.items()
         },
-        "/v1/chat/completions": {
-            "post": _post("Answers a conversation.", "Chat", "Answers")
-        },
+        "/health": {"get": _open("Whether it lives.", "ok")},
         "/healthz": {"get": _open("Whether it lives.", "ok")},
         "/readyz": {"get": _open("Whether it takes requests.", "ready")},
         "/metrics": {
@@ -66,18 +60,36 @@ def description(limits: Limits, models: Iterable[str]) -> Schema:
         "paths": paths,
         "components": {
             "schemas": {
-                "Completion": _closed(_shared(limits, names) | _completion(limits)),
-                "Chat": _closed(
-                    _shared(limits, names) | _chat(), required=["messages"]
-                ),
+                **{
+                    POSTS[name][1]: _form(form, names)
+                    for name, form in fields.forms(limits).items()
+                },
                 "Model": _object(id=_a("string"), object=_a("string")),
                 "Texts": _texts(text=_a("string")),
                 "Answers": _texts(message=_a("object")),
+                "Answered": _object(
+                    id=_a("string"),
+                    object={"enum": ["response"]},
+                    status=_a("string"),
+                    output=_a("array", items=_a("object")),
+                    usage=_a("object"),
+                ),
+                "Embeddings": _object(
+                    object=_a("string"),
+                    data=_a("array", items=_object(embedding={}), minItems=1),
+                    usage=_a("object"),
+                ),
+                "Tokens": _object(
+                    count=_a("integer"),
+                    max_model_len=_a("integer"),
+                    tokens=_a("array", items=_a("integer")),
+                ),
+                "Prompt": _object(prompt=_a("string")),
                 "Error": _object(
                     error=_object(
                         message=_a("string"),
                         type=_a("string"),
-                        param=_a("null"),
+                        param=_or_null("string"),
                         code=_a("string"),
                     )
                 ),
@@ -91,65 +103,23 @@ def description(limits: Limits, models: Iterable[str]) -> Schema:
 # ---------------------------------------------------------------- requests
 
 
-def _shared(limits: Limits, names: list[str]) -> Schema:
-    fields = {
-        "model": {"enum": [*names, None]},
-        **{name: _range(setting) for name, setting in sampling.SETTINGS.items()},
-        "seed": _or_null("integer", minimum=-(2**63), maximum=2**64),
-        "stop": {"anyOf": [_stop(), _a("array", items=_stop(), maxItems=STOPS), NULL]},
-        "n": _or_null("integer", minimum=1, maximum=limits.choices),
-        "stream": _or_null("boolean"),
-        "stream_options": {
-            "type": ["object", "null"],
-            "properties": {"include_usage": _or_null("boolean")},
-        },
-        "max_tokens": _or_null("integer", minimum=0, maximum=sampling.MOST),
-        "ignore_eos": _or_null("boolean"),
-    }
-    fields |= {name: {"enum": [*none, None]} for name, none in NOTHING.items()}
-    return fields | {name: {} for name in PASSED.split()}
+def _form(form: Form, names: list[str]) -> Schema:
+    """Returns the fields of a request as an object that has no others."""
+    found = {name: field.schema() for name, field in form.items()}
+    found["model"] |= {"enum": [*names, None]}
+    required = [name for name, field in form.items() if field.required]
+    only = {"type": "object", "properties": found, "additionalProperties": False}
+    return only | ({"required": required} if required else {})
 
 
-def _range(setting: Setting) -> Schema:
-    least = "exclusiveMinimum" if setting.above else "minimum"
-    found = _or_null(
-        "integer" if setting.kind is int else "number",
-        **{least: setting.low, "default": setting.off, "description": setting.told},
-    )
-    return found | ({"maximum": setting.high} if setting.high < math.inf else {})
-
-
-def _completion(limits: Limits) -> Schema:
-    text = _a("string", minLength=1)
-    ids = _a("array", items=_a("integer", minimum=0, maximum=2**31 - 1), minItems=1)
-    many = {"anyOf": [text, ids]}
-    several = _a("array", items=many, minItems=1, maxItems=limits.choices)
-    return {
-        "prompt": {"anyOf": [text, ids, several, NULL]},
-        "logprobs": _or_null("integer", minimum=0, maximum=TOP),
-        "echo": _or_null("boolean"),
-    }
-
-
-def _chat() -> Schema:
-    part = _object(text=_a("string"))
-    content = {"anyOf": [_a("string"), _a("array", items=part)]}
-    message = _object(role={"enum": [*ROLES]}, content=content)
-    return {
-        "messages": _a("array", items=message, minItems=1),
-        "logprobs": _or_null("boolean"),
-        "top_logprobs": _or_null("integer", minimum=0, maximum=TOP),
-        "max_completion_tokens": _or_null("integer", minimum=0, maximum=2**30),
-    }
-
-
-def _post(summary: str, wanted: str, given: str) -> Schema:
+def _post(summary: str, wanted: str, given: str, *, streams: bool = False) -> Schema:
     body = {"required": True, "content": {"application/json": {"schema": _ref(wanted)}}}
-    kinds = {"application/json": {"schema": _ref(given)}, "text/event-stream": {}}
+    kinds = {"application/json": {"schema": _ref(given)}}
+    kinds |= {"text/event-stream": {}} if streams else {}
     return {
         "summary": summary,
         "requestBody": body,
-        "responses": {"200": _answer("Texts.", kinds), **_errors(OF_TEXTS)},
+        "responses": {"200": _answer("Done.", kinds), **_errors(OF_TEXTS)},
     }
 
 
@@ -176,7 +146,7 @@ def _open(summary: str, name: str) -> Schema:
 
 def _errors(statuses: tuple[int, ...]) -> Schema:
     kind = {"application/json": {"schema": _ref("Error")}}
-    return {str(status): _answer(ERRORS[status], kind) for status in statuses}
+    return {str(status): _answer(STATUSES[status], kind) for status in statuses}
 
 
 def _answer(what: str, content: Schema) -> Schema:
@@ -196,9 +166,6 @@ def _list_of(name: str) -> Schema:
     return _object(object=_a("string"), data=_a("array", items=_ref(name)))
 
 
-NULL: Schema = {"type": "null"}
-
-
 def _a(kind: str, **rules: Any) -> Schema:
     return {"type": kind, **rules}
 
@@ -207,19 +174,9 @@ def _or_null(kind: str, **rules: Any) -> Schema:
     return {"type": [kind, "null"], **rules}
 
 
-def _stop() -> Schema:
-    return _a("string", minLength=1, maxLength=STOP_CHARS)
-
-
 def _object(**fields: Schema) -> Schema:
     """Returns an object that has these fields, and maybe others."""
     return {"type": "object", "properties": fields, "required": [*fields]}
-
-
-def _closed(fields: Schema, required: list[str] | None = None) -> Schema:
-    """Returns an object that has these fields and no others."""
-    only = {"type": "object", "properties": fields, "additionalProperties": False}
-    return only | ({"required": required} if required else {})
 
 
 def _ref(name: str) -> Schema:

@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 import hashlib
+import re
 import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -17,13 +19,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt_jax import chat, commands, model, runs, signals
+from gpt_jax import chat, commands, files, memory, model, runs, signals
+from gpt_jax.serve import plan
+from gpt_jax.serve.connections import Connections
 from gpt_jax.serve.engine import Engine
 from gpt_jax.serve.flow import Mail, Served
+from gpt_jax.serve.guard import HOSTS
 from gpt_jax.serve.http import Service, application
+from gpt_jax.serve.limits import Limits
 from gpt_jax.serve.numbers import Numbers
-from gpt_jax.serve.wire import Limits
 
+NAME = re.compile(r"[\w.:/-]{1,100}", re.ASCII)  # of a model
+OPEN, OWN = 1 << 16, 100  # descriptors asked for, and those that are not sockets
 TICK = 0.05  # seconds between two looks at whether to leave
 # The engine waits for the event loop's Python at most so long; by default it is 5 ms,
 # more than a decode step of a small model.
@@ -42,21 +49,32 @@ def need_packages() -> None:
         )
 
 
-def named(folders: Sequence[str]) -> dict[str, Path]:
-    """Returns run folders by their own names.
+def named(folders: Sequence[str], names: Sequence[str] = ()) -> dict[str, Path]:
+    """Returns run folders by their own names, or by others in the same order.
 
     Raises:
-      ValueError: there is none, or two have one name.
+      ValueError: there is none, two have one name, or there is not a name for each.
     """
     paths: dict[str, Path] = {}
-    for folder in filter(None, (folder.strip() for folder in folders)):
+    folders = [folder.strip() for folder in folders if folder.strip()]
+    if names and len(names) != len(folders):
+        raise ValueError(
+            f"--name={','.join(names)} names {len(names)} models but --runs has "
+            f"{len(folders)}: give a name for each, in their order"
+        )
+    if bad := [name for name in names if not NAME.fullmatch(name)]:
+        raise ValueError(
+            f"--name={bad[0]!r} must be 1 to 100 letters, digits, - _ . : or /"
+        )
+    for i, folder in enumerate(folders):
         path = Path(folder).resolve()
-        if path.name in paths:
+        name = names[i] if names else path.name
+        if name in paths:
             raise ValueError(
-                f"{folder} and {paths[path.name]} would both be served as "
-                f"{path.name!r}; rename one folder"
+                f"{folder} and {paths[name]} would both be served as {name!r}; give "
+                "each a --name"
             )
-        paths[path.name] = path
+        paths[name] = path
     if not paths:
         raise ValueError("no run to serve; name one, as in --runs=runs/quickstart")
     return paths
@@ -69,6 +87,9 @@ def open_runs(
     weights: str,
     sizes: Sequence[int],
     queue: int,
+    context: int = 0,
+    prefix_bytes: int = 0,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Served]:
     """Returns the models of run folders, their engines not yet started.
 
@@ -79,13 +100,16 @@ def open_runs(
     Args:
       paths: run folders by name.
       step, weights: as in `runs.open`.
-      sizes, queue: as in `Engine`.
+      sizes, queue, prefix_bytes: as in `Engine`.
+      context: tokens of a text at most, the prompt's too; 0 = the model's own.
+      tell: is told what memory each will need.
 
     Raises:
-      ValueError: a folder is not a run, or not one of a model that writes.
+      ValueError: a folder is not a run, or not one of a model that writes; the context
+        is longer than the model's; there is not memory enough, and what would fit.
     """
     held: dict[tuple, Any] = {}
-    served, alone = {}, len(paths) == 1
+    served, alone, planned = {}, len(paths) == 1, 0.0  # bytes of those before
     for name, path in paths.items():
         run = runs.open(path, step=step, weights=weights, merge=alone)
         if run.model.cfg.n_classes:
@@ -94,17 +118,25 @@ def open_runs(
                 f"{commands.typed('classify')}"
             )
         template = _template(path, run.tokenizer)
+        gpt, params = plan.shortened(run.model, run.params, context)
+        (device,) = jax.tree.leaves(params)[0].devices()
+        free = memory.of_device(device) - planned
+        needs = plan.check(gpt.cfg, params, sizes, free, prefix_bytes)
+        planned += needs.total
+        tell(f"{name} will need at most {needs.told()}")
         engine = Engine(
-            model=run.model,
-            params=run.params,
+            model=gpt,
+            params=params,
             tokenizer=run.tokenizer,
             sizes=sizes,
             queue=queue,
+            ahead=True,
+            prefix_bytes=prefix_bytes,
             **({} if alone else {"share": partial(share, held=held)}),
         )
         facts = {
             "created": int((path / "config.json").stat().st_mtime),
-            "context_length": run.model.cfg.context_length,
+            "context_length": gpt.cfg.context_length,
             "parameters": model.count(run.model.cfg),
             "vocab_size": run.model.cfg.vocab_size,
             "step": run.step,
@@ -145,12 +177,24 @@ class Place:
       port: 0 takes a free one.
       key: the API key that clients must show; "" = none.
       grace_s: seconds that running requests may go on when the server leaves.
+      hosts: names by which it may be asked; on loopback besides this machine's own.
+      origins: sites whose pages may ask from a browser; "*" = all.
+      access_log: whether a line is told of every answer.
     """
 
     host: str
     port: int
     key: str
     grace_s: float
+    hosts: Sequence[str] = ()
+    origins: Sequence[str] = ()
+    access_log: bool = False
+
+    @property
+    def names(self) -> Sequence[str]:
+        """What the server is called; none = whatever is asked for."""
+        own = HOSTS if self.local else ()
+        return (*own, *(name.lower() for name in self.hosts))
 
     @property
     def local(self) -> bool:
@@ -205,8 +249,14 @@ def serve(
     if not (place.local or place.key):
         tell("warning: whoever reaches this port can use the models: set a key")
     sys.setswitchinterval(SWITCH)
-    with stop.watch():
-        asyncio.run(_serve(models, place, limits, stop, tell))
+    # In a thread of its own, since uvicorn takes the signals of the main one.
+    with stop.watch(), ThreadPoolExecutor(1, "server") as pool:
+        work = pool.submit(
+            lambda: asyncio.run(_serve(models, place, limits, stop, tell))
+        )
+        while not wait([work], TICK).done:  # signals are heard between two waits
+            pass
+        work.result()
     ended = [served.engine.close(1.0) for served in models.values()]
     return all(ended)
 
@@ -215,35 +265,45 @@ async def _serve(models, place: Place, limits: Limits, stop: Stop, tell) -> None
     import uvicorn
 
     engines = {name: served.engine for name, served in models.items()}
-    numbers, mail = Numbers(engines), Mail()
-    service = Service(models, limits, place.key, numbers, place.local, mail)
+    connections = Connections(limits, max(16, files.open_most(OPEN) - OWN))
+    service = Service(
+        *(models, limits, place.key, Numbers(engines), place.names),
+        mail=(mail := Mail()),
+        connections=connections,
+        note=tell if place.access_log else None,
+    )
     for engine in engines.values():
         engine.flush = mail.flush
     listener = _listen(place.host, place.port)
-    config = uvicorn.Config(
-        application(service),
-        http=_protocol(service.limits),
-        ws="none",
-        lifespan="off",
-        access_log=False,
-        log_level="warning",
-        limit_concurrency=service.limits.connections,
-        timeout_graceful_shutdown=1,
-        server_header=False,
-    )
-    server = uvicorn.Server(config)
-    server.capture_signals = _signals_are_ours  # type: ignore[method-assign]
+    options: dict[str, Any] = {
+        "ws": "none",
+        "lifespan": "off",
+        "access_log": False,
+        "log_level": "warning",
+        "proxy_headers": False,  # addresses are those of the connections
+        "timeout_graceful_shutdown": 1,
+        "server_header": False,
+    }
+    app = connections.heard(_shared(application(service), place.origins))
+    plain = uvicorn.Config(app, http="h11", **options)
+    plain.load()
+    watched = connections.protocol(plain.http_protocol_class)
+    server = uvicorn.Server(uvicorn.Config(app, http=watched, **options))
     work = asyncio.ensure_future(server.serve(sockets=[listener]))
     try:
+        began = time.monotonic()
         await _start(service, listener, stop, work, tell)
+        waiting = [engine for engine in engines.values() if engine.ahead]
         while not (stop.signals or work.done()):
             await asyncio.sleep(TICK)
+            if waiting and all(engine.compiled.is_set() for engine in waiting):
+                seconds, waiting = time.monotonic() - began, []
+                tell(f"every shape of request is compiled ({seconds:.0f} s)")
         service.leaving = True
         tell("leaving: what runs may end; a second signal ends it")
         end, first = time.monotonic() + place.grace_s, stop.signals
-        answering = server.server_state.tasks
         while time.monotonic() < end and stop.signals <= first:
-            if not (answering or _busy(service)):
+            if not (connections.busy or _busy(service)):
                 break
             await asyncio.sleep(TICK)
     finally:
@@ -251,6 +311,21 @@ async def _serve(models, place: Place, limits: Limits, stop: Stop, tell) -> None
             await asyncio.to_thread(served.engine.close, 1.0)
         server.should_exit = True
         await work
+
+
+def _shared(app: Callable, origins: Sequence[str]) -> Callable:
+    """Returns an application that browsers may ask from pages of these sites."""
+    if not origins:
+        return app
+    from starlette.middleware.cors import CORSMiddleware
+
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=["GET", "HEAD", "POST"],
+        allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+        expose_headers=["X-Request-Id", "Retry-After"],
+    )
 
 
 async def _start(service: Service, listener, stop: Stop, work, tell) -> None:
@@ -269,7 +344,9 @@ async def _start(service: Service, listener, stop: Stop, work, tell) -> None:
     if service.ready:
         seconds = time.monotonic() - began
         names = ", ".join(service.models)
-        tell(f"serving {names} at {url} (compiled in {seconds:.0f} s)")
+        more = any(engine.ahead and not engine.compiled.is_set() for engine in engines)
+        also = "; other shapes of requests are compiled meanwhile" if more else ""
+        tell(f"serving {names} at {url} (compiled in {seconds:.0f} s{also})")
 
 
 def _busy(service: Service) -> bool:
@@ -291,66 +368,3 @@ def _listen(host: str, port: int) -> socket.socket:
             "or take another --port"
         ) from None
     return listener
-
-
-@contextlib.contextmanager
-def _signals_are_ours():
-    """Stands in for uvicorn's own handlers, which stop listening at once."""
-    yield
-
-
-def _protocol(limits: Limits) -> type:
-    """Returns uvicorn's HTTP/1.1 with limits to how slow the other side may be.
-
-    A connection that sends its headers byte by byte would be open for ever, and one
-    that does not read its answer too, even when it is closed: what was written must
-    be sent before.
-    """
-    seconds = limits.read_seconds
-    import h11
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-
-    class Protocol(H11Protocol):
-        timer: asyncio.TimerHandle | None = None
-        held, blocked = 0, 0.0  # bytes not yet sent; seconds since there were none
-
-        def connection_made(self, transport) -> None:
-            super().connection_made(transport)
-            self.await_headers()
-            self.watch = self.loop.call_later(seconds, self.look_at_reader)
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            self.await_headers()
-
-        def connection_lost(self, exc) -> None:
-            super().connection_lost(exc)
-            self.watch.cancel()
-            if self.timer:
-                self.timer.cancel()
-
-        def look_at_reader(self) -> None:
-            before, self.held = self.held, self.transport.get_write_buffer_size()
-            self.blocked = self.blocked + seconds if self.held else 0.0
-            stuck = self.held == before and self.blocked > seconds
-            if stuck or self.blocked > 2 * limits.seconds:
-                self.transport.abort()
-            else:
-                self.watch = self.loop.call_later(seconds, self.look_at_reader)
-
-        def await_headers(self) -> None:
-            began = self.conn.their_state is not h11.IDLE
-            if began and self.timer:
-                self.timer.cancel()
-                self.timer = None
-            elif not began and not self.timer:
-                self.timer = self.loop.call_later(seconds, self.too_slow)
-
-        def too_slow(self) -> None:
-            self.timer = None
-            if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
-                answer = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\n"
-                self.transport.write(answer + b"Content-Length: 0\r\n\r\n")
-                self.transport.close()
-
-    return Protocol

@@ -1,40 +1,48 @@
 """The places of a server's rows on the device, and the compiled programs.
 
-    slots.compile()                       # every shape that can occur, once
-    end, told = slots.prompt(ids, 0)      # a piece of a prompt
+    slots.compile()                       # what the first request needs
+    slots.ahead()                         # the other shapes that can occur
+    end, *_ = slots.prompt(ids, 0)        # a piece of a prompt
     slot, chosen = slots.join(entry, owner)  # its row takes a place: first token
     for slot, owner in slots.taken(): ...
     chosen = slots.step()                 # the next token of every row
 
-A decode step costs what its shape costs: every row is computed, and all that a cache
-holds is read. So rows live in the smallest of a few sizes, and their caches reach as
-far as the longest of them needs; both change when that does.
+A program costs what its shape costs: every row is computed, and all that a cache holds
+is read. So prompts run on the shortest cache that holds them, rows live in the smallest
+of a few sizes, and their caches reach as far as the longest of them needs; both change
+when that does.
 """
 
+import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from gpt_jax import sample
-from gpt_jax.model import GPT, init_cache
-from gpt_jax.serve import batch
+from gpt_jax.model import GPT, Cache, init_cache, stretch
+from gpt_jax.model.cache import block, put_block
+from gpt_jax.serve import batch, prefixes
 from gpt_jax.serve.batch import Chosen, Entry
+from gpt_jax.serve.compiled import Draft, Programs
+from gpt_jax.serve.prefixes import Prefixes
+from gpt_jax.serve.texts import Request
 
 PIECE = 256  # prompt tokens run at once: what other rows wait for at most
 SHORTEST = 16  # pieces are padded to powers of two from here on
 PATIENCE = 32  # steps for which a smaller shape must have done before it is taken
-REACH, REACHES = 128, 4  # the shortest reach of caches, and how many there are at most
+REACH = 128  # no cache is made for less
 
 
 def reaches(context: int) -> list[int]:
-    """Returns how many tokens the caches of a batch may hold, rising; the last all."""
+    """Returns how many tokens caches may hold, rising; the last all."""
     halves = [context]
-    while len(halves) < REACHES and halves[-1] >= 2 * REACH:
+    while halves[-1] >= 2 * REACH:
         halves.append(-(-halves[-1] // 2))
     return halves[::-1]
 
@@ -49,31 +57,40 @@ def lengths(context: int) -> list[int]:
     return [*(length for length in powers if length < most), most]
 
 
-def entry(
-    ids: Sequence[int],
-    settings: dict,
-    *,
-    seed: int,
-    number: int,
-    wants: bool,
-    room: int,
-) -> Entry:
-    """Returns what a prompt's row brings along; the key is that of `sample.texts`."""
+def entry(request: Request, room: int) -> Entry:
+    """Returns what a request's row brings along; the key is that of `sample.texts`."""
+    ids = request.ids
     tokens_S = np.zeros(room, np.int32)
     tokens_S[: len(ids)] = ids
     key_1 = sample.row_keys(
-        np.uint32(seed % 2**32),
+        np.uint32(request.seed % 2**32),
         np.array([zlib.crc32(np.asarray(ids, "<i4").tobytes())], np.uint32),
-        np.array([number], np.uint32),
+        np.array([request.number], np.uint32),
     )
-    return Entry(tokens_S, sample.rows_of([settings]), key_1, np.array([wants]))
+    ends = [token for token in request.stop if not isinstance(token, str)]
+    ruling = batch.rules(
+        1, begin=len(ids), bias=request.bias, ends=ends, least=request.least
+    )
+    wants_1 = np.array([request.top is not None])
+    return Entry(tokens_S, sample.rows_of([request.settings]), ruling, key_1, wants_1)
+
+
+def _length(count: int, reach: int) -> int:
+    """Returns how long a piece of `count` tokens is on a cache of that reach."""
+    return next(n for n in lengths(reach) if n >= count)
 
 
 class Slots:
     """A batch of rows, each with an owner; grows and shrinks between fixed shapes."""
 
     def __init__(
-        self, model: GPT, params, sizes: Sequence[int], share: Share = lambda tree: tree
+        self,
+        model: GPT,
+        params,
+        sizes: Sequence[int],
+        share: Share = lambda tree: tree,
+        *,
+        prefix_bytes: int = 0,
     ):
         """Lays the weights out; `compile` does the rest.
 
@@ -84,6 +101,8 @@ class Slots:
             reach over the whole context: a row's numbers are then the same to the last
             bit, whoever is there.
           share: gives arrays that equal these and are held already; else these.
+          prefix_bytes: for what prompts begin with; see prefixes.py. With one size
+            alone nothing is kept: what was asked before would change the last bits.
         """
         if not sizes or min(sizes) < 1 or list(sizes) != sorted(set(sizes)):
             raise ValueError(
@@ -95,76 +114,216 @@ class Slots:
         self._params = share(many)
         self._params_of_one = self._params if one is many else share(one)
         self.room, self.sizes = model.cfg.context_length, tuple(sizes)
-        self._lengths = lengths(self.room)
-        self.reaches = reaches(self.room) if len(sizes) > 1 else [self.room]
+        self._prompt_reaches = reaches(self.room)
+        self.reaches = self._prompt_reaches if len(sizes) > 1 else [self.room]
+        # Arrays that are bound to a device, as the weights of a run and all that comes
+        # of them, have programs of their own: so these are bound from the start.
+        (device,) = jax.tree.leaves(self._params)[0].devices()
+        self._bind = partial(jax.device_put, device=device)
         self._owners: list[Any] = [None] * self.sizes[0]
         self._held: list[int] = [0] * self.sizes[0]  # tokens in each row's cache
+        self._rows: dict[int, Cache] = {}  # of prompts, by reach; each made when wanted
+        self._reach_of_prompt = self._prompt_reaches[0]
         # Steps for which a smaller size, a shorter reach would have done.
         self._spare = self._slack = 0
         fixed = {"model": self.model}
+        self._prefixes = Prefixes(prefix_bytes if len(sizes) > 1 else 0)
+        self._programs = Programs()
         self._prefill = jax.jit(partial(batch.prefill, **fixed), donate_argnums=1)
         self._score = jax.jit(partial(batch.score, **fixed))
+        self._grow = jax.jit(stretch, static_argnames="reach")
         self._admit = jax.jit(batch.admit, donate_argnums=0)
         self._step = jax.jit(partial(batch.step, **fixed), donate_argnums=1)
+        self._take = jax.jit(partial(block, size=prefixes.BLOCK))
+        self._put = jax.jit(put_block, donate_argnums=0)
         self._resize = jax.jit(batch.resize)
         self._stretch = jax.jit(batch.stretch, static_argnames="reach")
 
     def compile(self) -> None:
-        """Runs every program once in every shape; nothing is compiled later."""
-        cfg = self.model.cfg
-        # Arrays that are bound to a device, as the weights of a run and all that comes
-        # of them, have programs of their own: so these are bound from the start.
-        (device,) = jax.tree.leaves(self._params)[0].devices()
-        bind = partial(jax.device_put, device=device)
-        self._row = bind(init_cache(cfg, 1, self.room, jnp.dtype(cfg.dtype)))
-        for length in self._lengths:
-            self.prompt([0] * length, 0, score=True)
-        idle = entry([0], batch.GREEDY, seed=0, number=0, wants=True, room=self.room)
-        for smaller, size in zip((None, *self.sizes), self.sizes, strict=False):
-            for reach in self.reaches:
-                self._batch = bind(batch.empty(cfg, size, reach))
-                self._owners, self._held = [None] * size, [0] * size
-                self.join(idle, None, 1)  # nobody: the slot stays free
-                self.step()
-                if smaller:
-                    self._move(smaller)
-                    self._move(size)
-            for reach in (*self.reaches[::-1], *self.reaches):
-                self._reach(reach)
-        first = self.sizes[0]
-        self._batch = bind(batch.empty(cfg, first, self.reaches[0]))
-        self._owners, self._held = [None] * first, [0] * first
+        """Makes the batch, and compiles what a short request needs."""
+        first, reach = self.sizes[0], self.reaches[0]
+        self._batch = self._bind(batch.empty(self.model.cfg, first, reach))
+        self.prompt([0], 0)
+        self.join(self._idle(), None, 1)  # nobody: the slot stays free
+        self.step()
+
+    def ahead(self) -> None:
+        """Compiles every program in every shape that can occur, until `close`.
+
+        May run in a thread beside requests; what they need meanwhile they compile.
+        """
+        self._programs.ahead(self._drafts())
+
+    def close(self) -> None:
+        """Lets `ahead` end after the program that it is at."""
+        self._programs.close()
 
     def programs(self) -> int:
         """Returns how many programs there are."""
-        jitted: list[Any] = [self._prefill, self._score, self._admit]
-        jitted += [self._step, self._resize, self._stretch]
-        return sum(one._cache_size() for one in jitted)
+        return len(self._programs)
+
+    def _drafts(self) -> Iterator[Draft]:
+        """Yields the programs that can be wanted, the likelier ones first."""
+        cfg, shaped = self.model.cfg, self._shaped
+        params, number = shaped(self._params), np.int32(0)
+        row = shaped(jax.eval_shape(partial(self._empty_row, self._prompt_reaches[0])))
+        tokens_1T = np.zeros((1, 1), np.int32)
+        found = jax.eval_shape(self._prefill, params, row, tokens_1T, number, number)
+        logits_1V, x_TD, entry = shaped(found[0]), found[2], self._idle()
+        for reach in self._prompt_reaches:
+            row = shaped(jax.eval_shape(partial(self._empty_row, reach)))
+            for length in self._lengths_for(reach):
+                tokens_1T = np.zeros((1, length), np.int32)
+                given = (params, row, tokens_1T, number, number)
+                yield self._draft(("prefill", length, reach), self._prefill, *given)
+            keeps = self._prefixes.most and reach >= prefixes.BLOCK
+            kept = jax.eval_shape(self._take, row, number, number) if keeps else None
+            if keeps:
+                given = (row, shaped(kept), number)
+                yield self._draft(("put", reach), self._put, *given)
+            for other in (r for r in self.reaches if r > reach):
+                key, to = ("grow", reach, other), {"reach": other}
+                yield self._draft(key, self._grow, row, **to)
+            if reach not in self.reaches:
+                continue
+            for size, smaller in zip(self.sizes, (0, *self.sizes), strict=False):
+                make = partial(batch.empty, cfg, size, reach)
+                rows = shaped(jax.eval_shape(make))
+                given = (rows, row, logits_1V, entry, number)
+                yield self._draft(("admit", size, reach), self._admit, *given)
+                if keeps:
+                    given = (rows.cache, number, number)
+                    yield self._draft(("take", size, reach), self._take, *given)
+                own = self._params if size > 1 else self._params_of_one
+                given = (shaped(own), rows, np.zeros(size, bool))
+                yield self._draft(("step", size, reach), self._step, *given)
+                if smaller:
+                    fewer = partial(batch.empty, cfg, smaller, reach)
+                    fewer = shaped(jax.eval_shape(fewer))
+                    up, down = np.zeros(size, np.int32), np.zeros(smaller, np.int32)
+                    key = ("resize", smaller, size, reach)
+                    yield self._draft(key, self._resize, fewer, up)
+                    key = ("resize", size, smaller, reach)
+                    yield self._draft(key, self._resize, rows, down)
+                for other in self._beside(reach):
+                    key, to = ("stretch", size, reach, other), {"reach": other}
+                    yield self._draft(key, self._stretch, rows, **to)
+        for length in sorted({n for r in self._prompt_reaches for n in lengths(r)}):
+            like = jax.ShapeDtypeStruct((length, x_TD.shape[1]), x_TD.dtype)
+            given = (params, self._placed(like), np.zeros(length, np.int32))
+            yield self._draft(("score", length), self._score, *given)
+
+    @staticmethod
+    def _draft(key: tuple, jitted: Any, *args: Any, **static: Any) -> Draft:
+        return Draft(key, lambda: jitted.lower(*args, **static))
+
+    def _shaped(self, tree):
+        """Returns the shapes of arrays, where they will lie."""
+        return jax.tree.map(self._placed, tree)
+
+    def _placed(self, x) -> jax.ShapeDtypeStruct:
+        where = SingleDeviceSharding(self._bind.keywords["device"])
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    def _lengths_for(self, reach: int) -> list[int]:
+        """Returns the lengths of pieces that prompts of this reach have."""
+        if reach > PIECE or self._prefixes.most:
+            return lengths(reach)
+        shorter = max((r for r in self._prompt_reaches if r < reach), default=0)
+        return [n for n in lengths(reach) if n >= _length(shorter + 1, reach)]
+
+    def _beside(self, reach: int) -> list[int]:
+        """Returns the reaches next to one."""
+        here = self.reaches.index(reach)
+        return [*self.reaches[max(0, here - 1) : here], *self.reaches[here + 1 :][:1]]
+
+    def _empty_row(self, reach: int) -> Cache:
+        cfg = self.model.cfg
+        return init_cache(cfg, 1, reach, jnp.dtype(cfg.dtype))
+
+    def _idle(self) -> Entry:
+        """Returns what nobody brings along."""
+        nobody = ([0], batch.GREEDY, 0, 0, (), 0)
+        return entry(Request(*nobody, score=True, deadline=math.inf), self.room)
 
     def prompt(
-        self, ids: Sequence[int], start: int, *, score: bool = False
-    ) -> tuple[int, Chosen | None]:
+        self,
+        ids: Sequence[int],
+        start: int,
+        *,
+        score: bool = False,
+        states: bool = False,
+    ) -> tuple[int, Chosen | None, Any]:
         """Runs the next piece of a prompt, whose last one leaves it ready to `join`.
 
         Returns:
           where the next piece starts; how likely each token after those of the piece
-          was, if asked for (an entry more than there are when the prompt ends).
+          was, if asked for (an entry more than there are when the prompt ends); the
+          last hidden states [tokens, D] in float32, if asked for.
         """
+        reach = self._row_for(ids)
         count = min(PIECE, len(ids) - start)
-        length = next(n for n in self._lengths if n >= count)
+        length = _length(count, reach)
         tokens_T = np.zeros(length, np.int32)
         tokens_T[:count] = ids[start : start + count]
-        self._logits, self._row, x_TD = self._prefill(
-            self._params, self._row, tokens_T[None], np.int32(start), np.int32(count)
+        self._logits, self._rows[reach], x_TD = self._programs.call(
+            ("prefill", length, reach),
+            self._prefill,
+            *(self._params, self._rows[reach], tokens_T[None]),
+            *(np.int32(start), np.int32(count)),
         )
         end = start + count
+        held_TD = np.asarray(x_TD)[:count].astype(np.float32) if states else None
         if not score:
-            return end, None
+            return end, None, held_TD
         next_T = np.zeros(length, np.int32)
         after = ids[start + 1 : end + 1]
         next_T[: len(after)] = after
-        told = jax.device_get(self._score(self._params, x_TD, next_T))
-        return end, jax.tree.map(lambda x: x[:count], told)
+        told = jax.device_get(
+            self._programs.call(
+                ("score", length), self._score, self._params, x_TD, next_T
+            )
+        )
+        return end, jax.tree.map(lambda x: x[:count], told), held_TD
+
+    def recall(self, ids: Sequence[int]) -> int:
+        """Makes a prompt's row begin with what is kept of its beginning.
+
+        Returns:
+          how many tokens that is, after which `prompt` goes on; less than all.
+        """
+        chain = prefixes.names(ids[:-1]) if self._prefixes.most else []
+        found = self._prefixes.known(chain)
+        reach = self._row_for(ids)
+        for i, kept in enumerate(found):
+            self._rows[reach] = self._programs.call(
+                ("put", reach),
+                *(self._put, self._rows[reach], kept, np.int32(i * prefixes.BLOCK)),
+            )
+        return len(found) * prefixes.BLOCK
+
+    def remember(self, ids: Sequence[int], slot: int) -> None:
+        """Keeps what a slot holds of these ids, with which its row begins."""
+        if not self._prefixes.most:
+            return
+        chain = prefixes.names(ids[: self._held[slot]])
+        fresh = {}
+        for i, name in enumerate(chain):
+            if name not in self._prefixes:
+                where = (np.int32(slot), np.int32(i * prefixes.BLOCK))
+                fresh[name] = self._programs.call(
+                    ("take", len(self._owners), self._batch.reach),
+                    *(self._take, self._batch.cache, *where),
+                )
+        self._prefixes.put(chain, fresh)
+
+    def _row_for(self, ids: Sequence[int]) -> int:
+        """Returns the reach of the shortest cache that holds a prompt, made by then."""
+        reach = next(r for r in self._prompt_reaches if r >= len(ids))
+        if reach not in self._rows:
+            self._rows[reach] = self._bind(self._empty_row(reach))
+        self._reach_of_prompt = reach
+        return reach
 
     def join(self, entry: Entry, owner, length: int) -> tuple[int, Chosen]:
         """Gives the prompt of `length` tokens that has just run a free slot.
@@ -178,8 +337,14 @@ class Slots:
         self._owners[slot], self._held[slot] = owner, length
         if length > self._batch.reach:
             self._reach(length)
-        self._batch, chosen = self._admit(
-            self._batch, self._row, self._logits, entry, np.int32(slot)
+        row, reach = self._rows[self._reach_of_prompt], self._batch.reach
+        if row.reach < reach:
+            key = ("grow", row.reach, reach)
+            row = self._programs.call(key, self._grow, row, reach=reach)
+        self._batch, chosen = self._programs.call(
+            ("admit", len(self._owners), reach),
+            self._admit,
+            *(self._batch, row, self._logits, entry, np.int32(slot)),
         )
         return slot, _read(chosen, told=bool(entry.wants_1[0]))
 
@@ -199,7 +364,11 @@ class Slots:
             self._held[slot] += 1
         running_B = np.array([owner is not None for owner in self._owners])
         params = self._params if len(running_B) > 1 else self._params_of_one
-        self._batch, chosen = self._step(params, self._batch, running_B)
+        self._batch, chosen = self._programs.call(
+            ("step", len(running_B), self._batch.reach),
+            self._step,
+            *(params, self._batch, running_B),
+        )
         return _read(chosen, told=told)
 
     def fit(self, rows: int) -> None:
@@ -225,8 +394,12 @@ class Slots:
             old_B[: len(taken)] = [slot for slot, _ in taken]
             free = len(old_B) - len(taken)
             self._held = [self._held[slot] for slot, _ in taken] + [0] * free
+            before = len(self._owners)
             self._owners = [owner for _, owner in taken] + [None] * free
-            self._batch = self._resize(self._batch, old_B)
+            self._batch = self._programs.call(
+                ("resize", before, len(old_B), self._batch.reach),
+                *(self._resize, self._batch, old_B),
+            )
         self._spare = 0
 
     def _fit_reach(self, tokens: int) -> None:
@@ -242,7 +415,11 @@ class Slots:
         while (now := self._batch.reach) != wanted:
             step = 1 if wanted > now else -1
             reach = self.reaches[self.reaches.index(now) + step]
-            self._batch = self._stretch(self._batch, reach=reach)
+            self._batch = self._programs.call(
+                ("stretch", len(self._owners), now, reach),
+                *(self._stretch, self._batch),
+                reach=reach,
+            )
         self._slack = 0
 
 

@@ -1,7 +1,7 @@
 """One text to write: what is asked for, and what is told of it as it grows."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -17,6 +17,10 @@ class Request:
       settings: those of `sample.check`, all of them.
       seed, number: with the prompt they decide the text, as in `sample.texts`.
       stop: strings that end the text, ids of tokens that do.
+      least: tokens before which nothing ends it.
+      bias: what is added to the logits of token ids.
+      pool: whether the prompt's hidden states are wanted, and nothing is written:
+        "mean", "last", or "" for no.
       top: how many alternatives to tell with each token; None = no probabilities.
       score: whether to tell the prompt's tokens too.
       deadline: when it is late, in time.monotonic() seconds.
@@ -30,6 +34,9 @@ class Request:
     top: int | None
     score: bool
     deadline: float
+    least: int = 0
+    bias: Mapping[int, float] = field(default_factory=dict)
+    pool: str = ""
 
 
 class Token(NamedTuple):
@@ -66,7 +73,9 @@ class Text:
     """A row's text as it grows; each token comes out with the text it begins in."""
 
     def __init__(self, tokenizer, request: Request):
-        self._scribe = sample.Transcript(tokenizer, request.ids, request.stop)
+        self._scribe = sample.Transcript(
+            tokenizer, request.ids, request.stop, request.least
+        )
         self._top, self._stop = request.top, set(request.stop)
         told = request.top is not None
         self._speller = sample.Transcript(tokenizer, request.ids if told else (), ())

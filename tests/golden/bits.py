@@ -168,7 +168,7 @@ FEW = ("gpt2 adamw", "modern muon")  # in every test run
 
 def run(name: str) -> dict[str, Any]:
     """Trains a case; returns its losses and, of language models, a greedy text."""
-    from gpt_jax import metrics, runs, sample, train
+    from gpt_jax import metrics, runs, sample, sampling, train
 
     with tempfile.TemporaryDirectory() as place:
         config = CASES[name](place)
@@ -189,12 +189,7 @@ def run(name: str) -> dict[str, Any]:
                 count=1,
                 seed=1,
                 stop=[],
-                temperature=0.0,
-                top_k=0,
-                top_p=1.0,
-                min_p=0.0,
-                repetition_penalty=1.0,
-                max_new=10,
+                **sampling.settings(10, temperature=0.0),
             )
             found["text"] = text.text
     return found

@@ -7,9 +7,13 @@ const $ = (id) => document.getElementById(id);
 const STORE = "gpt_jax";
 const DEFAULTS = {
   temperature: 0.8, top_p: 1, top_k: 0, min_p: 0, repetition_penalty: 1,
+  frequency_penalty: 0, presence_penalty: 0,
   max_tokens: 128, seed: "", system: "", tokens: false, key: "",
 };
-const RANGES = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens"];
+const RANGES = [
+  "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty",
+  "presence_penalty", "max_tokens",
+];
 const ALTERNATIVES = 5;
 
 let models = [];
