@@ -13,6 +13,7 @@ import numpy as np
 
 from gpt_jax import (
     adapters,
+    fork,
     model,
     names,
     optimizer,
@@ -36,7 +37,7 @@ AT_LEAST_1 = (
     "heartbeat_timeout_seconds",
 )
 NOT_NEGATIVE = (
-    *("steps", "max_tokens", "max_bytes", "max_seconds", "patience"),
+    *("steps", "max_tokens", "max_bytes", "max_seconds", "fit_seconds", "patience"),
     *("sample_every", "spike_window", "early_from"),
     *("eval_every", "eval_windows", "eval_batch_size", "checkpoint_every", "seed"),
 )
@@ -61,6 +62,7 @@ class Run:
 
     seed: int
     init_from: str
+    fork: str
     allow_data_change: bool
     batch_size: int
     accumulate: int
@@ -68,6 +70,7 @@ class Run:
     max_tokens: int
     max_bytes: int
     max_seconds: float
+    fit_seconds: float
     patience: int
     spike_window: int
     max_skipped: int
@@ -124,7 +127,7 @@ GROUPS: dict[str, Tree] = {
     "data": settings.declared(Data),
     "model": settings.declared(model.GPTConfig),
     "optimizer": {
-        **settings.declared(optimizer.make, without=("declared", "spread")),
+        **settings.declared(optimizer.make, without=("declared", "spread", "scales")),
         "ema": bool,
     },
     "hyper": dict.fromkeys(Hyper._fields, float),
@@ -193,6 +196,13 @@ def check_run(config: Tree) -> None:
         raise ValueError("spike_window is 1: give 2 losses or more, or 0 for no guard")
     if config["seed"] >= 2**63:
         raise ValueError(f"seed is {config['seed']}: it must be below 2^63")
+    fork.parse(config["fork"])
+    if config["fit_seconds"]:
+        names.choose(
+            "fit_seconds chooses the steps while it trains, so optimizer.schedule",
+            config["optimizer"]["schedule"],
+            ("wsd", "constant"),
+        )
     names.choose("on_save_error", config["on_save_error"], ON_SAVE_ERROR)
     if config["batch_size"] % config["accumulate"]:
         raise ValueError(
@@ -220,6 +230,11 @@ def check_model(config: Tree) -> None:
         model.GPTConfig(**{**fields, "vocab_size": fields["vocab_size"] or 1})
     except ArithmeticError as error:
         raise ValueError(f"config.model: {error}") from error
+    if fields["param"] == "mup" and config["optimizer"]["name"] == "sgd":
+        raise ValueError(
+            "model.param is mup, whose rates are those of adaptive optimizers, but "
+            "optimizer.name is sgd: take adamw, lion, adafactor or muon"
+        )
     off = {
         "model.attn_softcap": fields["attn_softcap"],
         "hyper.dropout_attn": config["hyper"]["dropout_attn"],
@@ -342,6 +357,8 @@ def _unread_of_the_model(config: Tree) -> dict[str, str]:
     fields, found = config["model"], {}
     if fields["norm"] == "rmsnorm":
         found["model.norm_bias"] = "model.norm rmsnorm"
+    if fields["param"] != "mup":
+        found["model.base_width"] = f"model.param {fields['param']}"
     if not fields["norm_scale"]:
         found["model.norm_offset"] = "a model without norm_scale"
     if begins(config["init_from"]) != RANDOM:

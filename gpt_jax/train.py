@@ -34,9 +34,11 @@ from gpt_jax import (
     devices,
     evaluate,
     files,
+    fork,
     metrics,
     model,
     optimizer,
+    pace,
     plots,
     pretrained,
     processes,
@@ -146,6 +148,75 @@ def train(
       OSError: a checkpoint could not be saved, and `on_save_error` is "stop".
     """
     workdir = files.expand(workdir)
+    if config.fit_seconds:
+        return fitted(config, workdir, profile=profile, report=report)
+    return sitting(config, workdir, profile=profile, report=report)
+
+
+def fitted(config: ConfigDict, workdir: Path, **how: Any) -> Result:
+    """Trains for `fit_seconds` of wall time, from this call to its return.
+
+    What is not known is how long a step takes, so the run is made in sittings, each of
+    which is told to end where the one before it says: see pace.py. Its steps are those
+    of a run that was given their final number, since the rate only decays after it is
+    known. Time that an interrupted run has used counts; an end that was settled stays.
+    """
+    check(config)
+    if processes.count() > 1:
+        raise ValueError(
+            f"fit_seconds is {config.fit_seconds}: several processes have no common "
+            "clock; set it to 0 and give steps"
+        )
+    began, config = time.monotonic(), config.copy_and_resolve_references()
+    rounds = config.task.get("updates", 1)
+    wsd = config.optimizer.schedule == "wsd"
+    decay = config.hyper.decay_fraction if wsd else 0.0
+    plan, done, used = planned(workdir, rounds)
+    while True:
+        config.steps = plan.end
+        config.hyper.decay_steps = float(plan.last or pace.OPEN)
+        started = time.monotonic()
+        result = sitting(config, workdir, **how)
+        if result.reason != "steps" or plan.end == plan.last:
+            return result
+        rows, now, how["profile"] = metrics.read(workdir), time.monotonic(), 0
+        found = pace.measure(rows, done, result.step, now - started)
+        if not found:
+            raise ValueError(
+                f"log_every is {config.log_every}: fit_seconds needs two lines within "
+                f"{pace.TRIAL} steps to know how long one takes; log more often"
+            )
+        done, left = result.step, config.fit_seconds - used - (now - began)
+        last = pace.steps(found, done, left, rounds)
+        plan = pace.then(plan, last, decay, done, rounds)
+        screen.say(
+            f"fit_seconds: {found.step:.3g} s a step and {max(left, 0):.0f} s left, so "
+            f"{last:,} steps"
+        )
+
+
+def planned(workdir: Path, rounds: int) -> tuple[pace.Plan, int, float]:
+    """Returns what a run with fit_seconds does next, its step and seconds so far."""
+    done = checkpoint.Checkpoints(workdir / "checkpoints", keep=None).latest() or 0
+    trial = math.ceil((done + pace.TRIAL) / rounds) * rounds
+    if not done:
+        return pace.Plan(trial, 0), 0, 0.0
+    old = runs.read_config(workdir)
+    last = int(old.hyper.decay_steps) % pace.OPEN
+    end = old.steps if done < old.steps or old.steps == last else trial
+    rows = [row for row in metrics.read(workdir) if row["step"] <= done]
+    used = max((row.get("seconds", 0.0) for row in rows), default=0.0)
+    return pace.Plan(min(end, last or end), last), done, used
+
+
+def sitting(
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    profile: int,
+    report: Callable[[int, dict[str, float]], str],
+) -> Result:
+    """Trains to the config's end, once; see `train`."""
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(signals.watch(config.grace_s))
         alone = processes.count() == 1  # one of several that leaves costs all of them
@@ -236,6 +307,22 @@ def build(
     What is opened is closed by `stack`, in reverse order.
     """
     check(config)
+    parts = parts_of(config, workdir)
+    task, strategy = parts.task, parts.strategy
+    processes.in_turn(lambda: stack.enter_context(runs.lock(workdir)))
+    stop = processes.together(stop)
+    others = processes.index() > 0  # the first process speaks for all
+    job, state, totals = open_run(config, workdir, parts, stop, stack, quiet=others)
+    if not at_end(config, task, totals, int(state.step)):
+        job.bar.print(describe(job, state))
+    return job, strategy.place(state), totals
+
+
+def parts_of(config: ConfigDict, workdir: Path) -> Parts:
+    """Builds the parts of a run on the devices that there are; prepares its text.
+
+    Nothing in the run folder is touched: its tokenizer is read where it has one.
+    """
     micro_batch = config.batch_size // config.accumulate
     programs.use_cache(config.compile_cache)
     mesh = config.mesh
@@ -247,18 +334,12 @@ def build(
             f"on_save_error is {config.on_save_error}: one of several processes cannot "
             "go on alone; set it to stop"
         )
+    processes.in_turn(lambda: check_fork(config, workdir))  # before its text is made
     task = processes.in_turn(lambda: make_task(config, workdir))
     processes.check_same("the fingerprint of the training data", task.fingerprint)
     adapter = adapters.make(model.declared(task.model.cfg), **config.adapter)
     strategy = sharding.make(micro_batch, adapter.declared, **mesh)
-    parts = make_parts(config, task, strategy)
-    processes.in_turn(lambda: stack.enter_context(runs.lock(workdir)))
-    stop = processes.together(stop)
-    others = processes.index() > 0  # the first process speaks for all
-    job, state, totals = open_run(config, workdir, parts, stop, stack, quiet=others)
-    if not at_end(config, task, totals, int(state.step)):
-        job.bar.print(describe(job, state))
-    return job, strategy.place(state), totals
+    return make_parts(config, task, strategy)
 
 
 def make_parts(
@@ -269,7 +350,9 @@ def make_parts(
     adapter = adapters.make(model.declared(cfg), **config.adapter)
     rule = config.optimizer.to_dict()
     ema = rule.pop("ema")
-    tx = optimizer.make(adapter.declared, **rule, spread=strategy.spread)
+    tx = optimizer.make(
+        adapter.declared, **rule, spread=strategy.spread, scales=model.rates(cfg)
+    )
     options = programs.options_for_one_run(model.count(cfg))
 
     def fresh(weights, key):
@@ -344,7 +427,7 @@ def open_run(
             "from elsewhere, or remove these folders to start over"
         )
     else:  # weights that do not fit are refused before there is a run
-        state, totals = begin(config, parts, init_key), Totals(measured=parts.measured)
+        state, totals = begin(config, parts, init_key)
         if processes.count() > 1:  # what other processes read and save with this one
             state = parts.strategy.place(state)
         processes.in_turn(create_or_check)
@@ -366,7 +449,7 @@ def open_run(
             tensorboard=config.tensorboard,
             wandb=config.wandb,
             config=config.to_dict(),
-            resume_step=int(state.step),
+            resume_step=int(state.step) if there else 0,
         )
         stack.callback(writer.close)
     if not quiet:
@@ -490,6 +573,8 @@ def check_rollouts(config: ConfigDict, task: tasks.Task) -> None:
 def first_tokenizer(config: ConfigDict, workdir: Path) -> Path:
     """Returns the tokenizer.json that belongs to `init_from`'s weights."""
     own = workdir / "tokenizer.json"  # a run that goes on needs no other
+    if not own.is_file() and (at := fork.parse(config.fork)):
+        return at.trunk / "tokenizer.json"
     if published := hugging_face(config):
         if own.is_file():
             return own
@@ -510,8 +595,8 @@ def keep_template(config: ConfigDict, workdir: Path) -> None:
     """Keeps the chat template that belongs to `init_from`'s weights."""
     if checks.begins(config.init_from) == checks.RANDOM or config.task.get("template"):
         return
-    published = hugging_face(config)
-    source = pretrained.find(published or config.init_from)
+    at, published = fork.parse(config.fork), hugging_face(config)
+    source = at.trunk if at else pretrained.find(published or config.init_from)
     template = pretrained.template(source)
     if template and template not in chat.TEMPLATES:
         files.write(workdir / "chat_template.jinja", template)
@@ -535,19 +620,28 @@ def restore(
 ) -> tuple[TrainState, Totals, str]:
     """Returns the newest sound state of this run, laid out, and its totals.
 
-    The third is the digest of its frozen trees, "" for none.
+    Newer checkpoints are set aside. The third is the digest of the frozen trees, "" for
+    none.
     """
+    state, totals, frozen = restored(saves, parts, key, None)
+    saves.rewind(int(state.step))
+    return state, totals, frozen
+
+
+def restored(
+    saves: checkpoint.Checkpoints, parts: Parts, key: jax.Array, step: int | None
+) -> tuple[TrainState, Totals, str]:
+    """Returns the state of a step (None: the newest sound one), and as `restore`."""
     shapes = jax.eval_shape(parts.first, key)
     wanted = jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         shapes,
         parts.strategy.layout(shapes),
     )
-    state, meta, step = saves.restore(wanted._replace(frozen={}), step=None)
+    state, meta, _ = saves.restore(wanted._replace(frozen={}), step=step)
     runs.check_tokenizer(saves.folder.parent, parts.task.tokenizer, meta)
     if wanted.frozen:
         state = state._replace(frozen=saves.load_frozen(meta["frozen"], wanted.frozen))
-    saves.rewind(step)
     return state, Totals(**meta["totals"]), meta.get("frozen", "")
 
 
@@ -606,8 +700,51 @@ def too_short(config: ConfigDict, task: tasks.Task) -> list[str]:
     ]
 
 
-def begin(config: ConfigDict, parts: Parts, key: jax.Array) -> TrainState:
-    """Returns the state of a new run: `init_from`'s weights, or random ones."""
+def begin(
+    config: ConfigDict, parts: Parts, key: jax.Array
+) -> tuple[TrainState, Totals]:
+    """Returns the state and totals that a new run begins with.
+
+    They are those of `fork`'s step, or of none: `init_from`'s weights, or random ones.
+    """
+    if at := fork.parse(config.fork):
+        return forked(at, config, parts, key)
+    return first_state(config, parts, key), Totals(measured=parts.measured)
+
+
+def check_fork(config: ConfigDict, workdir: Path) -> None:
+    """Refuses a new run whose trunk is not there; one that goes on needs none."""
+    started = checkpoint.Checkpoints(workdir / "checkpoints", keep=None).steps()
+    if (at := fork.parse(config.fork)) and not started:
+        fork.check_there(at, workdir)
+
+
+def forked(
+    at: fork.Fork, config: ConfigDict, parts: Parts, key: jax.Array
+) -> tuple[TrainState, Totals]:
+    """Returns the state of a trunk at a step, and the tokens that it has seen.
+
+    Seconds and evaluations are those of the new run alone.
+
+    Raises:
+      ValueError: the fork would be another model, or ends before it begins.
+    """
+    task = parts.task
+    processes.in_turn(
+        lambda: fork.check_same(at, config, task.tokenizer, task.fingerprint)
+    )
+    if (end := last_step(config, task)) <= at.step:
+        raise ValueError(
+            f"{ends_by(config, task)} ends the run at step {end:,}, but it forks after "
+            f"step {at.step:,}: steps count on from there, give more"
+        )
+    saves = checkpoint.Checkpoints(at.trunk / "checkpoints", keep=None)
+    state, totals, _ = restored(saves, parts, key, at.step)
+    return state, Totals(tokens=totals.tokens, measured=parts.measured)
+
+
+def first_state(config: ConfigDict, parts: Parts, key: jax.Array) -> TrainState:
+    """Returns the state before step 1, from `init_from`'s weights or random ones."""
     if checks.begins(config.init_from) == checks.RANDOM:
         return parts.first(key)
     cfg = parts.task.model.cfg
@@ -723,8 +860,10 @@ def throughput(task: tasks.Task, strategy: sharding.Strategy) -> metrics.Through
 def describe(job: Job, state: TrainState) -> str:
     """Returns the lines that a run begins with: what trains, on what, from where."""
     cfg, task, mesh = job.task.model.cfg, job.task, job.strategy.mesh
-    platform, step = jax.devices()[0].platform, int(state.step)
+    config, platform, step = job.config, jax.devices()[0].platform, int(state.step)
     begin = f"resuming after step {step}" if step else "starting"
+    if config.fork and job.saves.latest() is None:
+        begin = f"forking {config.fork}"
     parameters = f"{model.count(cfg):,} parameters"
     if "base" in state.frozen:
         total = model.count(state.params) + model.count(state.frozen["base"])
@@ -733,9 +872,9 @@ def describe(job: Job, state: TrainState) -> str:
         f"{parameters}, {cfg.n_layers} layers of width "
         f"{cfg.d_model}, vocabulary {cfg.vocab_size:,}\n"
         f"{len(task.train):,} training windows of {task.tokens} tokens, "
-        f"{tokens_per_step(job.config, task):,} tokens a step\n"
+        f"{tokens_per_step(config, task):,} tokens a step\n"
         f"{mesh.size} {platform} device{'s' * (mesh.size > 1)}, strategy "
-        f"{job.config.mesh.strategy}; {begin} in {job.workdir}"
+        f"{config.mesh.strategy}; {begin} in {job.workdir}"
     )
 
 
@@ -748,7 +887,7 @@ def train_batches(job: Job, start: int) -> data.Batches:
         accumulate=accumulate,
         seed=job.config.seed,
         start=start,
-        rows=sharding.rows(job.strategy.mesh, batch_size // accumulate),
+        rows=job.strategy.rows(batch_size // accumulate),
         timeout_s=job.config.data_timeout_s,
     )
 

@@ -19,7 +19,7 @@ from gpt_jax.pretrained.options import FULL, period
 # a head for classes, which stays at home.
 TECHNICAL = (
     *("vocab_multiple", "init", "zero_init", "scan_layers", "remat", "n_classes"),
-    *("dtype", "param_dtype", "attention"),
+    *("dtype", "param_dtype", "attention", "base_width"),
 )
 
 # Keys that never change the logits: training, generation, bookkeeping. Another key is
@@ -68,7 +68,7 @@ def fields(config: Mapping[str, Any]) -> dict[str, Any]:
     family = of_config(config)
     known = [*family.known, *(key for key, _ in family.keys.values())]
     options.check_shapes(config, known)
-    found = dict(family.fixed)
+    found = {"param": "standard", **family.fixed}
     for field, (key, absent) in family.keys.items():
         value = config.get(key)
         found[field] = absent if value is None else value
