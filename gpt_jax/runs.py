@@ -10,6 +10,7 @@ runs/a/checkpoints/     see checkpoint.py; weights that never change in frozen/
 runs/a/metrics.jsonl    one JSON object a line; loss.png draws it
 runs/a/samples.md       texts written while training
 runs/a/report.html      all of that on one page, for a browser
+runs/a/sensitivity.json which of its numbers matter, where that was asked
 runs/a/machine.json     where and with which versions it was last trained
 runs/a/run.lock         the process that trains here, while one does
 runs/a/ended.json       why a population ended this run before its last step

@@ -1,7 +1,5 @@
 """The dial: what a budget buys, how it is told, what is too little."""
 
-import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -90,19 +88,6 @@ def test_a_config_without_rules_explains_nothing():
     with pytest.raises(ValueError, match="chooses nothing by rules"):
         configs.explain("quickstart")
     assert configs.explain("budget:tokens=1e8") == budget.explain("tokens=1e8")
-
-
-@pytest.mark.slow
-def test_a_machine_is_measured_once_and_its_speed_is_kept(tmp_path):
-    assert calibration.kept(tmp_path) is None
-    found = calibration.known(tmp_path)
-    assert 1e8 < found.flops < 1e16 and math.isfinite(found.seconds)
-    assert calibration.kept(tmp_path) == found
-    (path,) = (tmp_path / "speed").glob("*.json")
-    path.write_text(json.dumps({**found._asdict(), "flops": 7.0}))
-    assert calibration.known(tmp_path).flops == 7.0  # not measured again
-    path.write_text("{")
-    assert calibration.kept(tmp_path) is None
 
 
 def test_the_door_prints_the_rules_and_trains_nothing(tmp_path):

@@ -21,7 +21,7 @@ FLOORS = (
     "tasks evaluate microscope fork",
     "step checks train",
     "population serve reopen calibration",
-    "sweep report bench estimate doctor learn duel",
+    "sweep report bench estimate doctor learn duel sensitivity scaling",
     "__main__",
 )
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names.split()}
