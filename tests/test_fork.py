@@ -112,13 +112,13 @@ def test_a_fork_is_a_folder_and_a_step():
     assert found and (str(found.trunk), found.step) == ("runs/a", 600)
 
 
-def test_what_cannot_be_forked_is_refused_and_leaves_no_folder(made, branch, tmp_path):
+def test_what_cannot_be_forked_is_refused_before_there_is_a_run(made, branch, tmp_path):
     def refused(sentence, **changes):
         config = branch.copy_and_resolve_references()
         config.update(changes)
         with pytest.raises(ValueError, match=sentence):
             train.train(config, tmp_path / "run")
-        assert not (tmp_path / "run").exists()
+        assert not (tmp_path / "run" / "config.json").exists()
 
     trunk = made[1] / "trunk"
     refused(r"no checkpoint of step 5 to fork: it has 4, 6", fork=f"{trunk}:step=5")
