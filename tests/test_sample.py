@@ -328,6 +328,7 @@ class Other:
 
     def __init__(self, *, eos_id):
         self.eos_id, self.opening = eos_id, []
+        self.ends = () if eos_id is None else (eos_id,)
         self.encode, self.decode_stream = BYTES.encode, BYTES.decode_stream
 
 
