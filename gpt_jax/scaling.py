@@ -129,7 +129,7 @@ def fit(points: Sequence[Point], start: Law | None = None) -> Law:
         optimize.least_squares(
             residuals,
             np.clip(x, low + 1e-6, high - 1e-6),
-            slopes,
+            slopes,  # type: ignore[arg-type]
             bounds=(low, high),
             loss="huber",
             f_scale=HUBER,
