@@ -51,6 +51,8 @@ def attribute(gpt: GPT, params, seen: Seen, wanted_T) -> Attribution:
     cfg, T = gpt.cfg, len(wanted_T)
     seen = jax.tree.map(jnp.asarray, seen)
     end = _Held.of(cfg, params.get("final_norm", {}), seen.stream_LTD[-1])
+    gain = 1 / cfg.width_ratio
+    end = end._replace(scale=end.scale * gain, shift=end.shift * gain)
 
     def raw_T(x_TD):
         raw_TV = applied(gpt, params, _raw, x_TD.astype(cfg.dtype))

@@ -167,6 +167,7 @@ class Norm(nn.Module):
     axis: str
     kind: str
     cfg: GPTConfig
+    gain: float = 1.0  # of what comes out
 
     @nn.compact
     def __call__(self, x):
@@ -181,6 +182,8 @@ class Norm(nn.Module):
             y = y * (cfg.norm_offset + scale.astype(jnp.float32))
         if cfg.norm_bias and self.kind == "layernorm":
             y = y + _weight(self, "bias", (self.axis,), "shift")
+        if self.gain != 1.0:
+            y = y * self.gain
         return y.astype(cfg.dtype)
 
 

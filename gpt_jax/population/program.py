@@ -34,6 +34,7 @@ def strategy(mesh: Mesh) -> sharding.Strategy:
         layout=partial(sharding.alone, mesh=mesh),
         place=lambda tree: jax.device_put(tree, NamedSharding(mesh, MEMBERS)),
         put=lambda batch: jax.device_put(batch, NamedSharding(mesh, ALL)),
+        rows=lambda count: [*range(count)],  # of a batch every device needs all
         view=lambda tree: tree,
         spread=lambda matrices_NRC: matrices_NRC,
     )

@@ -83,6 +83,7 @@ class Strategy(NamedTuple):
       place: a state laid out so, or on the host -> the same state on all devices.
       put: a host batch [A, B, ...] -> the batch on the devices, split over B; of
         several processes each gives its own `rows`.
+      rows: how many examples a micro-batch has -> which of them this process gives.
       view: a placed tree -> the same arrays on the mesh, each once: what checkpoints
         and evaluation read.
       spread: an array inside the step -> the same array, split over its first axis
@@ -95,6 +96,7 @@ class Strategy(NamedTuple):
     layout: Callable[[Any], Any]
     place: Callable[[Any], Any]
     put: Callable[[Any], Any]
+    rows: Callable[[int], list[int]]
     view: Callable[[Any], Any]
     spread: Callable[[jax.Array], jax.Array]
 
@@ -181,6 +183,7 @@ def mesh_strategy(mesh: Mesh, declared: Declared) -> Strategy:
         layout=partial(layout, declared, mesh=mesh),
         place=place,
         put=partial(join_rows, mesh=mesh),
+        rows=partial(rows, mesh),
         view=lambda placed: placed,
         spread=spread,
     )
@@ -251,6 +254,7 @@ def pmap_strategy(mesh: Mesh, declared: Declared) -> Strategy:
         layout=partial(alone, mesh=mesh),
         place=place,
         put=put,
+        rows=partial(rows, mesh),
         view=view,
         spread=lambda x: x,  # pmap's devices each run the whole optimizer
     )

@@ -24,7 +24,7 @@ def train_batches(job: Job, start: int) -> data.Batches:
         accumulate=accumulate,
         seed=job.config.seed,
         start=start,
-        rows=sharding.rows(job.strategy.mesh, batch_size // accumulate),
+        rows=job.strategy.rows(batch_size // accumulate),
         timeout_s=job.config.data_timeout_s,
     )
 
