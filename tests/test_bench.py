@@ -29,6 +29,7 @@ from experiments.benches.match import Match
 from experiments.benches.setting import Setting
 from experiments.benches.worker import Absent, Failed, Side, Worker
 from gpt_jax import model
+from tests.cases import few
 from tests.tiny import cfg
 
 CPU = {"platform": "cpu", "gflops": 100.0, "gbytes_s": 10.0, "versions": {}}
@@ -299,11 +300,10 @@ def setting(tmp_path_factory):
 ROWS = cpu.ROWS | gpu.ROWS
 # Measured below; as a toy, gpu_population is population.
 ELSEWHERE = {"time_to_loss", "gpu_time_to_loss", "gpu_population"}
-LONG = {"population", "gpu_correct"}  # many compilations, even as a toy
-TOYS = [
-    pytest.param(row, marks=[pytest.mark.slow] if row in LONG else [])
-    for row in sorted(ROWS.keys() - ELSEWHERE)
-]
+QUICK = ("checkpoint", "decode", "loader", "memory", "prepare", "startup")
+TOYS = few(
+    sorted(ROWS.keys() - ELSEWHERE), *QUICK, "train_step", "gpu_train_124m"
+)  # the others compile much, even as toys
 
 
 def once(make, options):

@@ -338,6 +338,7 @@ def test_an_epoch_is_a_permutation_and_the_next_one_is_another():
     assert len({tuple(epoch) for epoch in epochs}) == 10
 
 
+@pytest.mark.slow
 def test_every_example_comes_first_about_equally_often():
     count = Counter(data._order(5, seed)([0])[0] for seed in range(1000))
     assert set(count) == set(range(5))

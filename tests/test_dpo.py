@@ -258,6 +258,7 @@ def test_the_reference_is_what_the_run_started_from_and_stays_so(home, trained, 
     assert stored == checkpoint.digest({where: start})
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_bit_equal_to_an_uninterrupted_one(home, trained):
     config = configure(home)
     config.steps = 6

@@ -40,6 +40,7 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_with_more_steps(run):
     data = f"--config.data.folder={run.parent / 'data'}"
     flags = [TINY, data, f"--workdir={run}", "--config.steps=8"]

@@ -14,11 +14,13 @@ from gpt_jax import microscope, model, runs
 from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.microscope import attribution, page, taps
 from tests import runs_to_evaluate
+from tests.cases import few
 from tests.test_model import FAMILIES, shake
 from tests.tiny import cfg, jit
 
 IDS = np.random.default_rng(0).integers(0, 61, 14).tolist()
 FOUR = pytest.mark.parametrize("name", [*FAMILIES])
+FEW = pytest.mark.parametrize("name", few(FAMILIES, "gemma"))
 
 
 @functools.cache
@@ -42,7 +44,7 @@ def plain_logits(gpt, params, row):
     return jit(run)(params)
 
 
-@FOUR
+@FEW
 def test_taps_change_nothing(name):
     _, gpt, params, row, seen = family(name)
     wanted = plain_logits(gpt, params, row)
@@ -142,7 +144,7 @@ def test_attention_weights_are_those_of_numpy(name):
         assert not seen.weight_LHTS[layer][:, ~seen_TS].any()
 
 
-@FOUR
+@FEW
 def test_patching_with_the_same_prompt_changes_nothing(name):
     _, gpt, params, *_ = family(name)
     row = taps.row([IDS[:6]])
@@ -150,7 +152,7 @@ def test_patching_with_the_same_prompt_changes_nothing(name):
     assert np.abs(swap.effect_LT).max() < 1e-5
 
 
-@FOUR
+@FEW
 def test_patching_the_last_token_behind_the_last_layer_is_the_other_prompt(name):
     """And before it nothing that both have in common has an effect."""
     _, gpt, params, *_ = family(name)

@@ -70,6 +70,7 @@ def lines(folder):
     return [{k: v for k, v in row.items() if k not in clock} for row in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe, vmap",
     [pytest.param("adamw", False, marks=pytest.mark.slow), ("muon", True)],
@@ -194,6 +195,7 @@ def test_waves_give_what_one_wave_gives(config, tmp_path):
     assert digests(tmp_path / "one", 5) == digests(tmp_path / "two", 5)
 
 
+@pytest.mark.slow
 def test_as_many_members_train_at_once_as_memory_holds(config, tmp_path, monkeypatch):
     configs = rates(config, *[1e-3] * 8)
     workdirs = [tmp_path / "runs" / str(i) for i in range(8)]
@@ -226,6 +228,7 @@ def waves(monkeypatch):
     return opened
 
 
+@pytest.mark.slow
 def test_a_wave_that_was_killed_before_it_saved_comes_again_in_halves(
     config, tmp_path, monkeypatch, caplog
 ):
@@ -299,6 +302,7 @@ def test_a_finished_population_is_not_trained_again(config, tmp_path):
         fit(configs, tmp_path / "runs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["missing", "changed"])
 def test_all_go_back_to_the_newest_checkpoint_that_all_have(
     config, tmp_path, damage, capsys

@@ -181,6 +181,7 @@ def test_what_cannot_evolve_is_refused(config, tmp_path, change, sentence):
     assert not (tmp_path / "0").exists()
 
 
+@pytest.mark.slow
 def test_members_cannot_go_back_to_before_they_became_copies(four, tmp_path):
     fit(four, tmp_path, evolve=EVOLVE)
     moved = next(i for i in range(4) if evolve.lineage(tmp_path / str(i)))
@@ -197,6 +198,7 @@ def test_a_population_that_evolves_is_not_halved_as_well(config, tmp_path):
     assert math.isfinite(EVOLVE.share) and not list(tmp_path.glob("*/metrics.jsonl"))
 
 
+@pytest.mark.slow
 def test_the_record_of_a_copy_stays_that_of_its_folder(four, tmp_path):
     fit(four, tmp_path, evolve=EVOLVE)
     moved = next(i for i in range(4) if evolve.lineage(tmp_path / str(i)))

@@ -31,6 +31,7 @@ from gpt_jax.pretrained import (
     weights,
 )
 from gpt_jax.special import Special
+from tests.cases import few
 from tests.tiny import weight as declared_so
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -40,15 +41,8 @@ NEW = 32
 PRINTABLE = "".join(map(chr, range(32, 127))) + "\n"
 
 models = pytest.mark.parametrize("name", MODELS)
-greedy = pytest.mark.parametrize(  # the others' logits are compared all the same
-    "name",
-    [
-        name
-        if name in ("gpt2", "llama", "gemma3")
-        else pytest.param(name, marks=pytest.mark.slow)
-        for name in MODELS
-    ],
-)
+# The others' logits are compared all the same.
+greedy = pytest.mark.parametrize("name", few(MODELS, "gpt2", "llama"))
 
 
 def config_of(folder: Path) -> GPTConfig:
@@ -754,7 +748,7 @@ def test_names_from_inside_a_wrapper_are_explained(wrapper, folder):
     refused(folder, wrapper, "wrapper")
 
 
-@models
+@greedy
 def test_weights_in_bfloat16_compute_what_the_same_numbers_in_float32_do(name):
     cfg = dataclasses.replace(config_of(GOLDEN / name), param_dtype="bfloat16")
     narrow = pretrained.load(GOLDEN / name, cfg)
@@ -832,6 +826,7 @@ print((after - before) / size)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="needs Linux's /proc"
 )

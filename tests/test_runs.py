@@ -128,6 +128,7 @@ def test_a_damaged_best_is_passed_over_unless_asked_for(
     assert (tmp_path / "checkpoints" / "1").is_dir()  # a reader moves nothing
 
 
+@pytest.mark.slow
 def test_a_run_of_four_devices_and_scanned_layers_opens_on_one(
     config, tokenizer, tmp_path
 ):

@@ -20,6 +20,7 @@ from gpt_jax import model as models
 from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.serve import server
 from tests import serving
+from tests.cases import few
 from tests.serving import TOKENIZER, alone, open_server, running, wait_until
 
 CONTEXT = 32
@@ -330,7 +331,7 @@ def test_equal_weights_of_several_models_are_held_once():
     assert "head" in second and len(held) == 3
 
 
-@pytest.fixture(scope="module", params=["", "int8"])
+@pytest.fixture(scope="module", params=few(["", "int8"], ""))
 def lora_folders(run_folder, request):
     """Two LoRA runs over the weights of that run, with thin matrices of their own."""
     base = runs.open(run_folder)

@@ -964,6 +964,7 @@ def test_trials_of_one_program_end_as_they_would_alone(base, tmp_path):
     assert batched(make(points), base, tmp_path / "out") == rows  # nothing runs again
 
 
+@pytest.mark.slow
 def test_rungs_keep_a_share_of_the_members(base, tmp_path):
     base.mesh.data = 1
     assert batch.rungs(space.asha(first=2, factor=2), 16, 9) == [(2, 5), (4, 3), (8, 2)]

@@ -143,6 +143,7 @@ def test_a_sitting_begins_no_more_trials_than_it_may(base, tmp_path):
     assert drain(enough) == ["seed=4"]
 
 
+@pytest.mark.slow
 def test_a_budget_bounds_the_trials_of_a_program(base, tmp_path):
     """The real thing: two of three points train, the third is left."""
     chosen, out = make(space.seeds(3, first=0)), tmp_path / "out"

@@ -11,6 +11,7 @@ from configs import common
 from gpt_jax import model, sharding, tasks
 from gpt_jax.tasks import lm, scores
 from tests import test_step, tiny
+from tests.cases import few
 
 
 def make(tmp_path, **changes):
@@ -81,7 +82,7 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", few(HEADS, "tied", "padded and capped"))
 def test_logits_in_chunks_give_the_loss_and_the_gradient_of_all_at_once(head):
     gpt = model.GPT(tiny.cfg(init="torch_default", **HEADS[head]))
     weights = model.init(gpt.cfg, jax.random.key(0))
@@ -120,6 +121,7 @@ def test_logits_in_chunks_train_alike_on_a_mesh_with_micro_batches(devices):
     test_step.assert_close(*states)
 
 
+@pytest.mark.slow
 def test_logits_in_chunks_can_be_vmapped_over_numbers():
     loss = lm.make_loss(test_step.GPT, np.ones(61), loss_chunk=3, dropout=())
     function, tx = test_step.make_step(name="sgd", loss=loss)
@@ -151,6 +153,7 @@ def gradient_memory(loss_chunk, rows=4):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_chunks_bound_the_memory_of_logits(monkeypatch):
     logits = 4 * 256 * 8192 * 4
     whole, quarter, least = map(gradient_memory, (256, 64, 16))

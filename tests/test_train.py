@@ -95,6 +95,7 @@ def test_the_early_steps_are_1_2_5_times_powers_of_ten(every, first, updates, st
     assert found == sorted({*steps, *regular})
 
 
+@pytest.mark.slow
 def test_early_evaluations_and_samples_survive_a_resume(config, tmp_path):
     config.update(steps=12, eval_every=9, sample_every=12, early_from=1)
     config.model.update(context_length=48, n_layers=1, d_model=16)
@@ -120,6 +121,7 @@ def test_words_of_samples_are_refused_where_there_is_no_running_text(config, tmp
         train.train(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_the_collector_leaves_alone_what_a_run_was_built_of(config, tmp_path):
     frozen, evaluate_now = [], train.evaluate_now
 
@@ -136,6 +138,7 @@ def test_the_collector_leaves_alone_what_a_run_was_built_of(config, tmp_path):
     assert gc.get_freeze_count() == 0
 
 
+@pytest.mark.slow
 def test_no_thread_is_left_behind(config, tmp_path):
     before = set(threading.enumerate())
     train.train(config, tmp_path / "run")
@@ -172,6 +175,7 @@ def test_a_resumed_run_ends_bit_equal_to_an_uninterrupted_one(
     assert whole[2] == parts[2] and whole[4] == parts[4] and whole[8] == parts[8]
 
 
+@pytest.mark.slow
 @pytest.mark.fault(9)
 def test_a_run_from_two_devices_opens_and_resumes_on_one(config, tmp_path):
     config.mesh.data = 2
@@ -187,6 +191,7 @@ def test_a_run_from_two_devices_opens_and_resumes_on_one(config, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.fault(9, injections=3)
 def test_a_run_over_split_weights_goes_on_over_another_mesh(config, tmp_path):
     config.sample_every = 4
@@ -200,6 +205,7 @@ def test_a_run_over_split_weights_goes_on_over_another_mesh(config, tmp_path):
     assert moved.numbers["val_loss"] == pytest.approx(whole.numbers["val_loss"], 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(3)
 def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(config, tmp_path):
     """Oracle: a run that nobody interrupted."""
@@ -230,6 +236,7 @@ def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(config, tmp_path):
     assert evaluations("cut") == evaluations("whole")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_when_the_run_that_it_started_from_is_gone(config, tmp_path):
     train.train(config, tmp_path / "first")
     config.init_from = str(tmp_path / "first")
@@ -239,6 +246,7 @@ def test_a_run_goes_on_when_the_run_that_it_started_from_is_gone(config, tmp_pat
     assert train.train(config, tmp_path / "second").step == 10
 
 
+@pytest.mark.slow
 def test_a_profile_is_written_however_few_steps_are_left(config, tmp_path):
     config.steps = 2
     train.train(config, tmp_path / "run", profile=5)
@@ -313,6 +321,7 @@ def test_a_command_with_fewer_steps_leaves_the_run_as_it_is(config, tmp_path):
     assert runs.read_config(tmp_path / "run").steps == 9
 
 
+@pytest.mark.slow
 def test_a_run_without_a_step_can_be_sampled_and_gone_on_with(config, tmp_path):
     config.steps = 0
     assert train.train(config, tmp_path / "run").trained
@@ -535,6 +544,7 @@ def read_until(process, word):
     threading.Thread(target=process.stdout.read, daemon=True).start()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kill",
     [
@@ -575,6 +585,7 @@ def published(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_new_run_starts_from_published_weights(config, published, tmp_path):
     config.init_from = f"hf:{published}"
     config.model.update(vocab_size=128, context_length=64, n_layers=2, d_model=32)
