@@ -24,6 +24,9 @@ def base() -> ConfigDict:
     # Face, or gguf:<file> of llama.cpp's; "random" = none, "" = none where the task is
     # not for tuning a model
     config.init_from = ""
+    # The step of another run that this one goes on from, with its optimizer memory and
+    # its place in the data: runs/a:step=600; "" = none. Steps count on from there.
+    config.fork = ""
     # Go on with a run though its data is not what it was; --allow-data-change sets it
     config.allow_data_change = False
 
@@ -93,6 +96,10 @@ def base() -> ConfigDict:
             "embed_scale": 1.0,  # the embedding is multiplied by this
             "residual_scale": 1.0,  # and what is added to the residual stream by this
             "logit_divisor": 1.0,  # the logits are divided by this, before a soft-cap
+            # Whether rates found at one width stay right at others: standard, no; mup,
+            # yes (Yang et al. 2022): see docs/guide/17-laboratory.md
+            "param": "standard",
+            "base_width": 64,  # mup: the d_model at which it is almost standard
             "init": "gpt2",  # gpt2, torch_default, modern
             "zero_init": False,  # projections into the residual stream start at 0
             "scan_layers": False,  # one compiled block looped over (deep models)
@@ -160,6 +167,9 @@ def base() -> ConfigDict:
     # Stop after so many bytes of training text, whatever its tokens are; 0 = no limit
     config.max_bytes = 0
     config.max_seconds = 0.0  # stop after so much wall time; 0 = no limit
+    # Choose steps so that the run takes so much wall time, compiling and evaluating
+    # included; 0 = steps as they are. Needs the schedule wsd or constant.
+    config.fit_seconds = 0.0
     config.patience = 0  # stop after so many evaluations without a new best; 0 = never
     # An update is skipped when its loss is a spike against so many before it; 0 = never
     config.spike_window = 0

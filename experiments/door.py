@@ -112,7 +112,11 @@ def folders(pieces: list[str]) -> list[str]:
 
 
 def run(
-    main: Callable[[list[str]], object], doc: str | None, *, product: bool = False
+    main: Callable[[list[str]], object],
+    doc: str | None,
+    *,
+    product: bool = False,
+    words: bool = False,
 ) -> None:
     """Runs a door and leaves the process with its exit code.
 
@@ -122,6 +126,7 @@ def run(
       doc: the door's docstring, which is its help text.
       product: what is printed is what was asked for, and not how a run goes: it ends
         when nobody takes it.
+      words: whether arguments that are not flags mean something here.
     """
     signals.begin()  # before JAX is imported, which loses an exception of Ctrl-C
     asked = {"--help", "-help", "-h", "--helpfull"} & set(sys.argv[1:])
@@ -131,8 +136,13 @@ def run(
             text = commands.here((doc or "").strip())
             print(f"{text}\n\nFlags:\n{_flags_help()}", flush=True)
             sys.exit(0)
-        _parse()
-        code = main([])
+        rest = _parse()
+        if rest and not words:
+            raise ValueError(
+                f"{rest[0]!r} is not a flag: flags are written --name=value (see "
+                "--help)"
+            )
+        code = main(rest)
         sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
     except screen.ReaderGone:  # `head`, say, has seen enough
@@ -260,8 +270,12 @@ def load_config(file_and_options: str):
         raise ValueError(f"--config: {error}") from error
 
 
-def _parse() -> None:
-    """Parses sys.argv and forces the config, so that mistakes show before any work."""
+def _parse() -> list[str]:
+    """Parses sys.argv and forces the config, so that mistakes show before any work.
+
+    Returns:
+      The arguments that are not flags.
+    """
     try:
         if config_file():  # run by itself: ml_collections hides its errors in text
             _check_overrides(load_config(config_file()))
@@ -281,10 +295,7 @@ def _parse() -> None:
             raise
         words = _of_a_kind(error) or " ".join(_sentence(error).split())
         raise ValueError(f"{words} (see --help)") from error
-    if rest:
-        raise ValueError(
-            f"{rest[0]!r} is not a flag: flags are written --name=value (see --help)"
-        )
+    return rest
 
 
 def _overrides() -> Iterator[tuple[str, str | None]]:

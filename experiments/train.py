@@ -10,6 +10,12 @@ overridden with --config.KEY=VALUE. The same command resumes an interrupted run:
 and SIGTERM save first; a crash costs the steps since the last checkpoint.
 --config.steps=N extends a finished run.
 
+  python -m experiments.train --config=configs/budget.py:minutes=10 --workdir=runs/best
+  python -m experiments.train --config=configs/budget.py:minutes=10 --explain
+
+configs/budget.py chooses sizes, batch and rates by rules from a budget; --explain shows
+them. With --config.fit_seconds=600 any config chooses its steps to take so long.
+
 Several processes, on one machine or many, train one model with --distributed:
 experiments.launch starts them here; docs/guide/14-scale.md says how on clusters.
 
@@ -31,6 +37,9 @@ ALLOW = flags.DEFINE_bool(
 )
 flags.DEFINE_alias("allow-data-change", "allow_data_change")
 PROFILE = flags.DEFINE_integer("profile", 0, "Trace so many steps for TensorBoard.")
+EXPLAIN = flags.DEFINE_bool(
+    "explain", False, "Print what the config chose by which rule, and train nothing."
+)
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
@@ -45,6 +54,8 @@ PROCESS = flags.DEFINE_integer("process", None, "Which one this is, from 0.")
 def main(_: list[str]) -> int:
     """Trains and says what can be done next; returns the exit code."""
     config = door.given(CONFIG.value)
+    if EXPLAIN.value:
+        return explained()
     workdir = WORKDIR.value or str(Path("runs") / door.config_name())
 
     if PROFILE.value < 0:
@@ -116,6 +127,15 @@ def main(_: list[str]) -> int:
         new = f"--workdir={_unused('runs/mine')} --config.data.source=FILE"
         print(f"  your own {file}{mine} {new}")
     return result.exit_code
+
+
+def explained() -> int:
+    """Prints the choices of a config and their rules."""
+    from gpt_jax import configs, screen
+
+    rows = configs.explain(door.config_file())
+    print(screen.table(["what", "chosen", "by which rule"], rows))
+    return 0
 
 
 def _unused(folder: str) -> str:

@@ -20,7 +20,17 @@ from gpt_jax import commands, names
 FIRST = {
     **dict.fromkeys(("train", "prepare", "estimate", "verify_resume"), "config"),
     **dict.fromkeys(
-        ("sample", "chat", "classify", "evaluate", "doctor", "look"), "run"
+        (
+            "sample",
+            "chat",
+            "classify",
+            "evaluate",
+            "doctor",
+            "look",
+            "reopen",
+            "sensitivity",
+        ),
+        "run",
     ),
     **dict.fromkeys(("convert",), "run"),
     **dict.fromkeys(("serve", "compare"), "runs"),

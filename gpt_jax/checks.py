@@ -14,6 +14,7 @@ import numpy as np
 
 from gpt_jax import (
     adapters,
+    fork,
     model,
     names,
     optimizer,
@@ -39,7 +40,7 @@ AT_LEAST_1 = (
     "heartbeat_timeout_seconds",
 )
 NOT_NEGATIVE = (
-    *("steps", "max_tokens", "max_bytes", "max_seconds", "patience"),
+    *("steps", "max_tokens", "max_bytes", "max_seconds", "fit_seconds", "patience"),
     *("sample_every", "spike_window", "early_from"),
     *("eval_every", "eval_windows", "eval_batch_size", "checkpoint_every", "seed"),
 )
@@ -99,7 +100,7 @@ GROUPS: dict[str, Tree] = {
     "data": settings.declared(Data),
     "model": settings.declared(model.GPTConfig),
     "optimizer": {
-        **settings.declared(optimizer.make, without=("declared", "spread")),
+        **settings.declared(optimizer.make, without=("declared", "spread", "scales")),
         "ema": bool,
     },
     "hyper": dict.fromkeys(Hyper._fields, float),
@@ -191,6 +192,13 @@ def check_run(config: Tree) -> None:
         raise ValueError("spike_window is 1: give 2 losses or more, or 0 for no guard")
     if config["seed"] >= 2**63:
         raise ValueError(f"seed is {config['seed']}: it must be below 2^63")
+    fork.parse(config["fork"])
+    if config["fit_seconds"]:
+        names.choose(
+            "fit_seconds chooses the steps while it trains, so optimizer.schedule",
+            config["optimizer"]["schedule"],
+            ("wsd", "constant"),
+        )
     names.choose("on_save_error", config["on_save_error"], ON_SAVE_ERROR)
     if config["batch_size"] % config["accumulate"]:
         raise ValueError(
@@ -218,6 +226,11 @@ def check_model(config: Tree) -> None:
         model.GPTConfig(**fields)
     except ArithmeticError as error:
         raise ValueError(f"config.model: {error}") from error
+    if fields["param"] == "mup" and config["optimizer"]["name"] == "sgd":
+        raise ValueError(
+            "model.param is mup, whose rates are those of adaptive optimizers, but "
+            "optimizer.name is sgd: take adamw, lion, adafactor or muon"
+        )
     off = {
         "model.attn_softcap": fields["attn_softcap"],
         "hyper.dropout_attn": config["hyper"]["dropout_attn"],
@@ -339,6 +352,8 @@ def _unread_of_the_model(config: Tree) -> dict[str, str]:
     fields, found = config["model"], {}
     if fields["norm"] == "rmsnorm":
         found["model.norm_bias"] = "model.norm rmsnorm"
+    if fields["param"] != "mup":
+        found["model.base_width"] = f"model.param {fields['param']}"
     if not fields["norm_scale"]:
         found["model.norm_offset"] = "a model without norm_scale"
     if fields["position"] != "rope":

@@ -27,13 +27,26 @@ def load(file_and_options: str):
       ValueError: there is no such file or name, or it makes no config; whatever the
         file raises is passed on.
     """
-    name, options = commands.split(file_and_options)
-    path = commands.find(commands.CONFIGS, name)
+    return _called(file_and_options, "get_config", "is no config")
+
+
+def explain(file_and_options: str) -> list[tuple[str, str, str]]:
+    """Returns (what, what was chosen, by which rule) of a config that chooses by rules.
+
+    Raises:
+      ValueError: as `load`, or the config has no rules.
+    """
+    return _called(file_and_options, "explain", "chooses nothing by rules")
+
+
+def _called(file_and_options: str, name: str, told: str):
+    file, options = commands.split(file_and_options)
+    path = commands.find(commands.CONFIGS, file)
     with _beside():
-        get_config = runpy.run_path(str(path)).get("get_config")
-        if get_config is None:
-            raise ValueError(f"{path} is no config: it has no function get_config")
-        return get_config(options or None)
+        function = runpy.run_path(str(path)).get(name)
+        if function is None:
+            raise ValueError(f"{path} {told}: it has no function {name}")
+        return function(options or None)
 
 
 def base():

@@ -23,6 +23,7 @@ ELSEWHERE = {
     "accumulate": "gradient_accumulation_steps grad_accum accumulate_grad_batches",
     "steps": "max_iters max_steps num_steps total_steps iterations train_steps",
     "patience": "early_stopping",
+    "fork": "branch branch_from resume_from resume_from_checkpoint",
     "eval_every": "eval_interval eval_steps",
     "eval_windows": "eval_iters",
     "log_every": "log_interval logging_steps",

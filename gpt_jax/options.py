@@ -13,6 +13,7 @@ class Run:
 
     seed: int
     init_from: str
+    fork: str
     allow_data_change: bool
     batch_size: int
     accumulate: int
@@ -20,6 +21,7 @@ class Run:
     max_tokens: int
     max_bytes: int
     max_seconds: float
+    fit_seconds: float
     patience: int
     spike_window: int
     max_skipped: int

@@ -10,6 +10,7 @@ runs/a/checkpoints/     see checkpoint.py; weights that never change in frozen/
 runs/a/metrics.jsonl    one JSON object a line; loss.png draws it
 runs/a/samples.md       texts written while training
 runs/a/report.html      all of that on one page, for a browser
+runs/a/sensitivity.json which of its numbers matter, where that was asked
 runs/a/machine.json     where and with which versions it was last trained
 runs/a/run.lock         the process that trains here, while one does
 runs/a/ended.json       why a population ended this run before its last step
@@ -46,7 +47,7 @@ WHERE = (
 # other keys decide the weights, and would make two runs of one.
 RESUMABLE = (
     *WHERE,
-    r"steps|max_tokens|max_bytes|max_seconds|max_skipped|patience|hyper\.decay_steps",
+    r"steps|max_(tokens|bytes|seconds|skipped)|patience|hyper\.decay_steps",
     r"eval_.*|early_from|task\.loss_chunk|model\.(remat|attention)",
 )
 # What may change with the data, where allow_data_change says that it may.
@@ -56,6 +57,8 @@ LOCK = "run.lock"
 # Keys that older runs lack, with the value that means what such a run did; those of the
 # model are the fields of GPTConfig with a default.
 ADDED = {
+    "fork": "",
+    "fit_seconds": 0.0,
     "hyper.dropout_adapter": 0.0,
     "data.skip_bad_docs": False,
     "hyper.spike_sigma": 6.0,
@@ -269,6 +272,11 @@ def read_config(folder: str | Path) -> ConfigDict:
     if not path.is_file():
         what = "has no config.json" if folder.is_dir() else "does not exist"
         what = "is a file" if folder.is_file() else what
+        if re.search(r":step=\d+$", str(folder)):
+            raise ValueError(
+                f"{folder} is not a run folder: a new run that goes on from a step of "
+                f"another, with its optimizer memory, is --config.fork={folder}"
+            )
         raise ValueError(
             f"{folder} is not a run folder: it {what}. A run is made by, for example, "
             f"{commands.typed('train')} --config=configs/quickstart.py"

@@ -232,6 +232,8 @@ def config_of(file_and_options: str):
     file, _, options = file_and_options.partition(":")
     # A reader's own run is not here.
     options = ",".join(o for o in options.split(",") if not o.startswith("run="))
+    # Nor is this machine to be measured for a budget of minutes.
+    options = re.sub(r"\bminutes=[^,]+", "tokens=1e8", options)
     path = (ROOT / file).relative_to(ROOT).with_suffix("")
     return importlib.import_module(".".join(path.parts)).get_config(options or None)
 
@@ -270,6 +272,7 @@ def wrong(door: str, words: list[str]) -> list[str]:
         f"{door} takes no {word}"
         for word in words
         if not word.startswith("-") and word != "..."
+        if "words=True" not in file.read_text()  # which takes other words than flags
     ]
     chosen = [value for name, _, value in given if name == "config"]
     chosen = chosen[0] if chosen else default

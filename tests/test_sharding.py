@@ -380,7 +380,7 @@ def test_a_run_from_another_begins_with_its_weights_split(tmp_path):
         own = adapters.make(model.declared(task.model.cfg), **adapter)
         made = sharding.mesh_strategy(mesh_of(fsdp=2, tensor=2), own.declared)
         parts = train.make_parts(train.unpack(config), task, made)
-        state = train.begin(train.unpack(config), parts, jax.random.key(0))
+        state, _ = train.begin(config, parts, jax.random.key(0))
         weights = parts.join(state.params, state.frozen)
         for tree in (state.params, state.frozen, state.opt_state):
             for x, where in zip(

@@ -51,7 +51,7 @@ def attribute(gpt: GPT, params, seen: Seen, wanted_T) -> Attribution:
     cfg, T = gpt.cfg, len(wanted_T)
     seen = jax.tree.map(jnp.asarray, seen)
     end = _Held.of(
-        cfg, params.get("final_norm", {}), seen.stream_LTD[-1], cfg.logit_divisor
+        cfg, params.get("final_norm", {}), seen.stream_LTD[-1], cfg.logits_over
     )
 
     def raw_T(x_TD):

@@ -125,8 +125,9 @@ class GPT(nn.Module):
             self.blocks = Period(cfg)
         for i in range(cfg.n_scanned if cfg.scan_layers else 0, cfg.n_layers):
             setattr(self, f"block_{i}", Block(cfg, cfg.kind(i)))
-        # The head is linear, so what it reads may be divided in place of the logits.
-        self.final_norm = Norm(("embed",), cfg.norm, cfg, cfg.logit_divisor)
+        # The head is linear, so what it reads may be divided in place of the logits;
+        # under mup they shrink as the width grows, whatever head reads the stream.
+        self.final_norm = Norm(("embed",), cfg.norm, cfg, cfg.logits_over)
         if cfg.n_classes:
             self.classifier = Dense(("embed",), ("classes",), True, cfg, draw="head")
         elif not cfg.tie_embeddings:
@@ -395,6 +396,23 @@ def declared(cfg: GPTConfig) -> dict[str, Weight]:
             if path.startswith(prefix):
                 found[f"block_{layer}/{path.removeprefix(prefix)}"] = weight
     return found
+
+
+def rates(cfg: GPTConfig) -> dict[str, float]:
+    """Returns the factors of Adam's rate that a width asks for, by path.
+
+    Under param mup kernels inside the model learn slower the more numbers they read;
+    tables, norms, biases and the head do not (Yang et al. 2022, "Tensor Programs V",
+    table 8). Otherwise there are none.
+    """
+    if cfg.width_ratio == 1:
+        return {}
+    inner = ("kernel", "residual")
+    return {
+        path: 1 / cfg.width_ratio
+        for path, weight in declared(cfg).items()
+        if weight.inputs and weight.draw in inner
+    }
 
 
 def init(cfg: GPTConfig, key) -> dict:

@@ -105,6 +105,8 @@ class GPTConfig:
     param_dtype: str
     attention: str
     n_classes: int = 0
+    param: str = "standard"
+    base_width: int = 64
 
     def __post_init__(self):
         settle = partial(object.__setattr__, self)
@@ -123,7 +125,10 @@ class GPTConfig:
         settle("head_dim", self.head_dim or self.d_model // self.n_heads)
         settle("rotary_dim", self.rotary_dim or self.head_dim)
         settle("d_ff", self.d_ff or 4 * self.d_model)
-        settle("query_scale", self.query_scale or self.head_dim**-0.5)
+        usual = self.head_dim**-0.5
+        if self.param == "mup":  # 1 / K, as large as usual at the usual K
+            usual = USUAL_HEAD**0.5 / self.head_dim
+        settle("query_scale", self.query_scale or usual)
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"n_heads {self.n_heads} is not a multiple of n_kv_heads "
@@ -187,6 +192,16 @@ class GPTConfig:
         }
 
     @property
+    def width_ratio(self) -> float:
+        """How many times the base width a model of param mup is wide; else 1."""
+        return self.d_model / self.base_width if self.param == "mup" else 1.0
+
+    @property
+    def logits_over(self) -> float:
+        """What the logits are divided by."""
+        return self.logit_divisor * self.width_ratio
+
+    @property
     def vocab_rows(self) -> int:
         """Rows of the embedding table: vocab_size padded to vocab_multiple."""
         if not self.vocab_size:
@@ -231,11 +246,13 @@ REMAT: dict[str, Callable | None] = {
 }
 
 _POSITIVE = ("vocab_multiple", "context_length", "n_layers")
-_POSITIVE += ("d_model", "n_heads")
+_POSITIVE += ("d_model", "n_heads", "base_width")
 _NOT_NEGATIVE = ("vocab_size", "n_kv_heads", "head_dim", "d_ff", "query_scale")
 _NOT_NEGATIVE += ("rotary_dim",)
 _NOT_NEGATIVE += ("attn_softcap", "logit_softcap", "norm_eps", "n_classes")
+USUAL_HEAD = 64  # features of a head in most models
 _CHOICES = {
+    "param": ("standard", "mup"),
     "position": ("learned", "rope", "none"),
     "norm": ("layernorm", "rmsnorm"),
     "norm_placement": ("pre", "post", "both"),

@@ -37,11 +37,14 @@ def _constant(value: float) -> Draw:
 def draws(cfg: GPTConfig) -> dict[str, Draw]:
     """Returns how each of weights.DRAWS is drawn under `cfg.init`."""
     zero, table = _constant(0.0), _normal(0.02 if cfg.tie_embeddings else 1.0)
+    # Under mup kernels shrink with the width and a head, whose output is divided by
+    # it, does not (Yang et al. 2022, table 8). At the base width all is as it was.
+    wide = math.sqrt(cfg.width_ratio)
     presets: dict[str, dict[str, Draw]] = {
         # Radford et al. 2019, section 2.3: residual projections shrink with depth.
         "gpt2": {
-            "kernel": _normal(0.02),
-            "residual": _normal(0.02 / math.sqrt(2 * cfg.n_layers)),
+            "kernel": _normal(0.02 / wide),
+            "residual": _normal(0.02 / math.sqrt(2 * cfg.n_layers) / wide),
             "head": _normal(0.02),
             "embedding": _normal(0.02),
             "bias": zero,
@@ -50,9 +53,9 @@ def draws(cfg: GPTConfig) -> dict[str, Draw]:
         "torch_default": {
             "kernel": _uniform(1.0),
             "residual": _uniform(1.0),
-            "head": _uniform(1.0),
+            "head": _uniform(wide),
             "embedding": _normal(1.0),
-            "bias": _uniform(1.0),
+            "bias": _uniform(wide),
         },
         # Unit variance through every kernel; an untied head starts nearly uniform.
         "modern": {

@@ -7,7 +7,8 @@ Rules are in rules.py and muon.py, schedules in schedules.py.
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -90,6 +91,7 @@ def make(
     muon: Sequence[str],
     moment_dtype: str,
     spread: Callable[[jax.Array], jax.Array] = lambda matrices_NRC: matrices_NRC,
+    scales: Mapping[str, float] = MappingProxyType({}),
 ) -> Optimizer:
     """Returns the optimizer `name`.
 
@@ -112,6 +114,8 @@ def make(
         that a beta2 of 0.999 moves them by.
       spread: applied to the stacks [N, R, C] that Muon orthogonalises: a sharding
         constraint over N here divides the work that devices would otherwise repeat.
+      scales: by path, what directions of a weight are multiplied by (`model.rates`);
+        not those of Muon, which fit every shape, and not the decay.
 
     Raises:
       ValueError: an unknown name or a table that cannot be here; in `init`, a weight
@@ -157,6 +161,8 @@ def make(
             for path, direction in flatten_dict(directions, sep="/").items():
                 place, old = found[path], leaves[path].astype(jnp.float32)
                 pull = hyper.weight_decay * place.decay * old
+                if group != MATRICES and path in scales:
+                    direction = jnp.float32(scales[path]) * direction
                 new = old - lr * place.rate * (direction + pull)
                 leaves[path] = new.astype(leaves[path].dtype)
         params = jax.tree.unflatten(jax.tree.structure(params), leaves.values())

@@ -35,7 +35,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from gpt_jax import files, programs, runs, sharding, signals
+from gpt_jax import files, fork, programs, runs, sharding, signals
 from gpt_jax import train as alone
 from gpt_jax.options import Mesh
 from gpt_jax.population import evolve as evolution
@@ -174,8 +174,21 @@ def check(
             "to different widths; leave it empty, or train the runs one by one "
             "(a sweep: --engine=process)"
         )
+    if configs[0].fit_seconds:
+        raise ValueError(
+            f"fit_seconds is {configs[0].fit_seconds}: members train together, so none "
+            "can choose its steps by its own time; set it to 0 and give steps"
+        )
     for config in configs:
         alone.check(config)
+    at = fork.parse(configs[0].fork)
+    if early := [rung.step for rung in rungs if at and rung.step <= at.step]:
+        raise ValueError(
+            f"a rung judges after step {early[0]}, but the members begin as a fork, "
+            f"{configs[0].fork}: rungs count steps from the trunk's first on"
+        )
+    for config, workdir in zip(configs, workdirs, strict=True):
+        alone.check_fork(config, workdir)
     unread = [alone.unread(config) for config in configs]
     for key in unread[0].keys() & {f"hyper.{name}" for name in configs[0].hyper}:
         values = {config.hyper[key.removeprefix("hyper.")] for config in configs}

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 MACHINE = "machine.json"  # where and with what a run was last trained
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+SENSITIVITY = "sensitivity.json"  # what experiments.sensitivity has found
 MOST_POINTS = 1500  # of a curve; of more, each point is a mean
 # Title, unit, and the numbers that are drawn.
 CURVES = (
@@ -100,6 +101,7 @@ def write(folder: str | Path, path: str | Path | None = None) -> Path:
         _head(folder, config, rows),
         _cards(cfg, rows),
         *_curves(rows),
+        _sensitivity(folder),
         _samples(folder, rows),
         _next(folder, config),
         _facts(folder, config, cfg, tokenizer),
@@ -273,6 +275,38 @@ def _samples(folder: Path, rows) -> str:
         "<section><h2>What it wrote</h2><p class=soft>The same prompt at several steps."
         f"</p>{''.join(blocks)}</section>"
     )
+
+
+def _sensitivity(folder: Path) -> str:
+    """Returns what experiments.sensitivity has found, "" where it was not asked."""
+    path = folder / SENSITIVITY
+    if not path.is_file():
+        return ""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    knobs = found["knobs"]
+    means = [float(np.mean(knob["effects"])) for knob in knobs]
+    reach = max((abs(mean) for mean in means), default=0.0) or 1.0
+    lines = "".join(_knob(knob, mean / reach) for knob, mean in zip(knobs, means))
+    return (
+        "<section><h2>Which numbers matter</h2><p class=soft>Change of the final "
+        f"{html.escape(found['metric'])} where a number doubles (of betas and momenta: "
+        "what is missing to 1), by its slope; the interval is over seeds. Grey: it "
+        "holds 0.</p><div class=scroll><table><thead><tr><th></th><th class=number>"
+        "value</th><th class=number>change</th><th class=number>95 % interval</th>"
+        f"<th></th></tr></thead><tbody>{lines}</tbody></table></div></section>"
+    )
+
+
+def _knob(knob: dict[str, Any], share: float) -> str:
+    mean, sure = float(np.mean(knob["effects"])), knob["mean"]
+    bounds = f"{sure['low']:+.4f} to {sure['high']:+.4f}" if sure else "one seed"
+    known = bool(sure) and not sure["low"] <= 0 <= sure["high"]
+    ink = ("var(--red)" if mean > 0 else "var(--blue)") if known else "var(--line)"
+    bar = f"background:{ink};width:{max(1, round(120 * abs(share)))}px;height:10px"
+    cells = (f"{knob['value']:g}", f"{mean:+.4f}", bounds)
+    numbers = "".join(f"<td class=number>{cell}</td>" for cell in cells)
+    key = html.escape(knob["key"])
+    return f'<tr><th>{key}</th>{numbers}<td><div style="{bar}"></div></td></tr>'
 
 
 def _next(folder: Path, config) -> str:

@@ -5,10 +5,15 @@ from gpt_jax.sweep.after import bits_per_byte, test_accuracy
 after = {"test_accuracy": test_accuracy, "novel_bpb": bits_per_byte("novel.txt")}
 """
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
-from gpt_jax import corpora, runs
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt_jax import corpora, model, runs
 from gpt_jax.evaluate import likelihood, text
 from gpt_jax.tasks import classify
 
@@ -23,6 +28,27 @@ def test_accuracy(folder: Path) -> float:
     """
     run = runs.open(folder)
     return classify.report(run, classify.test_rows(run)).accuracy
+
+
+def logit_size(folder: Path) -> float:
+    """Returns the root mean square of a run's last logits, over windows of its text.
+
+    For coordinate checks: where rates fit every width, logits grow alike.
+    """
+    run = runs.open(folder, step="latest")
+    data, length = run.config.data, run.model.cfg.context_length
+    corpus = corpora.open(data.source, field=data.field, cache=data.cache)
+    ids = itertools.chain.from_iterable(
+        document.ids for document in text.documents(corpus, run.tokenizer)
+    )
+    tokens_BT = np.fromiter(ids, np.int32, 4 * length).reshape(4, length)
+
+    @jax.jit
+    def size(params):
+        x_BTD = model.hidden(run.model, params, tokens_BT).x_BTD
+        return jnp.sqrt(jnp.square(model.logits(run.model, params, x_BTD)).mean())
+
+    return float(size(run.params))
 
 
 def bits_per_byte(source: str, field: str = "text") -> Callable[[Path], float]:

@@ -117,6 +117,7 @@ def _check(
     config: ConfigDict, plan: Plan, known: dict, criteria: set[Criterion]
 ) -> None:
     train.check(config)
+    train.check_fork(config, NOWHERE)
     if plan.pruner and not 0 < config.eval_every < config.steps:
         raise ValueError(
             f"eval_every is {config.eval_every} of {config.steps} steps: the pruner "

@@ -246,11 +246,24 @@ def load(path: str | Path, extra: Iterable[str] = ()) -> Plan:
         if "points" in settings:
             settings["points"] = tuple(settings["points"]())
         settings["first"] = tuple(settings.get("first", ()))
-        fixed = {**settings.pop("fixed", {}), **dict(map(_assignment, extra))}
+        fixed = {**settings.pop("fixed", {}), **assignments(extra)}
         where = {"name": path.stem, "file": str(path.resolve())}
         return Plan(**where, fixed=fixed, **settings)
     except Exception as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def assignments(texts: Iterable[str], flag: str = "set") -> Point:
+    """Returns key -> text of KEY=VALUE texts, as a flag gives them."""
+    found: Point = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(
+                f"--{flag}={text}: write --{flag}=KEY=VALUE, as in --{flag}=steps=100"
+            )
+        found[key] = value
+    return found
 
 
 def override(config: ConfigDict, point: Point) -> ConfigDict:
@@ -292,12 +305,17 @@ def fix(plan: Plan, config: ConfigDict) -> tuple[Plan, ConfigDict]:
     Raises:
       ValueError: they do not fit the config.
     """
-    flat = dict(_flat(config))
-    fixed = {
-        key: value if isinstance(flat.get(key), str) else _literal(value)
-        for key, value in plan.fixed.items()
-    }
+    fixed = literals(config, plan.fixed)
     return replace(plan, fixed=fixed), override(config, fixed)
+
+
+def literals(config: ConfigDict, changes: Point) -> Point:
+    """Returns changes with what is text in them read, where the config has no text."""
+    flat = dict(_flat(config))
+    return {
+        key: value if isinstance(flat.get(key), str) else _literal(value)
+        for key, value in changes.items()
+    }
 
 
 def builder(
@@ -406,13 +424,6 @@ def _is_setting(key: str, value: Any) -> bool:
         return True
     helper = callable(value) or isinstance(value, types.ModuleType)
     return key[0].islower() and not helper
-
-
-def _assignment(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"--set={text}: write --set=KEY=VALUE, as in --set=steps=100")
-    return key, value
 
 
 def _literal(value: Any) -> Any:

@@ -8,13 +8,25 @@ how long it goes on; feed.py has its batches, events.py what happens between ste
 
 import contextlib
 import gc
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from gpt_jax import files, processes, sharding, signals
+from gpt_jax import (
+    checkpoint,
+    files,
+    metrics,
+    pace,
+    processes,
+    runs,
+    screen,
+    sharding,
+    signals,
+)
 from gpt_jax.step import TrainState
 from gpt_jax.train.config import check, unpack, unread
 from gpt_jax.train.events import (
@@ -32,7 +44,7 @@ from gpt_jax.train.events import (
     save_errors,
     spent,
 )
-from gpt_jax.train.feed import Feed, train_batches
+from gpt_jax.train.feed import Feed, rollouts, train_batches
 from gpt_jax.train.job import (
     Job,
     Parts,
@@ -48,8 +60,23 @@ from gpt_jax.train.job import (
     rhythm_of,
     tokens_per_step,
 )
-from gpt_jax.train.parts import build, compile_rollout, make_parts, make_task, open_run
-from gpt_jax.train.start import adopt, begin, rate_moves, resumed
+from gpt_jax.train.parts import (
+    build,
+    compile_rollout,
+    make_parts,
+    make_task,
+    open_run,
+    parts_of,
+    throughput,
+)
+from gpt_jax.train.start import (
+    adopt,
+    begin,
+    check_fork,
+    rate_moves,
+    restored,
+    resumed,
+)
 
 __all__ = [
     "Job",
@@ -61,6 +88,7 @@ __all__ = [
     "begin",
     "build",
     "check",
+    "check_fork",
     "compile_rollout",
     "due",
     "early_steps",
@@ -75,12 +103,16 @@ __all__ = [
     "make_parts",
     "make_task",
     "open_run",
+    "parts_of",
     "rate_moves",
     "record",
+    "restored",
     "resumed",
+    "rollouts",
     "sample_now",
     "save",
     "save_errors",
+    "throughput",
     "tokens_per_step",
     "train",
     "train_batches",
@@ -112,6 +144,75 @@ def train(
       OSError: a checkpoint could not be saved, and `on_save_error` is "stop".
     """
     workdir = files.expand(workdir)
+    if config.fit_seconds:
+        return fitted(config, workdir, profile=profile, report=report)
+    return sitting(config, workdir, profile=profile, report=report)
+
+
+def fitted(config: ConfigDict, workdir: Path, **how: Any) -> Result:
+    """Trains for `fit_seconds` of wall time, from this call to its return.
+
+    What is not known is how long a step takes, so the run is made in sittings, each of
+    which is told to end where the one before it says: see pace.py. Its steps are those
+    of a run that was given their final number, since the rate only decays after it is
+    known. Time that an interrupted run has used counts; an end that was settled stays.
+    """
+    check(config)
+    if processes.count() > 1:
+        raise ValueError(
+            f"fit_seconds is {config.fit_seconds}: several processes have no common "
+            "clock; set it to 0 and give steps"
+        )
+    began, config = time.monotonic(), config.copy_and_resolve_references()
+    rounds = config.task.get("updates", 1)
+    wsd = config.optimizer.schedule == "wsd"
+    decay = config.hyper.decay_fraction if wsd else 0.0
+    plan, done, used = planned(workdir, rounds)
+    while True:
+        config.steps = plan.end
+        config.hyper.decay_steps = float(plan.last or pace.OPEN)
+        started = time.monotonic()
+        result = sitting(config, workdir, **how)
+        if result.reason != "steps" or plan.end == plan.last:
+            return result
+        rows, now, how["profile"] = metrics.read(workdir), time.monotonic(), 0
+        found = pace.measure(rows, done, result.step, now - started)
+        if not found:
+            raise ValueError(
+                f"log_every is {config.log_every}: fit_seconds needs two lines within "
+                f"{pace.TRIAL} steps to know how long one takes; log more often"
+            )
+        done, left = result.step, config.fit_seconds - used - (now - began)
+        last = pace.steps(found, done, left, rounds)
+        plan = pace.then(plan, last, decay, done, rounds)
+        screen.say(
+            f"fit_seconds: {found.step:.3g} s a step and {max(left, 0):.0f} s left, so "
+            f"{last:,} steps"
+        )
+
+
+def planned(workdir: Path, rounds: int) -> tuple[pace.Plan, int, float]:
+    """Returns what a run with fit_seconds does next, its step and seconds so far."""
+    done = checkpoint.Checkpoints(workdir / "checkpoints", keep=None).latest() or 0
+    trial = math.ceil((done + pace.TRIAL) / rounds) * rounds
+    if not done:
+        return pace.Plan(trial, 0), 0, 0.0
+    old = runs.read_config(workdir)
+    last = int(old.hyper.decay_steps) % pace.OPEN
+    end = old.steps if done < old.steps or old.steps == last else trial
+    rows = [row for row in metrics.read(workdir) if row["step"] <= done]
+    used = max((row.get("seconds", 0.0) for row in rows), default=0.0)
+    return pace.Plan(min(end, last or end), last), done, used
+
+
+def sitting(
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    profile: int,
+    report: Callable[[int, dict[str, float]], str],
+) -> Result:
+    """Trains to the config's end, once; see `train`."""
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(signals.watch(config.grace_s))
         alone = processes.count() == 1  # one of several that leaves costs all of them

@@ -45,6 +45,7 @@ from gpt_jax.train.job import (
 )
 from gpt_jax.train.start import (
     begin,
+    check_fork,
     first_tokenizer,
     keep_template,
     restore,
@@ -65,6 +66,23 @@ def build(
     """
     check(record)
     config = unpack(record)
+    parts = parts_of(record, workdir)
+    task, strategy = parts.task, parts.strategy
+    processes.in_turn(lambda: stack.enter_context(runs.lock(workdir)))
+    stop = processes.together(stop)
+    others = processes.index() > 0  # the first process speaks for all
+    job, state, totals = open_run(record, workdir, parts, stop, stack, quiet=others)
+    if not at_end(config, task, totals, int(state.step)):
+        job.bar.print(describe(job, state))
+    return job, strategy.place(state), totals
+
+
+def parts_of(record: ConfigDict, workdir: Path) -> Parts:
+    """Builds the parts of a run on the devices that there are; prepares its text.
+
+    Nothing in the run folder is touched: its tokenizer is read where it has one.
+    """
+    config = unpack(record)
     micro_batch = config.batch_size // config.accumulate
     programs.use_cache(config.compile_cache)
     mesh = vars(config.mesh)
@@ -76,25 +94,21 @@ def build(
             f"on_save_error is {config.on_save_error}: one of several processes cannot "
             "go on alone; set it to stop"
         )
+    processes.in_turn(lambda: check_fork(record, workdir))  # before its text is made
     task = processes.in_turn(lambda: make_task(config, workdir))
     processes.check_same("the fingerprint of the training data", task.fingerprint)
     adapter = config.adapter(model.declared(task.model.cfg))
     strategy = sharding.make(micro_batch, adapter.declared, **mesh)
-    parts = make_parts(config, task, strategy)
-    processes.in_turn(lambda: stack.enter_context(runs.lock(workdir)))
-    stop = processes.together(stop)
-    others = processes.index() > 0  # the first process speaks for all
-    job, state, totals = open_run(record, workdir, parts, stop, stack, quiet=others)
-    if not at_end(config, task, totals, int(state.step)):
-        job.bar.print(describe(job, state))
-    return job, strategy.place(state), totals
+    return make_parts(config, task, strategy)
 
 
 def make_parts(config: Options, task: tasks.Task, strategy: sharding.Strategy) -> Parts:
     """Builds what depends on neither the run folder nor the traced numbers."""
     cfg = task.model.cfg
     adapter = config.adapter(model.declared(cfg))
-    tx = config.optimizer(adapter.declared, spread=strategy.spread)
+    tx = config.optimizer(
+        adapter.declared, spread=strategy.spread, scales=model.rates(cfg)
+    )
     options = programs.options_for_one_run(model.count(cfg))
 
     def fresh(weights, key):
@@ -171,7 +185,7 @@ def open_run(
             "from elsewhere, or remove these folders to start over"
         )
     else:  # weights that do not fit are refused before there is a run
-        state, totals = begin(config, parts, init_key), Totals(measured=parts.measured)
+        state, totals = begin(record, parts, init_key)
         if processes.count() > 1:  # what other processes read and save with this one
             state = parts.strategy.place(state)
         processes.in_turn(create_or_check)
@@ -193,7 +207,7 @@ def open_run(
             tensorboard=config.tensorboard,
             wandb=config.wandb,
             config=record.to_dict(),
-            resume_step=int(state.step),
+            resume_step=int(state.step) if there else 0,
         )
         stack.callback(writer.close)
     if not quiet:
@@ -299,8 +313,10 @@ def throughput(task: tasks.Task, strategy: sharding.Strategy) -> metrics.Through
 def describe(job: Job, state: TrainState) -> str:
     """Returns the lines that a run begins with: what trains, on what, from where."""
     cfg, task, mesh = job.task.model.cfg, job.task, job.strategy.mesh
-    platform, step = jax.devices()[0].platform, int(state.step)
+    config, platform, step = job.config, jax.devices()[0].platform, int(state.step)
     begin = f"resuming after step {step}" if step else "starting"
+    if config.fork and job.saves.latest() is None:
+        begin = f"forking {config.fork}"
     parameters = f"{model.count(cfg):,} parameters"
     if "base" in state.frozen:
         total = model.count(state.params) + model.count(state.frozen["base"])
@@ -309,9 +325,9 @@ def describe(job: Job, state: TrainState) -> str:
         f"{parameters}, {cfg.n_layers} layers of width "
         f"{cfg.d_model}, vocabulary {cfg.vocab_size:,}\n"
         f"{len(task.train):,} training windows of {task.tokens} tokens, "
-        f"{tokens_per_step(job.config, task):,} tokens a step\n"
+        f"{tokens_per_step(config, task):,} tokens a step\n"
         f"{mesh.size} {platform} device{'s' * (mesh.size > 1)}, strategy "
-        f"{job.config.mesh.strategy}; {begin} in {job.workdir}"
+        f"{config.mesh.strategy}; {begin} in {job.workdir}"
     )
 
 

@@ -17,6 +17,7 @@ from gpt_jax import (
     checkpoint,
     checks,
     files,
+    fork,
     model,
     optimizer,
     pretrained,
@@ -28,12 +29,14 @@ from gpt_jax import (
 from gpt_jax.checks import Options
 from gpt_jax.step import TrainState
 from gpt_jax.train.config import unpack
-from gpt_jax.train.job import Parts, Totals, last_step, make_hyper
+from gpt_jax.train.job import Parts, Totals, ends_by, last_step, make_hyper
 
 
 def first_tokenizer(config: Options, workdir: Path) -> Path:
     """Returns the tokenizer.json that belongs to `init_from`'s weights."""
     own = workdir / "tokenizer.json"  # a run that goes on needs no other
+    if not own.is_file() and (at := fork.parse(config.fork)):
+        return at.trunk / "tokenizer.json"
     if published := hugging_face(config):
         if own.is_file():
             return own
@@ -55,8 +58,8 @@ def keep_template(config: Options, workdir: Path) -> None:
     own = getattr(config.task.options, "template", "")
     if own or checks.begins(config.init_from) == checks.RANDOM:
         return
-    published = hugging_face(config)
-    source = pretrained.find(published or config.init_from)
+    at, published = fork.parse(config.fork), hugging_face(config)
+    source = at.trunk if at else pretrained.find(published or config.init_from)
     template = pretrained.template(source)
     if template and template not in chat.TEMPLATES:
         files.write(workdir / "chat_template.jinja", template)
@@ -73,19 +76,28 @@ def restore(
 ) -> tuple[TrainState, Totals, str]:
     """Returns the newest sound state of this run, laid out, and its totals.
 
-    The third is the digest of its frozen trees, "" for none.
+    Newer checkpoints are set aside. The third is the digest of the frozen trees, "" for
+    none.
     """
+    state, totals, frozen = restored(saves, parts, key, None)
+    saves.rewind(int(state.step))
+    return state, totals, frozen
+
+
+def restored(
+    saves: checkpoint.Checkpoints, parts: Parts, key: jax.Array, step: int | None
+) -> tuple[TrainState, Totals, str]:
+    """Returns the state of a step (None: the newest sound one), and as `restore`."""
     shapes = jax.eval_shape(parts.first, key)
     wanted = jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         shapes,
         parts.strategy.layout(shapes),
     )
-    state, meta, step = saves.restore(wanted._replace(frozen={}), step=None)
+    state, meta, _ = saves.restore(wanted._replace(frozen={}), step=step)
     runs.check_tokenizer(saves.folder.parent, parts.task.tokenizer, meta)
     if wanted.frozen:
         state = state._replace(frozen=saves.load_frozen(meta["frozen"], wanted.frozen))
-    saves.rewind(step)
     return state, Totals(**meta["totals"]), meta.get("frozen", "")
 
 
@@ -143,8 +155,52 @@ def too_short(config: Options, task: tasks.Task) -> list[str]:
     ]
 
 
-def begin(config: Options, parts: Parts, key: jax.Array) -> TrainState:
-    """Returns the state of a new run: `init_from`'s weights, or random ones."""
+def begin(
+    record: ConfigDict, parts: Parts, key: jax.Array
+) -> tuple[TrainState, Totals]:
+    """Returns the state and totals that a new run begins with.
+
+    They are those of `fork`'s step, or of none: `init_from`'s weights, or random ones.
+    """
+    config = unpack(record)
+    if at := fork.parse(config.fork):
+        return forked(at, record, parts, key)
+    return first_state(config, parts, key), Totals(measured=parts.measured)
+
+
+def check_fork(config: ConfigDict, workdir: Path) -> None:
+    """Refuses a new run whose trunk is not there; one that goes on needs none."""
+    started = checkpoint.Checkpoints(workdir / "checkpoints", keep=None).steps()
+    if (at := fork.parse(config.fork)) and not started:
+        fork.check_there(at, workdir)
+
+
+def forked(
+    at: fork.Fork, record: ConfigDict, parts: Parts, key: jax.Array
+) -> tuple[TrainState, Totals]:
+    """Returns the state of a trunk at a step, and the tokens that it has seen.
+
+    Seconds and evaluations are those of the new run alone.
+
+    Raises:
+      ValueError: the fork would be another model, or ends before it begins.
+    """
+    config, task = unpack(record), parts.task
+    processes.in_turn(
+        lambda: fork.check_same(at, record, task.tokenizer, task.fingerprint)
+    )
+    if (end := last_step(config, task)) <= at.step:
+        raise ValueError(
+            f"{ends_by(config, task)} ends the run at step {end:,}, but it forks after "
+            f"step {at.step:,}: steps count on from there, give more"
+        )
+    saves = checkpoint.Checkpoints(at.trunk / "checkpoints", keep=None)
+    state, totals, _ = restored(saves, parts, key, at.step)
+    return state, Totals(tokens=totals.tokens, measured=parts.measured)
+
+
+def first_state(config: Options, parts: Parts, key: jax.Array) -> TrainState:
+    """Returns the state before step 1, from `init_from`'s weights or random ones."""
     if checks.begins(config.init_from) == checks.RANDOM:
         return parts.first(key)
     cfg = parts.task.model.cfg
