@@ -13,7 +13,8 @@ import pytest
 
 from configs import common, dpo, grpo, sft
 from gpt_jax import data, metrics, model, reopen, runs, train
-from gpt_jax.reopen import Example, Frame, Line
+from gpt_jax.reopen import instruments
+from gpt_jax.reopen.instruments import Example, Frame, Line
 from gpt_jax.report import reopened
 
 LINE = "the quick brown fox jumps over the lazy dog. "
@@ -106,7 +107,7 @@ def test_the_noise_scale_is_that_of_its_definition():
         "square": square,
         "whole": ((7 * grads).sum(0) ** 2).sum(),
     }
-    found, norms = reopen.noise_of(each)
+    found, norms = instruments.noise_of(each)
     assert found["noise"] == pytest.approx(size * deviation**2, rel=0.05)
     assert found["signal"] == pytest.approx((true**2).sum(), rel=0.05)
     assert found["scale"] == found["noise"] / found["signal"]
@@ -125,7 +126,7 @@ def test_attention_that_sees_everything_alike_has_the_entropy_of_its_length(spik
         task = type("Task", (), {"model": model.GPT(cfg)})
 
     batch = {"tokens": np.zeros((1, 1, 8), np.int32)}
-    entropy = jax.jit(partial(reopen._entropy, Job))  # type: ignore[arg-type]
+    entropy = jax.jit(partial(instruments._entropy, Job))  # type: ignore[arg-type]
     entropy_LH = entropy(zero, {}, batch, 0)
     wanted = np.log(np.arange(1, 9)).mean()
     np.testing.assert_allclose(entropy_LH, wanted, rtol=1e-5)

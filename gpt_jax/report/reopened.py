@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from gpt_jax import files
-from gpt_jax.reopen import Example, Frame, Reopened
+from gpt_jax.reopen import Reopened
+from gpt_jax.reopen.instruments import Example, Frame
 from gpt_jax.report.page import SCRIPT, STYLE
 from gpt_jax.report.run import DRAW, MORE_STYLE
 
@@ -180,7 +181,7 @@ def curves(frames: Sequence[Frame]) -> list[dict[str, Any]]:
 def noise_scale(frames: Sequence[Frame]) -> float | None:
     """Returns the gradient noise scale over all steps, in examples; None = not looked.
 
-    The ratio of the means: see `reopen.noise_of`.
+    The ratio of the means: see `reopen.instruments.noise_of`.
     """
     tables = [f.tables["noise_scale"] for f in frames if "noise_scale" in f.tables]
     if not tables:
