@@ -21,8 +21,8 @@ FLOORS = (
     "prepare instructions sample runs plots labelled classify pretrained words",
     "tasks evaluate microscope fork",
     "step checks train",
-    "population serve reopen calibration",
-    "sweep report estimate doctor learn duel sensitivity scaling",
+    "population serve reopen calibration scaling",
+    "sweep report estimate doctor learn duel sensitivity",
     "__main__",
 )
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names.split()}
