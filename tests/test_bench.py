@@ -199,6 +199,7 @@ def test_a_fresh_process_measures_itself_from_launch():
     assert found["value"] == 6.0 and 0 < found["seconds"] < 60
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_this_process_and_grows():
     with Worker(side("counting"), limit_s=60.0):
         before = worker.peak_mb()
@@ -357,6 +358,7 @@ def test_both_sides_of_a_step_train_as_many_parameters(setting):
         assert counts[0] == counts[1]
 
 
+@pytest.mark.slow
 def test_a_race_ends_at_the_first_evaluation_that_is_good_enough(setting):
     (one,) = cpu.time_to_loss(setting)
     for chosen in (one.ours, one.peer):
@@ -389,6 +391,7 @@ def test_a_race_that_is_not_won_is_an_error_unless_its_end_counts():
         go()
 
 
+@pytest.mark.slow
 def test_decoding_is_checked_against_the_path_without_a_cache():
     gpt = model.GPT(replace(cfg(), context_length=16))
     params = model.init(gpt.cfg, jax.random.key(3))
@@ -494,6 +497,7 @@ def door(*flags, code=0):
     return done.stdout if code == 0 else done.stderr
 
 
+@pytest.mark.slow
 def test_the_door_measures_records_and_shows_again(tmp_path):
     out = tmp_path / "bench.jsonl"
     said = door("--rows=prepare", "--toy", "--repeats=1", f"--out={out}")

@@ -323,6 +323,7 @@ def test_a_chat_with_a_classifier_is_refused_before_it_begins(run):
     assert b"sorts texts into classes and writes none" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_door_reports_on_a_table(run, tmp_path):
     table = tmp_path / "more.csv"
     table.write_text("good,lovely day\nbad,rude day\nbad,kind day\neggs,sunny\n")

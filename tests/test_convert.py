@@ -65,6 +65,7 @@ def test_an_import_is_a_run_that_computes_what_transformers_does(imported):
     assert done.ids == wanted[: wanted.index(eos)] if eos in wanted else wanted
 
 
+@pytest.mark.slow
 def test_the_door_of_sampling_works_on_an_import(imported):
     done = convert(
         f"--run={imported}", "--prompt=Hello", "--max_new_tokens=5", door="sample"

@@ -74,6 +74,7 @@ def changed(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_all_additions_apply_together_and_do_what_they_say(changed):
     checks = [check for _, check in ADDITIONS.values()]
     code = "".join(f"exec({check!r}, {{}})\n" for check in checks)

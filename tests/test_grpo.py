@@ -520,6 +520,7 @@ def test_a_signal_waits_for_the_last_step_of_a_rollout(whole):
     ]
 
 
+@pytest.mark.slow
 def test_answers_can_be_learnt_before_rewards_are(tmp_path):
     """The start: supervised, its loss in nats per answer, with the same exact match."""
     config = recipe.get_config("stage=start,size=tiny")

@@ -39,6 +39,7 @@ def losses(place, function, steps=STEPS):
     return np.array([loss for _, loss in curve.train])
 
 
+@pytest.mark.slow
 def test_a_run_goes_through_the_readers_function_and_both_curves_are_drawn(tmp_path):
     before = attention.choose
     written(tmp_path, "attention", AHEAD)

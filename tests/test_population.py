@@ -166,6 +166,7 @@ def test_losers_of_a_rung_stop_and_the_others_train_as_before(config, tmp_path):
     assert (again.reason, again.step) == ("steps", 8)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(15)
 def test_a_diverging_member_leaves_the_others_bit_for_bit(config, tmp_path):
     config.optimizer.name = "sgd"
@@ -251,6 +252,7 @@ def test_a_wave_that_was_killed_before_it_saved_comes_again_in_halves(
     assert not list(tmp_path.rglob(population.NOTE))
 
 
+@pytest.mark.slow
 def test_a_wave_that_the_devices_have_no_memory_for_is_halved(
     config, tmp_path, monkeypatch, caplog
 ):

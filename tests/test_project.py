@@ -341,6 +341,7 @@ def test_without_a_text(): assert False
 """
 
 
+@pytest.mark.slow
 def test_only_facts_about_texts_run_and_a_skip_fails(tmp_path):
     facts = tmp_path / "test_facts.py"
     facts.write_text(FACTS)

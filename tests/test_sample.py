@@ -110,7 +110,9 @@ OPTIONS = {
 
 
 @pytest.mark.fault(20)
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(
+    "option", few(OPTIONS, "learned positions, tied", "pattern, qk-norm, gated")
+)
 def test_greedy_with_cache_equals_recomputation_for_ragged_rows_up_to_the_limit(option):
     model, params = build(**OPTIONS[option])
     lengths = np.array([1, 5, CONTEXT - 1, CONTEXT, 9], np.int32)
@@ -606,6 +608,7 @@ def test_the_door_streams_one_prompt_and_says_why_it_stopped(run_folder):
     assert err.splitlines()[-1] == f"[stopped: {told} is full]"
 
 
+@pytest.mark.slow
 def test_the_door_goes_on_beyond_the_context(run_folder):
     wanted = ["--prompt=Once", "--beyond_context", "--max_new_tokens=70"]
     code, _, err = door(f"--run={run_folder}", *wanted)
@@ -672,7 +675,11 @@ HOT = {"temperature": 0.7, "repetition_penalty": 1.3, "top_k": 20}
 
 
 @pytest.mark.parametrize(
-    "options", ["learned positions, tied", "pattern, qk-norm, gated"]
+    "options",
+    few(
+        ["learned positions, tied", "pattern, qk-norm, gated"],
+        "learned positions, tied",
+    ),
 )
 def test_guesses_change_no_text_and_save_passes(options):
     model, params = build(**{**OPTIONS[options], "context_length": 64})

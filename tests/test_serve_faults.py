@@ -234,6 +234,7 @@ def test_a_slow_reader_holds_up_nobody(live):
     slow.close()
 
 
+@pytest.mark.slow
 @pytest.mark.fault(28)
 def test_who_never_reads_is_cut_off_and_makes_room():
     limits = replace(LIMITS, read_seconds=0.5, connections=2)

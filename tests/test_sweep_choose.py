@@ -79,6 +79,7 @@ def test_the_programs_of_a_search_are_counted_by_drawing(base, monkeypatch):
     assert chosen == "vmap" and "in 2 programs, " in why and "16 processes" in why
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_as_a_process_of_its_own(base):
     command = [sys.executable, *commands.argv("trial")[1:]]
     found = choose.measure(base, command, {**os.environ})

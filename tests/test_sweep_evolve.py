@@ -26,6 +26,7 @@ def batched(chosen, base, out, **more):
     return sweeps.batched(chosen, base, out, **{**options, **more})
 
 
+@pytest.mark.slow
 def test_a_sweep_evolves_and_its_report_says_how(base, tmp_path):
     """Oracle: the folders."""
     out = tmp_path / "out"

@@ -82,7 +82,7 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("head", few(HEADS, "tied", "padded and capped"))
+@pytest.mark.parametrize("head", few(HEADS, "padded and capped"))
 def test_logits_in_chunks_give_the_loss_and_the_gradient_of_all_at_once(head):
     gpt = model.GPT(tiny.cfg(init="torch_default", **HEADS[head]))
     weights = model.init(gpt.cfg, jax.random.key(0))
