@@ -51,12 +51,12 @@ FLAG = (lambda value: isinstance(value, bool), "true or false")
 TEXT = (lambda value: isinstance(value, str), "a text")
 LIST = (lambda value: isinstance(value, list), "a list")
 OBJECT = (lambda value: isinstance(value, Mapping), "an object")
+EVERY = (lambda value: TEXT[0](value) or COUNT[0](value), "a whole number or letters")
 SHAPES = {
     LAYERS: "n_layer num_layers num_hidden_layers",
     SIZE: "vocab_size n_positions n_embd n_head n_inner hidden_size intermediate_size "
     "num_attention_heads num_heads num_key_value_heads head_dim sliding_window "
-    "max_position_embeddings sliding_window_pattern window_size "
-    "no_rope_layer_interval",
+    "max_position_embeddings window_size no_rope_layer_interval",
     COUNT: "max_window_layers",
     NUMBER: "layer_norm_epsilon layer_norm_eps norm_epsilon rms_norm_eps",
     POSITIVE: "rope_theta rope_local_base_freq query_pre_attn_scalar factor "
@@ -68,6 +68,7 @@ SHAPES = {
     TEXT: "hidden_act hidden_activation activation_function rope_type type",
     LIST: "layer_types attention_types no_rope_layers",
     OBJECT: "rope_parameters rope_scaling",
+    EVERY: "sliding_window_pattern",
 }
 SHAPE_OF = {key: shape for shape, keys in SHAPES.items() for key in keys.split()}
 
@@ -100,27 +101,37 @@ def activation(name: Any) -> str:
     )
 
 
-def rope(
-    config: Mapping, layer_type: str, theta: tuple[str, float]
-) -> tuple[float, RopeScaling | None]:
-    """Returns base and scaling of the rotary positions of one type of layer.
+Rope = tuple[float, RopeScaling | None]  # base and scaling of rotary positions
+
+
+def rope(config: Mapping, theta: tuple[str, float] = BASE) -> Rope:
+    """Returns the rotary positions of all layers.
 
     Args:
-      config: either spelling: rope_parameters, for all layers or by layer type; or
-        rope_theta (or the key in `theta`, with its default) and rope_scaling.
-      layer_type: full_attention or sliding_attention.
+      config: either spelling: rope_parameters, for all layers or the same for each type
+        of layer; or rope_theta (or the key in `theta`) and rope_scaling.
       theta: the old key of the base, and the base where nothing says it.
     """
+    given = config.get("rope_parameters") or {}
+    if given.get(FULL) != given.get(SLIDING, given.get(FULL)):
+        raise ValueError("rope_parameters that differ between layers are not supported")
+    return _rope(config, FULL, theta)
+
+
+def ropes(
+    config: Mapping, full: tuple[str, float], sliding: tuple[str, float]
+) -> tuple[Rope, Rope]:
+    """As `rope`, of full and of sliding layers, which may have their own."""
+    if not {FULL, SLIDING} & (config.get("rope_parameters") or {FULL: 0}).keys():
+        raise ValueError("rope_parameters should have an object for each type of layer")
+    return _rope(config, FULL, full), _rope(config, SLIDING, sliding)
+
+
+def _rope(config: Mapping, layer_type: str, theta: tuple[str, float]) -> Rope:
     given = config.get("rope_parameters") or {}
     nested = FULL in given or SLIDING in given
     if nested and not all(isinstance(v, Mapping | None) for v in given.values()):
         raise ValueError("rope_parameters has keys of all layers beside those of some")
-    if (
-        nested
-        and theta is BASE
-        and given.get(FULL) != given.get(SLIDING, given.get(FULL))
-    ):
-        raise ValueError("rope_parameters that differ between layers are not supported")
     if nested:
         given = given.get(layer_type) or {}
     elif layer_type == SLIDING:
@@ -222,6 +233,14 @@ def write_rope(kind: LayerKind) -> dict[str, Any]:
     }
 
 
+def write_ropes(full: LayerKind, sliding: LayerKind) -> dict[str, Any]:
+    """As `write_rope`, where sliding layers have rotary positions of their own."""
+    return {
+        **write_rope(full),
+        "rope_parameters": {FULL: rope_keys(full), SLIDING: rope_keys(sliding)},
+    }
+
+
 def period(kinds: Iterable[LayerKind]) -> tuple[LayerKind, ...]:
     """Returns the shortest pattern that, repeated, gives these layers."""
     kinds = tuple(kinds)
@@ -248,6 +267,31 @@ def layer_types(config: Mapping, default: Callable[[int], str]) -> list[str]:
         if name not in (FULL, SLIDING):
             raise ValueError(f"the layer type {name!r} is not supported")
     return types
+
+
+def every(config: Mapping, absent: int) -> int:
+    """Returns n where every n-th layer sees all; for a config without layer_types."""
+    value = config.get("sliding_window_pattern")
+    if value == 0 or isinstance(value, str):
+        raise ValueError(f"sliding_window_pattern {value!r} needs layer_types too")
+    return absent if value is None else value
+
+
+def kinds(
+    types: Iterable[str], window: int, *, full: Rope, sliding: Rope
+) -> list[LayerKind]:
+    """Returns the kind of every layer.
+
+    Args:
+      types: FULL or SLIDING, of each.
+      window: of the sliding ones; 0 = config.json says none.
+      full, sliding: the rotary positions of either.
+    """
+    types = list(types)
+    if SLIDING in types and not window:
+        raise ValueError("config.json has sliding layers but no sliding_window")
+    of = {FULL: LayerKind(0, *full), SLIDING: LayerKind(window, *sliding)}
+    return [of[name] for name in types]
 
 
 def heads(config: Mapping, head_dim: int = 0, kv: int = 0) -> dict[str, Any]:

@@ -80,6 +80,13 @@ MODELS = {
             "rope_scaling": {"rope_type": "linear", "factor": 8.0},
         },
     ),
+    "ministral": (
+        "MinistralConfig",
+        {
+            **{**SIZES, "head_dim": 12, "sliding_window": 8, "num_hidden_layers": 3},
+            "layer_types": ["full_attention", *["sliding_attention"] * 2],
+        },
+    ),
     "nanochat": ("NanoChatConfig", SIZES),
     "qwen2": (
         "Qwen2Config",
@@ -124,6 +131,25 @@ MODELS = {
     ),
     "olmo": ("OlmoConfig", SIZES),
     "olmo2": ("Olmo2Config", SIZES),
+    "olmo3": (
+        "Olmo3Config",
+        {
+            **{**SIZES, "num_hidden_layers": 4, "sliding_window": 8},
+            "rope_parameters": {
+                "full_attention": {
+                    **{"rope_type": "linear", "rope_theta": 700.0, "factor": 3.0},
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+            },
+        },
+    ),
+    "exaone4": (
+        "Exaone4Config",
+        {
+            **{**SIZES, "num_hidden_layers": 3, "sliding_window": 8},
+            **{"sliding_window_pattern": 2, "rope_parameters": LLAMA3},
+        },
+    ),
     "phi3": (
         "Phi3Config",
         {

@@ -7,10 +7,17 @@ from gpt_jax.pretrained.families.family import REQUIRED, Family
 from gpt_jax.pretrained.families.gemma import GEMMA, GEMMA2, GEMMA3
 from gpt_jax.pretrained.families.gpt2 import GPT2, GPT_NEO
 from gpt_jax.pretrained.families.layernorm import STABLELM, STARCODER2
-from gpt_jax.pretrained.families.llama import ARCEE, GRANITE, LLAMA, MISTRAL, SMOLLM3
+from gpt_jax.pretrained.families.llama import (
+    ARCEE,
+    GRANITE,
+    LLAMA,
+    MINISTRAL,
+    MISTRAL,
+    SMOLLM3,
+)
 from gpt_jax.pretrained.families.nanochat import NANOCHAT
 from gpt_jax.pretrained.families.neox import GPT_NEOX
-from gpt_jax.pretrained.families.olmo import OLMO, OLMO2
+from gpt_jax.pretrained.families.olmo import EXAONE4, OLMO, OLMO2, OLMO3
 from gpt_jax.pretrained.families.phi import PHI, PHI3
 from gpt_jax.pretrained.families.qwen import QWEN2, QWEN3
 
@@ -21,6 +28,7 @@ TABLE = {
     for family in (
         *(GPT2, LLAMA, MISTRAL, QWEN3, GEMMA3, NANOCHAT),
         *(QWEN2, GEMMA, GEMMA2, STARCODER2, ARCEE, GPT_NEO),
-        *(GRANITE, SMOLLM3, OLMO, OLMO2, PHI3, PHI, GPT_NEOX, STABLELM),
+        *(GRANITE, MINISTRAL, SMOLLM3, OLMO, OLMO2, OLMO3, EXAONE4),
+        *(PHI3, PHI, GPT_NEOX, STABLELM),
     )
 }

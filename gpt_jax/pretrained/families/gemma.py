@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gpt_jax.model import GPTConfig, LayerKind
+from gpt_jax.model import GPTConfig
 from gpt_jax.pretrained import options
 from gpt_jax.pretrained.families import llama
 from gpt_jax.pretrained.families.family import (
@@ -19,7 +19,6 @@ from gpt_jax.pretrained.families.llama import LLAMA
 from gpt_jax.pretrained.layouts import VECTOR
 from gpt_jax.pretrained.options import (
     ACTIVATIONS,
-    BASE,
     FULL,
     HEADS,
     ROPE,
@@ -77,18 +76,13 @@ GEMMA = LLAMA._replace(
 
 
 def _read_gemma3(config: Mapping) -> dict[str, Any]:
-    if not {FULL, SLIDING} & (config.get("rope_parameters") or {FULL: 0}).keys():
-        raise ValueError("rope_parameters should have an object for each type of layer")
-    every = config.get("sliding_window_pattern") or 6
-    types = options.layer_types(config, lambda i: SLIDING if (i + 1) % every else FULL)
+    types = options.layer_types(
+        config, lambda i: SLIDING if (i + 1) % options.every(config, 6) else FULL
+    )
     window = config.get("sliding_window", 4096) or 0
-    kinds = {
-        FULL: LayerKind(0, *options.rope(config, FULL, ("rope_theta", 1_000_000.0))),
-        SLIDING: LayerKind(
-            window,
-            *options.rope(config, SLIDING, ("rope_local_base_freq", 10_000.0)),
-        ),
-    }
+    full, sliding = options.ropes(
+        config, ("rope_theta", 1_000_000.0), ("rope_local_base_freq", 10_000.0)
+    )
     scalar = config.get("query_pre_attn_scalar") or 256
     return {
         **options.heads(config, head_dim=256, kv=4),
@@ -99,15 +93,12 @@ def _read_gemma3(config: Mapping) -> dict[str, Any]:
         ),
         "logit_softcap": config.get("final_logit_softcapping") or 0.0,
         "attn_bias": bool(config.get("attention_bias")),
-        **options.pattern(kinds[name] for name in types),
+        **options.pattern(options.kinds(types, window, full=full, sliding=sliding)),
     }
 
 
 def _write_gemma3(cfg: GPTConfig) -> dict[str, Any]:
-    kinds = [cfg.kind(i) for i in range(cfg.n_layers)]
-    full = next((kind for kind in kinds if not kind.window), kinds[0])
-    local = next((kind for kind in kinds if kind.window), kinds[0])
-    old = options.write_rope(full)
+    full, local = llama.full_and_sliding(cfg)
     return {
         **options.write_heads(cfg),
         **llama.write_windows(cfg),
@@ -116,13 +107,8 @@ def _write_gemma3(cfg: GPTConfig) -> dict[str, Any]:
         else ACTIVATIONS[cfg.activation][0],
         "query_pre_attn_scalar": round(cfg.query_scale**-2),
         "final_logit_softcapping": cfg.logit_softcap or None,
-        "rope_theta": old["rope_theta"],
-        "rope_scaling": old["rope_scaling"],
+        **options.write_ropes(full, local),
         "rope_local_base_freq": local.rope_base,
-        "rope_parameters": {
-            FULL: options.rope_keys(full),
-            SLIDING: options.rope_keys(local),
-        },
     }
 
 
@@ -169,8 +155,7 @@ GEMMA3 = LLAMA._replace(
 def _read_gemma2(config: Mapping) -> dict[str, Any]:
     types = options.layer_types(config, lambda i: SLIDING if (i + 1) % 2 else FULL)
     window = config.get("sliding_window", 4096) or 0
-    rope = options.rope(config, FULL, BASE)
-    kinds = [LayerKind(window if name == SLIDING else 0, *rope) for name in types]
+    rope = options.rope(config)
     scalar = config.get("query_pre_attn_scalar") or 256
     return {
         **options.heads(config, head_dim=256, kv=4),
@@ -182,7 +167,7 @@ def _read_gemma2(config: Mapping) -> dict[str, Any]:
         "attn_softcap": float(config.get("attn_logit_softcapping", 50.0) or 0.0),
         "logit_softcap": float(config.get("final_logit_softcapping", 30.0) or 0.0),
         "attn_bias": bool(config.get("attention_bias")),
-        **options.pattern(kinds),
+        **options.pattern(options.kinds(types, window, full=rope, sliding=rope)),
     }
 
 

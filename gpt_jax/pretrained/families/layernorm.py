@@ -16,7 +16,7 @@ from gpt_jax.pretrained.families.family import (
     two_layers,
 )
 from gpt_jax.pretrained.families.llama import LLAMA
-from gpt_jax.pretrained.options import BASE, FULL, ROPE
+from gpt_jax.pretrained.options import ROPE
 
 # ---------------------------------------------------------------- StarCoder 2
 
@@ -28,7 +28,7 @@ def _read_starcoder2(config: Mapping) -> dict[str, Any]:
         "activation": options.activation(
             config.get("hidden_act") or "gelu_pytorch_tanh"
         ),
-        **options.pattern([LayerKind(window, *options.rope(config, FULL, BASE))]),
+        **options.pattern([LayerKind(window, *options.rope(config))]),
     }
 
 

@@ -16,7 +16,6 @@ from gpt_jax.pretrained.families.family import (
 )
 from gpt_jax.pretrained.options import (
     ACTIVATIONS,
-    BASE,
     FULL,
     HEADS,
     ROPE,
@@ -33,7 +32,7 @@ def read(config: Mapping) -> dict[str, Any]:
         **options.heads(config),
         "activation": options.activation(config.get("hidden_act") or "silu"),
         "attn_bias": bool(config.get("attention_bias")),
-        **options.pattern([LayerKind(0, *options.rope(config, FULL, BASE))]),
+        **options.pattern([LayerKind(0, *options.rope(config))]),
     }
 
 
@@ -59,6 +58,25 @@ def write_windows(cfg: GPTConfig) -> dict[str, Any]:
     return {
         "sliding_window": max(windows) or None,
         "layer_types": [SLIDING if window else FULL for window in windows],
+    }
+
+
+def full_and_sliding(cfg: GPTConfig) -> tuple[LayerKind, LayerKind]:
+    """Returns a layer that sees all and one with a window, or twice what there is."""
+    kinds = [cfg.kind(i) for i in range(cfg.n_layers)]
+    full = next((kind for kind in kinds if not kind.window), kinds[0])
+    return full, next((kind for kind in kinds if kind.window), kinds[0])
+
+
+def write_turned(cfg: GPTConfig) -> dict[str, Any]:
+    """As `write`, where some layers have windows and some do not rotate."""
+    kinds = [cfg.kind(i) for i in range(cfg.n_layers)]
+    turned = next((kind for kind in kinds if kind.rope_base), None)
+    return {
+        **options.write_heads(cfg),
+        **write_windows(cfg),
+        "hidden_act": ACTIVATIONS[cfg.activation][0],
+        **(options.write_rope(turned) if turned else {}),
     }
 
 
@@ -93,7 +111,7 @@ def _read_mistral(config: Mapping) -> dict[str, Any]:
     return {
         **options.heads(config, kv=8),
         "activation": options.activation(config.get("hidden_act") or "silu"),
-        **options.pattern([LayerKind(window, *options.rope(config, FULL, BASE))]),
+        **options.pattern([LayerKind(window, *options.rope(config))]),
     }
 
 
@@ -114,6 +132,27 @@ MISTRAL = LLAMA._replace(
     known=(*LLAMA.known, *WINDOWS),
     read=_read_mistral,
     write=write_mistral,
+)
+
+
+# ---------------------------------------------------------------- Ministral
+
+
+def _read_ministral(config: Mapping) -> dict[str, Any]:
+    window, rope = config.get("sliding_window", 4096) or 0, options.rope(config)
+    types = options.layer_types(config, lambda i: SLIDING if window else FULL)
+    return {
+        **options.heads(config, kv=8),
+        "activation": options.activation(config.get("hidden_act") or "silu"),
+        **options.pattern(options.kinds(types, window, full=rope, sliding=rope)),
+    }
+
+
+MINISTRAL = MISTRAL._replace(
+    model_type="ministral",
+    architecture="MinistralForCausalLM",
+    read=_read_ministral,
+    write=lambda cfg: {**write(cfg), **write_windows(cfg)},
 )
 
 
@@ -178,7 +217,7 @@ GRANITE = LLAMA._replace(
 
 
 def _read_smollm3(config: Mapping) -> dict[str, Any]:
-    base, scaling = options.rope(config, FULL, ("rope_theta", 2_000_000.0))
+    base, scaling = options.rope(config, ("rope_theta", 2_000_000.0))
     count, every = config["num_hidden_layers"], config.get("no_rope_layer_interval", 4)
     turned = config.get("no_rope_layers")
     if turned is None:
@@ -207,16 +246,12 @@ def _read_smollm3(config: Mapping) -> dict[str, Any]:
 
 
 def _write_smollm3(cfg: GPTConfig) -> dict[str, Any]:
-    kinds = [cfg.kind(i) for i in range(cfg.n_layers)]
-    turned = next((kind for kind in kinds if kind.rope_base), None)
-    keys = {
-        **options.write_heads(cfg),
-        **write_windows(cfg),
-        "hidden_act": ACTIVATIONS[cfg.activation][0],
-        **(options.write_rope(turned) if turned else {}),
+    keys, kinds = write_turned(cfg), [cfg.kind(i) for i in range(cfg.n_layers)]
+    return {
+        **keys,
         "no_rope_layers": [int(kind.rope_base > 0) for kind in kinds],
+        "use_sliding_window": bool(keys["sliding_window"]),
     }
-    return {**keys, "use_sliding_window": bool(keys["sliding_window"])}
 
 
 SMOLLM3 = LLAMA._replace(

@@ -27,7 +27,7 @@ def _read_gpt_neox(config: Mapping) -> dict[str, Any]:
         raise ValueError("rope_parameters for each type of layer are not supported")
     if config.get("partial_rotary_factor") is not None:
         raise ValueError("partial_rotary_factor is called rotary_pct for gpt_neox")
-    rope = options.rope(config, FULL, ("rotary_emb_base", 10_000.0))
+    rope = options.rope(config, ("rotary_emb_base", 10_000.0))
     share = config.get("rotary_pct")
     return {
         **options.heads(config),

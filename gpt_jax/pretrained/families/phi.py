@@ -20,7 +20,6 @@ from gpt_jax.pretrained.families.family import (
 )
 from gpt_jax.pretrained.families.llama import LLAMA
 from gpt_jax.pretrained.layouts import LINEAR, VECTOR, Row
-from gpt_jax.pretrained.options import BASE, FULL
 
 # ---------------------------------------------------------------- Phi 1, 1.5 and 2
 
@@ -71,7 +70,7 @@ PHI = LLAMA._replace(
 
 
 def _read_phi3(config: Mapping) -> dict[str, Any]:
-    rope = options.rope(config, FULL, BASE)
+    rope = options.rope(config)
     if rope[1] is not None:
         raise ValueError(f"the rope scaling {rope[1].kind} is not supported for phi3")
     window = config.get("sliding_window") or 0

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gpt_jax.model import GPTConfig, LayerKind
+from gpt_jax.model import GPTConfig
 from gpt_jax.pretrained import options
 from gpt_jax.pretrained.families import llama
 from gpt_jax.pretrained.families.family import (
@@ -16,7 +16,7 @@ from gpt_jax.pretrained.families.family import (
     SIZES,
 )
 from gpt_jax.pretrained.families.llama import LLAMA
-from gpt_jax.pretrained.options import BASE, FULL, SLIDING, WINDOWS
+from gpt_jax.pretrained.options import FULL, SLIDING, WINDOWS
 
 # ---------------------------------------------------------------- Qwen 3
 
@@ -25,19 +25,16 @@ def _read_qwen3(config: Mapping) -> dict[str, Any]:
     window = config.get("sliding_window", 4096) or 0
     window = window if config.get("use_sliding_window") else 0
     full_below = config.get("max_window_layers", 28)
-    rope = options.rope(config, FULL, BASE)
+    rope = options.rope(config)
     types = options.layer_types(
         config,
         lambda i: SLIDING if window and i >= full_below else FULL,
     )
-    if SLIDING in types and not window:
-        raise ValueError("config.json has sliding layers but no sliding_window")
-    kinds = [LayerKind(window if name == SLIDING else 0, *rope) for name in types]
     return {
         **options.heads(config, head_dim=128, kv=32),
         "activation": options.activation(config.get("hidden_act") or "silu"),
         "attn_bias": bool(config.get("attention_bias")),
-        **options.pattern(kinds),
+        **options.pattern(options.kinds(types, window, full=rope, sliding=rope)),
     }
 
 
