@@ -470,13 +470,20 @@ def test_weights_of_another_architecture_are_refused():
         pretrained.load(GOLDEN / "llama", dataclasses.replace(cfg, n_layers=3))
 
 
+LAYOUTS = {
+    **{"table": layouts.EMBEDDING, "linear": layouts.LINEAR, "conv": layouts.CONV},
+    **{"swapped": layouts.SWAPPED, "pairs": layouts.interleaved(layouts.LINEAR)},
+    "some pairs": layouts.interleaved(layouts.LINEAR, 2),
+}
+
+
 @given(
-    st.sampled_from(["EMBEDDING", "LINEAR", "CONV", "SWAPPED"]),
+    st.sampled_from([*LAYOUTS]),
     st.tuples(*[st.integers(1, 4)] * 3),
     st.sampled_from([1, 2]),
 )
 def test_every_layout_is_undone_by_its_inverse(name, sides, inputs):
-    layout = getattr(layouts, name)
+    layout = LAYOUTS[name]
     shape = (*sides[:2], 2 * sides[2])
     weight = declared_so(shape, ("embed", "heads", "head"), inputs=inputs)
     ours = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)

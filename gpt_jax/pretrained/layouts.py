@@ -111,6 +111,30 @@ def _swapped(layout: Layout) -> Layout:
     )
 
 
+def interleaved(layout: Layout, features: int = 0) -> Layout:
+    """The same where rotary positions turn neighbouring features, not two halves.
+
+    So GPT-J and Command R do it; products of queries and keys stay what they are, in
+    whatever order the features are.
+
+    Args:
+      layout: of queries' or keys' weights.
+      features: how many, from a head's first on, are turned; 0 = all.
+    """
+
+    def read(theirs: np.ndarray, weight: Weight) -> np.ndarray:
+        x = layout.read(theirs, weight)
+        turned, rest = np.split(x, [features or x.shape[-1]], axis=-1)
+        return np.concatenate([turned[..., 0::2], turned[..., 1::2], rest], axis=-1)
+
+    def write(ours: np.ndarray, weight: Weight) -> np.ndarray:
+        turned, rest = np.split(ours, [features or ours.shape[-1]], axis=-1)
+        pairs = np.stack(np.split(turned, 2, axis=-1), axis=-1).reshape(turned.shape)
+        return layout.write(np.concatenate([pairs, rest], axis=-1), weight)
+
+    return Layout(layout.shape, read, write, layout.outputs)
+
+
 EMBEDDING = Layout(
     lambda weight: weight.shape,
     lambda theirs, weight: theirs,

@@ -62,7 +62,8 @@ SHAPES = {
     POSITIVE: "rope_theta rope_local_base_freq query_pre_attn_scalar factor "
     "final_logit_softcapping attn_logit_softcapping low_freq_factor high_freq_factor "
     "original_max_position_embeddings partial_rotary_factor rotary_emb_base rotary_pct "
-    "embedding_multiplier logits_scaling residual_multiplier attention_multiplier",
+    "embedding_multiplier logits_scaling residual_multiplier attention_multiplier "
+    "logit_scale",
     FLAG: "tie_word_embeddings attention_bias mlp_bias use_sliding_window use_bias "
     "use_qkv_bias use_parallel_residual",
     TEXT: "hidden_act hidden_activation activation_function rope_type type",

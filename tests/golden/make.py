@@ -150,6 +150,14 @@ MODELS = {
             **{"sliding_window_pattern": 2, "rope_parameters": LLAMA3},
         },
     ),
+    "cohere": (
+        "CohereConfig",
+        {**SIZES, "logit_scale": 0.3, "attention_bias": True, "rope_theta": 400.0},
+    ),
+    "cohere2": (
+        "Cohere2Config",
+        {**SIZES, "sliding_window": 8, "sliding_window_pattern": 2},
+    ),
     "phi3": (
         "Phi3Config",
         {
