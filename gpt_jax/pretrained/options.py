@@ -56,7 +56,7 @@ SHAPES = {
     LAYERS: "n_layer num_layers num_hidden_layers",
     SIZE: "vocab_size n_positions n_embd n_head n_inner hidden_size intermediate_size "
     "num_attention_heads num_heads num_key_value_heads head_dim sliding_window "
-    "max_position_embeddings window_size no_rope_layer_interval",
+    "max_position_embeddings window_size no_rope_layer_interval rotary_dim",
     COUNT: "max_window_layers",
     NUMBER: "layer_norm_epsilon layer_norm_eps norm_epsilon rms_norm_eps",
     POSITIVE: "rope_theta rope_local_base_freq query_pre_attn_scalar factor "

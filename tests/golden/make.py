@@ -115,6 +115,14 @@ MODELS = {
             **{"bos_token_id": None, "eos_token_id": None},
         },
     ),
+    "gptj": (
+        "GPTJConfig",
+        {
+            **{"vocab_size": VOCAB, "n_positions": CONTEXT, "n_embd": 32},
+            **{"n_layer": 2, "n_head": 4, "rotary_dim": 6},
+            **{"bos_token_id": None, "eos_token_id": None},
+        },
+    ),
     "granite": (
         "GraniteConfig",
         {

@@ -27,6 +27,7 @@ class Family(NamedTuple):
       read: config.json -> the other fields.
       write: GPTConfig -> the other keys.
       rows: where every weight is.
+      own_rows: config.json -> the rows that depend on it; they go before the others.
       zeros: fields that may be False here; those biases are written as zeros.
     """
 
@@ -40,6 +41,7 @@ class Family(NamedTuple):
     read: Callable[[Mapping], dict[str, Any]]
     write: Callable[[GPTConfig], dict[str, Any]]
     rows: tuple[Row, ...]
+    own_rows: Callable[[Mapping], tuple[Row, ...]] = lambda config: ()
     zeros: tuple[str, ...] = ()
 
     def full(self, name: str) -> str:
@@ -78,10 +80,10 @@ LAYERNORM = {  # with biases, and an MLP without a gate
 }
 
 
-def block(*rows: tuple[str, str, Any]) -> tuple[Row, ...]:
+def block(*rows: tuple[str, str, Any], under: str = "layers") -> tuple[Row, ...]:
     """Returns rows of every layer: (our path in it, theirs, how it lies there)."""
     return tuple(
-        Row(f"block_{{i}}/{ours}", f"layers.{{i}}.{theirs}", layout)
+        Row(f"block_{{i}}/{ours}", f"{under}.{{i}}.{theirs}", layout)
         for ours, theirs, layout in rows
     )
 
@@ -89,10 +91,12 @@ def block(*rows: tuple[str, str, Any]) -> tuple[Row, ...]:
 QKV = ("query", "key", "value")
 
 
-def fused(ours: str, theirs: str, *parts: str) -> tuple[Row, ...]:
+def fused(
+    ours: str, theirs: str, *parts: str, under: str = "layers"
+) -> tuple[Row, ...]:
     """Returns the rows of weights that lie in one tensor, in this order."""
     layout = LINEAR if theirs.endswith(".weight") else VECTOR
-    where = f"layers.{{i}}.{theirs}"
+    where = f"{under}.{{i}}.{theirs}"
     return tuple(
         Row(f"block_{{i}}/{ours.format(part)}", where, layout, number, len(parts))
         for number, part in enumerate(parts)
@@ -131,13 +135,14 @@ NORM_BIASES = (
 )
 
 
-def two_layers(up: str, down: str) -> tuple[Row, ...]:
+def two_layers(up: str, down: str, under: str = "layers") -> tuple[Row, ...]:
     """Returns the rows of an MLP without a gate, by the names of its layers."""
     return block(
         ("mlp/up/kernel", f"{up}.weight", LINEAR),
         ("mlp/up/bias", f"{up}.bias", VECTOR),
         ("mlp/down/kernel", f"{down}.weight", LINEAR),
         ("mlp/down/bias", f"{down}.bias", VECTOR),
+        under=under,
     )
 
 

@@ -1,12 +1,26 @@
-"""GPT-2 and what kept its form: learned positions, LayerNorm, biases."""
+"""GPT-2, and what still calls its weights so: GPT-Neo, GPT-J."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from gpt_jax.model import GPTConfig, LayerKind
 from gpt_jax.pretrained import options
-from gpt_jax.pretrained.families.family import PLAIN, REQUIRED, Family
-from gpt_jax.pretrained.layouts import CONV, EMBEDDING, LINEAR, VECTOR, Row
+from gpt_jax.pretrained.families.family import (
+    LAYERNORM,
+    PLAIN,
+    REQUIRED,
+    Family,
+    block,
+    two_layers,
+)
+from gpt_jax.pretrained.layouts import (
+    CONV,
+    EMBEDDING,
+    LINEAR,
+    VECTOR,
+    Row,
+    interleaved,
+)
 from gpt_jax.pretrained.options import ACTIVATIONS, BASE
 
 # ---------------------------------------------------------------- GPT-2
@@ -162,24 +176,67 @@ GPT_NEO = GPT2._replace(
     read=_read_gpt_neo,
     write=_write_gpt_neo,
     rows=(
-        *(
-            row
-            for row in GPT2.rows
-            if "attn" not in row.ours and "/kernel" not in row.ours
+        *(row for row in GPT2.rows if "attn" not in row.ours and "mlp" not in row.ours),
+        *two_layers("mlp.c_fc", "mlp.c_proj", under="h"),
+        *block(
+            ("attn/query/kernel", "attn.attention.q_proj.weight", LINEAR),
+            ("attn/key/kernel", "attn.attention.k_proj.weight", LINEAR),
+            ("attn/value/kernel", "attn.attention.v_proj.weight", LINEAR),
+            ("attn/out/kernel", "attn.attention.out_proj.weight", LINEAR),
+            ("attn/out/bias", "attn.attention.out_proj.bias", VECTOR),
+            under="h",
         ),
-        Row("head/kernel", "lm_head.weight", LINEAR),
-        Row("block_{i}/mlp/up/kernel", "h.{i}.mlp.c_fc.weight", LINEAR),
-        Row("block_{i}/mlp/down/kernel", "h.{i}.mlp.c_proj.weight", LINEAR),
-        *(
-            Row(f"block_{{i}}/attn/{ours}", f"h.{{i}}.attn.attention.{theirs}", layout)
-            for ours, theirs, layout in (
-                ("query/kernel", "q_proj.weight", LINEAR),
-                ("key/kernel", "k_proj.weight", LINEAR),
-                ("value/kernel", "v_proj.weight", LINEAR),
-                ("out/kernel", "out_proj.weight", LINEAR),
-                ("out/bias", "out_proj.bias", VECTOR),
-            )
+    ),
+    zeros=(),
+)
+
+
+# ---------------------------------------------------------------- GPT-J
+
+
+def _read_gptj(config: Mapping) -> dict[str, Any]:
+    fields = _read_gpt2(config)
+    return {**fields, "rotary_dim": config.get("rotary_dim") or 64}
+
+
+def _gptj_rows(config: Mapping) -> tuple[Row, ...]:
+    """Its rotary positions turn neighbouring features, of the first `rotary_dim`."""
+    turned = interleaved(LINEAR, config.get("rotary_dim") or 64)
+    return block(
+        ("attn/query/kernel", "attn.q_proj.weight", turned),
+        ("attn/key/kernel", "attn.k_proj.weight", turned),
+        under="h",
+    )
+
+
+GPTJ = GPT2._replace(
+    model_type="gptj",
+    architecture="GPTJForCausalLM",
+    keys={
+        **GPT2.keys,
+        "context_length": ("n_positions", 2048),
+        "tie_embeddings": ("tie_word_embeddings", False),
+    },
+    fixed={
+        **{**LAYERNORM, "parallel": "shared", "head_bias": True, "mlp_bias": True},
+        **{"qkv_bias": False, "attn_bias": False},
+    },
+    always={"rotary": True, "scale_attn_weights": True},  # of its first config.json
+    known=(*GPT2.known, "rotary_dim"),
+    read=_read_gptj,
+    write=lambda cfg: {**_write_gpt2(cfg), "rotary_dim": cfg.rotary_dim},
+    own_rows=_gptj_rows,
+    rows=(
+        *(row for row in GPT2.rows if not row.ours.startswith("block")),
+        Row("head/bias", "lm_head.bias", VECTOR),
+        *block(
+            ("norm1/scale", "ln_1.weight", VECTOR),
+            ("norm1/bias", "ln_1.bias", VECTOR),
+            ("attn/value/kernel", "attn.v_proj.weight", LINEAR),
+            ("attn/out/kernel", "attn.out_proj.weight", LINEAR),
+            under="h",
         ),
+        *two_layers("mlp.fc_in", "mlp.fc_out", under="h"),
     ),
     zeros=(),
 )
