@@ -474,6 +474,7 @@ LAYOUTS = {
     **{"table": layouts.EMBEDDING, "linear": layouts.LINEAR, "conv": layouts.CONV},
     **{"swapped": layouts.SWAPPED, "pairs": layouts.interleaved(layouts.LINEAR)},
     "some pairs": layouts.interleaved(layouts.LINEAR, 2),
+    "behind two": layouts.behind(2, layouts.LINEAR),
 }
 
 

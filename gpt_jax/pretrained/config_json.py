@@ -27,6 +27,7 @@ TECHNICAL = (
 HARMLESS = re.compile(
     r"_.*|.*dropout.*|.*_pdrop|.*token_ids?|.*_token_index|summary_.*|architectures"
     r"|task_specific_params|(torch_)?dtype|transformers.*|unsloth.*|initializer_.*"
+    r"|init_std|layerdrop"
     r"|use_cache|cache_implementation|n_ctx|auto_map|model_type|pretraining_tp"
     r"|id2label|label2id|output_.*|return_dict|reorder_and_upcast_attn|name_or_path"
     r"|is_llama_config|tokenizer_class|problem_type|gradient_checkpointing|attn_.*impl.*"

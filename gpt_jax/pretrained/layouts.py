@@ -135,6 +135,25 @@ def interleaved(layout: Layout, features: int = 0) -> Layout:
     return Layout(layout.shape, read, write, layout.outputs)
 
 
+def behind(rows: int, layout: Layout) -> Layout:
+    """The same behind so many rows that nothing reads; they are written as zeros."""
+
+    def shape(weight: Weight) -> Shape:
+        first, *rest = layout.shape(weight)
+        return rows + first, *rest
+
+    def write(ours: np.ndarray, weight: Weight) -> np.ndarray:
+        theirs = layout.write(ours, weight)
+        return np.concatenate([np.zeros_like(theirs[:1]).repeat(rows, 0), theirs])
+
+    return Layout(
+        shape,
+        lambda theirs, weight: layout.read(theirs[rows:], weight),
+        write,
+        layout.outputs,
+    )
+
+
 EMBEDDING = Layout(
     lambda weight: weight.shape,
     lambda theirs, weight: theirs,

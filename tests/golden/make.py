@@ -176,6 +176,15 @@ MODELS = {
             },
         },
     ),
+    "opt": (
+        "OPTConfig",
+        {
+            **{"vocab_size": VOCAB, "hidden_size": 32, "ffn_dim": 64},
+            **{"num_hidden_layers": 2, "num_attention_heads": 4},
+            **{"max_position_embeddings": CONTEXT, "pad_token_id": None},
+            **{"bos_token_id": None, "eos_token_id": None},
+        },
+    ),
     "phi": ("PhiConfig", SIZES),
     "gpt_neox": (
         "GPTNeoXConfig",
@@ -214,6 +223,8 @@ def build(name: str, *, seed: int, **changes):
             weight.data = 0.3 * draw
         else:
             weight.data = 1.5 * draw / weight.shape[-1] ** 0.5
+        if "embed_positions" in path:
+            weight.data[:2] = 0  # OPT reads none of them
     return model.eval()
 
 

@@ -19,6 +19,7 @@ from gpt_jax.pretrained.families.llama import (
 from gpt_jax.pretrained.families.nanochat import NANOCHAT
 from gpt_jax.pretrained.families.neox import GPT_NEOX
 from gpt_jax.pretrained.families.olmo import EXAONE4, OLMO, OLMO2, OLMO3
+from gpt_jax.pretrained.families.opt import OPT
 from gpt_jax.pretrained.families.phi import PHI, PHI3
 from gpt_jax.pretrained.families.qwen import QWEN2, QWEN3
 
@@ -27,6 +28,7 @@ __all__ = ["REQUIRED", "TABLE", "Family"]
 TABLE = {
     family.model_type: family
     for family in (
+        OPT,  # before GPT-2, which could say all of it
         *(GPT2, LLAMA, MISTRAL, QWEN3, GEMMA3, NANOCHAT),
         *(QWEN2, GEMMA, GEMMA2, STARCODER2, ARCEE, GPT_NEO),
         *(GRANITE, MINISTRAL, SMOLLM3, OLMO, OLMO2, OLMO3, EXAONE4),
