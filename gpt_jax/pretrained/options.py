@@ -57,7 +57,7 @@ SHAPES = {
     SIZE: "vocab_size n_positions n_embd n_head n_inner hidden_size intermediate_size "
     "num_attention_heads num_heads num_key_value_heads head_dim sliding_window "
     "max_position_embeddings window_size no_rope_layer_interval rotary_dim "
-    "ffn_dim word_embed_proj_dim",
+    "ffn_dim word_embed_proj_dim ffn_hidden_size num_kv_heads num_ln_in_parallel_attn",
     COUNT: "max_window_layers",
     NUMBER: "layer_norm_epsilon layer_norm_eps norm_epsilon rms_norm_eps",
     POSITIVE: "rope_theta rope_local_base_freq query_pre_attn_scalar factor "
@@ -66,8 +66,9 @@ SHAPES = {
     "embedding_multiplier logits_scaling residual_multiplier attention_multiplier "
     "logit_scale",
     FLAG: "tie_word_embeddings attention_bias mlp_bias use_sliding_window use_bias "
-    "use_qkv_bias use_parallel_residual enable_bias layer_norm_elementwise_affine",
-    TEXT: "hidden_act hidden_activation activation_function rope_type type",
+    "use_qkv_bias use_parallel_residual enable_bias layer_norm_elementwise_affine "
+    "bias multi_query parallel_attn new_decoder_architecture",
+    TEXT: "hidden_act hidden_activation activation_function activation rope_type type",
     LIST: "layer_types attention_types no_rope_layers",
     OBJECT: "rope_parameters rope_scaling",
     EVERY: "sliding_window_pattern",

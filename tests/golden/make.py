@@ -38,6 +38,11 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+FALCON = {
+    key: value
+    for key, value in SIZES.items()
+    if key not in ("num_key_value_heads", "intermediate_size")
+}
 # name: (transformers' class of the config, its arguments)
 MODELS = {
     "gpt2": (
@@ -183,6 +188,15 @@ MODELS = {
             **{"num_hidden_layers": 2, "num_attention_heads": 4},
             **{"max_position_embeddings": CONTEXT, "pad_token_id": None},
             **{"bos_token_id": None, "eos_token_id": None},
+        },
+    ),
+    "falcon": ("FalconConfig", FALCON),
+    # The form of 40B.
+    "falcon_new": (
+        "FalconConfig",
+        {
+            **{**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
+            **{"bias": True, "ffn_hidden_size": 48, "tie_word_embeddings": False},
         },
     ),
     "phi": ("PhiConfig", SIZES),

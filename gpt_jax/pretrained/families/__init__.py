@@ -4,6 +4,7 @@
 """
 
 from gpt_jax.pretrained.families.cohere import COHERE, COHERE2
+from gpt_jax.pretrained.families.falcon import FALCON
 from gpt_jax.pretrained.families.family import REQUIRED, Family
 from gpt_jax.pretrained.families.gemma import GEMMA, GEMMA2, GEMMA3
 from gpt_jax.pretrained.families.gpt2 import GPT2, GPT_NEO, GPTJ
@@ -32,6 +33,6 @@ TABLE = {
         *(GPT2, LLAMA, MISTRAL, QWEN3, GEMMA3, NANOCHAT),
         *(QWEN2, GEMMA, GEMMA2, STARCODER2, ARCEE, GPT_NEO),
         *(GRANITE, MINISTRAL, SMOLLM3, OLMO, OLMO2, OLMO3, EXAONE4),
-        *(PHI3, PHI, GPT_NEOX, STABLELM, COHERE, COHERE2, GPTJ),
+        *(PHI3, PHI, GPT_NEOX, STABLELM, COHERE, COHERE2, GPTJ, FALCON),
     )
 }
