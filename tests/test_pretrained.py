@@ -255,13 +255,13 @@ def test_a_config_without_optional_keys_has_their_published_defaults():
         ({"model_type": "mamba"}, "mamba"),
         ({"model_type": "gemma3"}, "gemma3"),
         ({"hidden_act": "xielu"}, "xielu"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "proportional"}}, "proportional"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2, "truncate": False}},
+            "truncate",
+        ),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        (
-            {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2}},
-            "dynamic",
-        ),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "different things"),
         ({"is_causal": False}, "is_causal"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
@@ -283,6 +283,21 @@ def test_what_is_not_supported_is_refused_by_name(change, named):
     with pytest.raises(ValueError, match=named):
         cfg = {**common.base().model.to_dict(), **config_json.fields(config)}
         GPTConfig(**cfg)
+
+
+def test_dynamic_scaling_is_read_as_none_within_the_context():
+    config = {**read("llama"), "rope_parameters": None}
+    dynamic = {**config, "rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    assert config_json.fields(dynamic) == config_json.fields(config)
+
+
+def test_longrope_needs_a_context_within_which_all_texts_are_turned_alike():
+    config = {**read("phi3_long"), "max_position_embeddings": 256}
+    fields = {**common.base().model.to_dict(), **config_json.fields(config)}
+    with pytest.raises(ValueError, match="--context=64"):
+        GPTConfig(**fields)
+    cfg = GPTConfig(**{**fields, "context_length": 64})
+    assert cfg == config_of(GOLDEN / "phi3_long")
 
 
 def test_gpt2_with_another_scale_of_scores_is_refused():

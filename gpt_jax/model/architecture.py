@@ -31,6 +31,9 @@ class LayerKind:
             raise ValueError(
                 f"rope_base {self.rope_base} is below 0; 0 means no rotation"
             )
+        scaling = self.rope_scaling
+        if scaling and scaling.kind == "yarn" and 0 < self.rope_base <= 1:
+            raise ValueError(f"rope_base {self.rope_base} must be above 1 for yarn")
 
 
 def _layer_kind(kind) -> LayerKind:
@@ -152,6 +155,8 @@ class GPTConfig:
                 raise ValueError(f"{name} {getattr(self, name)} must be above 0")
         if not self.pattern:
             raise ValueError("pattern is empty; it needs at least one layer kind")
+        for kind in self.pattern if self.position == "rope" else ():
+            self._check_longrope(kind.rope_scaling)
         if self.n_classes == 1:
             raise ValueError(
                 "n_classes is 1: a classifier needs at least two, 0 is a language model"
@@ -160,6 +165,23 @@ class GPTConfig:
             raise ValueError("head_bias needs a head: set tie_embeddings=False")
         for name, choices in _CHOICES.items():
             names.choose(f"model.{name}", getattr(self, name), choices)
+
+    def _check_longrope(self, scaling: RopeScaling | None):
+        if scaling is None or scaling.kind != "longrope":
+            return
+        if self.context_length > scaling.original_context:
+            raise ValueError(
+                f"context_length {self.context_length:,} is more than the "
+                f"{scaling.original_context:,} within which longrope turns all texts "
+                "alike: longer ones would need other keys for their first tokens too; "
+                f"give it at most that (--context={scaling.original_context} where a "
+                "model is imported)"
+            )
+        if len(scaling.short_factors) != self.rotary_dim // 2:
+            raise ValueError(
+                f"rope_scaling has {len(scaling.short_factors)} short_factors; a head "
+                f"turns {self.rotary_dim // 2} pairs of features"
+            )
 
     def _at_least(self, name: str, least: int):
         if getattr(self, name) < least:

@@ -51,6 +51,10 @@ FLAG = (lambda value: isinstance(value, bool), "true or false")
 TEXT = (lambda value: isinstance(value, str), "a text")
 LIST = (lambda value: isinstance(value, list), "a list")
 OBJECT = (lambda value: isinstance(value, Mapping), "an object")
+NUMBERS = (
+    lambda value: LIST[0](value) and all(POSITIVE[0](x) for x in value),
+    "a list of numbers above 0",
+)
 EVERY = (lambda value: TEXT[0](value) or COUNT[0](value), "a whole number or letters")
 SHAPES = {
     LAYERS: "n_layer num_layers num_hidden_layers",
@@ -59,8 +63,10 @@ SHAPES = {
     "max_position_embeddings window_size no_rope_layer_interval rotary_dim "
     "ffn_dim word_embed_proj_dim ffn_hidden_size num_kv_heads num_ln_in_parallel_attn",
     COUNT: "max_window_layers",
-    NUMBER: "layer_norm_epsilon layer_norm_eps norm_epsilon rms_norm_eps",
-    POSITIVE: "rope_theta rope_local_base_freq query_pre_attn_scalar factor "
+    NUMBER: "layer_norm_epsilon layer_norm_eps norm_epsilon rms_norm_eps mscale "
+    "mscale_all_dim",
+    POSITIVE: "rope_theta rope_local_base_freq query_pre_attn_scalar factor beta_fast "
+    "beta_slow attention_factor "
     "final_logit_softcapping attn_logit_softcapping low_freq_factor high_freq_factor "
     "original_max_position_embeddings partial_rotary_factor rotary_emb_base rotary_pct "
     "embedding_multiplier logits_scaling residual_multiplier attention_multiplier "
@@ -72,6 +78,7 @@ SHAPES = {
     LIST: "layer_types attention_types no_rope_layers",
     OBJECT: "rope_parameters rope_scaling",
     EVERY: "sliding_window_pattern",
+    NUMBERS: "short_factor long_factor",
 }
 SHAPE_OF = {key: shape for shape, keys in SHAPES.items() for key in keys.split()}
 
@@ -174,7 +181,10 @@ def _one_spelling(rope: Mapping) -> dict[str, Any]:
     """Returns what is set, with rope_type for its old name `type`."""
     given = {key: value for key, value in rope.items() if value is not None}
     old = given.pop("type", None)
-    return {"rope_type": old, **given} if old else given
+    given = {"rope_type": old, **given} if old else given
+    if given.get("rope_type") == "su":  # Phi 3's first word for it
+        given["rope_type"] = "longrope"
+    return given
 
 
 def _scaling(kind: str, given: dict, config: Mapping) -> RopeScaling | None:
@@ -184,27 +194,57 @@ def _scaling(kind: str, given: dict, config: Mapping) -> RopeScaling | None:
         )
     if strange := sorted(given.keys() - {*ROPE_KEYS[kind], *IGNORED_BY_ROPE}):
         raise ValueError(f"the rope option {strange[0]} is not supported for {kind}")
-    if kind == "default":
+    if kind in ("default", "dynamic"):  # see ROPE_KEYS
         return None
+    most = config.get("max_position_embeddings")
+    length = config.get("original_max_position_embeddings")  # as Phi 3 has it
+    length = length or given.get("original_max_position_embeddings") or most
     try:
         if kind == "linear":
             return RopeScaling("linear", float(given["factor"]))
-        length = given.get("original_max_position_embeddings")
-        return RopeScaling(
-            "llama3",
-            factor=float(given["factor"]),
-            low_freq_factor=float(given["low_freq_factor"]),
-            high_freq_factor=float(given["high_freq_factor"]),
-            original_context=int(length or config["max_position_embeddings"]),
-        )
+        if not length:
+            raise KeyError("max_position_embeddings")
+        own: dict[str, Any] = {"original_context": int(length)}
+        if kind == "longrope":
+            own["short_factors"] = tuple(map(float, given["short_factor"]))
+            given = {"factor": (most or length) / length, **given}
+        if kind == "llama3":
+            own |= {k: float(given[k]) for k in ("low_freq_factor", "high_freq_factor")}
+        if kind == "yarn":
+            own["beta_fast"] = float(given.get("beta_fast", 32))
+            own["beta_slow"] = float(given.get("beta_slow", 1))
+        if kind in ("yarn", "longrope"):
+            own["attention_factor"] = _attention_factor(given)
+        return RopeScaling(kind, factor=float(given["factor"]), **own)
     except KeyError as error:
         raise ValueError(f"the {kind} rope of config.json has no {error}") from error
 
 
+def _attention_factor(given: Mapping) -> float:
+    """Returns what turned features are multiplied by; 0 = as the paper says."""
+    if given.get("truncate", True) is not True:
+        raise ValueError("truncate = false is not supported for yarn")
+    if "attention_factor" in given:
+        return float(given["attention_factor"])
+    both = [given.get(key) or 0.0 for key in ("mscale", "mscale_all_dim")]
+    if not all(both) or given["factor"] <= 1:
+        return 0.0
+    over, under = (0.1 * scale * math.log(given["factor"]) + 1 for scale in both)
+    return over / under
+
+
+# What each kind reads. The dynamic one, alone of all, changes nothing for texts within
+# max_position_embeddings, and a model here reads no longer ones.
 ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),
+    "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": (
+        *("factor", "beta_fast", "beta_slow", "attention_factor"),
+        *("mscale", "mscale_all_dim", "truncate"),
+    ),
+    "longrope": ("short_factor", "long_factor", "factor", "attention_factor"),
 }
 IGNORED_BY_ROPE = ("original_max_position_embeddings",)
 ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
@@ -216,12 +256,16 @@ def rope_keys(kind: LayerKind) -> dict[str, Any]:
     keys: dict[str, Any] = {"rope_type": "default", "rope_theta": kind.rope_base}
     if scaling is not None:
         keys |= {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling is not None and scaling.kind == "llama3":
-        keys |= {
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_context,
-        }
+    if scaling is None or scaling.kind == "linear":
+        return keys
+    keys["original_max_position_embeddings"] = scaling.original_context
+    for key in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+        if value := getattr(scaling, key):
+            keys[key] = value
+    if scaling.attention_factor:
+        keys["attention_factor"] = scaling.attention_factor
+    if scaling.kind == "longrope":  # no text is long: see GPTConfig
+        keys["short_factor"] = keys["long_factor"] = [*scaling.short_factors]
     return keys
 
 

@@ -150,7 +150,8 @@ MODELS = {
             **{**SIZES, "num_hidden_layers": 4, "sliding_window": 8},
             "rope_parameters": {
                 "full_attention": {
-                    **{"rope_type": "linear", "rope_theta": 700.0, "factor": 3.0},
+                    **{"rope_type": "yarn", "rope_theta": 700.0, "factor": 3.0},
+                    **{"original_max_position_embeddings": 32, "beta_fast": 5.0},
                 },
                 "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
             },
@@ -177,6 +178,17 @@ MODELS = {
             **{**SIZES, "sliding_window": 8},
             "rope_parameters": {
                 **{"rope_type": "default", "rope_theta": 500.0},
+                "partial_rotary_factor": 0.75,
+            },
+        },
+    ),
+    "phi3_long": (
+        "Phi3Config",
+        {
+            **{**SIZES, "original_max_position_embeddings": CONTEXT},
+            "rope_parameters": {
+                **{"rope_type": "longrope", "rope_theta": 500.0, "factor": 4.0},
+                **{"short_factor": [1.0, 1.3, 2.0], "long_factor": [2.0, 3.0, 4.0]},
                 "partial_rotary_factor": 0.75,
             },
         },

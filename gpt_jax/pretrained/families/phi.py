@@ -70,8 +70,8 @@ PHI = LLAMA._replace(
 
 
 def _read_phi3(config: Mapping) -> dict[str, Any]:
-    rope = options.rope(config)
-    if rope[1] is not None:
+    rope = options.rope({"original_max_position_embeddings": 4096, **config})
+    if rope[1] is not None and rope[1].kind != "longrope":
         raise ValueError(f"the rope scaling {rope[1].kind} is not supported for phi3")
     window = config.get("sliding_window") or 0
     return {
@@ -83,7 +83,10 @@ def _read_phi3(config: Mapping) -> dict[str, Any]:
 
 
 def _write_phi3(cfg: GPTConfig) -> dict[str, Any]:
-    return {**llama.write_partial(cfg), "sliding_window": cfg.kind(0).window or None}
+    keys, scaling = llama.write_partial(cfg), cfg.kind(0).rope_scaling
+    if scaling is not None:  # it is read here, whatever rope_parameters say
+        keys["original_max_position_embeddings"] = scaling.original_context
+    return {**keys, "sliding_window": cfg.kind(0).window or None}
 
 
 PHI3 = LLAMA._replace(
