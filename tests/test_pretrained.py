@@ -243,6 +243,11 @@ def test_a_config_without_optional_keys_has_their_published_defaults():
     gemma = config_json.fields({**config, "model_type": "gemma3_text"})
     assert gemma["head_dim"] == 256 and gemma["query_scale"] == 256**-0.5
     assert gemma["tie_embeddings"] and gemma["activation"] == "gelu_tanh"
+    cohere = config_json.fields({**config, "model_type": "cohere"})
+    assert cohere["logit_divisor"] == 16 and cohere["tie_embeddings"]
+    assert cohere["pattern"][0]["rope_base"] == 500_000
+    olmo3 = config_json.fields({**config, "model_type": "olmo3"})
+    assert olmo3["pattern"][0]["window"] == 4096
     for name, turned in (("phi", 2), ("stablelm", 1), ("gpt_neox", 1), ("phi3", 4)):
         assert (
             config_json.fields({**config, "model_type": name})["rotary_dim"] == turned
@@ -283,6 +288,60 @@ def test_what_is_not_supported_is_refused_by_name(change, named):
     with pytest.raises(ValueError, match=named):
         cfg = {**common.base().model.to_dict(), **config_json.fields(config)}
         GPTConfig(**cfg)
+
+
+@pytest.mark.parametrize(
+    "name, change, named",
+    [
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before"),
+        ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim 16"),
+        ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm"),
+        ("opt", {"activation_function": "gelu"}, "'gelu' beside biases"),
+        ("falcon", {"alibi": True}, "alibi"),
+        ("falcon", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn 2"),
+        ("falcon", {"multi_query": False, "num_kv_heads": 2}, "num_kv_heads 2"),
+        ("falcon_new", {"parallel_attn": False}, "parallel_attn False"),
+        ("cohere", {"use_qk_norm": True}, "use_qk_norm"),
+        ("cohere2", {"sliding_window": None}, "no sliding_window"),
+        ("exaone4", {"sliding_window": None}, "no sliding_window"),
+        (
+            "exaone4",
+            {"layer_types": None, "sliding_window_pattern": "LG"},
+            "'LG' needs",
+        ),
+        ("olmo3", {"rope_parameters": {"rope_theta": 5.0}}, "each type of layer"),
+        ("phi3_long", {"original_max_position_embeddings": 1}, "original_context 1"),
+    ],
+)
+def test_what_a_family_may_be_elsewhere_alone_is_refused_by_name(name, change, named):
+    with pytest.raises(ValueError, match=named):
+        config_json.fields({**read(name), **change})
+
+
+def test_layer_types_decide_where_letters_stand_beside_them():
+    config = read("exaone4")  # as EXAONE 4 is published
+    letters = {**config, "sliding_window_pattern": "LG"}
+    assert config_json.fields(letters) == config_json.fields(config)
+
+
+@pytest.mark.parametrize("name", ["exaone4", "cohere2"])
+def test_layers_without_a_window_know_no_positions_beside_those_that_have_one(name):
+    kinds = config_json.fields(read(name))["pattern"]
+    assert {kind["window"] for kind in kinds} == {0, 8}
+    assert all((kind["rope_base"] > 0) == (kind["window"] > 0) for kind in kinds)
+    plain = {**read(name), "sliding_window": 8, "layer_types": ["full_attention"] * 3}
+    plain["num_hidden_layers"] = 3
+    assert config_json.fields(plain)["pattern"][0]["rope_base"] == 0
+
+
+def test_a_gpt2_with_relu_or_without_biases_is_an_opt():
+    off = dict.fromkeys(("qkv_bias", "attn_bias", "mlp_bias"), False)
+    for wanted, change in {
+        "gpt2": [{}, {"qkv_bias": False}, {"activation": "relu", "norm_eps": 1e-6}],
+        "opt": [{"activation": "relu"}, off, {**off, "activation": "relu"}],
+    }.items():
+        for one in change:
+            assert config_json.config_of(tiny(**one))["model_type"] == wanted, one
 
 
 def test_dynamic_scaling_is_read_as_none_within_the_context():
