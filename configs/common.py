@@ -88,6 +88,7 @@ def base() -> ConfigDict:
             "tie_embeddings": True,  # the head reuses the token embedding
             "qk_norm": False,  # normalise queries and keys
             "qk_norm_over": "head",  # head, each for itself; heads, all as one vector
+            "qkv_clip": 0.0,  # no feature of query, key, value is beyond this; 0 = off
             "query_scale": 0.0,  # 0 = head_dim ** -0.5
             "attn_softcap": 0.0,  # cap * tanh(score / cap); 0 = off
             "logit_softcap": 0.0,  # the same on the logits; 0 = off

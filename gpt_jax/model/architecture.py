@@ -94,6 +94,7 @@ class GPTConfig:
     tie_embeddings: bool
     qk_norm: bool
     qk_norm_over: str = "head"
+    qkv_clip: float = 0.0
     query_scale: float
     attn_softcap: float
     logit_softcap: float
@@ -255,7 +256,7 @@ REMAT: dict[str, Callable | None] = {
 _POSITIVE = ("vocab_multiple", "context_length", "n_layers")
 _POSITIVE += ("d_model", "n_heads")
 _NOT_NEGATIVE = ("vocab_size", "n_kv_heads", "head_dim", "d_ff", "query_scale")
-_NOT_NEGATIVE += ("rotary_dim",)
+_NOT_NEGATIVE += ("rotary_dim", "qkv_clip")
 _NOT_NEGATIVE += ("attn_softcap", "logit_softcap", "norm_eps", "n_classes")
 _CHOICES = {
     "position": ("learned", "rope", "none"),

@@ -70,7 +70,7 @@ SHAPES = {
     "final_logit_softcapping attn_logit_softcapping low_freq_factor high_freq_factor "
     "original_max_position_embeddings partial_rotary_factor rotary_emb_base rotary_pct "
     "embedding_multiplier logits_scaling residual_multiplier attention_multiplier "
-    "logit_scale",
+    "logit_scale clip_qkv",
     FLAG: "tie_word_embeddings attention_bias mlp_bias use_sliding_window use_bias "
     "use_qkv_bias use_parallel_residual enable_bias layer_norm_elementwise_affine "
     "bias multi_query parallel_attn new_decoder_architecture",

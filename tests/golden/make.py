@@ -142,7 +142,7 @@ MODELS = {
             **{"use_sliding_window": True, "sliding_window": 8},
         },
     ),
-    "olmo": ("OlmoConfig", SIZES),
+    "olmo": ("OlmoConfig", {**SIZES, "clip_qkv": 0.8}),
     "olmo2": ("Olmo2Config", SIZES),
     "olmo3": (
         "Olmo3Config",

@@ -20,6 +20,11 @@ from gpt_jax.pretrained.options import FULL, SLIDING, WINDOWS
 
 # ---------------------------------------------------------------- OLMo 1 and 2
 
+
+def _read_olmo(config: Mapping) -> dict[str, Any]:
+    return {**llama.read(config), "qkv_clip": float(config.get("clip_qkv") or 0.0)}
+
+
 OLMO = LLAMA._replace(
     model_type="olmo",
     architecture="OlmoForCausalLM",
@@ -28,7 +33,9 @@ OLMO = LLAMA._replace(
         **{**ROTARY, "norm": "layernorm", "norm_scale": False, "norm_eps": 1e-5},
         "mlp_bias": False,
     },
-    always={"clip_qkv": None},
+    known=(*LLAMA.known, "clip_qkv"),
+    read=_read_olmo,
+    write=lambda cfg: {**llama.write(cfg), "clip_qkv": cfg.qkv_clip or None},
     rows=tuple(row for row in LLAMA.rows if "norm" not in row.ours),
 )
 OLMO2 = LLAMA._replace(
