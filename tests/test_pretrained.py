@@ -133,7 +133,7 @@ def test_greedy_text_of_a_ragged_batch_is_that_of_transformers(name):
     assert alone[0].tolist() == batched[0].tolist()
 
 
-@models
+@greedy
 def test_greedy_text_without_a_cache_is_that_of_transformers(name):
     gpt, params, answers = opened(name)
     tokens_BT, length_B = prompts(answers)
