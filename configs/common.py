@@ -65,8 +65,9 @@ def base() -> ConfigDict:
             "d_ff": 0,  # width inside the MLP; 0 = 4 * d_model
             "position": "learned",  # learned, rope, none
             # Layer kinds, repeated over the depth. window 0 = full attention.
-            # rope_scaling: None, {"kind": "linear", "factor": f}, or {"kind": "llama3",
-            # "factor", "low_freq_factor", "high_freq_factor", "original_context"}.
+            # rope_scaling: None or {"kind", "factor", ...}. Kinds: linear; and, with an
+            # original_context, llama3 with low_freq_factor and high_freq_factor, yarn
+            # with beta_fast and beta_slow, longrope with short_factors.
             # rope_base 0 = these layers know no positions.
             "pattern": ({"window": 0, "rope_base": 10000.0, "rope_scaling": None},),
             "rotary_dim": 0,  # features of a head that rope rotates; 0 = all
@@ -90,6 +91,7 @@ def base() -> ConfigDict:
             "tie_embeddings": True,  # the head reuses the token embedding
             "qk_norm": False,  # normalise queries and keys
             "qk_norm_over": "head",  # head, each for itself; heads, all as one vector
+            "qkv_clip": 0.0,  # no feature of query, key, value is beyond this; 0 = off
             "query_scale": 0.0,  # 0 = head_dim ** -0.5
             "attn_softcap": 0.0,  # cap * tanh(score / cap); 0 = off
             "logit_softcap": 0.0,  # the same on the logits; 0 = off

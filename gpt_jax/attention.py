@@ -38,36 +38,80 @@ class RopeScaling:
     `llama3` divides the slow ones only: wavelengths above original_context /
     low_freq_factor fully, below original_context / high_freq_factor not at all,
     in between gradually (Llama 3.1's rule).
+    `yarn` leaves features alone that turn more than beta_fast times within
+    original_context, divides those that turn less than beta_slow times, and goes from
+    one to the other evenly over the features between (Peng et al. 2023, section 3.2).
+    `longrope` divides each frequency by a number of its own, found by search, which
+    holds for texts within original_context (Ding et al. 2024, section 3.2).
+
+    The last two also multiply what is turned by attention_factor; 0 = as the papers
+    say, of how many times the context is stretched: `factor`.
     """
 
     kind: str
     factor: float
-    low_freq_factor: float = 0.0  # this and the rest: llama3 only
+    low_freq_factor: float = 0.0
     high_freq_factor: float = 0.0
     original_context: int = 0
+    beta_fast: float = 0.0
+    beta_slow: float = 0.0
+    attention_factor: float = 0.0
+    short_factors: tuple[float, ...] = ()
 
     def __post_init__(self):
         settings.fit("rope_scaling", vars(self), settings.declared(RopeScaling))
-        names.choose("rope_scaling kind", self.kind, ("linear", "llama3"))
+        names.choose("rope_scaling kind", self.kind, tuple(SCALING_READS))
+        object.__setattr__(self, "short_factors", tuple(self.short_factors))
         if self.factor <= 0:
             raise ValueError(f"rope_scaling factor {self.factor} must be above 0")
-        if self.kind == "linear":
-            if self.low_freq_factor or self.high_freq_factor or self.original_context:
-                raise ValueError(
-                    "rope_scaling linear reads its factor alone: leave "
-                    "low_freq_factor, high_freq_factor and original_context out"
-                )
-            return
-        if not 0 < self.low_freq_factor < self.high_freq_factor:
+        reads = {"kind", "factor", *SCALING_READS[self.kind]}
+        if unread := [k for k, x in vars(self).items() if x and k not in reads]:
             raise ValueError(
-                "rope_scaling llama3 needs 0 < low_freq_factor < high_freq_factor, "
-                f"not {self.low_freq_factor} and {self.high_freq_factor}"
+                f"rope_scaling {self.kind} does not read {unread[0]}: leave it out"
             )
-        if self.original_context < 1:
+        for low, high in (
+            ("low_freq_factor", "high_freq_factor"),
+            ("beta_slow", "beta_fast"),
+        ):
+            if low in reads and not 0 < getattr(self, low) < getattr(self, high):
+                raise ValueError(
+                    f"rope_scaling {self.kind} needs 0 < {low} < {high}, not "
+                    f"{getattr(self, low)} and {getattr(self, high)}"
+                )
+        least = 2 if self.kind == "longrope" else 1
+        if "original_context" in reads and self.original_context < least:
             raise ValueError(
                 f"rope_scaling original_context {self.original_context} must be the "
                 "context length that the model was first trained on"
             )
+        if self.attention_factor < 0:
+            raise ValueError(
+                f"rope_scaling attention_factor {self.attention_factor} is below 0; 0 "
+                "means as the paper says"
+            )
+        if self.kind == "longrope" and not all(x > 0 for x in self.short_factors):
+            raise ValueError("rope_scaling short_factors must be numbers above 0")
+
+    @property
+    def size(self) -> float:
+        """What features that are turned are multiplied by."""
+        if self.attention_factor or self.factor <= 1:
+            return self.attention_factor or 1.0
+        if self.kind == "yarn":
+            return 0.1 * math.log(self.factor) + 1  # section 3.4
+        if self.kind == "longrope":
+            longer = math.log(self.factor) / math.log(self.original_context)
+            return math.sqrt(1 + longer)
+        return 1.0
+
+
+# What each kind reads beside its factor.
+SCALING_READS = {
+    "linear": (),
+    "llama3": ("low_freq_factor", "high_freq_factor", "original_context"),
+    "yarn": ("original_context", "beta_fast", "beta_slow", "attention_factor"),
+    "longrope": ("original_context", "short_factors", "attention_factor"),
+}
 
 
 class Rotation(NamedTuple):
@@ -85,13 +129,32 @@ def rope_frequencies(
     frequency = 1.0 / base**power
     if scaling is None:
         return frequency
+    if scaling.kind == "longrope":
+        return frequency / jnp.asarray(scaling.short_factors, jnp.float32)
     slow = frequency / scaling.factor
     if scaling.kind == "linear":
         return slow
+    if scaling.kind == "yarn":
+        slow_share = _yarn_ramp(head_dim, base, scaling)
+        return slow_share * slow + (1 - slow_share) * frequency
     turns = scaling.original_context * frequency / (2 * jnp.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     fast_share = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
     return fast_share * frequency + (1 - fast_share) * slow
+
+
+def _yarn_ramp(head_dim: int, base: float, scaling: RopeScaling) -> jax.Array:
+    """Returns how much of each pair's frequency is divided, from 0 to 1, [K/2]."""
+
+    def pair(turns: float) -> float:
+        """Returns which pair of features turns so often within the first context."""
+        length = scaling.original_context / (2 * math.pi * turns)
+        return head_dim * math.log(length) / (2 * math.log(base))
+
+    first = max(math.floor(pair(scaling.beta_fast)), 0)
+    last = min(math.ceil(pair(scaling.beta_slow)), head_dim - 1)
+    width = last - first or 0.001  # then it is a step
+    return jnp.clip((jnp.arange(head_dim // 2) - first) / width, 0.0, 1.0)
 
 
 def rotation(
@@ -104,7 +167,10 @@ def rotation(
     """
     frequency = rope_frequencies(features, base=base, scaling=scaling)
     angle = position_BT.astype(jnp.float32)[..., None, None] * frequency
-    return Rotation(jnp.cos(angle), jnp.sin(angle))
+    turn = Rotation(jnp.cos(angle), jnp.sin(angle))
+    if scaling is None or scaling.size == 1.0:
+        return turn
+    return Rotation(*(scaling.size * x for x in turn))
 
 
 def rotate(x_BTHK, turn: Rotation):

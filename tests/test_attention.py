@@ -318,10 +318,51 @@ def test_linear_scaling_divides_every_frequency():
     np.testing.assert_allclose(scaled, np.asarray(plain) / 8, rtol=1e-6)
 
 
+def test_yarn_follows_the_paper():
+    # Qwen's: base 10,000, factor 4, 32 and 1 turns, context 4,096.
+    scaling = RopeScaling(
+        "yarn", 4.0, original_context=4096, beta_fast=32.0, beta_slow=1.0
+    )
+    got = attention.rope_frequencies(64, base=10000.0, scaling=scaling)
+    turns = 4096 * 10000.0 ** (-np.arange(32) / 32) / (2 * np.pi)
+    fast = int(np.argmax(turns < 32)) - 1  # the last pair that turns 32 times
+    slow = int(np.argmax(turns < 1))  # the first that turns less than once
+    for i in range(32):
+        frequency = 10000.0 ** (-i / 32)
+        divided = min(max((i - fast) / (slow - fast), 0), 1)
+        want = divided * frequency / 4 + (1 - divided) * frequency
+        np.testing.assert_allclose(got[i], want, rtol=1e-5)
+    assert 0 < fast < slow < 31
+    assert scaling.size == pytest.approx(0.1 * np.log(4) + 1)
+    plain, turned = (
+        attention.rotation(jnp.arange(3)[None], 64, base=10000.0, scaling=s)
+        for s in (None, scaling)
+    )
+    np.testing.assert_allclose(turned.cos[..., 0], scaling.size * plain.cos[..., 0])
+
+
+def test_longrope_divides_each_frequency_by_its_own_number():
+    factors = tuple(1.0 + 0.5 * i for i in range(K // 2))
+    scaling = RopeScaling(
+        "longrope", 32.0, original_context=4096, short_factors=factors
+    )
+    plain = attention.rope_frequencies(K, base=10000.0, scaling=None)
+    got = attention.rope_frequencies(K, base=10000.0, scaling=scaling)
+    np.testing.assert_allclose(got * np.array(factors), plain, rtol=1e-6)
+    assert scaling.size == pytest.approx(1.1902, abs=1e-4)  # as Phi 3 publishes it
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "yarn", "factor": 2.0}, "yarn"),
+        ({"kind": "ntk", "factor": 2.0}, "ntk"),
+        ({"kind": "yarn", "factor": 2.0}, "beta_slow"),
+        ({"kind": "linear", "factor": 2.0, "beta_fast": 3.0}, "not read beta_fast"),
+        (
+            {"kind": "longrope", "factor": 2.0, "short_factors": (0.0,)}
+            | {"original_context": 8},
+            "above 0",
+        ),
         ({"kind": "linear", "factor": 0.0}, "above 0"),
         ({"kind": "llama3", "factor": 8.0}, "low_freq_factor"),
         (

@@ -119,6 +119,8 @@ def by_numpy(c, params, seen, layer, row):
         + block["attn"][name].get("bias", 0)
         for name in ("query", "key")
     )
+    if c.qkv_clip:
+        q, k = (np.clip(x, -c.qkv_clip, c.qkv_clip) for x in (q, k))
     if c.qk_norm:
         q = head_norm(q, block["attn"].get("query_norm", {}))
         k = head_norm(k, block["attn"].get("key_norm", {}))

@@ -79,7 +79,7 @@ PHI = {
 }
 OLMO2 = {
     **{**LLAMA, "norm_placement": "post", "qk_norm": True, "qk_norm_over": "heads"},
-    "residual_scale": 0.5,
+    **{"residual_scale": 0.5, "qkv_clip": 0.7},
 }
 FAMILIES = {"gpt2": {}, "llama": LLAMA, "gemma": GEMMA, "modern": MODERN}
 FAMILIES |= {"neox": NEOX, "phi": PHI, "olmo2": OLMO2}
@@ -159,6 +159,8 @@ NP_ACT = {
 
 def np_attention(x, w, c, kind):
     q, k, v = (np_dense(x, w[name]) for name in ("query", "key", "value"))
+    if c.qkv_clip:
+        q, k, v = (np.clip(x, -c.qkv_clip, c.qkv_clip) for x in (q, k, v))
     if c.qk_norm:
         over = (-2, -1) if c.qk_norm_over == "heads" else -1
         q = np_norm(q, w.get("query_norm", {}), c, "rmsnorm", over)

@@ -84,6 +84,10 @@ ROPES = (
     *({"rope_theta": 77.0}, {"rope_type": "linear", "factor": 2.0}),
     *({"partial_rotary_factor": 0.5}, {"rope_type": "dynamic", "factor": 2.0}),
     {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32},
+    {
+        **{"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 20},
+        **{"attention_factor": 0.8, "beta_slow": 0.5, "beta_fast": 7.0},
+    },
     {**make.LLAMA3, "rope_theta": 50.0},
 )
 WORDS_OF = ("gelu", "relu", "silu", "gelu_new", "tanh")
@@ -101,8 +105,15 @@ def others(value) -> list:
         return [word for word in WORDS_OF if word != value]
     if isinstance(value, list):
         return [value[::-1], [value[0]] * len(value)] if value else []
-    if isinstance(value, dict):
-        return [{**value, **rope} for rope in ROPES] if "rope_theta" in value else []
+    if isinstance(value, dict) and "rope_theta" in value:
+        return [{**value, **rope} for rope in ROPES]
+    if isinstance(value, dict):  # one for each type of layer
+        return [
+            {**value, key: other}
+            for key, inner in value.items()
+            if isinstance(inner, dict)
+            for other in others(inner)
+        ]
     return [True, 1, 8, 0.5]
 
 
@@ -219,6 +230,12 @@ OLD = {"rope_theta": 700.0, "tie_word_embeddings": True}
         {
             **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0},
             **{"high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+        },
+        {"type": "dynamic", "factor": 3.0},
+        {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        {
+            **{"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "beta_fast": 9.0},
+            **{"mscale_all_dim": 0.4, "original_max_position_embeddings": 16},
         },
     ],
 )

@@ -23,6 +23,7 @@ LAYERS = {
     "nanochat": ("q_proj", "v_proj", "fc1"),  # the halves of heads exchanged
     "phi3": ("qkv_proj", "gate_up_proj"),  # fused, of unequal parts
     "gpt_neox": ("query_key_value", "dense"),  # fused head by head
+    "falcon_new": ("query_key_value", "dense_h_to_4h"),  # and several queries to a key
 }
 families = pytest.mark.parametrize("name", LAYERS)
 RANK, ALPHA = 2, 6.0

@@ -133,7 +133,7 @@ def test_greedy_text_of_a_ragged_batch_is_that_of_transformers(name):
     assert alone[0].tolist() == batched[0].tolist()
 
 
-@models
+@greedy
 def test_greedy_text_without_a_cache_is_that_of_transformers(name):
     gpt, params, answers = opened(name)
     tokens_BT, length_B = prompts(answers)
@@ -243,6 +243,11 @@ def test_a_config_without_optional_keys_has_their_published_defaults():
     gemma = config_json.fields({**config, "model_type": "gemma3_text"})
     assert gemma["head_dim"] == 256 and gemma["query_scale"] == 256**-0.5
     assert gemma["tie_embeddings"] and gemma["activation"] == "gelu_tanh"
+    cohere = config_json.fields({**config, "model_type": "cohere"})
+    assert cohere["logit_divisor"] == 16 and cohere["tie_embeddings"]
+    assert cohere["pattern"][0]["rope_base"] == 500_000
+    olmo3 = config_json.fields({**config, "model_type": "olmo3"})
+    assert olmo3["pattern"][0]["window"] == 4096
     for name, turned in (("phi", 2), ("stablelm", 1), ("gpt_neox", 1), ("phi3", 4)):
         assert (
             config_json.fields({**config, "model_type": name})["rotary_dim"] == turned
@@ -255,13 +260,13 @@ def test_a_config_without_optional_keys_has_their_published_defaults():
         ({"model_type": "mamba"}, "mamba"),
         ({"model_type": "gemma3"}, "gemma3"),
         ({"hidden_act": "xielu"}, "xielu"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "proportional"}}, "proportional"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2, "truncate": False}},
+            "truncate",
+        ),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        (
-            {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2}},
-            "dynamic",
-        ),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "different things"),
         ({"is_causal": False}, "is_causal"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
@@ -283,6 +288,75 @@ def test_what_is_not_supported_is_refused_by_name(change, named):
     with pytest.raises(ValueError, match=named):
         cfg = {**common.base().model.to_dict(), **config_json.fields(config)}
         GPTConfig(**cfg)
+
+
+@pytest.mark.parametrize(
+    "name, change, named",
+    [
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before"),
+        ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim 16"),
+        ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm"),
+        ("opt", {"activation_function": "gelu"}, "'gelu' beside biases"),
+        ("falcon", {"alibi": True}, "alibi"),
+        ("falcon", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn 2"),
+        ("falcon", {"multi_query": False, "num_kv_heads": 2}, "num_kv_heads 2"),
+        ("falcon_new", {"parallel_attn": False}, "parallel_attn False"),
+        ("cohere", {"use_qk_norm": True}, "use_qk_norm"),
+        ("cohere2", {"sliding_window": None}, "no sliding_window"),
+        ("exaone4", {"sliding_window": None}, "no sliding_window"),
+        (
+            "exaone4",
+            {"layer_types": None, "sliding_window_pattern": "LG"},
+            "'LG' needs",
+        ),
+        ("olmo3", {"rope_parameters": {"rope_theta": 5.0}}, "each type of layer"),
+        ("phi3_long", {"original_max_position_embeddings": 1}, "original_context 1"),
+    ],
+)
+def test_what_a_family_may_be_elsewhere_alone_is_refused_by_name(name, change, named):
+    with pytest.raises(ValueError, match=named):
+        config_json.fields({**read(name), **change})
+
+
+def test_layer_types_decide_where_letters_stand_beside_them():
+    config = read("exaone4")  # as EXAONE 4 is published
+    letters = {**config, "sliding_window_pattern": "LG"}
+    assert config_json.fields(letters) == config_json.fields(config)
+
+
+@pytest.mark.parametrize("name", ["exaone4", "cohere2"])
+def test_layers_without_a_window_know_no_positions_beside_those_that_have_one(name):
+    kinds = config_json.fields(read(name))["pattern"]
+    assert {kind["window"] for kind in kinds} == {0, 8}
+    assert all((kind["rope_base"] > 0) == (kind["window"] > 0) for kind in kinds)
+    plain = {**read(name), "sliding_window": 8, "layer_types": ["full_attention"] * 3}
+    plain["num_hidden_layers"] = 3
+    assert config_json.fields(plain)["pattern"][0]["rope_base"] == 0
+
+
+def test_a_gpt2_with_relu_or_without_biases_is_an_opt():
+    off = dict.fromkeys(("qkv_bias", "attn_bias", "mlp_bias"), False)
+    for wanted, change in {
+        "gpt2": [{}, {"qkv_bias": False}, {"activation": "relu", "norm_eps": 1e-6}],
+        "opt": [{"activation": "relu"}, off, {**off, "activation": "relu"}],
+    }.items():
+        for one in change:
+            assert config_json.config_of(tiny(**one))["model_type"] == wanted, one
+
+
+def test_dynamic_scaling_is_read_as_none_within_the_context():
+    config = {**read("llama"), "rope_parameters": None}
+    dynamic = {**config, "rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    assert config_json.fields(dynamic) == config_json.fields(config)
+
+
+def test_longrope_needs_a_context_within_which_all_texts_are_turned_alike():
+    config = {**read("phi3_long"), "max_position_embeddings": 256}
+    fields = {**common.base().model.to_dict(), **config_json.fields(config)}
+    with pytest.raises(ValueError, match="--context=64"):
+        GPTConfig(**fields)
+    cfg = GPTConfig(**{**fields, "context_length": 64})
+    assert cfg == config_of(GOLDEN / "phi3_long")
 
 
 def test_gpt2_with_another_scale_of_scores_is_refused():
@@ -470,13 +544,21 @@ def test_weights_of_another_architecture_are_refused():
         pretrained.load(GOLDEN / "llama", dataclasses.replace(cfg, n_layers=3))
 
 
+LAYOUTS = {
+    **{"table": layouts.EMBEDDING, "linear": layouts.LINEAR, "conv": layouts.CONV},
+    **{"swapped": layouts.SWAPPED, "pairs": layouts.interleaved(layouts.LINEAR)},
+    "some pairs": layouts.interleaved(layouts.LINEAR, 2),
+    "behind two": layouts.behind(2, layouts.LINEAR),
+}
+
+
 @given(
-    st.sampled_from(["EMBEDDING", "LINEAR", "CONV", "SWAPPED"]),
+    st.sampled_from([*LAYOUTS]),
     st.tuples(*[st.integers(1, 4)] * 3),
     st.sampled_from([1, 2]),
 )
 def test_every_layout_is_undone_by_its_inverse(name, sides, inputs):
-    layout = getattr(layouts, name)
+    layout = LAYOUTS[name]
     shape = (*sides[:2], 2 * sides[2])
     weight = declared_so(shape, ("embed", "heads", "head"), inputs=inputs)
     ours = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)

@@ -31,6 +31,9 @@ class LayerKind:
             raise ValueError(
                 f"rope_base {self.rope_base} is below 0; 0 means no rotation"
             )
+        scaling = self.rope_scaling
+        if scaling and scaling.kind == "yarn" and 0 < self.rope_base <= 1:
+            raise ValueError(f"rope_base {self.rope_base} must be above 1 for yarn")
 
 
 def _layer_kind(kind) -> LayerKind:
@@ -91,6 +94,7 @@ class GPTConfig:
     tie_embeddings: bool
     qk_norm: bool
     qk_norm_over: str = "head"
+    qkv_clip: float = 0.0
     query_scale: float
     attn_softcap: float
     logit_softcap: float
@@ -157,6 +161,8 @@ class GPTConfig:
                 raise ValueError(f"{name} {getattr(self, name)} must be above 0")
         if not self.pattern:
             raise ValueError("pattern is empty; it needs at least one layer kind")
+        for kind in self.pattern if self.position == "rope" else ():
+            self._check_longrope(kind.rope_scaling)
         if self.n_classes == 1:
             raise ValueError(
                 "n_classes is 1: a classifier needs at least two, 0 is a language model"
@@ -165,6 +171,23 @@ class GPTConfig:
             raise ValueError("head_bias needs a head: set tie_embeddings=False")
         for name, choices in _CHOICES.items():
             names.choose(f"model.{name}", getattr(self, name), choices)
+
+    def _check_longrope(self, scaling: RopeScaling | None):
+        if scaling is None or scaling.kind != "longrope":
+            return
+        if self.context_length > scaling.original_context:
+            raise ValueError(
+                f"context_length {self.context_length:,} is more than the "
+                f"{scaling.original_context:,} within which longrope turns all texts "
+                "alike: longer ones would need other keys for their first tokens too; "
+                f"give it at most that (--context={scaling.original_context} where a "
+                "model is imported)"
+            )
+        if len(scaling.short_factors) != self.rotary_dim // 2:
+            raise ValueError(
+                f"rope_scaling has {len(scaling.short_factors)} short_factors; a head "
+                f"turns {self.rotary_dim // 2} pairs of features"
+            )
 
     def _at_least(self, name: str, least: int):
         if getattr(self, name) < least:
@@ -248,7 +271,7 @@ REMAT: dict[str, Callable | None] = {
 _POSITIVE = ("vocab_multiple", "context_length", "n_layers")
 _POSITIVE += ("d_model", "n_heads", "base_width")
 _NOT_NEGATIVE = ("vocab_size", "n_kv_heads", "head_dim", "d_ff", "query_scale")
-_NOT_NEGATIVE += ("rotary_dim",)
+_NOT_NEGATIVE += ("rotary_dim", "qkv_clip")
 _NOT_NEGATIVE += ("attn_softcap", "logit_softcap", "norm_eps", "n_classes")
 USUAL_HEAD = 64  # features of a head in most models
 _CHOICES = {

@@ -7,6 +7,7 @@ F width inside the MLP  V vocabulary  N rows, of whatever axes
 import math
 import zlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -123,6 +124,7 @@ class Dense(nn.Module):
       use_bias: whether there is one.
       cfg: the config.
       draw: how the kernel is first drawn.
+      clip: outputs beyond it, on either side, are set to it; 0 = none.
     """
 
     reads: tuple[str, ...]
@@ -130,6 +132,7 @@ class Dense(nn.Module):
     use_bias: bool
     cfg: GPTConfig
     draw: str = "kernel"
+    clip: float = 0.0
 
     @nn.compact
     def __call__(self, x, dropout: Dropout | None = None):
@@ -152,6 +155,8 @@ class Dense(nn.Module):
             y = y + self._low_rank(x_ND, dropout)
         if self.draw == "residual" and self.cfg.residual_scale != 1.0:
             y = y * jnp.asarray(self.cfg.residual_scale, y.dtype)
+        if self.clip:
+            y = jnp.clip(y, -self.clip, self.clip)
         return y.reshape(*x.shape[: x.ndim - len(inputs)], *outputs)
 
     def _low_rank(self, x_ND, dropout: Dropout | None):
@@ -200,9 +205,10 @@ class Attention(nn.Module):
 
     def setup(self):
         cfg = self.cfg
-        self.query = Dense(("embed",), ("heads", "head"), cfg.qkv_bias, cfg)
-        self.key = Dense(("embed",), ("kv_heads", "head"), cfg.qkv_bias, cfg)
-        self.value = Dense(("embed",), ("kv_heads", "head"), cfg.qkv_bias, cfg)
+        own = partial(Dense, use_bias=cfg.qkv_bias, cfg=cfg, clip=cfg.qkv_clip)
+        self.query = own(("embed",), ("heads", "head"))
+        self.key = own(("embed",), ("kv_heads", "head"))
+        self.value = own(("embed",), ("kv_heads", "head"))
         self.out = Dense(
             ("heads", "head"), ("embed",), cfg.attn_bias, cfg, draw="residual"
         )

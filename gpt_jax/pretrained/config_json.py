@@ -27,6 +27,7 @@ TECHNICAL = (
 HARMLESS = re.compile(
     r"_.*|.*dropout.*|.*_pdrop|.*token_ids?|.*_token_index|summary_.*|architectures"
     r"|task_specific_params|(torch_)?dtype|transformers.*|unsloth.*|initializer_.*"
+    r"|init_std|layerdrop"
     r"|use_cache|cache_implementation|n_ctx|auto_map|model_type|pretraining_tp"
     r"|id2label|label2id|output_.*|return_dict|reorder_and_upcast_attn|name_or_path"
     r"|is_llama_config|tokenizer_class|problem_type|gradient_checkpointing|attn_.*impl.*"
@@ -46,11 +47,16 @@ NEUTRAL = {
 
 
 def of_config(config: Mapping[str, Any]) -> Family:
-    """Returns the family of a config.json.
+    """Returns the family of a config.json that `fields` reads, with all of its rows.
 
     Raises:
       ValueError: it has no model_type, or one that is not supported.
     """
+    family = _named(config)
+    return family._replace(rows=(*family.own_rows(config), *family.rows))
+
+
+def _named(config: Mapping[str, Any]) -> Family:
     name = config.get("model_type")
     if not isinstance(name, str) or name not in TABLE:
         raise ValueError(
@@ -65,7 +71,7 @@ def fields(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: the model type or an option is not supported, or a size is absent.
     """
-    family = of_config(config)
+    family = _named(config)
     known = [*family.known, *(key for key, _ in family.keys.values())]
     options.check_shapes(config, known)
     # What was added to our layers after the tables were made, no family has.

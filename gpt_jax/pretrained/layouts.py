@@ -40,8 +40,9 @@ class Row(NamedTuple):
       layout: how it lies there.
       part: which of the weights that share the tensor's outputs it is.
       parts: how many of our weights the tensor holds.
-      by_head: whether the parts lie together head by head, as GPT-NeoX has them, and
-        not one behind the other.
+      by_head: of queries, keys and values: whether each key lies with its value behind
+        the queries that read them, head by head, as GPT-NeoX and Falcon have them, and
+        not all keys behind all queries.
     """
 
     ours: str
@@ -62,9 +63,11 @@ class Row(NamedTuple):
         if self.parts == 1:
             return theirs
         if self.by_head:
-            size, rest = weight.shape[-1], theirs.shape[1:]
-            heads = theirs.reshape(-1, self.parts, size, *rest)
-            return heads[:, self.part].reshape(-1, *rest)
+            (heads, size), rest = weight.shape[-2:], theirs.shape[1:]
+            keys = heads if self.part else (len(theirs) // size - heads) // 2
+            grouped = theirs.reshape(keys, -1, size, *rest)
+            place = (slice(0, -2), slice(-2, -1), slice(-1, None))[self.part]
+            return grouped[:, place].reshape(-1, *rest)
         width = self.layout.shape(weight)[self.layout.outputs]
         axis = self.layout.outputs if axis is None else axis
         return theirs[(slice(None),) * axis + (slice(first, first + width),)]
@@ -77,8 +80,9 @@ class Row(NamedTuple):
             return parts[0]
         if self.by_head:
             size, rest = weight.shape[-1], parts[0].shape[1:]
-            heads = [part.reshape(-1, size, *rest) for part in parts]
-            return np.stack(heads, 1).reshape(-1, *rest)
+            keys = len(parts[1]) // size
+            grouped = [part.reshape(keys, -1, size, *rest) for part in parts]
+            return np.concatenate(grouped, axis=1).reshape(-1, *rest)
         axis = self.layout.outputs if axis is None else axis
         return np.concatenate(parts, axis=axis)
 
@@ -107,6 +111,49 @@ def _swapped(layout: Layout) -> Layout:
         layout.shape,
         lambda theirs, weight: swap(layout.read(theirs, weight)),
         lambda ours, weight: layout.write(swap(ours), weight),
+        layout.outputs,
+    )
+
+
+def interleaved(layout: Layout, features: int = 0) -> Layout:
+    """The same where rotary positions turn neighbouring features, not two halves.
+
+    So GPT-J and Command R do it; products of queries and keys stay what they are, in
+    whatever order the features are.
+
+    Args:
+      layout: of queries' or keys' weights.
+      features: how many, from a head's first on, are turned; 0 = all.
+    """
+
+    def read(theirs: np.ndarray, weight: Weight) -> np.ndarray:
+        x = layout.read(theirs, weight)
+        turned, rest = np.split(x, [features or x.shape[-1]], axis=-1)
+        return np.concatenate([turned[..., 0::2], turned[..., 1::2], rest], axis=-1)
+
+    def write(ours: np.ndarray, weight: Weight) -> np.ndarray:
+        turned, rest = np.split(ours, [features or ours.shape[-1]], axis=-1)
+        pairs = np.stack(np.split(turned, 2, axis=-1), axis=-1).reshape(turned.shape)
+        return layout.write(np.concatenate([pairs, rest], axis=-1), weight)
+
+    return Layout(layout.shape, read, write, layout.outputs)
+
+
+def behind(rows: int, layout: Layout) -> Layout:
+    """The same behind so many rows that nothing reads; they are written as zeros."""
+
+    def shape(weight: Weight) -> Shape:
+        first, *rest = layout.shape(weight)
+        return rows + first, *rest
+
+    def write(ours: np.ndarray, weight: Weight) -> np.ndarray:
+        theirs = layout.write(ours, weight)
+        return np.concatenate([np.zeros_like(theirs[:1]).repeat(rows, 0), theirs])
+
+    return Layout(
+        shape,
+        lambda theirs, weight: layout.read(theirs[rows:], weight),
+        write,
         layout.outputs,
     )
 

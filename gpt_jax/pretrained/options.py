@@ -51,23 +51,34 @@ FLAG = (lambda value: isinstance(value, bool), "true or false")
 TEXT = (lambda value: isinstance(value, str), "a text")
 LIST = (lambda value: isinstance(value, list), "a list")
 OBJECT = (lambda value: isinstance(value, Mapping), "an object")
+NUMBERS = (
+    lambda value: LIST[0](value) and all(POSITIVE[0](x) for x in value),
+    "a list of numbers above 0",
+)
+EVERY = (lambda value: TEXT[0](value) or COUNT[0](value), "a whole number or letters")
 SHAPES = {
     LAYERS: "n_layer num_layers num_hidden_layers",
     SIZE: "vocab_size n_positions n_embd n_head n_inner hidden_size intermediate_size "
     "num_attention_heads num_heads num_key_value_heads head_dim sliding_window "
-    "max_position_embeddings sliding_window_pattern window_size "
-    "no_rope_layer_interval",
+    "max_position_embeddings window_size no_rope_layer_interval rotary_dim "
+    "ffn_dim word_embed_proj_dim ffn_hidden_size num_kv_heads num_ln_in_parallel_attn",
     COUNT: "max_window_layers",
-    NUMBER: "layer_norm_epsilon layer_norm_eps norm_epsilon rms_norm_eps",
-    POSITIVE: "rope_theta rope_local_base_freq query_pre_attn_scalar factor "
+    NUMBER: "layer_norm_epsilon layer_norm_eps norm_epsilon rms_norm_eps mscale "
+    "mscale_all_dim",
+    POSITIVE: "rope_theta rope_local_base_freq query_pre_attn_scalar factor beta_fast "
+    "beta_slow attention_factor "
     "final_logit_softcapping attn_logit_softcapping low_freq_factor high_freq_factor "
     "original_max_position_embeddings partial_rotary_factor rotary_emb_base rotary_pct "
-    "embedding_multiplier logits_scaling residual_multiplier attention_multiplier",
+    "embedding_multiplier logits_scaling residual_multiplier attention_multiplier "
+    "logit_scale clip_qkv",
     FLAG: "tie_word_embeddings attention_bias mlp_bias use_sliding_window use_bias "
-    "use_qkv_bias use_parallel_residual",
-    TEXT: "hidden_act hidden_activation activation_function rope_type type",
+    "use_qkv_bias use_parallel_residual enable_bias layer_norm_elementwise_affine "
+    "bias multi_query parallel_attn new_decoder_architecture",
+    TEXT: "hidden_act hidden_activation activation_function activation rope_type type",
     LIST: "layer_types attention_types no_rope_layers",
     OBJECT: "rope_parameters rope_scaling",
+    EVERY: "sliding_window_pattern",
+    NUMBERS: "short_factor long_factor",
 }
 SHAPE_OF = {key: shape for shape, keys in SHAPES.items() for key in keys.split()}
 
@@ -100,27 +111,37 @@ def activation(name: Any) -> str:
     )
 
 
-def rope(
-    config: Mapping, layer_type: str, theta: tuple[str, float]
-) -> tuple[float, RopeScaling | None]:
-    """Returns base and scaling of the rotary positions of one type of layer.
+Rope = tuple[float, RopeScaling | None]  # base and scaling of rotary positions
+
+
+def rope(config: Mapping, theta: tuple[str, float] = BASE) -> Rope:
+    """Returns the rotary positions of all layers.
 
     Args:
-      config: either spelling: rope_parameters, for all layers or by layer type; or
-        rope_theta (or the key in `theta`, with its default) and rope_scaling.
-      layer_type: full_attention or sliding_attention.
+      config: either spelling: rope_parameters, for all layers or the same for each type
+        of layer; or rope_theta (or the key in `theta`) and rope_scaling.
       theta: the old key of the base, and the base where nothing says it.
     """
+    given = config.get("rope_parameters") or {}
+    if given.get(FULL) != given.get(SLIDING, given.get(FULL)):
+        raise ValueError("rope_parameters that differ between layers are not supported")
+    return _rope(config, FULL, theta)
+
+
+def ropes(
+    config: Mapping, full: tuple[str, float], sliding: tuple[str, float]
+) -> tuple[Rope, Rope]:
+    """As `rope`, of full and of sliding layers, which may have their own."""
+    if not {FULL, SLIDING} & (config.get("rope_parameters") or {FULL: 0}).keys():
+        raise ValueError("rope_parameters should have an object for each type of layer")
+    return _rope(config, FULL, full), _rope(config, SLIDING, sliding)
+
+
+def _rope(config: Mapping, layer_type: str, theta: tuple[str, float]) -> Rope:
     given = config.get("rope_parameters") or {}
     nested = FULL in given or SLIDING in given
     if nested and not all(isinstance(v, Mapping | None) for v in given.values()):
         raise ValueError("rope_parameters has keys of all layers beside those of some")
-    if (
-        nested
-        and theta is BASE
-        and given.get(FULL) != given.get(SLIDING, given.get(FULL))
-    ):
-        raise ValueError("rope_parameters that differ between layers are not supported")
     if nested:
         given = given.get(layer_type) or {}
     elif layer_type == SLIDING:
@@ -160,7 +181,10 @@ def _one_spelling(rope: Mapping) -> dict[str, Any]:
     """Returns what is set, with rope_type for its old name `type`."""
     given = {key: value for key, value in rope.items() if value is not None}
     old = given.pop("type", None)
-    return {"rope_type": old, **given} if old else given
+    given = {"rope_type": old, **given} if old else given
+    if given.get("rope_type") == "su":  # Phi 3's first word for it
+        given["rope_type"] = "longrope"
+    return given
 
 
 def _scaling(kind: str, given: dict, config: Mapping) -> RopeScaling | None:
@@ -170,27 +194,57 @@ def _scaling(kind: str, given: dict, config: Mapping) -> RopeScaling | None:
         )
     if strange := sorted(given.keys() - {*ROPE_KEYS[kind], *IGNORED_BY_ROPE}):
         raise ValueError(f"the rope option {strange[0]} is not supported for {kind}")
-    if kind == "default":
+    if kind in ("default", "dynamic"):  # see ROPE_KEYS
         return None
+    most = config.get("max_position_embeddings")
+    length = config.get("original_max_position_embeddings")  # as Phi 3 has it
+    length = length or given.get("original_max_position_embeddings") or most
     try:
         if kind == "linear":
             return RopeScaling("linear", float(given["factor"]))
-        length = given.get("original_max_position_embeddings")
-        return RopeScaling(
-            "llama3",
-            factor=float(given["factor"]),
-            low_freq_factor=float(given["low_freq_factor"]),
-            high_freq_factor=float(given["high_freq_factor"]),
-            original_context=int(length or config["max_position_embeddings"]),
-        )
+        if not length:
+            raise KeyError("max_position_embeddings")
+        own: dict[str, Any] = {"original_context": int(length)}
+        if kind == "longrope":
+            own["short_factors"] = tuple(map(float, given["short_factor"]))
+            given = {"factor": (most or length) / length, **given}
+        if kind == "llama3":
+            own |= {k: float(given[k]) for k in ("low_freq_factor", "high_freq_factor")}
+        if kind == "yarn":
+            own["beta_fast"] = float(given.get("beta_fast", 32))
+            own["beta_slow"] = float(given.get("beta_slow", 1))
+        if kind in ("yarn", "longrope"):
+            own["attention_factor"] = _attention_factor(given)
+        return RopeScaling(kind, factor=float(given["factor"]), **own)
     except KeyError as error:
         raise ValueError(f"the {kind} rope of config.json has no {error}") from error
 
 
+def _attention_factor(given: Mapping) -> float:
+    """Returns what turned features are multiplied by; 0 = as the paper says."""
+    if given.get("truncate", True) is not True:
+        raise ValueError("truncate = false is not supported for yarn")
+    if "attention_factor" in given:
+        return float(given["attention_factor"])
+    both = [given.get(key) or 0.0 for key in ("mscale", "mscale_all_dim")]
+    if not all(both) or given["factor"] <= 1:
+        return 0.0
+    over, under = (0.1 * scale * math.log(given["factor"]) + 1 for scale in both)
+    return over / under
+
+
+# What each kind reads. The dynamic one, alone of all, changes nothing for texts within
+# max_position_embeddings, and a model here reads no longer ones.
 ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),
+    "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": (
+        *("factor", "beta_fast", "beta_slow", "attention_factor"),
+        *("mscale", "mscale_all_dim", "truncate"),
+    ),
+    "longrope": ("short_factor", "long_factor", "factor", "attention_factor"),
 }
 IGNORED_BY_ROPE = ("original_max_position_embeddings",)
 ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
@@ -202,12 +256,16 @@ def rope_keys(kind: LayerKind) -> dict[str, Any]:
     keys: dict[str, Any] = {"rope_type": "default", "rope_theta": kind.rope_base}
     if scaling is not None:
         keys |= {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling is not None and scaling.kind == "llama3":
-        keys |= {
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_context,
-        }
+    if scaling is None or scaling.kind == "linear":
+        return keys
+    keys["original_max_position_embeddings"] = scaling.original_context
+    for key in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+        if value := getattr(scaling, key):
+            keys[key] = value
+    if scaling.attention_factor:
+        keys["attention_factor"] = scaling.attention_factor
+    if scaling.kind == "longrope":  # no text is long: see GPTConfig
+        keys["short_factor"] = keys["long_factor"] = [*scaling.short_factors]
     return keys
 
 
@@ -219,6 +277,14 @@ def write_rope(kind: LayerKind) -> dict[str, Any]:
         "rope_theta": kind.rope_base,
         "rope_scaling": old if kind.rope_scaling else None,
         "rope_parameters": keys,
+    }
+
+
+def write_ropes(full: LayerKind, sliding: LayerKind) -> dict[str, Any]:
+    """As `write_rope`, where sliding layers have rotary positions of their own."""
+    return {
+        **write_rope(full),
+        "rope_parameters": {FULL: rope_keys(full), SLIDING: rope_keys(sliding)},
     }
 
 
@@ -248,6 +314,31 @@ def layer_types(config: Mapping, default: Callable[[int], str]) -> list[str]:
         if name not in (FULL, SLIDING):
             raise ValueError(f"the layer type {name!r} is not supported")
     return types
+
+
+def every(config: Mapping, absent: int) -> int:
+    """Returns n where every n-th layer sees all; for a config without layer_types."""
+    value = config.get("sliding_window_pattern")
+    if value == 0 or isinstance(value, str):
+        raise ValueError(f"sliding_window_pattern {value!r} needs layer_types too")
+    return absent if value is None else value
+
+
+def kinds(
+    types: Iterable[str], window: int, *, full: Rope, sliding: Rope
+) -> list[LayerKind]:
+    """Returns the kind of every layer.
+
+    Args:
+      types: FULL or SLIDING, of each.
+      window: of the sliding ones; 0 = config.json says none.
+      full, sliding: the rotary positions of either.
+    """
+    types = list(types)
+    if SLIDING in types and not window:
+        raise ValueError("config.json has sliding layers but no sliding_window")
+    of = {FULL: LayerKind(0, *full), SLIDING: LayerKind(window, *sliding)}
+    return [of[name] for name in types]
 
 
 def heads(config: Mapping, head_dim: int = 0, kv: int = 0) -> dict[str, Any]:

@@ -259,6 +259,7 @@ def _check_rest(rest: Mapping, named: Mapping, cfg: GPTConfig, folder: Path) -> 
 
 
 EMBEDDINGS = ("wte.weight", "embed_tokens.weight", "embed_in.weight")
+EMBEDDINGS += ("word_embeddings.weight",)
 LM_HEADS = ("lm_head.weight", "embed_out.weight")
 
 

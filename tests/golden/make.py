@@ -38,6 +38,11 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+FALCON = {
+    key: value
+    for key, value in SIZES.items()
+    if key not in ("num_key_value_heads", "intermediate_size")
+}
 # name: (transformers' class of the config, its arguments)
 MODELS = {
     "gpt2": (
@@ -80,6 +85,13 @@ MODELS = {
             "rope_scaling": {"rope_type": "linear", "factor": 8.0},
         },
     ),
+    "ministral": (
+        "MinistralConfig",
+        {
+            **{**SIZES, "head_dim": 12, "sliding_window": 8, "num_hidden_layers": 3},
+            "layer_types": ["full_attention", *["sliding_attention"] * 2],
+        },
+    ),
     "nanochat": ("NanoChatConfig", SIZES),
     "qwen2": (
         "Qwen2Config",
@@ -108,6 +120,14 @@ MODELS = {
             **{"bos_token_id": None, "eos_token_id": None},
         },
     ),
+    "gptj": (
+        "GPTJConfig",
+        {
+            **{"vocab_size": VOCAB, "n_positions": CONTEXT, "n_embd": 32},
+            **{"n_layer": 2, "n_head": 4, "rotary_dim": 6},
+            **{"bos_token_id": None, "eos_token_id": None},
+        },
+    ),
     "granite": (
         "GraniteConfig",
         {
@@ -122,8 +142,36 @@ MODELS = {
             **{"use_sliding_window": True, "sliding_window": 8},
         },
     ),
-    "olmo": ("OlmoConfig", SIZES),
+    "olmo": ("OlmoConfig", {**SIZES, "clip_qkv": 0.8}),
     "olmo2": ("Olmo2Config", SIZES),
+    "olmo3": (
+        "Olmo3Config",
+        {
+            **{**SIZES, "num_hidden_layers": 4, "sliding_window": 8},
+            "rope_parameters": {
+                "full_attention": {
+                    **{"rope_type": "yarn", "rope_theta": 700.0, "factor": 3.0},
+                    **{"original_max_position_embeddings": 32, "beta_fast": 5.0},
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+            },
+        },
+    ),
+    "exaone4": (
+        "Exaone4Config",
+        {
+            **{**SIZES, "num_hidden_layers": 3, "sliding_window": 8},
+            **{"sliding_window_pattern": 2, "rope_parameters": LLAMA3},
+        },
+    ),
+    "cohere": (
+        "CohereConfig",
+        {**SIZES, "logit_scale": 0.3, "attention_bias": True, "rope_theta": 400.0},
+    ),
+    "cohere2": (
+        "Cohere2Config",
+        {**SIZES, "sliding_window": 8, "sliding_window_pattern": 2},
+    ),
     "phi3": (
         "Phi3Config",
         {
@@ -132,6 +180,35 @@ MODELS = {
                 **{"rope_type": "default", "rope_theta": 500.0},
                 "partial_rotary_factor": 0.75,
             },
+        },
+    ),
+    "phi3_long": (
+        "Phi3Config",
+        {
+            **{**SIZES, "original_max_position_embeddings": CONTEXT},
+            "rope_parameters": {
+                **{"rope_type": "longrope", "rope_theta": 500.0, "factor": 4.0},
+                **{"short_factor": [1.0, 1.3, 2.0], "long_factor": [2.0, 3.0, 4.0]},
+                "partial_rotary_factor": 0.75,
+            },
+        },
+    ),
+    "opt": (
+        "OPTConfig",
+        {
+            **{"vocab_size": VOCAB, "hidden_size": 32, "ffn_dim": 64},
+            **{"num_hidden_layers": 2, "num_attention_heads": 4},
+            **{"max_position_embeddings": CONTEXT, "pad_token_id": None},
+            **{"bos_token_id": None, "eos_token_id": None},
+        },
+    ),
+    "falcon": ("FalconConfig", FALCON),
+    # The form of 40B.
+    "falcon_new": (
+        "FalconConfig",
+        {
+            **{**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
+            **{"bias": True, "ffn_hidden_size": 48, "tie_word_embeddings": False},
         },
     ),
     "phi": ("PhiConfig", SIZES),
@@ -172,6 +249,8 @@ def build(name: str, *, seed: int, **changes):
             weight.data = 0.3 * draw
         else:
             weight.data = 1.5 * draw / weight.shape[-1] ** 0.5
+        if "embed_positions" in path:
+            weight.data[:2] = 0  # OPT reads none of them
     return model.eval()
 
 
