@@ -484,7 +484,7 @@ def _streamed_backward(fixed, kept, dy_BTGRK):
     def queries(carry, i):
         q_i, y_i, dy_i = (_part(x, i, size) for x in (q_BTGRK, y_BTGRK, dy_BTGRK))
         norm_BGRT1 = norm_nBGRT[i][..., None]
-        pull_BTGR = (dy_i.astype(jnp.float32) * y_i).sum(-1)
+        pull_BTGR = (dy_i.astype(jnp.float32) * y_i.astype(jnp.float32)).sum(-1)
         pull_BGRT1 = pull_BTGR.transpose(0, 2, 3, 1)[..., None]
 
         def keys(j, carry):

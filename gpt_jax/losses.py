@@ -148,7 +148,7 @@ class _Kind(NamedTuple):
         how = {"preferred_element_type": jnp.float32}
         y_BCV = jnp.einsum(self.product, x_BCD, matrix, **how)
         if bias_V is not None:
-            y_BCV = y_BCV + bias_V
+            y_BCV = y_BCV + bias_V.astype(jnp.float32)
         if self.softcap:
             y_BCV = self.softcap * jnp.tanh(y_BCV / self.softcap)
         column_V = jnp.arange(y_BCV.shape[-1])
@@ -278,7 +278,7 @@ def classification(
     """
     numbers = {"label_smoothing": label_smoothing, "z_loss": z_loss}
     sums = next_token(logits_BN[:, None], label_B[:, None], mask_B[:, None], **numbers)
-    right_B = logits_BN.argmax(-1) == label_B
+    right_B = (logits_BN.argmax(-1) == label_B).astype(jnp.float32)
     return {
         "loss": sums["loss"],
         "accuracy": (right_B * mask_B.astype(jnp.float32)).sum(),
@@ -335,7 +335,7 @@ def preference(
     counts_B = (length_BP > 0).all(-1)
     ratio_BP = policy_BP if reference_BP is None else policy_BP - reference_BP
     if logp == "mean":
-        ratio_BP = ratio_BP / jnp.maximum(length_BP, 1)
+        ratio_BP = ratio_BP / jnp.maximum(length_BP, 1).astype(jnp.float32)
     # A pair that does not count takes values at which no variant is singular.
     ratio_BP = jnp.where(counts_B[:, None], ratio_BP, -1.0)
     reward_BP = beta * ratio_BP
@@ -413,10 +413,11 @@ def policy(
     ratio_BT = jnp.exp(logp_BT - jax.lax.stop_gradient(old_BT))
     held_BT = jnp.clip(ratio_BT, 1 - clip, 1 + clip) if clip else ratio_BT
     gain_BT = jnp.minimum(ratio_BT * advantage_B1, held_BT * advantage_B1)
+    clipped_BT = (gain_BT < ratio_BT * advantage_B1).astype(jnp.float32)
     sums = {
         "weight": there_BT.max(-1).sum(),
         "entropy": -(logp_BT * mean_BT).sum(),
-        "clipped": ((gain_BT < ratio_BT * advantage_B1) * mean_BT).sum(),
+        "clipped": (clipped_BT * mean_BT).sum(),
     }
     if reference_BT is not None:
         # Never negative, and without bias (Schulman 2020; equation 4).

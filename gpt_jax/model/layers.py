@@ -186,7 +186,8 @@ class Norm(nn.Module):
             # In float32: 1 + a small scale has too few digits in bfloat16.
             y = y * (cfg.norm_offset + scale.astype(jnp.float32))
         if cfg.norm_bias and self.kind == "layernorm":
-            y = y + _weight(self, "bias", self.axes, "shift")
+            bias = _weight(self, "bias", self.axes, "shift")
+            y = y + bias.astype(jnp.float32)
         if self.divisor != 1.0:
             y = y / self.divisor
         return y.astype(cfg.dtype)
@@ -320,5 +321,6 @@ class Head(nn.Module):
         y = _product(self, x.reshape(-1, cfg.d_model), kernel, jnp.float32)
         y = y.reshape(*x.shape[:-1], cfg.vocab_rows)
         if cfg.head_bias:
-            y = y + _weight(self, "bias", ("vocab",), "bias", fan_in=cfg.d_model)
+            bias = _weight(self, "bias", ("vocab",), "bias", fan_in=cfg.d_model)
+            y = y + bias.astype(jnp.float32)
         return y

@@ -172,7 +172,7 @@ def _append(state, logits_BV, sampling, key_B, stop_id, on_B=None):
     rows, width = state.tokens_BS.shape
     place_B = jnp.where(running_B, state.length_B, width)  # width: dropped
     tokens_BS = state.tokens_BS.at[jnp.arange(rows), place_B].set(token_B, mode="drop")
-    length_B = state.length_B + running_B
+    length_B = state.length_B + running_B.astype(jnp.int32)
     ended_B = jnp.where(length_B < state.limit_B, RUNNING, LENGTH)
     if stop_id is not None:
         ended_B = jnp.where(token_B == stop_id, STOP, ended_B)

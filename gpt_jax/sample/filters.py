@@ -84,7 +84,7 @@ def _lowest_kept(logits_BV, sampling):
     """Returns the smallest logit [B] that top-k and then top-p keep."""
     vocab = logits_BV.shape[-1]
     k_B = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocab), vocab)
-    kth_B = _reaching(logits_BV, jnp.ones_like(logits_BV), k_B)
+    kth_B = _reaching(logits_BV, jnp.ones_like(logits_BV), k_B.astype(jnp.float32))
     kept_BV = logits_BV >= kth_B[:, None]
     chance_BV = jnp.where(kept_BV, jnp.exp(logits_BV), 0)
     wanted_B = sampling.top_p * chance_BV.sum(-1)

@@ -176,7 +176,7 @@ def make_rollout(common: Parts, options: Options):
         answered = {
             "tokens": tokens_RS[:, :-1],
             "targets": tokens_RS[:, 1:],
-            "weight": inside_RT * scale_NG.reshape(-1, 1),
+            "weight": inside_RT.astype(jnp.float32) * scale_NG.reshape(-1, 1),
             "length": new_R.astype(jnp.float32),
             **judge(
                 *answers.right(rows, tokens_RS, length_R),
@@ -210,7 +210,7 @@ def judge(right_R, share_R, *, group: int, reward: str, normalize: bool):
         "reward": reward_NG,
         "advantage": advantage_NG,
         "reward_std": blank_NG + std_N1,
-        "no_signal": blank_NG + equal_N1,
+        "no_signal": blank_NG + equal_N1.astype(jnp.float32),
         "accuracy": right_R.astype(jnp.float32),
     }
     return {name: x.reshape(-1) for name, x in found.items()}
