@@ -102,9 +102,10 @@ def rotation(
     Of the first `features` of every head: all, or some (Black et al. 2022, section
     2.2.1, "GPT-NeoX-20B").
     """
-    frequency = rope_frequencies(features, base=base, scaling=scaling)
-    angle = position_BT.astype(jnp.float32)[..., None, None] * frequency
-    return Rotation(jnp.cos(angle), jnp.sin(angle))
+    frequency_F = rope_frequencies(features, base=base, scaling=scaling)
+    position_BT11 = position_BT.astype(jnp.float32)[..., None, None]
+    angle_BT1F = position_BT11 * frequency_F[None, None, None]
+    return Rotation(jnp.cos(angle_BT1F), jnp.sin(angle_BT1F))
 
 
 def rotate(x_BTHK, turn: Rotation):
@@ -258,16 +259,18 @@ def _fused(q_BTHK, k_BSGK, v_BSGK, sight: Sight, *, scale, implementation):
     if sight.segment_BT is not None:
         segment_BT = sight.segment_BT
         mask_B1TS = (segment_BT[:, :, None] == segment_BT[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(
-        q_BTHK,
-        k_BSGK,
-        v_BSGK,
-        mask=mask_B1TS,
-        scale=scale,
-        is_causal=sight.causal,
-        local_window_size=window,
-        implementation=implementation,
-    )
+    # JAX asks the rules of promotion for the type of its scores.
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.nn.dot_product_attention(
+            q_BTHK,
+            k_BSGK,
+            v_BSGK,
+            mask=mask_B1TS,
+            scale=scale,
+            is_causal=sight.causal,
+            local_window_size=window,
+            implementation=implementation,
+        )
 
 
 def splash(

@@ -148,11 +148,11 @@ class _Kind(NamedTuple):
         how = {"preferred_element_type": jnp.float32}
         y_BCV = jnp.einsum(self.product, x_BCD, matrix, **how)
         if bias_V is not None:
-            y_BCV = y_BCV + bias_V.astype(jnp.float32)
+            y_BCV = y_BCV + bias_V[None, None].astype(jnp.float32)
         if self.softcap:
             y_BCV = self.softcap * jnp.tanh(y_BCV / self.softcap)
-        column_V = jnp.arange(y_BCV.shape[-1])
-        return jnp.where(column_V < self.vocab_size, y_BCV, HIDDEN), column_V
+        column_11V = jnp.arange(y_BCV.shape[-1])[None, None]
+        return jnp.where(column_11V < self.vocab_size, y_BCV, HIDDEN), column_11V
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -164,11 +164,11 @@ def _scores_forward(kind, x_BTD, matrix, bias_V, target_BT, counts_BT):
     def local(x_BTD, target_BT, counts_BT, matrix, bias_V):
         def part(_, piece):
             x_BCD, target_BC, counts_BC = piece
-            y_BCV, column_V = kind.logits(x_BCD, matrix, bias_V)
+            y_BCV, column_11V = kind.logits(x_BCD, matrix, bias_V)
             y_BCV = jnp.where(counts_BC[..., None], y_BCV, 0)
             # Compared, not indexed: the gradient of an index is a scatter.
-            right_BC = jnp.where(column_V == target_BC[..., None], y_BCV, 0).sum(-1)
-            true_BCV = jnp.where(column_V < kind.vocab_size, y_BCV, 0)
+            right_BC = jnp.where(column_11V == target_BC[..., None], y_BCV, 0).sum(-1)
+            true_BCV = jnp.where(column_11V < kind.vocab_size, y_BCV, 0)
             mean_BC = true_BCV.sum(-1) / kind.vocab_size
             return None, Scores(right_BC, jax.nn.logsumexp(y_BCV, -1), mean_BC)
 
@@ -195,12 +195,12 @@ def _scores_backward(kind, kept, slope: Scores):
             x_BCD, target_BC, counts_BC, norm_BC, right_BC, whole_BC, mean_BC = (
                 a[..., None] if a.ndim == 2 else a for a in piece
             )
-            y_BCV, column_V = kind.logits(x_BCD, matrix, bias_V)
+            y_BCV, column_11V = kind.logits(x_BCD, matrix, bias_V)
             d_BCV = whole_BC * jnp.exp(y_BCV - norm_BC) + mean_BC / kind.vocab_size
-            d_BCV += jnp.where(column_V == target_BC, right_BC, 0)
+            d_BCV += jnp.where(column_11V == target_BC, right_BC, 0)
             if kind.softcap:
                 d_BCV *= 1 - jnp.square(y_BCV / kind.softcap)
-            there_BCV = counts_BC & (column_V < kind.vocab_size)
+            there_BCV = counts_BC & (column_11V < kind.vocab_size)
             d_BCV = jnp.where(there_BCV, d_BCV, 0)
             small_BCV = d_BCV.astype(x_BCD.dtype)
             dx_BCD = jnp.einsum(back, small_BCV, matrix)

@@ -171,8 +171,8 @@ def choose(logits_BV, tokens_BS, begin_B, length_B, sampling: Sampling, key_B):
 def _written(tokens_BS, begin_B, length_B, vocab):
     """Returns float32 [B, V]: how often each token stands from `begin` to `length`."""
     rows, width = tokens_BS.shape
-    place_S = jnp.arange(width)
-    chosen_BS = (place_S >= begin_B[:, None]) & (place_S < length_B[:, None])
+    place_1S = jnp.arange(width)[None]
+    chosen_BS = (place_1S >= begin_B[:, None]) & (place_1S < length_B[:, None])
     token_BS = jnp.where(chosen_BS, tokens_BS, vocab)
     count_BV = jnp.zeros((rows, vocab), jnp.float32)
     return count_BV.at[jnp.arange(rows)[:, None], token_BS].add(1.0, mode="drop")

@@ -168,8 +168,9 @@ def make_rollout(common: Parts, options: Options):
             temperature=options.temperature,
         )
         new_R = length_R - rows["length"]
-        place_T = jnp.arange(1, tokens_RS.shape[1])
-        inside_RT = (place_T >= rows["length"][:, None]) & (place_T < length_R[:, None])
+        place_1T = jnp.arange(1, tokens_RS.shape[1])[None]
+        begin_R1, end_R1 = rows["length"][:, None], length_R[:, None]
+        inside_RT = (place_1T >= begin_R1) & (place_1T < end_R1)
         scale_NG = AVERAGES[options.average](
             new_R.reshape(A * B, G).astype(jnp.float32), common.train.completion
         )
