@@ -165,9 +165,10 @@ def rotation(
     Of the first `features` of every head: all, or some (Black et al. 2022, section
     2.2.1, "GPT-NeoX-20B").
     """
-    frequency = rope_frequencies(features, base=base, scaling=scaling)
-    angle = position_BT.astype(jnp.float32)[..., None, None] * frequency
-    turn = Rotation(jnp.cos(angle), jnp.sin(angle))
+    frequency_F = rope_frequencies(features, base=base, scaling=scaling)
+    position_BT11 = position_BT.astype(jnp.float32)[..., None, None]
+    angle_BT1F = position_BT11 * frequency_F[None, None, None]
+    turn = Rotation(jnp.cos(angle_BT1F), jnp.sin(angle_BT1F))
     if scaling is None or scaling.size == 1.0:
         return turn
     return Rotation(*(scaling.size * x for x in turn))
@@ -324,16 +325,18 @@ def _fused(q_BTHK, k_BSGK, v_BSGK, sight: Sight, *, scale, implementation):
     if sight.segment_BT is not None:
         segment_BT = sight.segment_BT
         mask_B1TS = (segment_BT[:, :, None] == segment_BT[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(
-        q_BTHK,
-        k_BSGK,
-        v_BSGK,
-        mask=mask_B1TS,
-        scale=scale,
-        is_causal=sight.causal,
-        local_window_size=window,
-        implementation=implementation,
-    )
+    # JAX asks the rules of promotion for the type of its scores.
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.nn.dot_product_attention(
+            q_BTHK,
+            k_BSGK,
+            v_BSGK,
+            mask=mask_B1TS,
+            scale=scale,
+            is_causal=sight.causal,
+            local_window_size=window,
+            implementation=implementation,
+        )
 
 
 def splash(
@@ -550,7 +553,7 @@ def _streamed_backward(fixed, kept, dy_BTGRK):
     def queries(carry, i):
         q_i, y_i, dy_i = (_part(x, i, size) for x in (q_BTGRK, y_BTGRK, dy_BTGRK))
         norm_BGRT1 = norm_nBGRT[i][..., None]
-        pull_BTGR = (dy_i.astype(jnp.float32) * y_i).sum(-1)
+        pull_BTGR = (dy_i.astype(jnp.float32) * y_i.astype(jnp.float32)).sum(-1)
         pull_BGRT1 = pull_BTGR.transpose(0, 2, 3, 1)[..., None]
 
         def keys(j, carry):

@@ -80,7 +80,7 @@ def _mean(x_BTD, length_B):
 
 def _own(width: int, length_B):
     """Returns bool [B, T]: which positions hold the text, not padding."""
-    return jnp.arange(width) < length_B[:, None]
+    return jnp.arange(width)[None] < length_B[:, None]
 
 
 def features(

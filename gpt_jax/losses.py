@@ -148,11 +148,11 @@ class _Kind(NamedTuple):
         how = {"preferred_element_type": jnp.float32}
         y_BCV = jnp.einsum(self.product, x_BCD, matrix, **how)
         if bias_V is not None:
-            y_BCV = y_BCV + bias_V
+            y_BCV = y_BCV + bias_V[None, None].astype(jnp.float32)
         if self.softcap:
             y_BCV = self.softcap * jnp.tanh(y_BCV / self.softcap)
-        column_V = jnp.arange(y_BCV.shape[-1])
-        return jnp.where(column_V < self.vocab_size, y_BCV, HIDDEN), column_V
+        column_11V = jnp.arange(y_BCV.shape[-1])[None, None]
+        return jnp.where(column_11V < self.vocab_size, y_BCV, HIDDEN), column_11V
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -164,11 +164,11 @@ def _scores_forward(kind, x_BTD, matrix, bias_V, target_BT, counts_BT):
     def local(x_BTD, target_BT, counts_BT, matrix, bias_V):
         def part(_, piece):
             x_BCD, target_BC, counts_BC = piece
-            y_BCV, column_V = kind.logits(x_BCD, matrix, bias_V)
+            y_BCV, column_11V = kind.logits(x_BCD, matrix, bias_V)
             y_BCV = jnp.where(counts_BC[..., None], y_BCV, 0)
             # Compared, not indexed: the gradient of an index is a scatter.
-            right_BC = jnp.where(column_V == target_BC[..., None], y_BCV, 0).sum(-1)
-            true_BCV = jnp.where(column_V < kind.vocab_size, y_BCV, 0)
+            right_BC = jnp.where(column_11V == target_BC[..., None], y_BCV, 0).sum(-1)
+            true_BCV = jnp.where(column_11V < kind.vocab_size, y_BCV, 0)
             mean_BC = true_BCV.sum(-1) / kind.vocab_size
             return None, Scores(right_BC, jax.nn.logsumexp(y_BCV, -1), mean_BC)
 
@@ -195,12 +195,12 @@ def _scores_backward(kind, kept, slope: Scores):
             x_BCD, target_BC, counts_BC, norm_BC, right_BC, whole_BC, mean_BC = (
                 a[..., None] if a.ndim == 2 else a for a in piece
             )
-            y_BCV, column_V = kind.logits(x_BCD, matrix, bias_V)
+            y_BCV, column_11V = kind.logits(x_BCD, matrix, bias_V)
             d_BCV = whole_BC * jnp.exp(y_BCV - norm_BC) + mean_BC / kind.vocab_size
-            d_BCV += jnp.where(column_V == target_BC, right_BC, 0)
+            d_BCV += jnp.where(column_11V == target_BC, right_BC, 0)
             if kind.softcap:
                 d_BCV *= 1 - jnp.square(y_BCV / kind.softcap)
-            there_BCV = counts_BC & (column_V < kind.vocab_size)
+            there_BCV = counts_BC & (column_11V < kind.vocab_size)
             d_BCV = jnp.where(there_BCV, d_BCV, 0)
             small_BCV = d_BCV.astype(x_BCD.dtype)
             dx_BCD = jnp.einsum(back, small_BCV, matrix)
@@ -278,7 +278,7 @@ def classification(
     """
     numbers = {"label_smoothing": label_smoothing, "z_loss": z_loss}
     sums = next_token(logits_BN[:, None], label_B[:, None], mask_B[:, None], **numbers)
-    right_B = logits_BN.argmax(-1) == label_B
+    right_B = (logits_BN.argmax(-1) == label_B).astype(jnp.float32)
     return {
         "loss": sums["loss"],
         "accuracy": (right_B * mask_B.astype(jnp.float32)).sum(),
@@ -335,7 +335,7 @@ def preference(
     counts_B = (length_BP > 0).all(-1)
     ratio_BP = policy_BP if reference_BP is None else policy_BP - reference_BP
     if logp == "mean":
-        ratio_BP = ratio_BP / jnp.maximum(length_BP, 1)
+        ratio_BP = ratio_BP / jnp.maximum(length_BP, 1).astype(jnp.float32)
     # A pair that does not count takes values at which no variant is singular.
     ratio_BP = jnp.where(counts_B[:, None], ratio_BP, -1.0)
     reward_BP = beta * ratio_BP
@@ -413,10 +413,11 @@ def policy(
     ratio_BT = jnp.exp(logp_BT - jax.lax.stop_gradient(old_BT))
     held_BT = jnp.clip(ratio_BT, 1 - clip, 1 + clip) if clip else ratio_BT
     gain_BT = jnp.minimum(ratio_BT * advantage_B1, held_BT * advantage_B1)
+    clipped_BT = (gain_BT < ratio_BT * advantage_B1).astype(jnp.float32)
     sums = {
         "weight": there_BT.max(-1).sum(),
         "entropy": -(logp_BT * mean_BT).sum(),
-        "clipped": ((gain_BT < ratio_BT * advantage_B1) * mean_BT).sum(),
+        "clipped": (clipped_BT * mean_BT).sum(),
     }
     if reference_BT is not None:
         # Never negative, and without bias (Schulman 2020; equation 4).

@@ -16,6 +16,12 @@ DEVICES = "--xla_force_host_platform_device_count"
 if DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8".strip()
 
+# What the code does not say is an error: no types or ranks of arrays are promoted, and
+# keys of random numbers are typed. Processes that tests start are as strict.
+os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+os.environ.setdefault("JAX_LEGACY_PRNG_KEY", "error")
+
 # Tests compile much and compute little: a third of the compile time, same numbers, and
 # a sixth where jaxlib still has its older emitters.
 QUICK = ["--xla_backend_optimization_level=0"]
@@ -45,6 +51,18 @@ def compiled_programs():
         import jax
 
         jax.clear_caches()
+
+
+@pytest.fixture
+def promotion():
+    """Promotes as NumPy does, for readers' programs and for libraries that lean on it.
+
+    A file or a test asks for it by `pytest.mark.usefixtures("promotion")`.
+    """
+    import jax
+
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 @pytest.fixture

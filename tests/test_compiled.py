@@ -129,7 +129,8 @@ def test_products_of_a_trace_are_counted_with_their_loops():
         def body(x, _):
             return x @ w, None
 
-        return jax.lax.scan(body, x, None, length=3)[0] @ w.astype(jnp.bfloat16)
+        rounded = w.astype(jnp.bfloat16).astype(jnp.float32)
+        return jax.lax.scan(body, x, None, length=3)[0] @ rounded
 
     shapes = [jax.ShapeDtypeStruct((16, 16), "float32")] * 2
     found = dry.of_trace(jax.jit(run).trace(*shapes).jaxpr)

@@ -113,6 +113,7 @@ def reader(tmp_path, monkeypatch):
 LONG = ("2-attention", "3-model", "5-sampling")
 
 
+@pytest.mark.usefixtures("promotion")
 @pytest.mark.parametrize(
     "page",
     [

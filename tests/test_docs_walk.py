@@ -28,6 +28,8 @@ PAGES += sorted(GUIDE.glob("[0-9]*.md"), key=lambda p: int(p.name.partition("-")
 PAGES += sorted(GUIDE.glob("[a-z]*.md"))
 PAGES += [ROOT / f"docs/{name}.md" for name in ("reliability", "security")]
 TRAIN = ("train", "prepare", "launch", "verify_resume")
+# What only tests set, and no reader has.
+OF_TESTS = ("XLA_FLAGS", "JAX_NUMPY_DTYPE_PROMOTION", "JAX_NUMPY_RANK_PROMOTION")
 # What a reader has: files of theirs, and what a hub would send.
 FILES = {
     "my_book.txt": "It was the best of times, it was the worst of times.\n" * 60,
@@ -178,7 +180,8 @@ def reader(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reader")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(folder / "home"))  # caches are kept there
-        patch.delenv("XLA_FLAGS", raising=False)
+        for flag in OF_TESTS:
+            patch.delenv(flag, raising=False)
         with forks.forks() as started:
             yield Reader(folder, started)
 

@@ -11,6 +11,8 @@ import pytest
 from gpt_jax import learn
 from gpt_jax.learn import hole
 
+pytestmark = pytest.mark.usefixtures("promotion")  # of what readers write
+
 PLANTED = [
     ("pairwise", "return ((y_MD[:, None] - x_ND) ** 2).sum(2)", "is turned"),
     (

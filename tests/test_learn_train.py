@@ -16,6 +16,8 @@ from gpt_jax.learn import layers, trained, training
 from gpt_jax.learn.trained import Curve
 from tests.test_learn import written
 
+pytestmark = pytest.mark.usefixtures("promotion")  # of what readers write
+
 STEPS = 6
 AHEAD = (  # sees the next token
     "s = q_TK @ k_SK.T / q_TK.shape[-1] ** 0.5\n"

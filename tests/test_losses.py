@@ -176,7 +176,7 @@ def test_chunks_have_the_sums_and_gradients_of_the_whole(case, chunk, turned, so
         bias = 0 * bias
 
     def whole(x, kernel, bias):
-        logits = (x @ kernel + bias)[..., :V]
+        logits = (x @ kernel + bias[None, None])[..., :V]
         capped = softcap * jnp.tanh(logits / softcap) if softcap else logits
         sums = next_token(capped, target, mask, **numbers)
         return sums["loss"], sums

@@ -639,9 +639,11 @@ def test_zero_init_makes_every_block_the_identity(init):
     got = forward(c)(params, TOKENS)
     want = forward(replace(c, n_layers=1))(shallow, TOKENS)
     np.testing.assert_array_equal(got, want)
-    x = params["embed"]["embedding"][TOKENS] + params["positions"]["embedding"][:T]
-    x = np_norm(np.asarray(x), {}, c, "layernorm")
-    want = x @ np.asarray(params["embed"]["embedding"]).T
+    table_VD, places_TD = (
+        np.asarray(params[name]["embedding"]) for name in ("embed", "positions")
+    )
+    x = np_norm(table_VD[TOKENS] + places_TD[:T], {}, c, "layernorm")
+    want = x @ table_VD.T
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_docs_walk import ROOT, Reader, small
+from tests.test_docs_walk import OF_TESTS, ROOT, Reader, small
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
@@ -164,7 +164,8 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(folder / "home"))  # caches are kept there
         patch.setenv("JUPYTER_PLATFORM_DIRS", "1")
-        patch.delenv("XLA_FLAGS", raising=False)
+        for flag in OF_TESTS:
+            patch.delenv(flag, raising=False)
         yield folder
 
 

@@ -244,6 +244,7 @@ def test_rule_is_the_one_written_in_numpy(name):
     close(by_path(got), want)
 
 
+@pytest.mark.usefixtures("promotion")  # which Optax leans on
 def test_adamw_equals_optax():
     params, h = tree(0), hyper(lr=0.01, weight_decay=0.3)
     tx = optax.adamw(0.01, b1=h.beta1, b2=h.beta2, eps=h.eps, weight_decay=0.3)
@@ -295,6 +296,7 @@ def test_muon_is_keller_jordans_rule_in_numpy():
     np.testing.assert_allclose(leaf(got), w, atol=1e-5)
 
 
+@pytest.mark.usefixtures("promotion")
 def test_muon_starts_as_optax_muon_does():
     """Later steps differ: Optax corrects its momentum for the start."""
     numbers = optax.contrib.MuonDimensionNumbers

@@ -264,10 +264,10 @@ def _norm(mine: Callable, *, bias: bool) -> list[Put]:
     class Norm(layers.Norm):
         @nn.compact
         def __call__(self, x):
-            scale_D = layers._weight(self, "scale", (self.axis,), "scale")
+            scale_D = layers._weight(self, "scale", self.axes, "scale")
             rest = [scale_D]
             if bias:
-                rest.append(layers._weight(self, "bias", (self.axis,), "shift"))
+                rest.append(layers._weight(self, "bias", self.axes, "shift"))
             y = mine(x.reshape(-1, x.shape[-1]).astype(jnp.float32), *rest)
             return y.reshape(x.shape).astype(self.cfg.dtype)
 

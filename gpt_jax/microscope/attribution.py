@@ -94,7 +94,7 @@ class _Held(NamedTuple):
     Attributes:
       centred: whether the mean goes (LayerNorm).
       scale: [T, D] or a number.
-      shift: its bias, [D] or 0.
+      shift: its bias, [1, D] or 0.
     """
 
     centred: bool
@@ -109,8 +109,8 @@ class _Held(NamedTuple):
         square_T1 = jnp.square(y_TD).mean(-1, keepdims=True)
         scale_TD = jax.lax.rsqrt(square_T1 + cfg.norm_eps)
         if "scale" in params:
-            scale_TD = scale_TD * (cfg.norm_offset + params["scale"])
-        shift = params.get("bias", jnp.zeros(()))
+            scale_TD = scale_TD * (cfg.norm_offset + params["scale"][None])
+        shift = params["bias"][None] if "bias" in params else jnp.zeros(())
         return cls(centred, scale_TD / divisor, shift / divisor)
 
     def scaled(self, x_TD):
@@ -135,7 +135,7 @@ def _outputs(gpt: GPT, params, layer: int, read_THK) -> tuple[jax.Array, jax.Arr
     def out(gpt: GPT, y_BTHK):
         return getattr(gpt, f"block_{layer}").attn.out(y_BTHK)
 
-    alone_HTHK = jnp.eye(gpt.cfg.n_heads)[:, None, :, None] * read_THK
+    alone_HTHK = jnp.eye(gpt.cfg.n_heads)[:, None, :, None] * read_THK[None]
     rows_RTHK = jnp.concatenate([alone_HTHK, jnp.zeros_like(read_THK)[None]])
     made_RTD = applied(gpt, params, out, rows_RTHK.astype(gpt.cfg.dtype))
-    return (made_RTD[:-1] - made_RTD[-1]).swapaxes(0, 1), made_RTD[-1]
+    return (made_RTD[:-1] - made_RTD[-1:]).swapaxes(0, 1), made_RTD[-1]

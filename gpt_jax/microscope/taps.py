@@ -83,7 +83,8 @@ class Patch(NamedTuple):
     def __call__(self, x_BTD, layer: int):
         """Returns the stream before a layer, with the other's put in."""
         here_BT1 = (self.swapped_BT & (self.layer == layer))[..., None]
-        return jnp.where(here_BT1, self.stream_LTD[layer].astype(x_BTD.dtype), x_BTD)
+        other_1TD = self.stream_LTD[layer][None].astype(x_BTD.dtype)
+        return jnp.where(here_BT1, other_1TD, x_BTD)
 
 
 class _Taps:

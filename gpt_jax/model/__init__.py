@@ -160,7 +160,8 @@ class GPT(nn.Module):
     ):
         """Returns the normed residual stream [B, T, D] and the cache; see `hidden`."""
         if positions_BT is None and cache is not None:
-            positions_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1])
+            place_1T = jnp.arange(tokens_BT.shape[1])[None]
+            positions_BT = cache.length_B[:, None] + place_1T
         x_BTD = self.embed(tokens_BT, positions_BT, dropout=dropout)
         how = {"causal": causal, "dropout": dropout}
         return self.layers(x_BTD, positions_BT, segments_BT, cache, **how)
@@ -178,7 +179,7 @@ class GPT(nn.Module):
             x_BTD = x_BTD * jnp.asarray(cfg.embed_scale, x_BTD.dtype)
         if cfg.position == "learned":
             if positions_BT is None:
-                x_BTD = x_BTD + self.positions(slice(0, length))
+                x_BTD = x_BTD + self.positions(slice(0, length))[None]
             else:
                 x_BTD = x_BTD + self.positions(positions_BT)
         if cfg.embed_norm:
@@ -208,7 +209,7 @@ class GPT(nn.Module):
             raise ValueError("a cache works with causal=True and without segments")
         query_BT = None
         if cache is not None:
-            query_BT = cache.length_B[:, None] + jnp.arange(T)
+            query_BT = cache.length_B[:, None] + jnp.arange(T)[None]
         if positions_BT is None:
             positions_BT = jnp.arange(T)[None] if query_BT is None else query_BT
         turns = rotations(cfg, positions_BT)

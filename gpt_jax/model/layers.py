@@ -44,6 +44,11 @@ def _weight(module, name: str, axes: tuple[str, ...], draw: str, **how) -> Any:
     return weights.param(module, name, shape, axes, draw=draw, dtype=dtype, **how)
 
 
+def _along(x, weight):
+    """Returns a weight of the last axes of x, with an axis of 1 for each other one."""
+    return jnp.expand_dims(weight, tuple(range(x.ndim - weight.ndim)))
+
+
 class Where(NamedTuple):
     """Where the tokens of a call stand and what they may see: the same for all layers.
 
@@ -146,11 +151,12 @@ class Dense(nn.Module):
         how = {"draw": self.draw, "linear": True}
         y = _product(self, x_ND, lambda: _kernel(self, self.reads, self.gives, **how))
         if self.has_variable("params", "kernel_scale"):
-            y = y * self.get_variable("params", "kernel_scale").astype(dtype)
+            scale_F = self.get_variable("params", "kernel_scale")
+            y = y * scale_F[None].astype(dtype)
         if self.use_bias:
             draw = "residual_bias" if self.draw == "residual" else "bias"
             bias = _weight(self, "bias", self.gives, draw, fan_in=fan_in)
-            y = y + bias.astype(dtype).reshape(-1)
+            y = y + bias.astype(dtype).reshape(1, -1)
         if self.has_variable("params", "lora_a"):
             y = y + self._low_rank(x_ND, dropout)
         if self.draw == "residual" and self.cfg.residual_scale != 1.0:
@@ -189,9 +195,10 @@ class Norm(nn.Module):
         if cfg.norm_scale:
             scale = _weight(self, "scale", self.axes, "scale")
             # In float32: 1 + a small scale has too few digits in bfloat16.
-            y = y * (cfg.norm_offset + scale.astype(jnp.float32))
+            y = y * (cfg.norm_offset + _along(y, scale.astype(jnp.float32)))
         if cfg.norm_bias and self.kind == "layernorm":
-            y = y + _weight(self, "bias", self.axes, "shift")
+            bias = _weight(self, "bias", self.axes, "shift")
+            y = y + _along(y, bias.astype(jnp.float32))
         if self.divisor != 1.0:
             y = y / self.divisor
         return y.astype(cfg.dtype)
@@ -326,5 +333,6 @@ class Head(nn.Module):
         y = _product(self, x.reshape(-1, cfg.d_model), kernel, jnp.float32)
         y = y.reshape(*x.shape[:-1], cfg.vocab_rows)
         if cfg.head_bias:
-            y = y + _weight(self, "bias", ("vocab",), "bias", fan_in=cfg.d_model)
+            bias = _weight(self, "bias", ("vocab",), "bias", fan_in=cfg.d_model)
+            y = y + _along(y, bias.astype(jnp.float32))
         return y

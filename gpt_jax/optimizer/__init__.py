@@ -177,12 +177,14 @@ def ema_update(ema: Any, params: Any, decay: Any, step: Any) -> Any:
     The average keeps min(decay, (1 + step) / (10 + step)) of itself, so that the
     starting weights fade early (the rule of TensorFlow's ExponentialMovingAverage).
     """
+    step = jnp.asarray(step, jnp.float32)
     keep = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-    return jax.tree.map(
-        lambda old, new: (keep * old + (1.0 - keep) * new).astype(old.dtype),
-        ema,
-        params,
-    )
+
+    def moved(old, new):
+        mixed = keep * old.astype(jnp.float32) + (1.0 - keep) * new.astype(jnp.float32)
+        return mixed.astype(old.dtype)
+
+    return jax.tree.map(moved, ema, params)
 
 
 WEIGHTS, LAYERS, MATRICES = "weights", "layers", "matrices"  # groups, keys of opt_state

@@ -112,10 +112,10 @@ def _gram(x_NRC: jax.Array) -> jax.Array:
     """The same rounds on X X^T alone: each is a polynomial q of it, X becomes q X."""
     a, b, c = QUINTIC
     g_NRR = x_NRC @ x_NRC.mT
-    one_RR = jnp.eye(g_NRR.shape[-1], dtype=g_NRR.dtype)
+    one_1RR = jnp.eye(g_NRR.shape[-1], dtype=g_NRR.dtype)[None]
 
     def quintic(g_NRR):
-        return a * one_RR + b * g_NRR + c * (g_NRR @ g_NRR)
+        return a * one_1RR + b * g_NRR + c * (g_NRR @ g_NRR)
 
     q_NRR = quintic(g_NRR)
     product_NRR = q_NRR

@@ -26,10 +26,13 @@ def optax_rule(
 ) -> Rule:
     """Wraps an Optax transformation; its memory does not depend on the numbers."""
     blank = Hyper(*(0.0 for _ in Hyper._fields))
-    return Rule(
-        init=lambda weights: make_tx(blank).init(weights),
-        update=lambda grads, memory, hyper: make_tx(hyper).update(grads, memory, grads),
-    )
+
+    def update(grads, memory, hyper):
+        # Optax promotes: betas to the power of a count, averages kept in bfloat16.
+        with jax.numpy_dtype_promotion("standard"):
+            return make_tx(hyper).update(grads, memory, grads)
+
+    return Rule(init=lambda weights: make_tx(blank).init(weights), update=update)
 
 
 def per_layer(rule: Rule) -> Rule:

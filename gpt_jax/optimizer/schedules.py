@@ -41,6 +41,7 @@ def _between(low, share):
 
 def _warm(step, hyper: Hyper, after):
     """Rises in a line from `initial_lr_ratio` at step 0 to 1 at `warmup_steps`."""
+    step = jnp.asarray(step, jnp.float32)
     length = jnp.where(hyper.warmup_steps > 0, hyper.warmup_steps, 1.0)
     rising = _between(hyper.initial_lr_ratio, step / length)
     return jnp.where(step < hyper.warmup_steps, rising, after).astype(jnp.float32)
@@ -48,9 +49,11 @@ def _warm(step, hyper: Hyper, after):
 
 def _progress(step, begin, hyper: Hyper):
     """Returns 0 at `begin`, 1 at `decay_steps` and later; 1 when there is no room."""
+    step = jnp.asarray(step, jnp.float32)
     length = hyper.decay_steps - begin
     share = (step - begin) / jnp.where(length > 0, length, 1.0)
-    return jnp.where(length > 0, jnp.clip(share, 0.0, 1.0), step >= hyper.decay_steps)
+    over = (step >= hyper.decay_steps).astype(jnp.float32)
+    return jnp.where(length > 0, jnp.clip(share, 0.0, 1.0), over)
 
 
 # What each schedule reads of Hyper.

@@ -89,7 +89,7 @@ def start(
         params, tokens_BT, length_B, model=model, max_length=max_length
     )
     width = tokens_BT.shape[1]
-    valid_BT = jnp.arange(width) < length_B[:, None]
+    valid_BT = jnp.arange(width)[None] < length_B[:, None]
     tokens_BS = jnp.pad(
         jnp.where(valid_BT, tokens_BT, 0), ((0, 0), (0, max_length - width))
     )
@@ -126,13 +126,13 @@ def guess(tokens_BS, length_B, count: int):
     Returns:
       (tokens [B, count], whether the newest NGRAM tokens of a row stood before [B]).
     """
-    places_S, last_B1 = jnp.arange(tokens_BS.shape[1]), length_B[:, None] - 1
-    same_BS = (places_S >= NGRAM - 1) & (places_S < last_B1)
+    place_1S, last_B1 = jnp.arange(tokens_BS.shape[1])[None], length_B[:, None] - 1
+    same_BS = (place_1S >= NGRAM - 1) & (place_1S < last_B1)
     for back in range(NGRAM):
         newest_B1 = jnp.take_along_axis(tokens_BS, last_B1 - back, axis=1, mode="clip")
         same_BS &= jnp.roll(tokens_BS, back, axis=1) == newest_B1
-    end_B = jnp.where(same_BS, places_S, -1).max(1)
-    behind_BM = end_B[:, None] + 1 + jnp.arange(count)
+    end_B = jnp.where(same_BS, place_1S, -1).max(1)
+    behind_BM = end_B[:, None] + 1 + jnp.arange(count)[None]
     found_BM = jnp.take_along_axis(tokens_BS, behind_BM, axis=1, mode="clip")
     return found_BM, end_B >= 0
 
@@ -172,7 +172,7 @@ def _append(state, logits_BV, sampling, key_B, stop_id, on_B=None):
     rows, width = state.tokens_BS.shape
     place_B = jnp.where(running_B, state.length_B, width)  # width: dropped
     tokens_BS = state.tokens_BS.at[jnp.arange(rows), place_B].set(token_B, mode="drop")
-    length_B = state.length_B + running_B
+    length_B = state.length_B + running_B.astype(jnp.int32)
     ended_B = jnp.where(length_B < state.limit_B, RUNNING, LENGTH)
     if stop_id is not None:
         ended_B = jnp.where(token_B == stop_id, STOP, ended_B)

@@ -84,7 +84,7 @@ def _lowest_kept(logits_BV, sampling):
     """Returns the smallest logit [B] that top-k and then top-p keep."""
     vocab = logits_BV.shape[-1]
     k_B = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocab), vocab)
-    kth_B = _reaching(logits_BV, jnp.ones_like(logits_BV), k_B)
+    kth_B = _reaching(logits_BV, jnp.ones_like(logits_BV), k_B.astype(jnp.float32))
     kept_BV = logits_BV >= kth_B[:, None]
     chance_BV = jnp.where(kept_BV, jnp.exp(logits_BV), 0)
     wanted_B = sampling.top_p * chance_BV.sum(-1)
@@ -171,8 +171,8 @@ def choose(logits_BV, tokens_BS, begin_B, length_B, sampling: Sampling, key_B):
 def _written(tokens_BS, begin_B, length_B, vocab):
     """Returns float32 [B, V]: how often each token stands from `begin` to `length`."""
     rows, width = tokens_BS.shape
-    place_S = jnp.arange(width)
-    chosen_BS = (place_S >= begin_B[:, None]) & (place_S < length_B[:, None])
+    place_1S = jnp.arange(width)[None]
+    chosen_BS = (place_1S >= begin_B[:, None]) & (place_1S < length_B[:, None])
     token_BS = jnp.where(chosen_BS, tokens_BS, vocab)
     count_BV = jnp.zeros((rows, vocab), jnp.float32)
     return count_BV.at[jnp.arange(rows)[:, None], token_BS].add(1.0, mode="drop")

@@ -84,8 +84,10 @@ def right(batch, tokens_RS, length_R):
     end-of-text token included.
     """
     answer_R = batch["mask"].sum(-1)
-    hits_R = (batch["mask"] * (tokens_RS[:, 1:] == batch["targets"])).sum(-1)
-    share_R = hits_R / jnp.maximum(jnp.maximum(answer_R, length_R - batch["length"]), 1)
+    same_RT = (tokens_RS[:, 1:] == batch["targets"]).astype(jnp.float32)
+    hits_R = (batch["mask"] * same_RT).sum(-1)
+    wrote_R = (length_R - batch["length"]).astype(jnp.float32)
+    share_R = hits_R / jnp.maximum(jnp.maximum(answer_R, wrote_R), 1)
     return share_R == 1, share_R
 
 
@@ -109,7 +111,8 @@ def make_exact_match(model: GPT, *, prompt: int, stop_id: int):
             temperature=0.0,
         )
         right_R, _ = right(batch, *completed)
-        sums = {"accuracy": (right_R * there_R).sum(), "weight": there_R.sum()}
+        hit_R = right_R.astype(jnp.float32) * there_R
+        sums = {"accuracy": hit_R.sum(), "weight": there_R.sum()}
         return {"loss": sums["weight"] - sums["accuracy"], **sums}
 
     return exact_match

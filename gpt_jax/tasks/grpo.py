@@ -168,15 +168,16 @@ def make_rollout(common: Parts, options: Options):
             temperature=options.temperature,
         )
         new_R = length_R - rows["length"]
-        place_T = jnp.arange(1, tokens_RS.shape[1])
-        inside_RT = (place_T >= rows["length"][:, None]) & (place_T < length_R[:, None])
+        place_1T = jnp.arange(1, tokens_RS.shape[1])[None]
+        begin_R1, end_R1 = rows["length"][:, None], length_R[:, None]
+        inside_RT = (place_1T >= begin_R1) & (place_1T < end_R1)
         scale_NG = AVERAGES[options.average](
             new_R.reshape(A * B, G).astype(jnp.float32), common.train.completion
         )
         answered = {
             "tokens": tokens_RS[:, :-1],
             "targets": tokens_RS[:, 1:],
-            "weight": inside_RT * scale_NG.reshape(-1, 1),
+            "weight": inside_RT.astype(jnp.float32) * scale_NG.reshape(-1, 1),
             "length": new_R.astype(jnp.float32),
             **judge(
                 *answers.right(rows, tokens_RS, length_R),
@@ -210,7 +211,7 @@ def judge(right_R, share_R, *, group: int, reward: str, normalize: bool):
         "reward": reward_NG,
         "advantage": advantage_NG,
         "reward_std": blank_NG + std_N1,
-        "no_signal": blank_NG + equal_N1,
+        "no_signal": blank_NG + equal_N1.astype(jnp.float32),
         "accuracy": right_R.astype(jnp.float32),
     }
     return {name: x.reshape(-1) for name, x in found.items()}
