@@ -24,7 +24,8 @@ def made(tmp_path_factory):
     config.data.update(source=str(folder / "text.txt"), tokenizer="char")
     config.data.update(folder=str(folder / "data"), cache=str(folder / "cache"))
     config.model.update(context_length=16, n_layers=1, attention="plain")
-    config.hyper.update(lr=3e-2, warmup_steps=1.0, weight_decay=0.5, clip=0.4)
+    # A rate below the best one: at the best the slope is next to nothing.
+    config.hyper.update(lr=1e-2, warmup_steps=1.0, weight_decay=0.5, clip=0.4)
     config.update(steps=STEPS, eval_every=STEPS, checkpoint_every=STEPS, eval_windows=0)
     config.update(early_from=0, compile_cache="", tensorboard=False)
     train.train(config, folder / "run")
