@@ -38,7 +38,7 @@ class Layer(nn.Module):
 class Careless(nn.Module):
     @nn.compact
     def __call__(self, x_BD):
-        return x_BD * self.param("gain", nn.initializers.ones, (D,))
+        return x_BD * self.param("gain", nn.initializers.ones, (D,))[None]
 
 
 PATH = "up/kernel"
