@@ -154,7 +154,8 @@ def _yarn_ramp(head_dim: int, base: float, scaling: RopeScaling) -> jax.Array:
     first = max(math.floor(pair(scaling.beta_fast)), 0)
     last = min(math.ceil(pair(scaling.beta_slow)), head_dim - 1)
     width = last - first or 0.001  # then it is a step
-    return jnp.clip((jnp.arange(head_dim // 2) - first) / width, 0.0, 1.0)
+    pairs_P = jnp.arange(head_dim // 2, dtype=jnp.float32)
+    return jnp.clip((pairs_P - first) / width, 0.0, 1.0)
 
 
 def rotation(
