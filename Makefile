@@ -196,9 +196,10 @@ real: parity
 .PHONY: browser
 browser: dev
 	@$(call fresh,requirements-extras.txt,browser) || { \
-	  echo 'Installing playwright into $(VENV): once ...' \
+	  echo 'Installing playwright and axe into $(VENV): once ...' \
 	  && $(RUN) -m pip install --quiet --disable-pip-version-check \
 	    -r requirements-dev.txt -c requirements-extras.txt playwright \
+	    axe-playwright-python \
 	  && cp requirements-extras.txt $(STAMP)-browser; }
 
 .PHONY: notebook-tools

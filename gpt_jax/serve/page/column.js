@@ -13,8 +13,8 @@ import { TurnView } from "./turn.js";
 const EVERY = 1000; // milliseconds after which what was written so far is kept
 
 export class Column {
-  // `page`: keep(turn, changed) remembers it, and what it changes of the conversation;
-  // turned(conversation, number, leaf) which leaf is seen; say(text, bad);
+  // `page`: keep(turn, seen) remembers it, and that it is the leaf that is seen;
+  // turned(conversation, number, leaf) only that; say(text, bad);
   // writing(start) is busy until the ends that start() promises are there.
   constructor(number, page) {
     Object.assign(this, { number, page, model: null, leaf: null, turns: new Map() });
@@ -26,6 +26,10 @@ export class Column {
 
   get path() {
     return path(this.turns, this.leaf);
+  }
+
+  get edited() {
+    return Boolean(this.log.querySelector("form"));
   }
 
   // Shows the turns of a conversation (or of none yet), as far as they were last seen.
@@ -44,7 +48,7 @@ export class Column {
     for (const turn of turns) {
       if (!this.running || turn.id !== this.leaf) this.turns.set(turn.id, turn);
     }
-    if (this.running || this.log.querySelector("form")) return; // it is edited here
+    if (this.running || this.edited) return;
     this.leaf = newest(this.turns, this.leaf);
     grow(this.log, () => this.show());
   }
@@ -61,19 +65,13 @@ export class Column {
     return turn;
   }
 
-  // Remembers a turn that was just made, which is the leaf that is seen.
-  keep(turn) {
-    this.page.keep(turn, { changed: Date.now() });
-    this.page.turned(turn.conversation, this.number, turn.id);
-  }
-
   // ---------------------------------------------------------------- what is done
 
   // Takes a message (or none, of which a text goes on) and writes the answer.
   ask(text) {
     const last = this.path.at(-1);
     if (this.model.chat && last?.role === "user") return this.edit(last, text); // had no answer
-    if (text) this.keep(this.add("user", text));
+    if (text) this.page.keep(this.add("user", text), true);
     this.show();
     return this.answer();
   }
@@ -86,7 +84,7 @@ export class Column {
       this.leaf = turn.parent;
       turn = this.add(turn.role, text, { note: turn.role === "user" ? "" : "edited" });
     }
-    this.keep(turn);
+    this.page.keep(turn, true);
     this.show();
     return turn.role === "user" ? this.answer() : null;
   }
@@ -114,13 +112,14 @@ export class Column {
       const { path: where, body, forgotten } = await request(this.model, list, signal);
       let reason = "";
       const usage = await stream(where, body, signal, (choice) => {
-        made.text += choice.text ?? choice.delta.content ?? "";
+        const text = choice.text ?? choice.delta.content ?? "";
+        made.text += text;
         made.tokens?.push(...tokensOf(choice));
         reason = choice.finish_reason || reason;
         view.grown();
         const now = performance.now();
-        first ||= now;
-        if (made.text && now - kept > EVERY) { kept = now; this.keep(made); }
+        if (text) first ||= now;
+        if (text && now - kept > EVERY) { kept = now; this.page.keep(made, true); }
       });
       made.note = [
         reason === "length" && "cut: enough tokens, or the context is full",
@@ -136,7 +135,7 @@ export class Column {
     this.log.removeAttribute("aria-busy");
     if (made.text || end.text === "Done") {
       view.finish();
-      this.keep(made);
+      this.page.keep(made, true);
     } else {
       this.turns.delete(made.id);
       this.leaf = back;
@@ -150,16 +149,16 @@ export class Column {
 
   // Colours the tokens of turns that were written, or typed, without.
   async colour() {
-    const list = this.path;
+    const list = this.path, texts = list.map((turn) => turn.text);
     if (!settings.tokens || !this.model || this.running || list.every((turn) => turn.tokens)) return;
     try {
       const found = await scored(this.model, list);
       list.forEach((turn, i) => {
-        if (turn.tokens) return;
+        if (turn.tokens || turn.text !== texts[i]) return;
         turn.tokens = found[i];
         this.page.keep(turn);
       });
-      if (!this.running) grow(this.log, () => this.show());
+      if (!this.running && !this.edited) grow(this.log, () => this.show());
     } catch (error) {
       this.page.say(`Not coloured: ${error.message}`, true);
     }

@@ -22,6 +22,7 @@ const EXAMPLES = {
   text: ["Once upon a time", "The most important thing about", "def main("],
 };
 const PHONE = "(max-width: 45rem)"; // as page.css has it
+const PANELS = ["list", "settings"];
 const TITLE = 60; // characters of the first message
 
 let models = [];
@@ -53,14 +54,18 @@ function begin(text) {
   list.mark(conversation.id);
 }
 
-function keep(turn, changed = {}) {
-  store.change(turn.conversation, () => changed, turn).catch(notKept);
+// Which leaf is seen in a column, as a change of a conversation.
+const seenAt = (number, leaf) => ({ leaves }) =>
+  ({ leaves: leaves.map((old, i) => (i === number ? leaf : old)) });
+
+function keep(turn, seen = false) {
+  const leaf = seenAt(turn.column, turn.id);
+  const changed = (old) => (seen ? { ...leaf(old), changed: Date.now() } : {});
+  store.change(turn.conversation, changed, turn).catch(notKept);
 }
 
-// The leaf that is seen in a column is another one.
 function turned(id, number, leaf) {
-  const changed = ({ leaves }) => ({ leaves: leaves.map((old, i) => (i === number ? leaf : old)) });
-  store.change(id, changed).catch(notKept);
+  store.change(id, seenAt(number, leaf)).catch(notKept);
 }
 
 // Another tab has changed a conversation.
@@ -99,9 +104,9 @@ async function open(id, { move = true } = {}) {
   list.mark(conversation?.id);
 }
 
-// A conversation of the list is chosen, which covers the page of a phone.
+// A conversation is chosen by hand; on a phone the panels make way for it.
 function chosen(id) {
-  if (matchMedia(PHONE).matches) toggle("list", false);
+  if (matchMedia(PHONE).matches) for (const name of PANELS) toggle(name, false);
   return open(id);
 }
 
@@ -228,24 +233,26 @@ function toggle(name, shown) {
   $(`${name}-toggle`).setAttribute("aria-expanded", String(shown));
 }
 
+// Opens a panel, or closes it; of those of a phone, which cover the page, one is open.
+function reveal(name, shown) {
+  if (matchMedia(PHONE).matches) for (const other of PANELS) toggle(other, false);
+  toggle(name, shown);
+}
+
 // ---------------------------------------------------------------- what is done
 
 $("columns").append(...columns.map((column) => column.box));
 $("ask").addEventListener("submit", (event) => { event.preventDefault(); send($("input").value); });
 $("stop").addEventListener("click", () => columns.forEach(({ running }) => running?.abort()));
-$("fresh").addEventListener("click", () => { open(null); $("input").focus(); });
+$("fresh").addEventListener("click", () => { chosen(null); $("input").focus(); });
 $("model").addEventListener("change", choose);
 $("beside").addEventListener("change", choose);
 $("forget").addEventListener("click", async () => {
-  toggle("list", true);
+  reveal("list", true);
   list.remove((await store.all()).map((one) => one.id));
 });
-for (const name of ["list", "settings"]) {
-  const other = name === "list" ? "settings" : "list";
-  $(`${name}-toggle`).addEventListener("click", () => {
-    toggle(name, $(name).hidden);
-    if (matchMedia(PHONE).matches) toggle(other, false); // each covers the page
-  });
+for (const name of PANELS) {
+  $(`${name}-toggle`).addEventListener("click", () => reveal(name, $(name).hidden));
 }
 $("input").addEventListener("keydown", (event) => {
   const chat = Boolean(columns[0].model?.chat);

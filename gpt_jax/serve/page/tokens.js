@@ -107,7 +107,7 @@ function walk(event) {
 }
 
 function tokenAt(event) {
-  return event.target.closest?.(".history .token");
+  return event.target?.closest?.(".history .token");
 }
 
 // Shows what else was likely at a token; without one, nothing.
@@ -128,11 +128,13 @@ export function tip(span) {
   box.style.left = `${Math.max(6, Math.min(place.left, innerWidth - box.offsetWidth - 6))}px`;
 }
 
+// The tip is that of the token under the mouse, or else of the one that has the focus:
+// a tap gives it.
 export function listen() {
   for (const [over, out] of [["mouseover", "mouseout"], ["focusin", "focusout"]]) {
     document.addEventListener(over, (event) => { if (tokenAt(event)) tip(tokenAt(event)); });
-    document.addEventListener(out, () => tip(null));
+    document.addEventListener(out, () => tip(tokenAt({ target: document.activeElement })));
   }
-  document.addEventListener("click", (event) => tip(tokenAt(event))); // a tap
+  document.addEventListener("click", (event) => tip(tokenAt(event)));
   document.addEventListener("keydown", walk);
 }
