@@ -15,6 +15,7 @@ playwright = pytest.importorskip(
     "playwright.sync_api", reason="needs playwright: make test-browser"
 )
 expect = playwright.expect
+expect.set_options(timeout=20_000)  # of a busy machine
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 

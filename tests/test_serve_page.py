@@ -7,15 +7,14 @@ import itertools
 import json
 import re
 import threading
-import time
 
 import pytest
-from markdown_it import MarkdownIt
 
 from gpt_jax import microscope
 from tests import browser, runs_to_evaluate, serving
 from tests.browser import expect
 from tests.serving import alone, running, wait_until
+from tests.test_page_markdown import MARKDOWN
 
 CONTEXT = 2048
 WIDTHS = {"desktop": (1280, 800), "phone": (390, 844)}
@@ -514,16 +513,15 @@ def test_tokens_are_coloured_and_tell_what_else_was_likely(page):
     expect(tip).to_be_visible()
 
 
-def test_a_line_is_thick_under_unlikely_tokens(desk):
-    settings(desk, temperature=0, max_tokens=2, tokens=True)
-    say(desk, "Once upon a time")
-    expect(desk.locator(".turn.user .token")).to_have_count(16)
-    told = "all => all.map(e => [e.told[1], parseInt(e.style.borderBottomWidth) || 0])"
-    found = desk.locator(".turn.user .token").evaluate_all(told)
-    assert found[0][0] is None  # nothing stands before it
-    found = sorted(found[1:], key=lambda pair: pair[0])
-    widths = [width for _, width in found]
-    assert widths == sorted(widths, reverse=True) and widths[0] > widths[-1]
+def test_a_line_is_thicker_under_a_token_the_less_likely_it_was(desk):
+    found = desk.evaluate(
+        """async () => {
+          const { coloured } = await import("/tokens.js");
+          return [0.999, 0.5, 0.2, 0.06, 0.001].map((chance) =>
+            coloured(["x", Math.log(chance), []]).style.borderBottomWidth);
+        }"""
+    )
+    assert found == ["0px", "1px", "2px", "3px", "4px"]
 
 
 def test_the_probabilities_of_a_prompt_are_those_of_an_echo(desk, live):
@@ -542,18 +540,20 @@ def test_the_probabilities_of_a_prompt_are_those_of_an_echo(desk, live):
 
 def test_a_full_context_is_found_once_and_leaves_room_for_the_answer(desk):
     desk.select_option("#model", "chatty")
-    settings(desk, temperature=0, max_tokens=200)
+    settings(desk, temperature=0, max_tokens=4)
     asked = []
     desk.on("request", lambda one: asked.append(one) if one.method == "POST" else None)
-    for part in "abcdef":
-        say(desk, part * 250)
+    for part in "abcde":
+        say(desk, part * 360)
+    settings(desk, max_tokens=100)
+    say(desk, "f" * 150)  # it would fit, its answer would not
     seen = [one for one in asked if one.url.endswith("/v1/chat/completions")]
     assert len(seen) == 6  # and no retries
     last = seen[-1].post_data_json["messages"]
-    assert last[-1]["content"] == "f" * 250 and last[0]["role"] == "user"
+    assert last[-1]["content"] == "f" * 150 and last[0]["role"] == "user"
     assert len(last) < 11
     size = sum(len(one["content"].encode()) + 1 for one in last)
-    assert size + 200 <= CONTEXT
+    assert size + 100 <= CONTEXT
     oldest = 11 - len(last)
     note = desk.locator(".turn.assistant small").last.inner_text()
     assert f"no longer sees the oldest {oldest} turns" in note
@@ -561,8 +561,8 @@ def test_a_full_context_is_found_once_and_leaves_room_for_the_answer(desk):
 
 def test_a_text_longer_than_the_context_goes_on_from_its_end(desk):
     settings(desk, temperature=0, max_tokens=4)
-    say(desk, "a" * 1900)
-    settings(desk, max_tokens=200)
+    say(desk, "a" * 1970)
+    settings(desk, max_tokens=100)
     whole = "".join(text for _, text in texts(desk))
     with desk.expect_request("**/v1/completions") as asked:
         desk.click("#send")
@@ -570,7 +570,7 @@ def test_a_text_longer_than_the_context_goes_on_from_its_end(desk):
     done(desk)
     prompt = asked.value.post_data_json["prompt"]
     assert (
-        len(prompt) + 200 <= CONTEXT and bytes(prompt) == whole.encode()[-len(prompt) :]
+        len(prompt) + 100 <= CONTEXT and bytes(prompt) == whole.encode()[-len(prompt) :]
     )
     note = desk.locator(".turn.assistant small").last.inner_text()
     assert f"the first {len(whole.encode()) - len(prompt)} tokens" in note
@@ -690,151 +690,6 @@ def test_axe_finds_nothing_against_any_state_of_the_page(page):
     right("two")
     panel(page, "settings")
     assert axe.run(page).violations_count == 0
-
-
-# ---------------------------------------------------------------- Markdown
-
-MARKDOWN = """# Title
-
-A *paragraph* with **strong**, `code` and a [link](https://example.org/a_(b)).
-A second line. https://example.org/x_y.
-
-## Lists
-
-1. one
-2. two
-   * inner **item**
-   * other
-
-> quoted
-
-```python
-def f(x):  # a comment
-    return "text" + str(x * 2)
-```
-
----
-
-the end
-"""
-
-
-@pytest.fixture(scope="module")
-def made(chromium, live):
-    """Renders Markdown as the page does; returns its HTML."""
-    context = opened(chromium, "desktop")
-    found = tab(context, live, "desktop")
-    code = """async (texts) => {
-      const { render } = await import("/markdown.js");
-      const box = document.createElement("div");
-      for (const text of texts) render(box, text);
-      return box.innerHTML;
-    }"""
-
-    yield lambda *texts: found.evaluate(code, list(texts))
-    assert found.problems == []
-    context.close()
-
-
-def skeleton(html):
-    """What HTML says: tags, addresses and texts, without what a style may change."""
-    html = re.sub(r"<figcaption>.*?</figcaption>", "", html, flags=re.S)
-    html = re.sub(r"</?(figure|span)[^>]*>", "", html)
-    html = re.sub(r'<a [^>]*?href="([^"]*)"[^>]*>', r'<a href="\1">', html)
-    html = re.sub(r"<(ol|pre|code|ul)(?! start)[^>]*>", r"<\1>", html)
-    html = re.sub(r'<ol start="1">', "<ol>", html)
-    html = re.sub(r"<(/?)h\d>", r"<\1h>", html)
-    html = re.sub(r"\n</code>", "</code>", html)
-    html = re.sub(r"<hr ?/?>", "<hr>", html).replace("&quot;", '"')
-    return re.sub(
-        r"\s*(</?(?:p|ul|ol|li|pre|blockquote|h|hr)>)\s*", r"\1", html
-    ).strip()
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        MARKDOWN,
-        "plain\ntwo lines\n\nnext",
-        "# one #\n## two",
-        "* a\n* b\n\n  more of b\n* c",
-        "- a\n  - b\n    - c\n- d",
-        "3. three\n4. four",
-        "1) a\n2) b",
-        "text\n- item",
-        "**a *b* c** and _e_ and __f__",
-        "snake_case_name and 2 * 3 * 4 and a ** b",
-        "`a *b*` and `` c ` d `` and \\*not\\*",
-        "```\n<b>&\n```\nafter",
-        "~~~js\nlet a = `x`;\n~~~",
-        "> a\n> > b\n>\n> - c",
-        "***\n* * *\n___",
-        "[a](http://x.y) ![b](https://x.y/z.png) <https://q.r>",
-        "<b>bold?</b> & <script>alert(1)</script>",
-        "unclosed **strong and `code",
-        "1. a\n\n   ```py\n   x = 1\n   ```\n2. b",
-    ],
-)
-def test_markdown_means_what_it_means_elsewhere(made, text):
-    """Oracle: markdown-it without HTML. Lists are tight here; pictures are links."""
-    wanted = MarkdownIt("commonmark", {"html": False}).render(text)
-    wanted = re.sub(
-        r'<img src="(.*?)" alt="(.*?)" ?/?>', r'<a href="\1">\2</a>', wanted
-    )
-    wanted = re.sub(r"<li>\s*<p>(.*?)</p>", r"<li>\1", wanted, flags=re.S)
-    wanted = re.sub(
-        r"(?<![\">])https://example.org/x_y",
-        '<a href="https://example.org/x_y">https://example.org/x_y</a>',
-        wanted,
-    )
-    assert skeleton(made(text)) == skeleton(wanted)
-
-
-def test_a_text_that_grows_ends_as_one_that_was_there_at_once(made):
-    grown = [MARKDOWN[:end] for end in range(0, len(MARKDOWN) + 1, 3)] + [MARKDOWN]
-    assert made(*grown) == made(MARKDOWN)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "[a](javascript:alert(1))",
-        "[a](data:text/html,x) <javascript:alert(1)>",
-        '[a](https://x.y"onclick="alert(1))',
-        "![x](https://x.y/a.png)<img src=x onerror=alert(1)>",
-        '```"><script>alert(1)</script>\nx\n```',
-        "<iframe srcdoc=x></iframe>",
-    ],
-)
-def test_nothing_that_a_model_writes_does_anything(made, text):
-    html = made(text)
-    tags = set(re.findall(r"<(\w+)", html))
-    assert tags <= {"p", "a", "code", "pre", "figure", "figcaption", "span", "button"}
-    assert all(a.startswith("https://") for a in re.findall(r'href="(.*?)"', html))
-    names = set(re.findall(r'[\s"]([\w-]+)="', " ".join(re.findall(r"<[^>]*>", html))))
-    assert names <= {"href", "target", "rel", "title", "class", "type", "tabindex"}
-    assert html.count("<a ") == html.count('rel="noopener noreferrer"')
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["*", "**a ", "> ", "`", "#  x", "[", "- ", "1. ", "_a_", "\\"],
-)
-def test_no_text_takes_long(made, text):
-    """A tenth of a second does; without a bound some take minutes."""
-    began = time.monotonic()
-    assert made(text * 40_000)
-    assert time.monotonic() - began < 5
-
-
-def test_code_is_coloured_and_still_the_code(made):
-    code = 'def f(x):  # why\n    return "a\\"b" + 12.5\n'
-    html = made(f"```python\n{code}```")
-    for kind, text in [("keyword", "def"), ("comment", "# why"), ("number", "12.5")]:
-        assert f'<span class="{kind}">{text}</span>' in html
-    assert re.search(r'<span class="string">"a\\"b"</span>', html)
-    inside = re.search(r"<code>(.*)</code>", html, re.S)
-    assert inside and re.sub(r"<[^>]*>", "", inside[1]) == code.rstrip("\n")
 
 
 def test_what_is_written_is_never_markup(page):

@@ -133,7 +133,9 @@ export function tip(span) {
 export function listen() {
   for (const [over, out] of [["mouseover", "mouseout"], ["focusin", "focusout"]]) {
     document.addEventListener(over, (event) => { if (tokenAt(event)) tip(tokenAt(event)); });
-    document.addEventListener(out, () => tip(tokenAt({ target: document.activeElement })));
+    document.addEventListener(out, (event) => {
+      if (tokenAt(event)) tip(tokenAt({ target: document.activeElement }));
+    });
   }
   document.addEventListener("click", (event) => tip(tokenAt(event)));
   document.addEventListener("keydown", walk);

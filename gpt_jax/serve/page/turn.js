@@ -10,6 +10,8 @@ export class TurnView {
   // again(turn), edited(turn, text) and turnTo(turn).
   constructor(turn, form, acts) {
     Object.assign(this, { turn, form, acts, painted: 0, frame: 0 });
+    // A turn that is still empty will have tokens; of one that has text they may be unknown.
+    this.coloured = settings.tokens && turn.tokens && (turn.tokens.length || !turn.text);
     const { title, versions } = form;
     this.body = make("div");
     this.note = make("small");
@@ -53,7 +55,7 @@ export class TurnView {
   paint() {
     const { turn, body, form } = this;
     const write = () => {
-      if (settings.tokens && turn.tokens?.length) {
+      if (this.coloured) {
         for (const token of turn.tokens.slice(this.painted)) {
           if (token[3] ?? token[0]) body.append(coloured(token));
         }
