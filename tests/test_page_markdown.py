@@ -43,7 +43,7 @@ the end
 class Files(http.server.SimpleHTTPRequestHandler):
     """Sends the page's files, since a module is not read from a disk."""
 
-    def log_message(self, *_):
+    def log_message(self, format, *args):
         """Says nothing."""
 
 

@@ -148,6 +148,17 @@ def titles(page):
     return page.locator("#conversations .open")
 
 
+def violations(page):
+    """Returns what axe-core has against the page, by all its rules."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    found = axe.run(page, options={"iframes": False}).response["violations"]
+    return [
+        (one["id"], node["html"], node["failureSummary"])
+        for one in found
+        for node in one["nodes"]
+    ]
+
+
 # ---------------------------------------------------------------- one conversation
 
 
@@ -472,6 +483,20 @@ def test_what_the_first_version_remembered_is_in_the_list(desk):
     expect(titles(desk)).to_have_count(1)
 
 
+def test_a_browser_that_keeps_nothing_still_talks(chromium, live):
+    context = opened(chromium, "desktop")
+    context.add_init_script("Object.defineProperty(window, 'indexedDB', {value: null})")
+    found = tab(context, live, "desktop")
+    settings(found, temperature=0, max_tokens=4)
+    for i, text in enumerate(("Once", " more")):
+        send(found, text)
+        expect(found.locator(".assistant small").nth(i)).to_contain_text("4 tokens")
+        expect(found.locator("#status")).to_contain_text("Not kept in this browser")
+    expect(found.locator("#found")).to_contain_text("keeps no conversations")
+    assert found.problems == []
+    context.close()
+
+
 def test_a_key_is_not_written_down(desk):
     settings(desk, key="secret", top_k=7)
     expect(desk.locator("#send")).to_be_enabled()
@@ -616,6 +641,7 @@ def test_a_text_is_looked_at_in_a_tab_of_its_own(page, live, monkeypatch, looked
     expect(inside.locator("#tokens button").first).to_be_visible()
     assert inside.locator("#tokens button").count() == 5
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert violations(page) == []
     shoot(page, "look")
     page.locator("#tab-look").press("ArrowLeft")
     expect(page.locator("#input")).to_be_visible()
@@ -648,20 +674,11 @@ def test_every_control_has_a_name_and_fits_the_width(page):
 
 
 def test_axe_finds_nothing_against_any_state_of_the_page(page):
-    """Oracle: the rules of axe-core, its best practices too, in both themes."""
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
-
     def right(state):
         panel(page, "settings", shown=False)
         for theme in ("light", "dark"):
             page.evaluate("t => { document.documentElement.dataset.theme = t; }", theme)
-            found = axe.run(page).response["violations"]
-            told = [
-                (state, theme, one["id"], node["html"], node["failureSummary"])
-                for one in found
-                for node in one["nodes"]
-            ]
-            assert told == []
+            assert violations(page) == [], (state, theme)
 
     right("empty")
     page.select_option("#model", "chatty")
@@ -689,7 +706,7 @@ def test_axe_finds_nothing_against_any_state_of_the_page(page):
     say(page, "Hello")
     right("two")
     panel(page, "settings")
-    assert axe.run(page).violations_count == 0
+    assert violations(page) == []
 
 
 def test_what_is_written_is_never_markup(page):

@@ -13,16 +13,22 @@ let drawing = 0; // counts how often it was to be: the last time counts
 
 export function start(of) {
   page = of;
-  $("search").addEventListener("input", draw);
+  $("search").addEventListener("input", redraw);
   $("export").addEventListener("click", async () => save(await store.all(), "conversations"));
   $("import").addEventListener("change", load);
   $("undo").addEventListener("click", bringBack);
-  store.onChange(draw);
+  store.onChange(redraw);
 }
 
 export function mark(id) {
   opened = id;
-  draw();
+  redraw();
+}
+
+function redraw() {
+  draw().catch((error) => {
+    $("found").textContent = `This browser keeps no conversations: ${error.message}`;
+  });
 }
 
 async function draw() {
