@@ -150,7 +150,8 @@ export class Column {
   // Colours the tokens of turns that were written, or typed, without.
   async colour() {
     const list = this.path, texts = list.map((turn) => turn.text);
-    if (!settings.tokens || !this.model || this.running || list.every((turn) => turn.tokens)) return;
+    if (!settings.tokens || !this.model || this.running) return;
+    if (list.every((turn) => turn.tokens)) return;
     try {
       const found = await scored(this.model, list);
       list.forEach((turn, i) => {
@@ -208,6 +209,7 @@ export class Column {
 function pace(usage, began, first) {
   const written = usage?.completion_tokens ?? 0;
   const seconds = (performance.now() - first) / 1000;
-  const rate = written > 1 && seconds > 0 ? `${((written - 1) / seconds).toFixed(1)} tokens/s, ` : "";
-  return `${written} token${written === 1 ? "" : "s"}, ${rate}the first after ${Math.round(first - began)} ms`;
+  const told = [`${written} token${written === 1 ? "" : "s"}`];
+  if (written > 1 && seconds > 0) told.push(`${((written - 1) / seconds).toFixed(1)} tokens/s`);
+  return [...told, `the first after ${Math.round(first - began)} ms`].join(", ");
 }

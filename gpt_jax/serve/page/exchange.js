@@ -68,7 +68,8 @@ function conversation(one, i) {
 // The conversations of what version 0.1 kept, a list of turns for each model.
 export function fromHistories(histories) {
   const now = Date.now();
-  return Object.entries(histories).filter(([, turns]) => turns.length).map(([model, turns], i) => {
+  const begun = Object.entries(histories).filter(([, turns]) => turns.length);
+  return begun.map(([model, turns], i) => {
     const chain = turns.map(({ role, text, tokens, note }, j) => ({
       id: `${j}`, parent: j ? `${j - 1}` : null, column: 0, role, text, model,
       note: note || "", tokens: tokens?.length ? tokens : null, made: now + j,

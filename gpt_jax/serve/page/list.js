@@ -36,7 +36,8 @@ async function draw() {
   const among = words ? await store.search(words) : null;
   const shown = (await store.all()).filter((one) => !among || among.has(one.id));
   if (mine !== drawing) return;
-  $("found").textContent = words ? `${shown.length} found` : shown.length ? "" : "Nothing is kept yet.";
+  const none = shown.length ? "" : "Nothing is kept yet.";
+  $("found").textContent = words ? `${shown.length} found` : none;
   $("export").disabled = !shown.length;
   const now = JSON.stringify([opened, shown.map((one) => [one.id, one.title])]);
   if (now === drawn || $("conversations").querySelector("input")) return; // one is renamed
@@ -89,7 +90,8 @@ export async function remove(ids) {
   removed = await store.remove(ids);
   const [first] = removed;
   if (!first) return;
-  const what = removed.length > 1 ? `${removed.length} conversations` : `“${first.conversation.title}”`;
+  const what = removed.length > 1 ? `${removed.length} conversations`
+    : `“${first.conversation.title}”`;
   $("removed").textContent = `Deleted ${what}.`;
   $("undo").hidden = false;
   $("undo").focus();

@@ -50,8 +50,9 @@ function fence(lines, i) {
   let end = i + 1;
   while (end < lines.length && !closes.test(lines[end])) end += 1;
   const indent = /^ */.exec(lines[i])[0].length;
-  const code = lines.slice(i + 1, end).map((line) => line.replace(RegExp(`^ {0,${indent}}`), ""));
-  return { kind: "code", language: opens[2], text: code.join("\n"), end: Math.min(end + 1, lines.length) };
+  const margin = new RegExp(`^ {0,${indent}}`);
+  const text = lines.slice(i + 1, end).map((line) => line.replace(margin, "")).join("\n");
+  return { kind: "code", language: opens[2], text, end: Math.min(end + 1, lines.length) };
 }
 
 function heading(lines, i) {
@@ -99,9 +100,11 @@ function quote(lines, i) {
 }
 
 function paragraph(lines, i, depth) {
+  const goesOn = (line) => line.trim() && (depth >= DEEPEST || !starts(line));
   let end = i + 1;
-  while (end < lines.length && lines[end].trim() && (depth >= DEEPEST || !starts(lines[end]))) end += 1;
-  return { kind: "paragraph", text: lines.slice(i, end).map((line) => line.trim()).join("\n"), end };
+  while (end < lines.length && goesOn(lines[end])) end += 1;
+  const text = lines.slice(i, end).map((line) => line.trim()).join("\n");
+  return { kind: "paragraph", text, end };
 }
 
 const starts = (line) => [FENCE, HEADING, RULE, ITEM, QUOTE].some((form) => form.test(line));
@@ -117,7 +120,8 @@ function element(block, depth) {
     case "quote": return make("blockquote", {}, ...inside(block.lines));
     case "list": {
       const items = block.items.map((lines) => make("li", {}, ...tight(inside(lines))));
-      return block.ordered ? make("ol", { start: block.start }, ...items) : make("ul", {}, ...items);
+      if (!block.ordered) return make("ul", {}, ...items);
+      return make("ol", { start: block.start }, ...items);
     }
     default: return make("p", {}, ...inline(block.text));
   }
@@ -139,13 +143,15 @@ function codeBlock({ text, language }) {
 // ---------------------------------------------------------------- within a line
 
 const URL_ = "(?:https?:\\/\\/|mailto:)[^\\s<>\"'`()]*(?:\\([^\\s<>()]*\\)[^\\s<>\"'`()]*)*";
+const strong = (found, depth) => make("strong", {}, ...inline(found[1], depth + 1));
+const em = (found, depth) => make("em", {}, ...inline(found[1], depth + 1));
 const FORMS = [ // the first that fits where a special character stands
   [/\\([!-/:-@[-`{-~])/y, (found) => found[1]],
   [/(?<!`)(`+)(?!`)([^]*?[^`])\1(?!`)/y, (found) => make("code", {}, spaced(found[2]))],
-  [/\*\*(?!\s)([^]+?)(?<!\s)\*\*(?!\*)/y, (found, depth) => make("strong", {}, ...inline(found[1], depth + 1))],
-  [/(?<!\w)__(?!\s)([^]+?)(?<!\s)__(?!\w)/y, (found, depth) => make("strong", {}, ...inline(found[1], depth + 1))],
-  [/\*(?![\s*])([^]+?)(?<![\s*])\*(?!\*)/y, (found, depth) => make("em", {}, ...inline(found[1], depth + 1))],
-  [/(?<!\w)_(?![\s_])([^]+?)(?<![\s_])_(?!\w)/y, (found, depth) => make("em", {}, ...inline(found[1], depth + 1))],
+  [/\*\*(?!\s)([^]+?)(?<!\s)\*\*(?!\*)/y, strong],
+  [/(?<!\w)__(?!\s)([^]+?)(?<!\s)__(?!\w)/y, strong],
+  [/\*(?![\s*])([^]+?)(?<![\s*])\*(?!\*)/y, em],
+  [/(?<!\w)_(?![\s_])([^]+?)(?<![\s_])_(?!\w)/y, em],
   [new RegExp(`!?\\[([^\\][]+)\\]\\(<?(${URL_})>?(?:\\s+"[^"]*")?\\)`, "y"),
     (found) => link(found[2], found[1])],
   [new RegExp(`<(${URL_})>`, "y"), (found) => link(found[1], found[1])],

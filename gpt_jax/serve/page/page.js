@@ -45,7 +45,7 @@ function begin(text) {
   const now = Date.now();
   conversation = {
     id: store.newId(), created: now, changed: now, leaves: [null, null],
-    title: (line.length > TITLE ? `${line.slice(0, TITLE)}…` : line) || "A text without a beginning",
+    title: (line.length > TITLE ? `${line.slice(0, TITLE)}…` : line) || "Without a beginning",
     models: asked().map((column) => column.model.id),
   };
   for (const column of columns) column.conversation = conversation.id;
@@ -122,7 +122,7 @@ function show(names, turns = []) {
   $("model").value = chosen[0].id;
   $("beside").value = chosen[1]?.id ?? "";
   const gone = names.filter((name, i) => i < 2 && name && !known(name));
-  if (gone.length && conversation) say(`${gone.join(" and ")} is not served here (any more).`, true);
+  if (gone.length && conversation) say(`${gone.join(" and ")}: not served here (any more).`, true);
   facts();
   look.offer(chosen[0]);
   refresh();
@@ -242,7 +242,10 @@ function reveal(name, shown) {
 // ---------------------------------------------------------------- what is done
 
 $("columns").append(...columns.map((column) => column.box));
-$("ask").addEventListener("submit", (event) => { event.preventDefault(); send($("input").value); });
+$("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  send($("input").value);
+});
 $("stop").addEventListener("click", () => columns.forEach(({ running }) => running?.abort()));
 $("fresh").addEventListener("click", () => { chosen(null); $("input").focus(); });
 $("model").addEventListener("change", choose);

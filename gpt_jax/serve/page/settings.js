@@ -27,7 +27,9 @@ function kept() {
 // What version 0.1 kept here besides, by model; it is there once.
 export function histories() {
   const { histories: found = {}, settings: others = {} } = stored();
-  if (Object.keys(found).length) localStorage.setItem(STORE, JSON.stringify({ settings: others }));
+  if (Object.keys(found).length) {
+    localStorage.setItem(STORE, JSON.stringify({ settings: others }));
+  }
   return found;
 }
 
