@@ -83,7 +83,8 @@ test-real: real  ## a published model's whole life here; installs it and torch o
 test-browser: browser  ## the chat page and the report in Chromium; installs playwright once
 	command -v chromium chromium-browser google-chrome >/dev/null \
 	  || $(RUN) -m playwright install chromium
-	$(RUN) -m pytest tests/test_serve_page.py tests/test_report_page.py $(PYTEST_ARGS)
+	$(RUN) -m pytest tests/test_serve_page.py tests/test_page_markdown.py \
+	  tests/test_report_page.py $(PYTEST_ARGS)
 
 .PHONY: test-notebooks
 test-notebooks: notebook-tools  ## the notebooks, every cell of them, headless
@@ -196,9 +197,10 @@ real: parity
 .PHONY: browser
 browser: dev
 	@$(call fresh,requirements-extras.txt,browser) || { \
-	  echo 'Installing playwright into $(VENV): once ...' \
+	  echo 'Installing playwright and axe into $(VENV): once ...' \
 	  && $(RUN) -m pip install --quiet --disable-pip-version-check \
 	    -r requirements-dev.txt -c requirements-extras.txt playwright \
+	    axe-playwright-python \
 	  && cp requirements-extras.txt $(STAMP)-browser; }
 
 .PHONY: notebook-tools

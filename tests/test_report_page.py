@@ -1,23 +1,17 @@
 """A sweep's report in a browser: another metric, another axis, smoothing, a filter.
 
-Needs playwright and a Chromium (make test-browser). Screenshots go to the folder that
-GPT_JAX_SCREENSHOTS names, to be looked at.
+Needs playwright and a Chromium (make test-browser); see browser.py.
 """
 
 import json
 import math
-import os
-import shutil
-from pathlib import Path
 
 import pytest
 
 from gpt_jax import report
+from tests.browser import chromium, problems, shoot
 from tests.test_report import results, trial
 
-playwright = pytest.importorskip(
-    "playwright.sync_api", reason="needs playwright: make test-browser"
-)
 pytest.importorskip("plotly", reason="needs plotly: pip install plotly")
 
 
@@ -46,24 +40,14 @@ def shown(tmp_path_factory):
                 trials.append(trial(name, point, value + 0.01 * seed, seed=seed))
                 recorded(out / name, value, seed)
     report.write(out, results(trials, {"h.lr": "lr", "o": "optimizer"}))
-    names = ("chromium", "chromium-browser", "google-chrome")
-    system = next(filter(None, map(shutil.which, names)), None)
-    with playwright.sync_playwright() as started:
-        path = system or started.chromium.executable_path
-        if not Path(path).is_file():
-            pytest.skip("needs Chromium: make test-browser")
-        browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+    with chromium() as browser:
         page = browser.new_page(viewport={"width": 1200, "height": 2400})
-        problems: list[str] = []
-        page.on("console", lambda m: m.type == "error" and problems.append(m.text))
-        page.on("pageerror", lambda error: problems.append(str(error)))
+        found = problems(page)
         page.goto(f"file://{out}/report.html")
         page.wait_for_selector("#curves .xtitle")
         yield page
-        if folder := os.environ.get("GPT_JAX_SCREENSHOTS"):
-            page.screenshot(path=f"{folder}/report.png", full_page=True)
-        assert problems == []
-        browser.close()
+        shoot(page, "report", full_page=True)
+        assert found == []
 
 
 def lines(page):

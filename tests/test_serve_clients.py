@@ -218,6 +218,9 @@ def test_texts_and_conversations_become_ids_and_texts_again(live):
     messages = CHAT["messages"]
     _, found, _ = ask(live, "/tokenize", {"model": "chatty", "messages": messages})
     assert text(found["tokens"]) == "you\n"
+    long = [{"role": "user", "content": "x" * CONTEXT}]  # whoever shortens it counts
+    _, found, _ = ask(live, "/tokenize", {"model": "chatty", "messages": long})
+    assert found["count"] == CONTEXT + 1
     _, again, _ = ask(live, "/detokenize", {"model": "tiny", "tokens": [79, 110]})
     assert again == {"prompt": "On"}
     status, wrong, _ = ask(live, "/detokenize", {"model": "tiny", "tokens": [400]})

@@ -21,7 +21,7 @@ from configs import common
 from gpt_jax import adapters, runs, sample, sampling
 from gpt_jax import model as models
 from gpt_jax.checkpoint import Checkpoints
-from gpt_jax.serve import server
+from gpt_jax.serve import http, server
 from gpt_jax.serve.flow import Served
 from tests import serving
 from tests.cases import few
@@ -285,6 +285,19 @@ def test_health_and_numbers_and_the_page_are_there(live):
         assert "default-src 'self'" in page.headers["Content-Security-Policy"]
     status, answer, _ = live.ask("/nowhere")
     assert status == 404 and answer["error"]["code"] == "not_found"
+
+
+def test_every_file_of_the_page_is_sent_and_never_kept_beyond_an_upgrade(live):
+    kinds = {".html": "text/html", ".css": "text/css", ".js": "javascript"}
+    files = [*http.PAGE.iterdir()]
+    assert len(files) > 3
+    for file in files:
+        name = "" if file.name == "index.html" else file.name
+        with urllib.request.urlopen(f"{live.url}/{name}", timeout=60) as sent:
+            assert sent.read() == file.read_bytes()
+            assert kinds[file.suffix] in sent.headers["Content-Type"]
+            assert sent.headers["Cache-Control"] == "no-cache"
+            assert "script-src 'self'" in sent.headers["Content-Security-Policy"]
 
 
 def test_a_key_is_asked_for_except_by_health_and_page():

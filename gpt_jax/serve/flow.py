@@ -173,10 +173,17 @@ def conversation_ids(
     served: Served,
     *,
     param: str,
-    reply: bool = True,
 ) -> list[int]:
     """Returns the ids of a conversation; raises Refused for one that cannot be."""
-    tokenizer, cfg = served.engine.tokenizer, served.engine.model.cfg
+    ids = _rendered(messages, served, param=param, reply=True)
+    with _in_words(param):
+        return sample.prompt_ids(ids, served.engine.tokenizer, served.engine.model.cfg)
+
+
+def _rendered(
+    messages: Sequence[tuple[str, str]], served: Served, *, param: str, reply: bool
+) -> list[int]:
+    """Returns the ids of a conversation, however long it is."""
     with _in_words(param):
         if served.template is None:
             raise ValueError(
@@ -184,8 +191,8 @@ def conversation_ids(
                 "that was tuned on conversations"
             )
         turns = [chat.Message(*message) for message in messages]
-        ids, _ = chat.render(turns, tokenizer, served.template, reply=reply)
-        return sample.prompt_ids(ids, tokenizer, cfg)
+        tokenizer = served.engine.tokenizer
+        return chat.render(turns, tokenizer, served.template, reply=reply)[0]
 
 
 @contextlib.contextmanager
@@ -203,9 +210,7 @@ def token_ids(asked: Mapping[str, Any], served: Served) -> list[int]:
     """Returns the ids that /tokenize tells; raises Refused for what has none."""
     if asked["messages"] is not None:
         reply = asked["add_generation_prompt"]
-        return conversation_ids(
-            asked["messages"], served, param="messages", reply=reply
-        )
+        return _rendered(asked["messages"], served, param="messages", reply=reply)
     tokenizer = served.engine.tokenizer
     opening = tokenizer.opening if asked["add_special_tokens"] else []
     with _in_words("prompt"):

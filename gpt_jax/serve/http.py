@@ -50,13 +50,14 @@ from gpt_jax.serve.replies import Text, as_json, reply
 from gpt_jax.serve.responses import Response
 
 PAGE = Path(__file__).parent / "page"
-FILES = {"/": "index.html", "/page.css": "page.css"}
-FILES |= {f"/{name}": name for name in ("page.js", "look.js")}
+FILES = {"/": "index.html"}
+FILES |= {f"/{path.name}": path.name for path in sorted(PAGE.glob("*.[cj]s*"))}
 INLINE = hashes()  # of what the page of the microscope brings along
-POLICY = {  # of a browser that shows the page: nothing from elsewhere
+POLICY = {  # of a browser that shows the page: nothing from elsewhere, nothing old
     "Content-Security-Policy": "default-src 'self'; img-src data:; base-uri 'none'; "
     f"script-src 'self' {INLINE['script']}; style-src 'self' {INLINE['style']}; "
-    "style-src-attr 'unsafe-inline'; frame-ancestors 'none'"
+    "style-src-attr 'unsafe-inline'; frame-ancestors 'none'",
+    "Cache-Control": "no-cache",  # or scripts of two versions would meet
 }
 LOOKING = threading.Lock()  # held by the thread: a client that leaves does not end it
 FEW = 16  # tokens of an event that are told without a thread of their own

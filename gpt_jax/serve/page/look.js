@@ -1,56 +1,57 @@
 // The tab that looks inside: asks for the page of the microscope and shows it in a frame
 // of its own, which reaches nothing of this page.
-"use strict";
+
+import { $ } from "./dom.js";
+import { post } from "./server.js";
 
 const TABS = { "tab-chat": "talk", "tab-look": "look" };
+let model = null;
 
-function openTab(name) {
+// The tabs are there when the model can be looked into.
+export function offer(one) {
+  model = one;
+  $("tabs").hidden = !one?.look;
+  if (!one?.look && !$("look").hidden) open("tab-chat");
+}
+
+function open(name) {
   for (const [tab, panel] of Object.entries(TABS)) {
-    const open = tab === name;
-    $(tab).setAttribute("aria-selected", String(open));
-    $(tab).tabIndex = open ? 0 : -1;
-    $(panel).hidden = !open;
+    const here = tab === name;
+    $(tab).setAttribute("aria-selected", String(here));
+    $(tab).tabIndex = here ? 0 : -1;
+    $(panel).hidden = !here;
   }
   $(name === "tab-look" ? "look-prompt" : "input").focus();
 }
 
-function lookSays(text, bad = false) {
+function say(text, bad = false) {
   $("look-status").textContent = text;
   $("look-status").classList.toggle("bad", bad);
 }
 
-async function lookAt(event) {
+async function look(event) {
   event.preventDefault();
-  const body = { model: state.model, prompt: $("look-prompt").value };
+  const body = { model: model.id, prompt: $("look-prompt").value };
   if ($("look-against").value) body.against = $("look-against").value;
   $("look-send").disabled = true;
-  lookSays("Looking … the first text of a model takes some seconds");
+  say("Looking … the first text of a model takes some seconds");
   try {
-    const response = await fetch("v1/look", {
-      method: "POST", headers: headers(), body: JSON.stringify(body),
-    });
-    if (!response.ok) throw await complaint(response);
-    $("look-page").srcdoc = (await response.json()).page;
+    $("look-page").srcdoc = (await post("v1/look", body)).page;
     $("look-page").hidden = false;
-    lookSays("");
+    say("");
   } catch (error) {
-    lookSays(`Error: ${error.message}`, true);
+    say(`Error: ${error.message}`, true);
   }
   $("look-send").disabled = false;
 }
 
-// The tabs are there when the chosen model can be looked into.
-function offerLook() {
-  const offered = Boolean(model()?.look);
-  $("tabs").hidden = !offered;
-  if (!offered && !$("look").hidden) openTab("tab-chat");
+export function start() {
+  for (const tab of Object.keys(TABS)) $(tab).addEventListener("click", () => open(tab));
+  $("tabs").addEventListener("keydown", (event) => {
+    if (!["ArrowLeft", "ArrowRight"].includes(event.key)) return;
+    const other = event.target.id === "tab-chat" ? "tab-look" : "tab-chat";
+    open(other);
+    $(other).focus();
+  });
+  $("look-ask").addEventListener("submit", look);
 }
-
-for (const tab of Object.keys(TABS)) $(tab).addEventListener("click", () => openTab(tab));
-$("tabs").addEventListener("keydown", (event) => {
-  if (!["ArrowLeft", "ArrowRight"].includes(event.key)) return;
-  const other = event.target.id === "tab-chat" ? "tab-look" : "tab-chat";
-  openTab(other);
-  $(other).focus();
-});
-$("look-ask").addEventListener("submit", lookAt);

@@ -1,204 +1,188 @@
-// The page: asks the server as any OpenAI client does, and shows what comes.
-// What it remembers stays in this browser (localStorage). Texts are only ever set as
-// text, never as markup.
-"use strict";
+// The page: conversations with one model or with two side by side. What it remembers
+// stays in this browser: settings in localStorage, conversations in IndexedDB. Which
+// conversation a tab shows is in its address.
 
-const $ = (id) => document.getElementById(id);
-const STORE = "gpt_jax";
-const DEFAULTS = {
-  temperature: 0.8, top_p: 1, top_k: 0, min_p: 0, repetition_penalty: 1,
-  frequency_penalty: 0, presence_penalty: 0,
-  max_tokens: 128, seed: "", system: "", tokens: false, key: "",
+import { Column } from "./column.js";
+import { $, button, make } from "./dom.js";
+import { fromHistories } from "./exchange.js";
+import * as list from "./list.js";
+import * as look from "./look.js";
+import * as panel from "./panel.js";
+import * as server from "./server.js";
+import { histories, set, settings } from "./settings.js";
+import * as store from "./store.js";
+import * as tokens from "./tokens.js";
+
+const EXAMPLES = {
+  chat: [
+    "Explain in two sentences why the sky is blue.",
+    "Write a Python function that says whether a word is a palindrome.",
+    "Name three animals that live in the sea, as a list.",
+  ],
+  text: ["Once upon a time", "The most important thing about", "def main("],
 };
-const RANGES = [
-  "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty",
-  "presence_penalty", "max_tokens",
-];
-const ALTERNATIVES = 5;
+const PHONE = "(max-width: 45rem)"; // as page.css has it
+const PANELS = ["list", "settings"];
+const TITLE = 60; // characters of the first message
 
 let models = [];
-let running = null; // the AbortController of the answer that is being written
-let state = load();
+let conversation = null; // as store.js has it; none = one that has not begun
+let opening = 0; // counts what was opened: only the last one is shown
+let written = Promise.resolve(); // when nothing is being written
+
+const page = { open, chosen, say, keep, turned, writing };
+const columns = [new Column(0, page), new Column(1, page)];
+const asked = () => columns.filter((column) => column.model);
+const busy = () => columns.some((column) => column.running);
 
 // ---------------------------------------------------------------- what is remembered
 
-function load() {
-  let kept = {};
-  try { kept = JSON.parse(localStorage.getItem(STORE)) || {}; } catch { /* unreadable */ }
-  return {
-    model: kept.model || "",
-    settings: { ...DEFAULTS, ...kept.settings },
-    histories: kept.histories || {}, // by model: turns {role, text, tokens, note}
+const notKept = (error) => say(`Not kept in this browser: ${error.message}`, true);
+
+function begin(text) {
+  if (conversation) return;
+  const line = text.replace(/\s+/g, " ").trim();
+  const now = Date.now();
+  conversation = {
+    id: store.newId(), created: now, changed: now, leaves: [null, null],
+    title: (line.length > TITLE ? `${line.slice(0, TITLE)}…` : line) || "Without a beginning",
+    models: asked().map((column) => column.model.id),
   };
+  for (const column of columns) column.conversation = conversation.id;
+  store.add([{ conversation, turns: [] }]).catch(notKept);
+  address();
+  list.mark(conversation.id);
 }
 
-function save() {
-  const { key, ...settings } = state.settings; // a key is not written down
-  try {
-    localStorage.setItem(STORE, JSON.stringify({ ...state, settings }));
-  } catch { /* full, or not allowed: then nothing is remembered */ }
+// Which leaf is seen in a column, as a change of a conversation.
+const seenAt = (number, leaf) => ({ leaves }) =>
+  ({ leaves: leaves.map((old, i) => (i === number ? leaf : old)) });
+
+function keep(turn, seen = false) {
+  const leaf = seenAt(turn.column, turn.id);
+  const changed = (old) => (seen ? { ...leaf(old), changed: Date.now() } : {});
+  store.change(turn.conversation, changed, turn).catch(notKept);
 }
 
-function turns() {
-  return (state.histories[state.model] ||= []);
+function turned(id, number, leaf) {
+  store.change(id, seenAt(number, leaf)).catch(notKept);
 }
 
-// ---------------------------------------------------------------- the server
-
-function headers() {
-  const key = state.settings.key;
-  return { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
-}
-
-async function complaint(response) {
-  let message = `the server answered ${response.status}`, code = "";
-  try { ({ message, code } = (await response.json()).error); } catch { /* no JSON */ }
-  if (response.status === 401) message += ": put it into the settings";
-  const after = response.headers.get("Retry-After");
-  const error = new Error(after ? `${message} (again in ${after} s)` : message);
-  error.long = code === "context_length_exceeded";
-  return error;
-}
-
-async function getModels() {
-  const response = await fetch("v1/models", { headers: headers() });
-  if (!response.ok) throw await complaint(response);
-  return (await response.json()).data;
-}
-
-// Calls `hear` with the choice of every event until the stream ends.
-async function stream(path, body, signal, hear) {
-  const response = await fetch(path, {
-    method: "POST", headers: headers(), body: JSON.stringify(body), signal,
-  });
-  if (!response.ok) throw await complaint(response);
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) throw new Error("the server ended the answer in the middle");
-    const parts = (rest + value).split("\n\n");
-    rest = parts.pop();
-    for (const part of parts) {
-      const data = part.replace(/^data: /, "");
-      if (data === "[DONE]") return;
-      const event = JSON.parse(data);
-      if (event.error) throw new Error(event.error.message);
-      if (event.choices.length) hear(event.choices[0]);
-    }
+// Another tab has changed a conversation.
+async function heard(id) {
+  if (id !== conversation?.id) return;
+  const found = await store.get(id);
+  if (id !== conversation?.id) return;
+  if (!found) return open(null);
+  for (const column of asked()) {
+    column.merge(found.turns.filter((turn) => turn.column === column.number));
   }
-}
-
-function model() {
-  return models.find((one) => one.id === state.model);
-}
-
-// The request for an answer to these turns.
-function request(list) {
-  const s = state.settings;
-  const body = { model: state.model, stream: true };
-  for (const name of RANGES) body[name] = Number(s[name]);
-  body.max_tokens = Math.min(body.max_tokens, model().context_length);
-  if (s.seed !== "") body.seed = Number(s.seed);
-  if (!model().chat) {
-    const prompt = list.map((turn) => turn.text).join("");
-    if (prompt) body.prompt = prompt; // without one the model begins a text
-    if (s.tokens) body.logprobs = ALTERNATIVES;
-    return ["v1/completions", body];
-  }
-  body.messages = list.map((turn) => ({ role: turn.role, content: turn.text }));
-  if (s.system) body.messages.unshift({ role: "system", content: s.system });
-  if (s.tokens) Object.assign(body, { logprobs: true, top_logprobs: ALTERNATIVES });
-  return ["v1/chat/completions", body];
-}
-
-// Tokens of an event as [text, log-probability, [[text, log-probability], ...]].
-function tokensOf(choice) {
-  const told = choice.logprobs;
-  if (!told) return [];
-  if (told.content) {
-    return told.content.map((t) =>
-      [t.token, t.logprob, t.top_logprobs.map((o) => [o.token, o.logprob])]);
-  }
-  return told.tokens.map((text, i) =>
-    [text, told.token_logprobs[i], Object.entries(told.top_logprobs[i] || {})]);
-}
-
-// ---------------------------------------------------------------- asking
-
-// Writes an answer; when none comes, the one that it was to replace is put back.
-async function answer(old = null) {
-  const list = turns();
-  const made = { role: "assistant", text: "", tokens: [], note: "" };
-  const before = list.slice();
-  list.push(made);
-  const shown = add(made);
-  running = new AbortController();
   refresh();
-  say("Writing …");
-  const began = performance.now();
-  let first = 0, dropped = 0;
+}
+
+// ---------------------------------------------------------------- what is opened
+
+function address() {
+  const wanted = conversation ? `?c=${conversation.id}` : location.pathname;
+  if (`${location.search || location.pathname}` !== wanted) history.pushState(null, "", wanted);
+}
+
+const addressed = () => new URLSearchParams(location.search).get("c");
+
+// Shows a conversation; without an id, a new one.
+async function open(id, { move = true } = {}) {
+  const mine = opening += 1;
+  for (const { running } of columns) running?.abort();
+  await written; // so that what was written is kept where it belongs
+  const found = id ? await store.get(id).catch(notKept) : null;
+  if (mine !== opening) return;
+  if (id && !found) say("This conversation is not kept in this browser (any more).", true);
+  else say("");
+  conversation = found?.conversation ?? null;
+  show(conversation?.models ?? [settings.model, settings.beside], found?.turns ?? []);
+  if (move) address();
+  list.mark(conversation?.id);
+}
+
+// A conversation is chosen by hand; on a phone the panels make way for it.
+function chosen(id) {
+  if (matchMedia(PHONE).matches) for (const name of PANELS) toggle(name, false);
+  return open(id);
+}
+
+function show(names, turns = []) {
+  if (!models.length) return;
+  const known = (name) => models.find((one) => one.id === name);
+  const chosen = [known(names[0]) ?? models[0], known(names[1]) ?? null];
+  for (const column of columns) {
+    const own = turns.filter((turn) => turn.column === column.number);
+    column.open(conversation, chosen[column.number], own);
+    column.colour();
+  }
+  $("model").value = chosen[0].id;
+  $("beside").value = chosen[1]?.id ?? "";
+  const gone = names.filter((name, i) => i < 2 && name && !known(name));
+  if (gone.length && conversation) say(`${gone.join(" and ")}: not served here (any more).`, true);
+  facts();
+  look.offer(chosen[0]);
+  refresh();
+}
+
+// Other models are chosen for what is seen.
+async function choose() {
+  set("model", $("model").value);
+  set("beside", $("beside").value);
+  const names = [settings.model, settings.beside].filter(Boolean);
+  if (!conversation) return show(names);
+  const { id } = conversation;
+  await store.change(id, () => ({ models: names })).catch(notKept);
+  return open(id);
+}
+
+async function connect() {
   try {
-    for (;;) {
-      try {
-        const [path, body] = request(before);
-        await stream(path, body, running.signal, (choice) => {
-          first ||= performance.now() - began;
-          const tokens = tokensOf(choice);
-          const text = choice.text ?? choice.delta.content ?? "";
-          made.text += text;
-          made.tokens.push(...tokens);
-          grow(shown, text, tokens);
-          if (choice.finish_reason) made.reason = choice.finish_reason;
-        });
-        break;
-      } catch (error) { // a conversation that is too long loses its oldest turns
-        if (!error.long || !model().chat || before.length < 3) throw error;
-        before.splice(0, 2);
-        dropped += 1;
-      }
-    }
-    made.note = made.reason === "length" ? "cut: enough tokens, or the context is full" : "";
-    if (dropped) made.note = `the model no longer sees the oldest ${dropped} turns. ${made.note}`;
-    const seconds = (performance.now() - began) / 1000;
-    say(`Done in ${seconds.toFixed(1)} s, the first token after ${Math.round(first)} ms.`);
+    models = await server.models();
   } catch (error) {
-    const stopped = error.name === "AbortError";
-    made.note = stopped ? "stopped" : "";
-    say(stopped ? "Stopped." : `Error: ${error.message}`, !stopped);
-    if (!made.text) {
-      list.splice(list.indexOf(made), 1, ...(old ? [old] : []));
-      show();
-    }
+    say(`Error: ${error.message}`, true);
+    return;
   }
-  running = null;
-  if (made.text) note(shown, made);
-  save();
+  const options = () => models.map((one) => new Option(one.id, one.id));
+  $("model").replaceChildren(...options());
+  $("beside").replaceChildren(new Option("nothing", ""), ...options());
+  $("beside-field").hidden = models.length < 2;
+  $("max_tokens").max = Math.max(...models.map((one) => one.context_length));
+  panel.show();
+  await open(addressed(), { move: false });
+}
+
+// ---------------------------------------------------------------- what is asked
+
+// Is busy until the answers that `start` begins have ended.
+async function writing(start) {
+  if (busy()) return;
+  const began = performance.now(), here = opening;
+  const started = start();
+  if (busy()) say("Writing …");
   refresh();
-  $("input").focus();
+  written = Promise.all(started);
+  const ends = (await written).filter(Boolean);
+  refresh();
+  if (here !== opening) return;
+  const end = ends.find((one) => one.bad) ?? ends[0];
+  if (!end) return;
+  const seconds = ((performance.now() - began) / 1000).toFixed(1);
+  say(end.text === "Done" ? `Done in ${seconds} s.` : end.text, end.bad);
+  const idle = [document.body, $("stop"), $("send")].includes(document.activeElement);
+  if (idle && matchMedia("(pointer: fine)").matches) $("input").focus();
 }
 
-function submit(event) {
-  event.preventDefault();
-  if (running || !model()) return;
-  const text = $("input").value;
-  if (model().chat && !text.trim()) return;
-  if (text) {
-    const turn = { role: "user", text };
-    turns().push(turn);
-    add(turn);
-  }
+function send(text) {
+  const to = asked();
+  if (busy() || !to.length) return;
+  if (!text.trim() && to.some((column) => column.model.chat)) return;
+  begin(text);
   $("input").value = "";
-  save();
-  answer();
-}
-
-function again() {
-  const list = turns();
-  if (running || !list.length) return;
-  const old = list.at(-1).role === "assistant" ? list.pop() : null;
-  show();
-  answer(old);
+  writing(() => to.map((column) => column.ask(text)));
 }
 
 // ---------------------------------------------------------------- what is seen
@@ -208,202 +192,96 @@ function say(text, bad = false) {
   $("status").classList.toggle("bad", bad);
 }
 
-function add(turn) {
-  const box = document.createElement("article");
-  box.className = `turn ${turn.role}`;
-  const head = document.createElement("h2");
-  const base = model() && !model().chat;
-  head.textContent = turn.role === "user" ? (base ? "Prompt" : "You") : state.model;
-  const body = document.createElement("div");
-  box.append(head, body, document.createElement("small"));
-  $("history").append(box);
-  grow(box, turn.text, turn.tokens || []);
-  note(box, turn);
-  return box;
-}
-
-function note(box, turn) {
-  box.querySelector("small").textContent = turn.note || "";
-}
-
-function grow(box, text, tokens) {
-  const body = box.querySelector("div");
-  const view = $("history");
-  const atEnd = view.scrollHeight - view.scrollTop - view.clientHeight < 80;
-  if (tokens.length && state.settings.tokens) {
-    for (const token of tokens) if (token[0]) body.append(coloured(token));
-  } else {
-    body.append(text);
-  }
-  if (atEnd) view.scrollTop = view.scrollHeight;
-}
-
-// A token on a scale from red (unlikely) to green (sure).
-function coloured(token) {
-  const span = document.createElement("span");
-  const chance = token[1] === null ? 1 : Math.exp(token[1]);
-  span.className = "token";
-  span.textContent = token[0];
-  const hue = Math.round(120 * Math.sqrt(chance));
-  span.style.backgroundColor = `hsl(${hue} 80% 50% / 30%)`;
-  span.tabIndex = -1;
-  span.setAttribute("aria-label", `${token[0]}, ${percent(chance)}`);
-  span.told = token;
-  return span;
-}
-
-function percent(chance) {
-  return `${(100 * chance).toFixed(chance < 0.1 ? 2 : 1)} %`;
-}
-
-function tip(span) {
-  const box = $("tip");
-  box.hidden = !span;
-  if (!span) return;
-  const [text, logprob, others] = span.told;
-  const table = document.createElement("table");
-  const rows = others.some(([other]) => other === text) ? others : [...others, [text, logprob]];
-  for (const [other, value] of rows) {
-    const row = table.insertRow();
-    row.className = other === text ? "own" : "";
-    row.insertCell().textContent = JSON.stringify(other);
-    row.insertCell().textContent = percent(Math.exp(value));
-  }
-  box.replaceChildren(table);
-  const place = span.getBoundingClientRect();
-  const below = place.bottom + 6 + box.offsetHeight < innerHeight;
-  box.style.top = `${below ? place.bottom + 6 : place.top - 6 - box.offsetHeight}px`;
-  box.style.left = `${Math.max(6, Math.min(place.left, innerWidth - box.offsetWidth - 6))}px`;
-}
-
-// The arrow keys go from token to token; one of them can be reached with Tab.
-function walk(event) {
-  const here = event.target.closest?.(".token");
-  const steps = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-  if (!here || !steps) return;
-  const all = [...document.querySelectorAll(".token")];
-  const next = all[all.indexOf(here) + steps];
-  if (next) { next.focus(); event.preventDefault(); }
-}
-
-function show() {
-  $("history").replaceChildren();
-  for (const turn of turns()) add(turn);
-  $("history").scrollTop = $("history").scrollHeight;
-  refresh();
-}
-
 function refresh() {
-  const one = model(), chat = Boolean(one?.chat), empty = !turns().length;
-  $("send").disabled = Boolean(running) || !one;
-  $("stop").disabled = !running;
-  $("again").disabled = Boolean(running) || empty;
-  $("fresh").disabled = Boolean(running);
-  $("model").disabled = Boolean(running);
-  $("tokens").disabled = Boolean(running); // it draws all turns anew
+  const [first] = columns, one = first.model, chat = Boolean(one?.chat);
+  const writes = busy();
+  for (const name of ["model", "beside", "tokens"]) $(name).disabled = writes;
+  $("columns").classList.toggle("busy", writes);
+  $("columns").classList.toggle("two", asked().length > 1);
+  $("send").disabled = writes || !one;
+  $("stop").disabled = !writes;
   $("send").textContent = chat ? "Send" : "Continue";
   $("input-label").textContent = chat ? "Message" : "Text to continue";
   $("input").placeholder = chat ? "Write a message; Shift+Enter for a new line"
     : "A text to continue; Ctrl+Enter sends it";
-  $("system-field").hidden = !chat;
-  $("hint").textContent = !one || !empty ? "" : chat ? ""
-    : "This model has only learnt to continue texts: give it a beginning, or none.";
-  const last = document.querySelector(".turn:last-child .token") ?? document.querySelector(".token");
-  if (last) last.tabIndex = 0;
+  $("system-field").hidden = !asked().some((column) => column.model.chat);
+  welcome(one && asked().every((column) => !column.leaf), chat);
+  tokens.reachable();
+}
+
+function welcome(empty, chat) {
+  $("welcome").hidden = !empty;
+  if (!empty) return;
+  $("hint").textContent = chat ? "Ask something, for example:"
+    : "This model has only learnt to continue texts. Give it a beginning, or none:";
+  $("examples").replaceChildren(...EXAMPLES[chat ? "chat" : "text"].map((text) =>
+    button(text, () => send(text))));
 }
 
 function facts() {
-  const one = model();
-  if (!one) return;
-  const size = one.parameters >= 1e6 ? `${(one.parameters / 1e6).toFixed(1)} million`
-    : `${one.parameters}`;
-  $("facts").textContent = `${one.id}: ${size} weights, context of ${one.context_length} `
-    + `tokens, vocabulary of ${one.vocab_size}, step ${one.step}. `
-    + (one.chat ? "Answers in conversations." : "Continues texts.");
-  $("max_tokens").max = one.context_length;
+  $("facts").replaceChildren(...asked().map(({ model: one }) => {
+    const size = one.parameters >= 1e6 ? `${(one.parameters / 1e6).toFixed(1)} million`
+      : `${one.parameters}`;
+    return make("p", {}, `${one.id}: ${size} weights, context of ${one.context_length} `
+      + `tokens, vocabulary of ${one.vocab_size}, step ${one.step}. `
+      + (one.chat ? "Answers in conversations." : "Continues texts."));
+  }));
 }
 
-function showSettings() {
-  for (const name of [...RANGES, "seed", "system", "key"]) {
-    $(name).value = state.settings[name];
-    const shown = $(name).closest("label").querySelector("output");
-    if (shown) shown.textContent = $(name).value;
-  }
-  $("tokens").checked = state.settings.tokens;
+function toggle(name, shown) {
+  $(name).hidden = !shown;
+  $(`${name}-toggle`).setAttribute("aria-expanded", String(shown));
 }
 
-function pick(name) {
-  state.model = name;
-  $("model").value = name;
-  facts();
-  offerLook();
-  showSettings();
-  show();
-}
-
-async function connect() {
-  try {
-    models = await getModels();
-  } catch (error) {
-    say(`Error: ${error.message}`, true);
-    return;
-  }
-  $("model").replaceChildren(...models.map((one) => new Option(one.id, one.id)));
-  pick(models.some((one) => one.id === state.model) ? state.model : models[0].id);
-  say("");
+// Opens a panel, or closes it; of those of a phone, which cover the page, one is open.
+function reveal(name, shown) {
+  if (matchMedia(PHONE).matches) for (const other of PANELS) toggle(other, false);
+  toggle(name, shown);
 }
 
 // ---------------------------------------------------------------- what is done
 
-function toggle(open) {
-  $("settings").hidden = !open;
-  $("settings-toggle").setAttribute("aria-expanded", String(open));
+$("columns").append(...columns.map((column) => column.box));
+$("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  send($("input").value);
+});
+$("stop").addEventListener("click", () => columns.forEach(({ running }) => running?.abort()));
+$("fresh").addEventListener("click", () => { chosen(null); $("input").focus(); });
+$("model").addEventListener("change", choose);
+$("beside").addEventListener("change", choose);
+$("forget").addEventListener("click", async () => {
+  reveal("list", true);
+  list.remove((await store.all()).map((one) => one.id));
+});
+for (const name of PANELS) {
+  $(`${name}-toggle`).addEventListener("click", () => reveal(name, $(name).hidden));
 }
-
-$("ask").addEventListener("submit", submit);
-$("stop").addEventListener("click", () => running?.abort());
-$("again").addEventListener("click", again);
-$("fresh").addEventListener("click", () => {
-  state.histories[state.model] = [];
-  save();
-  show();
-  say("");
-  $("input").focus();
-});
-$("model").addEventListener("change", () => { pick($("model").value); save(); });
-$("settings-toggle").addEventListener("click", () => toggle($("settings").hidden));
-$("forget").addEventListener("click", () => {
-  localStorage.removeItem(STORE);
-  state = { ...load(), model: state.model };
-  pick(state.model);
-});
 $("input").addEventListener("keydown", (event) => {
-  const chat = Boolean(model()?.chat);
-  const send = event.key === "Enter" && (chat ? !event.shiftKey : event.ctrlKey || event.metaKey);
-  if (send && !event.isComposing) submit(event);
+  const chat = Boolean(columns[0].model?.chat);
+  const sent = event.key === "Enter" && (chat ? !event.shiftKey : event.ctrlKey || event.metaKey);
+  if (!sent || event.isComposing) return;
+  event.preventDefault();
+  send($("input").value);
 });
-$("settings").addEventListener("input", (event) => {
-  const { id, type, checked, value } = event.target;
-  state.settings[id] = type === "checkbox" ? checked : value;
-  save();
-  showSettings();
-  if (id === "tokens") show();
-});
-$("key").addEventListener("change", connect);
 document.addEventListener("keydown", (event) => {
-  walk(event);
   if (event.key !== "Escape") return;
-  if (!$("tip").hidden) tip(null);
-  else if (running) running.abort();
+  if (!$("tip").hidden) tokens.tip(null);
+  else columns.forEach(({ running }) => running?.abort());
 });
-for (const [over, out] of [["mouseover", "mouseout"], ["focusin", "focusout"]]) {
-  document.addEventListener(over, (event) => {
-    const span = event.target.closest?.(".token");
-    if (span) tip(span);
-  });
-  document.addEventListener(out, () => tip(null));
-}
+addEventListener("popstate", () => open(addressed(), { move: false }));
+store.onChange((id, elsewhere) => elsewhere && heard(id).catch(notKept));
 
-toggle(matchMedia("(min-width: 60rem)").matches);
-showSettings();
+panel.start((name) => {
+  if (name === "key") connect();
+  if (name !== "tokens" && name !== "") return;
+  if (!busy()) for (const column of columns) { column.show(); column.colour(); }
+  refresh();
+});
+tokens.listen();
+look.start();
+list.start(page);
+store.add(fromHistories(histories())).catch(notKept);
+toggle("list", matchMedia("(min-width: 60rem)").matches);
+toggle("settings", matchMedia("(min-width: 80rem)").matches);
 connect();
