@@ -148,6 +148,8 @@ def _rope(config: Mapping, layer_type: str, theta: tuple[str, float]) -> Rope:
         given = {}
     given = _one_spelling(given)
     old = _one_spelling(config.get("rope_scaling") or {})
+    for spelt in (given, old):  # `partial` reads it
+        spelt.pop("partial_rotary_factor", None)
     default = config.get(theta[0])
     default = theta[1] if default is None else default
     if layer_type == FULL and old:  # the old spelling scales these layers only
@@ -160,7 +162,6 @@ def _rope(config: Mapping, layer_type: str, theta: tuple[str, float]) -> Rope:
             )
         given = old
     base = given.pop("rope_theta", default)
-    given.pop("partial_rotary_factor", None)  # `partial` reads it
     return float(base), _scaling(given.pop("rope_type", "default"), given, config)
 
 
