@@ -129,8 +129,8 @@ lock: python  ## resolve the requirements*.txt anew; UPGRADE=--upgrade takes new
 	$(LOCK) requirements-lm-eval.in -o requirements-lm-eval.txt
 	$(LOCK) pyproject.toml \
 	  --extra sweep --extra wandb --extra datasets --extra parity --extra export \
-	  --extra chat --extra eval --extra serve --extra browser --extra peft \
-	  --extra notebooks --extra site \
+	  --extra chat --extra eval --extra serve --extra structured --extra browser \
+	  --extra peft --extra notebooks --extra site \
 	  --constraints requirements.txt --no-annotate -o requirements-extras.txt
 	grep -Ev '^(nvidia|cuda|triton)' requirements-extras.txt > requirements-extras.tmp
 	mv requirements-extras.tmp requirements-extras.txt

@@ -15,7 +15,7 @@ Nothing here knows tokenizers or JAX; what is handed in is a `tokenizers.Tokeniz
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from functools import lru_cache
 from pathlib import Path
@@ -33,8 +33,16 @@ MARK = "\uf8ff"  # for private use: put where a template writes a text, to find 
 ASKED = ("tool_calls", "function_call", "tool_call_id", "train")
 
 
+class Call(NamedTuple):
+    """The call of a tool, as an answer holds it."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    id: str = ""
+
+
 class Message(NamedTuple):
-    """One turn of a conversation; the role is one of ROLES.
+    """One turn of a conversation; the role is one of ROLES, or "tool".
 
     An answer of weight 0 is a part of what is answered later, and not learnt itself.
     """
@@ -42,6 +50,25 @@ class Message(NamedTuple):
     role: str
     content: str
     weight: int = 1
+    calls: tuple[Call, ...] = ()  # of an answer
+    call_id: str = ""  # of what a tool says: to which call
+    name: str = ""  # likewise: which tool
+
+
+class ToolForm(NamedTuple):
+    """How a template writes the call of a tool, in JSON with a key `name`.
+
+    Attributes:
+      begin: what stands before the JSON.
+      arguments: the key of the arguments.
+      end: what stands behind it.
+      answers: whether the template writes what tools say.
+    """
+
+    begin: str
+    arguments: str
+    end: str
+    answers: bool
 
 
 class Template(NamedTuple):
@@ -168,7 +195,12 @@ def messages_of(row: Mapping[str, Any], template: str) -> list[Message]:
 
 
 def render(
-    messages: Sequence[Message], tokenizer, template: str, *, reply: bool
+    messages: Sequence[Message],
+    tokenizer,
+    template: str,
+    *,
+    reply: bool,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[list[int], list[int]]:
     """Returns the ids of a conversation and which of them are answers.
 
@@ -178,6 +210,7 @@ def render(
       template: a name of TEMPLATES, or Jinja text.
       reply: ends with the opening of an answer, which a model then writes: the prompt
         for generation. Without it the ids end with the last message.
+      tools: that a model may call, described as in OpenAI's API; see `tool_form`.
 
     Returns:
       (ids, answer): answer[i] is 1 where ids[i] belongs to an answer, its end token
@@ -188,16 +221,21 @@ def render(
         that could end an answer.
     """
     for message in messages:
-        names.choose("role", message.role, ROLES)
+        names.choose("role", message.role, (*ROLES, "tool"))
     if not messages:
         raise ValueError("a conversation needs at least one message")
-    guard = _unused("".join(message.content for message in messages))
+    guard = _unused("".join(_texts([*messages, *tools])))
     safe = [
-        message._replace(content=_broken(message.content, tokenizer, guard))
+        _broken(message, tokenizer, guard)._replace(role=message.role)
         for message in messages
     ]
-    written = _by_name if template in TEMPLATES else _by_jinja
-    text, spans = written(safe, tokenizer, template, reply)
+    if template in TEMPLATES:
+        if tools or any(m.calls or m.role == "tool" for m in messages):
+            raise ValueError(f"the template {template} writes nothing of tools")
+        text, spans = _by_name(safe, tokenizer, template, reply)
+    else:
+        tools = _broken([*tools], tokenizer, guard)
+        text, spans = _by_jinja(safe, tokenizer, template, reply, tools)
     opening = list(tokenizer.opening) if template in TEMPLATES else []
     whole = tokenizer.kind not in ("char", "word") and tokenizer.JOINT not in text
     encode = _encode_whole if whole else _encode_parts
@@ -309,7 +347,7 @@ def _by_name(messages, tokenizer, name: str, reply: bool):
     if template.preamble and messages[0].role != "system":
         messages = [Message("system", template.preamble), *messages]
     text, spans = "", []
-    for number, (role, content, weight) in enumerate(messages):
+    for number, (role, content, weight, *_) in enumerate(messages):
         text += (template.between if number else "") + getattr(template, role)
         start = len(text)
         text += content + (end if role == "assistant" else template.close)
@@ -318,14 +356,16 @@ def _by_name(messages, tokenizer, name: str, reply: bool):
     return text + (template.between + template.assistant) * reply, spans
 
 
-def _by_jinja(messages, tokenizer, template: str, reply: bool):
+def _by_jinja(messages, tokenizer, template: str, reply: bool, tools=()):
     """Returns the text of a conversation and its answers: (begin, end, weight).
 
     An answer begins where the prompt for it ends, which is found by rendering what
     precedes it, and ends behind the template's end token. Nothing precedes one that
     comes first: it begins where its text does.
     """
-    text = _fill(template, tokenizer, messages, reply)
+    text = _fill(template, tokenizer, messages, reply, tools)
+    if tools or any(message.calls for message in messages):  # learnt by no task here
+        return text, []
     end, own = _end(tokenizer, template)
     written, taken, spans = "", 0, []
     for number, message in enumerate(messages):
@@ -384,7 +424,7 @@ def _end(tokenizer, template: str) -> tuple[str, bool]:
 # ---------------------------------------------------------------- Jinja
 
 
-def _fill(template: str, tokenizer, messages, reply: bool) -> str:
+def _fill(template: str, tokenizer, messages, reply: bool, tools=()) -> str:
     """Returns what a Jinja template writes.
 
     Raises:
@@ -399,14 +439,79 @@ def _fill(template: str, tokenizer, messages, reply: bool) -> str:
         bos = next(iter(usual), names.get(tokenizer.eos_id, ""))
     try:
         return _compiled(template).render(
-            messages=[{"role": m.role, "content": m.content} for m in messages],
+            messages=[_turn(message) for message in messages],
             add_generation_prompt=reply,
             bos_token=bos,
             eos_token=names.get(tokenizer.eos_id, ""),
-            tools=None,
+            tools=[*tools] or None,
         )
     except Exception as error:  # a template can fail in every way that a program can
         raise ValueError(f"the chat template fails: {error}") from error
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    """Returns a message as templates read it; a call's arguments are an object."""
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.calls:
+        turn["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in message.calls
+        ]
+    told = {"tool_call_id": message.call_id, "name": message.name}
+    return turn | {key: text for key, text in told.items() if text}
+
+
+PROBE = "probe_of_tools"
+
+
+@lru_cache(maxsize=64)
+def tool_form(tokenizer, template: str) -> ToolForm | None:
+    """Returns how a template writes tools, or None where it writes none, or not so.
+
+    Found by letting it write a call and what the tool says: published templates know
+    tools in many ways, and say nothing of them.
+    """
+    if template in TEMPLATES:
+        return None
+    shown = {"type": "object", "properties": {"key": {"type": "string"}}}
+    described = {"name": PROBE, "description": "A tool.", "parameters": shown}
+    tools = [{"type": "function", "function": described}]
+    call = Call(PROBE, {"key": "value"}, "probe0001")  # Mistral's want nine characters
+    asked = [Message("user", "question")]
+    called = [*asked, Message("assistant", "", calls=(call,))]
+    heard = Message("tool", MARK, call_id=call.id, name=PROBE)
+    try:
+        before = _fill(template, tokenizer, asked, True, tools)
+        text = _fill(template, tokenizer, called, False, tools)
+    except ValueError:
+        return None
+    if PROBE not in before:
+        return None
+    try:
+        answers = MARK in _fill(template, tokenizer, [*called, heard], True, tools)
+    except ValueError:
+        answers = False
+    # Where an answer begins with thoughts that a call is written without.
+    before = re.sub(r"<think>\s*(</think>\s*)?$", "", before)
+    if not text.startswith(before):
+        return None
+    for found in re.finditer(r"\{", text[len(before) :]):
+        opened = len(before) + found.start()
+        try:
+            written, closed = json.JSONDecoder().raw_decode(text, opened)
+        except ValueError:
+            continue
+        key = next((k for k, x in written.items() if x == call.arguments), None)
+        if written.get("name") == PROBE and key:
+            behind, own = _end(tokenizer, template)
+            end = text[closed:].partition(behind)[0] if own else text[closed:]
+            begin = text[len(before) : opened].rpartition("</think>")[2]
+            return ToolForm(begin.lstrip(), key, end.rstrip(), answers)
+    return None
 
 
 @lru_cache(maxsize=8)
@@ -461,11 +566,33 @@ def _unused(text: str) -> str:
     return found
 
 
-def _broken(content: str, tokenizer, guard: str) -> str:
-    """Returns a text in which the names of special tokens are broken by `guard`."""
-    for name in _names(tokenizer):
-        content = content.replace(name, name[0] + guard + name[1:])
-    return content
+def _texts(value: Any) -> Iterator[str]:
+    """Yields every text within lists, tuples and objects."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts([*value, *value.values()])
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _texts(one)
+
+
+def _broken(value: Any, tokenizer, guard: str) -> Any:
+    """Returns the same with the names of special tokens in texts broken by `guard`."""
+    if isinstance(value, Mapping):
+        pairs = value.items()
+        return {
+            _broken(key, tokenizer, guard): _broken(one, tokenizer, guard)
+            for key, one in pairs
+        }
+    if isinstance(value, list | tuple):
+        found = [_broken(one, tokenizer, guard) for one in value]
+        named = hasattr(value, "_fields")  # a NamedTuple
+        return type(value)(*found) if named else type(value)(found)
+    if isinstance(value, str):
+        for name in _names(tokenizer):
+            value = value.replace(name, name[0] + guard + name[1:])
+    return value
 
 
 def _literal(text: str) -> str:

@@ -321,7 +321,9 @@ def test_a_template_that_fails_is_refused(template, words):
 
 
 def test_a_conversation_needs_known_roles_and_a_message():
-    with pytest.raises(ValueError, match="role 'tool' is not one of"):
+    with pytest.raises(ValueError, match="role 'robot' is not one of"):
+        chat.render([Message("robot", "x")], BYTE, "plain", reply=True)
+    with pytest.raises(ValueError, match="plain writes nothing of tools"):
         chat.render([Message("tool", "x")], BYTE, "plain", reply=True)
     with pytest.raises(ValueError, match="at least one message"):
         chat.render([], BYTE, "plain", reply=True)

@@ -338,7 +338,7 @@ def test_an_engine_that_breaks_says_so_to_everybody(monkeypatch):
     made = engine(sizes=[1])
     made.start()
     assert made.ready.wait(60)
-    monkeypatch.setattr(made._slots, "step", lambda told: 1 / 0)
+    monkeypatch.setattr(made._slots, "step", lambda **told: 1 / 0)
     found = answers(made, [ask("a"), ask("b")])
     assert [answer.reason for answer in found] == ["error", "error"]
     assert isinstance(made.failed, ZeroDivisionError)

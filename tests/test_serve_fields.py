@@ -22,6 +22,9 @@ VALID = {  # the least that each form takes
     "detokenize": {"tokens": [1]},
     "look": {"prompt": "x"},
 }
+CALL = {"id": "1", "type": "function"}
+CALL |= {"function": {"name": "f", "arguments": "{}"}}
+CALLS = {"role": "assistant", "tool_calls": [CALL]}
 VALUES = [
     *(None, True, False, 0, 1, -1, 1.5, 200, -200, 2**70, 1e31, "", "x", "x" * 300),
     *([], ["x"], [1], [""], [[1]], [[]], [-1], [{}], {}, {"a": 1}, {"1": 1}),
@@ -31,6 +34,19 @@ VALUES = [
     *([{"role": "user", "content": "x", "name": "me"}],),
     *([{"role": "user", "content": [{"type": "image_url", "text": "x"}]}],),
     *({"format": {"type": "text"}}, {"format": {"type": "json_object"}}),
+    *({"type": "json_object"}, {"type": "json_object", "schema": {}}, {"type": 1}),
+    *({"type": "json_schema", "json_schema": {"name": "x", "schema": {}}},),
+    *({"type": "json_schema", "json_schema": {"schema": None}}, {"type": "xml"}),
+    *({"format": {"type": "json_schema", "schema": {}}}, {"json": {}}, {"regex": ""}),
+    *({"regex": "x"}, {"regex": "x", "choice": ["a"]}, {"regex": None, "json": {}}),
+    *({"choice": ["a", "b"]}, {"choice": []}, {"json": None}),
+    *({"type": "function", "function": {"name": "f"}}, {"type": "function"}),
+    *([{"type": "function", "function": {"name": "f", "parameters": {}}}],),
+    *([{"type": "function", "function": {"name": "f g"}}], [{"type": "web_search"}]),
+    *([{"role": "tool", "content": "x", "tool_call_id": "1"}],),
+    *([{"role": "tool", "tool_call_id": "1"}], [{"role": "robot", "content": "x"}]),
+    *([CALLS], [{**CALLS, "content": None}], [{**CALLS, "role": "user"}]),
+    *([{**CALLS, "tool_calls": []}], [{**CALLS, "tool_calls": [{"id": "1"}]}]),
 ]
 
 
@@ -84,7 +100,7 @@ def defaults():
 @pytest.mark.parametrize(
     ("form", "changes", "param", "words"),
     [
-        ("chat", {"tools": [{}], "tool_choice": "auto"}, "tools", "not supported"),
+        ("completion", {"tools": [{}], "tool_choice": "auto"}, "tools", "not support"),
         ("chat", {"top_logprobs": 2}, "top_logprobs", "without logprobs"),
         ("chat", {"stream_options": {"x": 1}}, "stream_options.x", "knows"),
         ("chat", {"n": 33}, "n", "from 1 to 8, not 33"),

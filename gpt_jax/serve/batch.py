@@ -8,7 +8,7 @@ All are plain functions of fixed shapes; the engine compiles them before its fir
 request. A row never depends on its neighbours (see sample/).
 
 Shapes: B rows  T tokens of a piece  S room of a row  V vocabulary  D width
-K alternatives  N biases  E ends
+K alternatives  N biases  E ends  W words of 32 tokens
 """
 
 import math
@@ -29,6 +29,7 @@ TOP = 20  # alternatives told with a token; OpenAI's most, so shapes stay few
 BIASED = 300  # tokens of a row whose logits may be biased; so shapes stay few
 ENDING = 32  # tokens that may end a row
 NO_TOKEN = 2**31 - 1  # fills the places of biases and ends that there are not
+BITS = 32  # tokens in a word of a mask
 SCORED = 16  # positions whose logits are held at once: bounds memory only
 
 # What costs least, for idle rows.
@@ -43,6 +44,13 @@ class Rules(NamedTuple):
     end_BE: Any  # int32: tokens that end the row, NO_TOKEN where there is no more
     begin_B: Any  # int32: where what is written begins: the prompt's length
     least_B: Any  # int32: so many tokens are written before one of the ends may come
+
+
+class Allowed(NamedTuple):
+    """Which tokens may come next; what a grammar allows changes with every token."""
+
+    masked_B: Any  # bool: whether a row has a mask; without one every token may come
+    words_BW: Any  # uint32: a bit for each token, the lowest first
 
 
 class Batch(NamedTuple):
@@ -110,6 +118,22 @@ def rules(
     return Rules(*(np.repeat(x[None], rows, axis=0) for x in one))
 
 
+def allowed(rows: int, vocabulary: int, masks: Mapping[int, np.ndarray]) -> Allowed:
+    """Returns what rows may choose, by the masks of some; of the others everything.
+
+    Args:
+      rows: how many.
+      vocabulary: how many tokens there are.
+      masks: uint32 [W] of a row.
+    """
+    found = Allowed(
+        np.zeros(rows, bool), np.zeros((rows, -(-vocabulary // BITS)), np.uint32)
+    )
+    for row, words_W in masks.items():
+        found.masked_B[row], found.words_BW[row] = True, words_W
+    return found
+
+
 def resize(batch: Batch, row_B) -> Batch:
     """Returns the rows `row_B` of a batch, in that order, as a batch."""
     return jax.tree.map(lambda x: x[row_B], batch)
@@ -161,7 +185,7 @@ def score(params, x_TD, next_T, *, model: GPT):
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), told)
 
 
-def admit(batch: Batch, row: Cache, logits_1V, entry: Entry, slot):
+def admit(batch: Batch, row: Cache, logits_1V, entry: Entry, slot, allow: Allowed):
     """Puts a row whose prompt has run into a slot and chooses its first token.
 
     Args:
@@ -171,13 +195,15 @@ def admit(batch: Batch, row: Cache, logits_1V, entry: Entry, slot):
       logits_1V: after the prompt's last token.
       entry: what else the row brings.
       slot: traced.
+      allow: what its first token may be, of one row.
 
     Returns:
       the batch and Chosen of one row.
     """
     tokens_S, sampling, ruling, key_1, wants_1 = entry
     chosen = _choose(
-        logits_1V, tokens_S[None], row.length_B, sampling, ruling, key_1, wants_1
+        *(logits_1V, tokens_S[None], row.length_B, sampling, ruling, allow),
+        *(key_1, wants_1),
     )
     tokens_S = tokens_S.at[row.length_B].set(chosen.token_B, mode="drop")
 
@@ -195,7 +221,7 @@ def admit(batch: Batch, row: Cache, logits_1V, entry: Entry, slot):
     return batch, chosen
 
 
-def step(params, batch: Batch, running_B, *, model: GPT):
+def step(params, batch: Batch, running_B, allow: Allowed, *, model: GPT):
     """Gives one more token to the rows that run; returns the batch and Chosen."""
     rows, room = batch.tokens_BS.shape
     held_B = batch.cache.length_B
@@ -211,7 +237,7 @@ def step(params, batch: Batch, running_B, *, model: GPT):
     )
     wants_B = running_B & batch.wants_B
     chosen = _choose(
-        *(logits_BV, batch.tokens_BS, length_B, sampling, ruling),
+        *(logits_BV, batch.tokens_BS, length_B, sampling, ruling, allow),
         *(batch.key_B, wants_B),
     )
     place_B = jnp.where(running_B, length_B, room)  # room: dropped
@@ -222,28 +248,37 @@ def step(params, batch: Batch, running_B, *, model: GPT):
     return batch._replace(cache=cache, tokens_BS=tokens_BS), chosen
 
 
-def ruled(logits_BV, ruling: Rules, length_B):
+def ruled(logits_BV, ruling: Rules, allow: Allowed, length_B):
     """Returns the logits of rows of `length_B` tokens as their rules change them."""
     row_B1 = jnp.arange(len(logits_BV))[:, None]
-
-    def biased():
-        return logits_BV.at[row_B1, ruling.bias_id_BN].add(ruling.bias_BN, mode="drop")
-
-    changed_BV = jax.lax.cond((ruling.bias_BN != 0).any(), biased, lambda: logits_BV)
     early_B = length_B - ruling.begin_B < ruling.least_B
 
-    def endless():
+    def changed():
+        biased_BV = logits_BV.at[row_B1, ruling.bias_id_BN].add(
+            ruling.bias_BN, mode="drop"
+        )
         barred_BE = jnp.where(early_B[:, None], ruling.end_BE, NO_TOKEN)
-        return changed_BV.at[row_B1, barred_BE].set(-jnp.inf, mode="drop")
+        endless_BV = biased_BV.at[row_B1, barred_BE].set(-jnp.inf, mode="drop")
+        return jnp.where(_may_come(allow, logits_BV.shape[1]), endless_BV, -jnp.inf)
 
-    return jax.lax.cond(early_B.any(), endless, lambda: changed_BV)
+    # One question for all of them: each would copy the logits to say no.
+    any_rule = (ruling.bias_BN != 0).any() | early_B.any() | allow.masked_B.any()
+    return jax.lax.cond(any_rule, changed, lambda: logits_BV)
+
+
+def _may_come(allow: Allowed, vocabulary: int):
+    """Returns bool [B, V]: whether a token may come next."""
+    place_11b = jnp.arange(BITS, dtype=jnp.uint32)[None, None]
+    bit_BWb = (allow.words_BW[:, :, None] >> place_11b) & 1
+    found_BV = bit_BWb.reshape(len(allow.words_BW), -1)[:, :vocabulary] == 1
+    return found_BV | ~allow.masked_B[:, None]
 
 
 def _choose(
-    logits_BV, tokens_BS, length_B, sampling, ruling: Rules, key_B, wants_B
+    logits_BV, tokens_BS, length_B, sampling, ruling, allow: Allowed, key_B, wants_B
 ) -> Chosen:
     token_B = choose(
-        *(ruled(logits_BV, ruling, length_B), tokens_BS),
+        *(ruled(logits_BV, ruling, allow, length_B), tokens_BS),
         *(ruling.begin_B, length_B, sampling, key_B),
     ).astype(jnp.int32)
     like = jax.eval_shape(_told, logits_BV, token_B)

@@ -19,6 +19,7 @@ from gpt_jax import mesh
 from gpt_jax.model import GPT
 from gpt_jax.serve import slots
 from gpt_jax.serve.compiled import Programs
+from gpt_jax.serve.grammars import Guide
 from gpt_jax.serve.texts import Request, Text, Token
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ class Piece(NamedTuple):
 
     `reason` is "" while it goes on; the last piece has stop, length (also of what was
     being written at its deadline), cancelled (by `Row.cancel`, or the engine closes),
-    late (its deadline came before its first token) or error.
+    late (its deadline came before its first token), lost (no token of the vocabulary
+    goes on in its grammar) or error.
     """
 
     text: str
@@ -62,6 +64,7 @@ class Row:
     done: int = 0  # tokens of the prompt that have run
     written: int = 0  # tokens chosen
     text: Text | None = None
+    guide: Guide | None = None  # where the text is within its grammar
     chosen: list[int] = field(default_factory=list)
     cached: int = 0  # tokens of the prompt that were kept of earlier ones
     pooled: Any = 0.0  # sum of the prompt's hidden states, or the last of them
@@ -309,6 +312,7 @@ class Engine:
         if row and row.text is None:
             with self._only(row):
                 row.text = Text(self.tokenizer, row.request)
+                row.guide = row.request.grammar and row.request.grammar.copy()
                 if not (row.request.score or row.request.pool):
                     row.done = row.cached = self._slots.recall(row.request.ids)
                     self.cached += row.cached
@@ -323,7 +327,8 @@ class Engine:
                 self._tell(row, reason="length")
             return
         entry = slots.entry(request, room)
-        slot, chosen = self._slots.join(entry, row, len(request.ids))
+        mask = row.guide and row.guide.mask_W
+        slot, chosen = self._slots.join(entry, row, len(request.ids), mask)
         self._slots.remember(request.ids, slot)
         self._filling = None  # before its first token is told: it may be the last
         with self._only(row):
@@ -335,7 +340,8 @@ class Engine:
         if not taken:
             return
         told = any(row.request.top is not None for _, row in taken)
-        chosen = self._slots.step(told=told)
+        masks = {slot: row.guide.mask_W for slot, row in taken if row.guide}
+        chosen = self._slots.step(told=told, masks=masks)
         self.steps += 1
         for slot, row in taken:
             with self._only(row):
@@ -349,10 +355,12 @@ class Engine:
         assert text is not None
         text.push(chosen, i)
         full = len(request.ids) + row.written >= self._slots.room
+        row.chosen.append(int(chosen.token_B[i]))
         reason = "stop" if text.stopped else ""
+        if not reason and row.guide:
+            reason = row.guide.push(row.chosen[-1])
         if not reason and (full or row.written >= request.settings["max_new"]):
             reason = "length"
-        row.chosen.append(int(chosen.token_B[i]))
         if reason:
             self._slots.remember([*request.ids, *row.chosen], slot)
             self._slots.leave(slot)

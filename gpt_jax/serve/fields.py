@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpt_jax import sampling
+from gpt_jax.serve import tools
 from gpt_jax.serve.batch import BIASED, TOP
 from gpt_jax.serve.errors import bad
 from gpt_jax.serve.kinds import (
     HUGE,
     Anything,
     ById,
+    ByType,
+    Either,
     Flag,
     Group,
     Ids,
@@ -27,19 +30,23 @@ from gpt_jax.serve.kinds import (
     Many,
     Nothing,
     Number,
+    Object,
+    OneKey,
     OneOf,
     OneOrMany,
     Schema,
     Text,
+    Unless,
     Whole,
     known,
     or_null,
     wrong,
 )
 from gpt_jax.serve.limits import Limits
+from gpt_jax.serve.messages import Conversation, Input, Turn
 
 STOPS, STOP_CHARS = 16, 256  # stop strings, and the longest: they cost time a token
-ROLES = ("system", "developer", "user", "assistant")
+TEXTS_MOST = 256  # texts of a choice
 
 
 @dataclass(frozen=True)
@@ -135,120 +142,6 @@ class Prompts:
         return {"anyOf": [*one, many | {"minItems": 1, "maxItems": self.most}]}
 
 
-# A part of a message; other types of parts are refused by their own name.
-PART = Group(
-    {
-        "type": OneOf(("text", "input_text", "output_text")),
-        "text": Text(),
-        "annotations": Nothing(([],)),
-        "logprobs": Nothing(([],)),
-    },
-    required=("text",),
-)
-
-
-@dataclass(frozen=True)
-class Content:
-    """What a message says: a text, or parts that are texts; read as one text."""
-
-    wanted: str = "a text or a list of parts that are texts"
-
-    def read(self, value: Any, name: str) -> str:
-        if isinstance(value, str):
-            return value
-        if not isinstance(value, list):
-            raise wrong(self, value, name)
-        for i, part in enumerate(value):
-            kind = part.get("type") if isinstance(part, dict) else None
-            if isinstance(kind, str) and kind not in PART.fields["type"].values:  # type: ignore[attr-defined]
-                place = f"{name}[{i}].type"
-                raise bad(
-                    f"{place} {kind[:40]!r} is not supported by this server: only "
-                    "texts are",
-                    place,
-                )
-        return "".join(part["text"] for part in Many(PART).read(value, name))
-
-    def schema(self) -> Schema:
-        return {"anyOf": [Text().schema(), Many(PART).schema()]}
-
-
-MESSAGE = Group(
-    {
-        "role": OneOf(ROLES),
-        "content": Content(),
-        # What clients send back of earlier answers, empty.
-        "refusal": Nothing(),
-        "audio": Nothing(),
-        "annotations": Nothing(([],)),
-        "tool_calls": Nothing(([],)),
-        "function_call": Nothing(),
-        "name": Nothing(),
-    },
-    required=("role", "content"),
-)
-ITEM = Group(
-    {
-        "type": OneOf(("message",)),
-        "role": OneOf(ROLES),
-        "content": Content(),
-        "id": Anything(),
-        "status": Anything(),
-    },
-    required=("role", "content"),
-)
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages; read as a list of (role, text)."""
-
-    item: Group
-
-    @property
-    def wanted(self) -> str:
-        return 'a list of {"role": ..., "content": ...}, not empty'
-
-    def read(self, value: Any, name: str) -> list[tuple[str, str]]:
-        if not isinstance(value, list) or not value:
-            raise wrong(self, value, name)
-        found = []
-        for message in Many(self.item).read(value, name):
-            role = message["role"]
-            role = "system" if role == "developer" else role
-            found.append((role, message["content"]))
-        return found
-
-    def schema(self) -> Schema:
-        return Many(self.item, 1).schema()
-
-
-@dataclass(frozen=True)
-class Input:
-    """What /v1/responses answers: a text of the user, or items that are messages."""
-
-    wanted: str = "a text or a list of messages, not empty"
-
-    def read(self, value: Any, name: str) -> list[tuple[str, str]]:
-        if isinstance(value, str) and value:
-            return [("user", value)]
-        if not isinstance(value, list) or not value:
-            raise wrong(self, value, name)
-        for i, item in enumerate(value):
-            kind = item.get("type", "message") if isinstance(item, dict) else "message"
-            if isinstance(kind, str) and kind != "message":
-                place = f"{name}[{i}].type"
-                raise bad(
-                    f"{place} {kind[:40]!r} is not supported by this server: only "
-                    "messages are",
-                    place,
-                )
-        return Conversation(ITEM).read(value, name)
-
-    def schema(self) -> Schema:
-        return {"anyOf": [Text(1).schema(), Many(ITEM, 1).schema()]}
-
-
 # ---------------------------------------------------------------- the table
 
 
@@ -306,16 +199,64 @@ PASSED: Form = {
 }
 # What other servers do and this one does not. Of two that go together the first is
 # told: without tools there is nothing to choose.
-TOOLS: Form = {
+NO_TOOLS: Form = {
     "tools": _refused([], {}),
     "functions": _refused([]),
     "tool_choice": _refused("none", "auto"),
     "function_call": _refused("none", "auto"),
     "parallel_tool_calls": _refused(False, True),
 }
+TOOLS: Form = {
+    "tools": Field(
+        Unless(({},), Many(tools.TOOL, 0, tools.MOST)), "What the model may call."
+    ),
+    "tool_choice": Field(
+        Either(OneOf(("none", "auto", "required")), tools.NAMED),
+        "Whether it must call one, or this one.",
+        "auto",
+    ),
+    "parallel_tool_calls": Field(Flag(), "Whether it may call several.", True),
+    "functions": _refused([]),
+    "function_call": _refused("none", "auto"),
+}
+SHAPE: Mapping[str, Kind] = {  # of JSON that is wanted
+    "name": Text(),
+    "description": Text(),
+    "schema": Object(),
+    "strict": Flag(),
+}
+NOTHING = ([], {})  # what some clients send for nothing
+GRAMMARS: Form = {
+    "response_format": Field(
+        Unless(
+            NOTHING,
+            ByType(
+                {
+                    "text": Group({}),
+                    "json_object": Group({}),
+                    "json_schema": Group(
+                        {"json_schema": Group(SHAPE, required=("schema",))},
+                        required=("json_schema",),
+                    ),
+                }
+            ),
+        ),
+        "The answer is a text, a JSON object, or JSON of a schema.",
+    ),
+    "structured_outputs": Field(
+        OneKey(
+            {
+                "json": Object(),
+                "regex": Text(1),
+                "choice": Many(Text(1), 1, TEXTS_MOST),
+            }
+        ),
+        "The answer is JSON of a schema, what a regular expression matches, or a text "
+        "of a list.",
+    ),
+}
 TEXT_ONLY: Form = {
     "modalities": _refused(["text"]),
-    "response_format": _refused({"type": "text"}, [], {}),
     "audio": _refused(),
     "prediction": _refused(),
     "web_search_options": _refused(),
@@ -336,7 +277,13 @@ def forms(limits: Limits) -> dict[str, Form]:
     chat_room = "else half the context, and 1024 at most"
     texts = Field(Whole(1, limits.choices), "Texts for each prompt.", 1)
     top = Field(Whole(0, TOP), "How many of the likeliest tokens to tell.")
-    text_format = Group({"type": OneOf(("text",))}, required=("type",))
+    text_format = ByType(
+        {
+            "text": Group({}),
+            "json_object": Group({}),
+            "json_schema": Group(SHAPE, required=("schema",)),
+        }
+    )
     include = ("message.output_text.logprobs",)
     return {
         "completion": {
@@ -355,7 +302,8 @@ def forms(limits: Limits) -> dict[str, Form]:
             **TEXTS,
             "logprobs": Field(top.kind, "Tell each token's, and of so many others."),
             "echo": Field(Flag(), "Begin the answer with the prompt.", False),
-            **TOOLS,
+            **GRAMMARS,
+            **NO_TOOLS,
             **TEXT_ONLY,
             "suffix": _refused(""),
             **PASSED,
@@ -363,7 +311,7 @@ def forms(limits: Limits) -> dict[str, Form]:
         "chat": {
             "model": MODEL,
             "messages": Field(
-                Conversation(MESSAGE), "The conversation so far.", required=True
+                Conversation(Turn()), "The conversation so far.", required=True
             ),
             "max_completion_tokens": _tokens(chat_room),
             "max_tokens": _tokens("an older name of max_completion_tokens"),
@@ -374,6 +322,7 @@ def forms(limits: Limits) -> dict[str, Form]:
             **TEXTS,
             "logprobs": Field(Flag(), "Tell each token's probability.", False),
             "top_logprobs": top,
+            **GRAMMARS,
             **TOOLS,
             **TEXT_ONLY,
             "best_of": _refused(1),
@@ -401,7 +350,7 @@ def forms(limits: Limits) -> dict[str, Form]:
             "top_logprobs": top,
             "text": Field(
                 Group({"format": text_format, "verbosity": Nothing(("medium",))}),
-                "The form of the answer: text.",
+                "The form of the answer: a text, a JSON object, or JSON of a schema.",
                 {},
             ),
             "tools": _refused([]),
@@ -433,7 +382,7 @@ def forms(limits: Limits) -> dict[str, Form]:
         "tokenize": {
             "model": MODEL,
             "prompt": Field(Text(), "A text; or messages instead."),
-            "messages": Field(Conversation(MESSAGE), "A conversation."),
+            "messages": Field(Conversation(Turn()), "A conversation."),
             "add_special_tokens": Field(
                 Flag(), "Begin a text as the model's prompts begin.", True
             ),

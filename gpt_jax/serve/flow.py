@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from gpt_jax import __version__, chat, files, sample, sampling
+from gpt_jax.serve import grammars, tools
 from gpt_jax.serve.batch import ENDING
 from gpt_jax.serve.engine import Closed, Engine, Full, Piece
 from gpt_jax.serve.errors import Refused, bad
 from gpt_jax.serve.fields import STOPS
+from gpt_jax.serve.grammars import Guide
 from gpt_jax.serve.limits import Limits
 from gpt_jax.serve.texts import Request
 from gpt_jax.serve.wire import Ask, Embed
@@ -32,6 +34,12 @@ ENDS = {  # how a text that was not finished is answered
         504,
         "the request was not begun in time; come again, or ask for less",
         "timeout",
+    ),
+    "lost": (
+        400,
+        "the answer cannot go on in the form that was asked for: no token of this "
+        "model's vocabulary does, or to find it takes too long",
+        "form_lost",
     ),
     "error": (500, "the model failed; the server's log says how", "failed"),
 }
@@ -97,6 +105,10 @@ def requests_of(
             f"fewer stop_token_ids, at most {STOPS} do everywhere",
             "stop_token_ids",
         )
+    grammar, form = _guide(ask, served), tool_form(ask, served)
+    strings = [*ask.stop]
+    if form and form.end.strip() and not ask.tools.several:
+        strings.append(form.end.strip())  # behind one call there is no other
     seed = secrets.randbits(31) if ask.seed is None else ask.seed
     top = 0 if ask.drawn > ask.n and ask.top is None else ask.top
     numbers, requests = Counter(), []
@@ -107,16 +119,41 @@ def requests_of(
                 settings={**ask.settings, "max_new": most},
                 seed=seed,
                 number=numbers[prompt],  # equal prompts get different texts too
-                stop=[*ask.stop, *ends],
+                stop=[*strings, *ends],
                 top=top,
                 score=ask.echo and ask.top is not None,
                 deadline=deadline,
                 least=ask.least,
                 bias=ask.bias,
+                grammar=grammar,
             )
         )
         numbers[prompt] += 1
     return requests
+
+
+def tool_form(ask: Ask, served: Served) -> chat.ToolForm | None:
+    """Returns how the calls of an answer are written; None where it has none.
+
+    A template that writes no tools is told of none: the model then answers in text,
+    unless it must call one.
+    """
+    if not ask.tools.described or served.template is None:
+        return None
+    found = chat.tool_form(served.engine.tokenizer, served.template)
+    return found or (tools.PLAIN if ask.tools.must else None)
+
+
+def _guide(ask: Ask, served: Served) -> Guide | None:
+    """Returns what the texts must be, where that is asked for."""
+    grammar, engine = ask.grammar, served.engine
+    form = tool_form(ask, served)
+    if form and ask.tools.strict:
+        grammar = tools.grammar(ask.tools, form, engine.tokenizer.specials)
+    if grammar is None:
+        return None
+    vocabulary = engine.model.cfg.vocab_size
+    return grammars.begin(grammar, engine.tokenizer, vocabulary, _ends(ask, served))
 
 
 def _most(ask: Ask, context: int) -> int:
@@ -155,7 +192,9 @@ def prompt_ids(ask: Ask, served: Served) -> list[list[int]]:
     """Returns the ids of every prompt; raises Refused for one that cannot be."""
     param = {"completion": "prompt", "chat": "messages", "response": "input"}[ask.form]
     if ask.messages:
-        return [conversation_ids(ask.messages, served, param=param)]
+        form = tool_form(ask, served)
+        offered = ask.tools.described if form not in (None, tools.PLAIN) else ()
+        return [conversation_ids(ask.messages, served, param=param, offered=offered)]
     return text_ids(ask.prompts, served, param=param)
 
 
@@ -169,19 +208,25 @@ def text_ids(
 
 
 def conversation_ids(
-    messages: Sequence[tuple[str, str]],
+    messages: Sequence[chat.Message],
     served: Served,
     *,
     param: str,
+    offered: Sequence[Mapping[str, Any]] = (),
 ) -> list[int]:
     """Returns the ids of a conversation; raises Refused for one that cannot be."""
-    ids = _rendered(messages, served, param=param, reply=True)
+    ids = _rendered(messages, served, param=param, reply=True, offered=offered)
     with _in_words(param):
         return sample.prompt_ids(ids, served.engine.tokenizer, served.engine.model.cfg)
 
 
 def _rendered(
-    messages: Sequence[tuple[str, str]], served: Served, *, param: str, reply: bool
+    messages: Sequence[chat.Message],
+    served: Served,
+    *,
+    param: str,
+    reply: bool,
+    offered: Sequence[Mapping[str, Any]] = (),
 ) -> list[int]:
     """Returns the ids of a conversation, however long it is."""
     with _in_words(param):
@@ -190,9 +235,31 @@ def _rendered(
                 "this model only continues texts: ask /v1/completions, or serve a run "
                 "that was tuned on conversations"
             )
-        turns = [chat.Message(*message) for message in messages]
-        tokenizer = served.engine.tokenizer
-        return chat.render(turns, tokenizer, served.template, reply=reply)[0]
+        _check_tools(messages, served, param)
+        ids, _ = chat.render(
+            messages,
+            served.engine.tokenizer,
+            served.template,
+            reply=reply,
+            tools=offered,
+        )
+        return ids
+
+
+def _check_tools(messages: Sequence[chat.Message], served: Served, param: str) -> None:
+    """Refuses calls of tools and what they say where the template writes none."""
+    if not any(message.calls or message.role == "tool" for message in messages):
+        return
+    assert served.template is not None
+    form = chat.tool_form(served.engine.tokenizer, served.template)
+    for i, message in enumerate(messages):
+        unknown = message.role == "tool" and not (form and form.answers)
+        if unknown or (message.calls and not form):
+            name = f"{param}[{i}].{'tool_calls' if message.calls else 'role'}"
+            what = "calls of tools" if message.calls else "what tools say"
+            raise bad(
+                f"{name}: the chat template of this model does not write {what}", name
+            )
 
 
 @contextlib.contextmanager

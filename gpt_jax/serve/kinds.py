@@ -10,6 +10,7 @@ tests/test_serve_fields.py holds them to it.
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from gpt_jax import names, plaintext
 from gpt_jax.serve.errors import Refused, bad
 
 Schema = dict[str, Any]
+DEEPEST = 60  # lists and objects within each other, where any may be
 HUGE = 1e30  # the most that a number without a bound may be: float32 holds it
 
 
@@ -137,6 +139,29 @@ class Text:
     def schema(self) -> Schema:
         ends = {"minLength": self.least or None, "maxLength": self.most}
         return {"type": "string"} | {k: v for k, v in ends.items() if v is not None}
+
+
+@dataclass(frozen=True)
+class Name:
+    """A name as programs have: ASCII letters, digits, _ and -."""
+
+    most: int = 64
+
+    @property
+    def wanted(self) -> str:
+        return f"a name of 1 to {self.most} ASCII letters, digits, _ and -"
+
+    def read(self, value: Any, name: str) -> str:
+        if not isinstance(value, str) or not re.fullmatch(self._pattern, value):
+            raise wrong(self, value, name)
+        return value
+
+    def schema(self) -> Schema:
+        return {"type": "string", "pattern": f"^{self._pattern}$"}
+
+    @property
+    def _pattern(self) -> str:
+        return f"[A-Za-z0-9_-]{{1,{self.most}}}"
 
 
 @dataclass(frozen=True)
@@ -341,6 +366,119 @@ class Group:
         }
         found = {"type": "object", "properties": fields, "additionalProperties": False}
         return found | ({"required": [*self.required]} if self.required else {})
+
+
+@dataclass(frozen=True)
+class Object:
+    """An object with any keys, nested no deeper than what reads it can follow."""
+
+    wanted: str = "an object"
+
+    def read(self, value: Any, name: str) -> dict:
+        if not isinstance(value, dict):
+            raise wrong(self, value, name)
+        if deeper(value, DEEPEST):
+            raise bad(f"{name} is nested more than {DEEPEST} deep", name)
+        return value
+
+    def schema(self) -> Schema:
+        return {"type": "object"}
+
+
+@dataclass(frozen=True)
+class ByType:
+    """An object whose `type` says which other keys it has."""
+
+    types: Mapping[str, Group]
+
+    @property
+    def wanted(self) -> str:
+        return f"an object of type {', '.join(map(json.dumps, self.types))}"
+
+    def read(self, value: Any, name: str) -> dict:
+        if not isinstance(value, dict):
+            raise wrong(self, value, name)
+        found = OneOf((*self.types,)).read(value.get("type"), f"{name}.type")
+        return self._whole(found).read(value, name)
+
+    def schema(self) -> Schema:
+        return {"anyOf": [self._whole(name).schema() for name in self.types]}
+
+    def _whole(self, name: str) -> Group:
+        rest = self.types[name]
+        fields = {"type": OneOf((name,)), **rest.fields}
+        return Group(fields, ("type", *rest.required))
+
+
+@dataclass(frozen=True)
+class OneKey:
+    """An object with just one of these keys; read as (key, value)."""
+
+    fields: Mapping[str, Kind]
+
+    @property
+    def wanted(self) -> str:
+        return f"an object with one of the keys {', '.join(self.fields)}"
+
+    def read(self, value: Any, name: str) -> tuple[str, Any]:
+        found = [*Group(self.fields).read(value, name).items()]
+        if len(found) != 1:
+            raise wrong(self, value, name)
+        return found[0]
+
+    def schema(self) -> Schema:
+        return {"anyOf": [self._only(key).schema() for key in self.fields]}
+
+    def _only(self, key: str) -> Group:
+        nothing = dict.fromkeys(self.fields, Nothing())
+        return Group({**nothing, key: self.fields[key]}, (key,))
+
+
+@dataclass(frozen=True)
+class Either:
+    """A value of one kind if it is a text, else of another."""
+
+    text: Kind
+    other: Kind
+
+    @property
+    def wanted(self) -> str:
+        return f"{self.text.wanted}, or {self.other.wanted}"
+
+    def read(self, value: Any, name: str) -> Any:
+        if not isinstance(value, str | dict):
+            raise wrong(self, value, name)
+        return (self.text if isinstance(value, str) else self.other).read(value, name)
+
+    def schema(self) -> Schema:
+        return {"anyOf": [self.text.schema(), self.other.schema()]}
+
+
+@dataclass(frozen=True)
+class Unless:
+    """A value of a kind, or one that asks for nothing, which is read as None."""
+
+    nothing: tuple[Any, ...]
+    kind: Kind
+
+    @property
+    def wanted(self) -> str:
+        return self.kind.wanted
+
+    def read(self, value: Any, name: str) -> Any:
+        return None if _among(value, self.nothing) else self.kind.read(value, name)
+
+    def schema(self) -> Schema:
+        return {"anyOf": [self.kind.schema(), {"enum": [*self.nothing]}]}
+
+
+def deeper(value: Any, most: int) -> bool:
+    """Whether lists and objects are nested more than so many deep."""
+    level = [value]
+    for _ in range(most + 1):
+        inner = [x for x in level if isinstance(x, dict | list)]
+        level = [y for x in inner for y in (x.values() if isinstance(x, dict) else x)]
+    return bool(level)
 
 
 def known(given: Mapping[str, Any], fields: Mapping[str, Any], where: str = "") -> None:

@@ -13,8 +13,9 @@ import numpy as np
 from gpt_jax.serve import wire
 from gpt_jax.serve.engine import Piece
 from gpt_jax.serve.errors import Refused
-from gpt_jax.serve.flow import Served, Spent
+from gpt_jax.serve.flow import Served, Spent, tool_form
 from gpt_jax.serve.texts import Token, speller
+from gpt_jax.serve.tools import Reader
 from gpt_jax.serve.wire import Ask
 
 
@@ -30,6 +31,7 @@ class Reply:
     prompts: list[list[int]]
     echoes: list[str]  # "" unless asked for
     spell: wire.Spell
+    readers: list[Reader]  # of each text that may call tools; else none
     end: ClassVar[bytes] = b"data: [DONE]\n\n"  # stands behind the last event
 
     def prompt(self, i: int) -> list[int]:
@@ -48,8 +50,15 @@ class Reply:
             choice = self._told(i, text.tokens, 0)
             choice |= {"index": i, "finish_reason": text.reason}
             if self.ask.messages:
-                content = {"role": "assistant", "content": text.text, "refusal": None}
-                choice["message"] = content
+                message = {"role": "assistant", "content": text.text, "refusal": None}
+                if self.readers:
+                    said, calls = self.readers[i].push(text.text, last=True)
+                    message["content"] = said or (None if calls else "")
+                    if calls:
+                        told = [call.told(streamed=False) for call in calls]
+                        message["tool_calls"] = told
+                    choice["finish_reason"] = self._reason(i, text.reason)
+                choice["message"] = message
             else:
                 choice["text"] = text.text
             choices.append(choice)
@@ -75,22 +84,29 @@ class Reply:
         choice = self._told(i, tokens, start)
         choice |= {"index": i, "finish_reason": reason or None}
         if self.ask.messages:
-            delta = {"content": text} if text or not reason else {}
+            calls = []
+            if self.readers:
+                text, calls = self.readers[i].push(text, last=bool(reason))
+                if not (text or calls or tokens or reason):
+                    return []  # what may be a call is held back until it is one
+                choice["finish_reason"] = self._reason(i, reason) or None
+            delta: dict = {"content": text} if text or not (reason or calls) else {}
+            if calls:
+                delta["tool_calls"] = [call.told(streamed=True) for call in calls]
             choice["delta"] = delta
         else:
             choice["text"] = text
-        kind = "chat.completion.chunk" if self.ask.messages else "text_completion"
-        more = {"usage": None} if self.ask.usage else {}
-        return [self._body(kind, [choice], **more)]
+        return [self._event(choice)]
 
     def opening(self) -> list[dict]:
         """Returns the events with which a streamed chat begins."""
         if not self.ask.messages:
             return []
-        events = [self.pieces(i, "", [], 0, "")[0] for i in range(self.ask.n)]
-        for event in events:
-            event["choices"][0]["delta"] = {"role": "assistant", "content": ""}
-        return events
+        head = {"finish_reason": None, "delta": {"role": "assistant", "content": ""}}
+        return [
+            self._event({**self._told(i, [], 0), "index": i, **head})
+            for i in range(self.ask.n)
+        ]
 
     def closing(self, spent: Spent) -> list[dict]:
         """Returns the last event of a stream that asked for token counts."""
@@ -98,6 +114,11 @@ class Reply:
             return []
         kind = "chat.completion.chunk" if self.ask.messages else "text_completion"
         return [self._body(kind, [], usage=self.usage(spent))]
+
+    def _reason(self, i: int, reason: str) -> str:
+        """Returns why a text ended, as it is told of one that may call tools."""
+        called = reason == "stop" and self.readers[i].calls
+        return "tool_calls" if called else reason
 
     def encoded(self, event: dict) -> bytes:
         """Returns an event as it is sent."""
@@ -113,6 +134,11 @@ class Reply:
         if self.ask.messages:
             return {"logprobs": wire.told_chat(tokens, self.spell)}
         return {"logprobs": wire.told_completion(tokens, start, self.spell)}
+
+    def _event(self, choice: dict) -> dict:
+        kind = "chat.completion.chunk" if self.ask.messages else "text_completion"
+        more = {"usage": None} if self.ask.usage else {}
+        return self._body(kind, [choice], **more)
 
     def _body(self, kind: str, choices: list, **more) -> dict:
         head = {"id": self.id, "object": kind, "created": self.created}
@@ -180,7 +206,9 @@ def reply(ask: Ask, name: str, served: Served, prompts: list[list[int]]) -> Repl
     prefix = "chatcmpl" if ask.messages else "cmpl"
     number = f"{prefix}-{secrets.token_hex(12)}"
     head = (number, int(time.time()), served.fingerprint)
-    return Reply(ask, name, *head, prompts, echoes, speller(tokenizer))
+    form, names = tool_form(ask, served), ask.tools.names
+    readers = [Reader(names, form) for _ in range(ask.n)] if form else []
+    return Reply(ask, name, *head, prompts, echoes, speller(tokenizer), readers)
 
 
 def _shown(tokenizer, ids: Sequence[int]) -> str:

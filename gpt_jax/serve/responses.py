@@ -133,7 +133,7 @@ class Response:
             "store": False,
             "system_fingerprint": self._fingerprint,
             "temperature": given["temperature"],
-            "text": {"format": {"type": "text"}},
+            "text": {"format": given["text"].get("format") or {"type": "text"}},
             "tool_choice": "none",
             "tools": [],
             "top_logprobs": given["top_logprobs"] or 0,

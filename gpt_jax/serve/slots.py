@@ -15,7 +15,7 @@ when that does.
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from gpt_jax import sample
 from gpt_jax.model import GPT, Cache, init_cache, stretch
 from gpt_jax.model.cache import block, put_block
 from gpt_jax.serve import batch, prefixes
-from gpt_jax.serve.batch import Chosen, Entry
+from gpt_jax.serve.batch import Allowed, Chosen, Entry
 from gpt_jax.serve.compiled import Draft, Programs
 from gpt_jax.serve.prefixes import Prefixes
 from gpt_jax.serve.texts import Request
@@ -48,6 +48,7 @@ def reaches(context: int) -> list[int]:
 
 
 Share = Callable[[Any], Any]
+_NONE: Mapping[int, np.ndarray] = {}  # no masks
 
 
 def lengths(context: int) -> list[int]:
@@ -126,6 +127,7 @@ class Slots:
         self._held: list[int] = [0] * self.sizes[0]  # tokens in each row's cache
         self._rows: dict[int, Cache] = {}  # of prompts, by reach; each made when wanted
         self._reach_of_prompt = self._prompt_reaches[0]
+        self._free: dict[int, Allowed] = {}  # what rows without masks may choose
         # Steps for which a smaller size, a shorter reach would have done.
         self._spare = self._slack = 0
         fixed = {"model": self.model}
@@ -195,13 +197,13 @@ class Slots:
             for size, smaller in zip(self.sizes, (0, *self.sizes), strict=False):
                 make = partial(batch.empty, cfg, size, reach)
                 rows = shaped(jax.eval_shape(make))
-                given = (rows, row, logits_1V, entry, number)
+                given = (rows, row, logits_1V, entry, number, self._allowed(1))
                 yield self._draft(("admit", size, reach), self._admit, *given)
                 if keeps:
                     given = (rows.cache, number, number)
                     yield self._draft(("take", size, reach), self._take, *given)
                 own = self._params if size > 1 else self._params_of_one
-                given = (shaped(own), rows, np.zeros(size, bool))
+                given = (shaped(own), rows, np.zeros(size, bool), self._allowed(size))
                 yield self._draft(("step", size, reach), self._step, *given)
                 if smaller:
                     fewer = partial(batch.empty, cfg, smaller, reach)
@@ -244,6 +246,18 @@ class Slots:
         """Returns the reaches next to one."""
         here = self.reaches.index(reach)
         return [*self.reaches[max(0, here - 1) : here], *self.reaches[here + 1 :][:1]]
+
+    def _allowed(self, rows: int, masks: Mapping[int, np.ndarray] = _NONE) -> Allowed:
+        """Returns what rows may choose; where nobody has a mask it lies there already.
+
+        Not bound to the device: so programs are the same for either.
+        """
+        if masks or rows not in self._free:
+            found = batch.allowed(rows, self.model.cfg.vocab_size, masks)
+            if masks:
+                return found
+            self._free[rows] = jax.tree.map(jnp.asarray, found)
+        return self._free[rows]
 
     def _empty_row(self, reach: int) -> Cache:
         cfg = self.model.cfg
@@ -331,8 +345,16 @@ class Slots:
         self._reach_of_prompt = reach
         return reach
 
-    def join(self, entry: Entry, owner, length: int) -> tuple[int, Chosen]:
+    def join(
+        self, entry: Entry, owner, length: int, mask: np.ndarray | None = None
+    ) -> tuple[int, Chosen]:
         """Gives the prompt of `length` tokens that has just run a free slot.
+
+        Args:
+          entry: what it brings.
+          owner: whose the slot is then.
+          length: of the prompt.
+          mask: of the tokens that may come first, as `batch.allowed` takes it.
 
         Returns:
           the slot; the first token, Chosen of one row.
@@ -351,6 +373,7 @@ class Slots:
             ("admit", len(self._owners), reach),
             self._admit,
             *(self._batch, row, self._logits, entry, np.int32(slot)),
+            self._allowed(1, _NONE if mask is None else {0: mask}),
         )
         return slot, _read(chosen, told=bool(entry.wants_1[0]))
 
@@ -362,8 +385,15 @@ class Slots:
         """Returns the taken slots and their owners."""
         return [(i, o) for i, o in enumerate(self._owners) if o is not None]
 
-    def step(self, *, told: bool = True) -> Chosen:
-        """Gives every taken slot a token; `told` says whether probabilities matter."""
+    def step(
+        self, *, told: bool = True, masks: Mapping[int, np.ndarray] = _NONE
+    ) -> Chosen:
+        """Gives every taken slot a token.
+
+        Args:
+          told: whether probabilities matter.
+          masks: of the tokens that may come next in some slots; see `batch.allowed`.
+        """
         taken = [slot for slot, _ in self.taken()]
         self._fit_reach(max((self._held[slot] for slot in taken), default=0) + 1)
         for slot in taken:
@@ -374,6 +404,7 @@ class Slots:
             ("step", len(running_B), self._batch.reach),
             self._step,
             *(params, self._batch, running_B),
+            self._allowed(len(running_B), masks),
         )
         return _read(chosen, told=told)
 

@@ -6,6 +6,7 @@ from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 from gpt_jax import sample
+from gpt_jax.serve.grammars import Guide
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Request:
       bias: what is added to the logits of token ids.
       pool: whether the prompt's hidden states are wanted, and nothing is written:
         "mean", "last", or "" for no.
+      grammar: what the text must be, at its beginning; None = anything.
       top: how many alternatives to tell with each token; None = no probabilities.
       score: whether to tell the prompt's tokens too.
       deadline: when it is late, in time.monotonic() seconds.
@@ -37,6 +39,7 @@ class Request:
     least: int = 0
     bias: Mapping[int, float] = field(default_factory=dict)
     pool: str = ""
+    grammar: Guide | None = None
 
 
 class Token(NamedTuple):

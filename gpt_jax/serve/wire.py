@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gpt_jax import sampling
-from gpt_jax.serve import fields
+from gpt_jax.chat import Message
+from gpt_jax.serve import fields, grammars, messages, tools
 from gpt_jax.serve.errors import bad
 from gpt_jax.serve.fields import Form
+from gpt_jax.serve.grammars import Grammar
 from gpt_jax.serve.limits import Limits
 from gpt_jax.serve.texts import Spelling, Token
+from gpt_jax.serve.tools import Tools
 
 MESSAGE_BYTES = 16  # what a message counts besides its text: it costs time too
 
@@ -30,7 +33,7 @@ class Ask:
       form: completion, chat or response.
       model: its name, or None.
       prompts: of a completion: texts or ids.
-      messages: of the others: (role, text).
+      messages: of the others.
       settings: those of `sampling.SETTINGS`.
       most: tokens to write at most; None = what the server finds sensible.
       seed: or None.
@@ -38,6 +41,8 @@ class Ask:
       least: tokens before which nothing ends it.
       bias: what is added to the logits of token ids.
       ignore_eos: the end of the text does not end it.
+      grammar: what the text must be; None = anything.
+      tools: what the model may call, in a chat.
       n: texts for each prompt; drawn: so many are written, and the best n told.
       top: how many alternatives to tell with each token; None = no probabilities.
       echo: the prompt is a part of the text.
@@ -48,7 +53,7 @@ class Ask:
     form: str
     model: str | None
     prompts: list[str | list[int]]
-    messages: list[tuple[str, str]]
+    messages: list[Message]
     settings: dict[str, Any]
     most: int | None
     seed: int | None
@@ -63,6 +68,8 @@ class Ask:
     echo: bool
     stream: bool
     usage: bool
+    grammar: Grammar | None = None
+    tools: Tools = field(default_factory=Tools)
     given: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -126,6 +133,7 @@ def completion(form: Form, body: Mapping[str, Any], limits: Limits) -> Ask:
         top=asked["logprobs"],
         echo=asked["echo"],
         usage=asked["stream_options"].get("include_usage", False),
+        grammar=_grammar(asked),
         **_shared(asked),
     )
 
@@ -133,7 +141,19 @@ def completion(form: Form, body: Mapping[str, Any], limits: Limits) -> Ask:
 def chat(form: Form, body: Mapping[str, Any], limits: Limits) -> Ask:
     """Returns what the body of /v1/chat/completions asks for, or raises Refused."""
     asked = fields.read(form, body)
-    _check_size([text for _, text in asked["messages"]], limits, "messages")
+    offered = tools.read(
+        *(asked[name] for name in ("tools", "tool_choice", "parallel_tool_calls"))
+    )
+    grammar = _grammar(asked)
+    if grammar is not None and offered.described:
+        raise bad(
+            f"{grammar.param} cannot be beside tools that may be called, whose calls "
+            "are of another form: leave one out, or set tool_choice to none",
+            grammar.param,
+        )
+    if offered.strict:
+        _check_ending(asked, "tool_choice" if offered.must else "a strict tool")
+    _check_conversation(asked["messages"], limits, "messages", asked["tools"])
     names = ("max_completion_tokens", "max_tokens")
     most = {asked[name] for name in names} - {None}
     if len(most) > 1:
@@ -157,6 +177,8 @@ def chat(form: Form, body: Mapping[str, Any], limits: Limits) -> Ask:
         top=(asked["top_logprobs"] or 0) if asked["logprobs"] else None,
         echo=False,
         usage=asked["stream_options"].get("include_usage", False),
+        grammar=grammar,
+        tools=offered,
         **_shared(asked),
     )
 
@@ -164,10 +186,17 @@ def chat(form: Form, body: Mapping[str, Any], limits: Limits) -> Ask:
 def response(form: Form, body: Mapping[str, Any], limits: Limits) -> Ask:
     """Returns what the body of /v1/responses asks for, or raises Refused."""
     asked = fields.read(form, body)
-    messages = asked["input"]
+    conversation = asked["input"]
     if asked["instructions"]:
-        messages = [("system", asked["instructions"]), *messages]
-    _check_size([text for _, text in messages], limits, "input")
+        conversation = [Message("system", asked["instructions"]), *conversation]
+    _check_conversation(conversation, limits, "input")
+    wanted = asked["text"].get("format")
+    if wanted and wanted["type"] == "json_schema":
+        grammar = grammars.schema(wanted["schema"], "text.format.schema")
+    else:
+        grammar = _object(wanted, "text.format")
+    if grammar is not None:
+        _check_ending(asked, "text.format")
     told = bool(asked["include"])
     if asked["top_logprobs"] is not None and not told:
         raise bad(
@@ -178,13 +207,14 @@ def response(form: Form, body: Mapping[str, Any], limits: Limits) -> Ask:
     return Ask(
         form="response",
         prompts=[],
-        messages=messages,
+        messages=conversation,
         most=asked["max_output_tokens"],
         n=1,
         drawn=1,
         top=(asked["top_logprobs"] or 0) if told else None,
         echo=False,
         usage=True,
+        grammar=grammar,
         given=asked,
         **_shared(asked),
     )
@@ -203,9 +233,10 @@ def tokenize(form: Form, body: Mapping[str, Any], limits: Limits) -> dict[str, A
     asked = fields.read(form, body)
     if (asked["prompt"] is None) == (asked["messages"] is None):
         raise bad("send a prompt or messages, and not both", "prompt")
-    messages = asked["messages"]
-    texts = [asked["prompt"]] if messages is None else [text for _, text in messages]
-    _check_size(texts, limits, "prompt" if messages is None else "messages")
+    if asked["messages"] is None:
+        _check_size([asked["prompt"]], limits, "prompt")
+    else:
+        _check_conversation(asked["messages"], limits, "messages")
     return asked
 
 
@@ -243,6 +274,52 @@ def _shared(asked: Mapping[str, Any]) -> dict[str, Any]:
         "least": asked["min_tokens"],
         "bias": asked["logit_bias"],
     }
+
+
+def _grammar(asked: Mapping[str, Any]) -> Grammar | None:
+    """Returns what a text must be, or None; raises Refused."""
+    form, given = asked["response_format"], asked["structured_outputs"]
+    if form and form["type"] == "json_schema":
+        schema = form["json_schema"]["schema"]
+        found = grammars.schema(schema, "response_format.json_schema.schema")
+    else:
+        found = _object(form, "response_format")
+    if given is None:
+        if found is not None:
+            _check_ending(asked, "response_format")
+        return found
+    param = f"structured_outputs.{given[0]}"
+    if found is not None:
+        raise bad(f"response_format and {param} are two forms of one text", param)
+    _check_ending(asked, param)
+    ways = {
+        "json": grammars.schema,
+        "regex": grammars.regex,
+        "choice": grammars.choice,
+    }
+    return ways[given[0]](given[1], param)
+
+
+def _object(form: Mapping[str, Any] | None, param: str) -> Grammar | None:
+    """Returns the grammar of json_object, or None of a text."""
+    if not form or form["type"] == "text":
+        return None
+    return grammars.schema({"type": "object"}, param)
+
+
+def _check_ending(asked: Mapping[str, Any], param: str) -> None:
+    """Refuses what moves the end of a text whose form says where that is."""
+    for name in ("min_tokens", "ignore_eos"):
+        if asked[name]:
+            raise bad(f"{name} cannot be beside {param}, which ends the text", name)
+
+
+def _check_conversation(
+    conversation: Sequence[Message], limits: Limits, param: str, offered: Any = ()
+) -> None:
+    """Refuses messages and tools that are too long together."""
+    texts = [*map(messages.text, conversation), *map(json.dumps, offered or ())]
+    _check_size(texts, limits, param)
 
 
 def _check_size(texts: Sequence[str | list[int]], limits: Limits, param: str) -> None:
