@@ -17,7 +17,7 @@ from gpt_jax.estimate import dry, targets
 from gpt_jax.mesh import AXES
 
 os.environ.update(targets.ENVIRONMENT)  # read when the compilers are loaded
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("promotion")]
 BFLOAT16 = {"dtype": "bfloat16"}
 
 

@@ -35,6 +35,8 @@ LONG, ODD = 128, 1  # tokens: a tile of splash's; what makes rows of an odd numb
 CUDNN, ITS_GRADIENT = r"__cudnn\$fmha\w*Softmax", r"__cudnn\$fmha\w*SoftmaxBackward"
 SPLASH = "tpu_custom_call"
 slow = pytest.mark.slow
+# JAX promotes the dtypes of a product of two where it lowers it.
+pytestmark = pytest.mark.usefixtures("promotion")
 everywhere = pytest.mark.parametrize(
     "platform", ["gpu", pytest.param("tpu", marks=slow)]
 )
