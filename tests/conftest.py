@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,6 +31,13 @@ if version("jaxlib").startswith("0.10."):
 for flag in QUICK:
     if flag.partition("=")[0] not in os.environ["XLA_FLAGS"]:
         os.environ["XLA_FLAGS"] += f" {flag}"
+
+# Who starts the tests in the background may have turned these off, for all processes
+# that come of it; the tests send them.
+for number in (signal.SIGINT, getattr(signal, "SIGHUP", None)):
+    if number and signal.getsignal(number) is signal.SIG_IGN:
+        back = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, back)
 
 # Programs are traced by the thousand, and every one is a web of small objects.
 gc.set_threshold(100_000, 20, 50)
