@@ -371,8 +371,9 @@ def decoding(plan: plans.Plan, rows: int) -> Iterator[Draft]:
     step = jax.jit(
         sharding.within(one, partial(serving.step, model=gpt)), donate_argnums=1
     )
+    free = serving.allowed(rows, cfg.vocab_size, {})
     arguments = (placed(weights, alone), placed(held, alone), running)
-    yield Draft("server's step", step, arguments, rows)
+    yield Draft("server's step", step, (*arguments, placed(free, alone)), rows)
 
 
 def _cache(cache: Any, mesh: Mesh) -> Any:
