@@ -8,8 +8,13 @@ from scipy import integrate, stats
 
 from gpt_jax import sequential
 
-# val_loss of configs/quickstart.py:size=tiny with 200 steps, by seed from 0 on.
-RECORDED: tuple[float, ...] = ()
+# val_loss of configs/quickstart.py:size=tiny with 200 steps and 64 windows, by seed
+# from 0 on (jax 0.10.2 on a CPU).
+RECORDED = (
+    *(2.32597, 2.35454, 2.34904, 2.31509, 2.34272, 2.35601, 2.35414, 2.35908),
+    *(2.32104, 2.33673, 2.36700, 2.36417, 2.32634, 2.31780, 2.32443, 2.35282),
+    *(2.35219, 2.32411, 2.34566, 2.33318, 2.34126, 2.33143, 2.35708, 2.33848),
+)
 
 
 def words(differences_NP, **how):
@@ -77,7 +82,6 @@ def test_two_seed_deviations_are_found_within_twelve_seeds():
     assert not any(word == "worse" for word, _ in found)
 
 
-@pytest.mark.skipif(not RECORDED, reason="no noise is recorded")
 def test_on_the_noise_of_real_seeds_the_rates_hold_as_well():
     rng, losses = np.random.default_rng(3), np.array(RECORDED)
     pairs = rng.choice(losses, (200, 12)) - rng.choice(losses, (200, 12))
