@@ -102,9 +102,7 @@ def _write_gemma3(cfg: GPTConfig) -> dict[str, Any]:
     return {
         **options.write_heads(cfg),
         **llama.write_windows(cfg),
-        "hidden_activation": "gelu_pytorch_tanh"
-        if cfg.activation == "gelu_tanh"
-        else ACTIVATIONS[cfg.activation][0],
+        "hidden_activation": activation(cfg),
         "query_pre_attn_scalar": round(cfg.query_scale**-2),
         "final_logit_softcapping": cfg.logit_softcap or None,
         **options.write_ropes(full, local),
