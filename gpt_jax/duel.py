@@ -205,11 +205,7 @@ def value_of(folder: Path, criterion: Criterion) -> float:
       ValueError: the run records no such number.
     """
     rows = metrics.read(folder)
-    points = [
-        (row["step"], row[criterion.metric])
-        for row in rows
-        if row.get(criterion.metric) is not None
-    ]
+    points = metrics.points(rows, criterion.metric)
     if not points:
         known = {key for row in rows for key in row} - {"step"}
         names.choose("metric", criterion.metric, sorted(known))

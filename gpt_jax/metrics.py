@@ -222,6 +222,11 @@ def read(folder: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def points(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, Any]]:
+    """Returns (step, value) of every line that has a value of this name."""
+    return [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+
+
 def since(rows: Sequence[Mapping[str, Any]]) -> int:
     """Returns the first step of a record whose evaluations compare with the last."""
     return max((int(row.get("evaluated_since", 0)) for row in rows), default=0)

@@ -288,8 +288,8 @@ def size_of(config: Any, folder: Path) -> tuple[float, float]:
 def point_of(folder: Path) -> Point:
     """Returns the point that a run is."""
     config = runs.read_config(folder)
-    losses = [row["val_loss"] for row in metrics.read(folder) if row.get("val_loss")]
-    return Point(*size_of(config, folder), losses[-1])
+    _, loss = metrics.points(metrics.read(folder), "val_loss")[-1]
+    return Point(*size_of(config, folder), loss)
 
 
 def in_words(point: Point) -> str:

@@ -156,13 +156,7 @@ def moved(key: str, value: float, factor: float) -> float:
 
 def last_loss(folder: Path) -> float:
     """Returns the last validation loss of a run."""
-    rows = metrics.read(folder)
-    points = [
-        (row["step"], row[LAST.metric])
-        for row in rows
-        if row.get(LAST.metric) is not None
-    ]
-    return LAST.of(points)[0]
+    return LAST.of(metrics.points(metrics.read(folder), LAST.metric))[0]
 
 
 def note(folder: Path, found: Sequence[Knob], factor: float) -> None:

@@ -126,11 +126,7 @@ def run(place: Place, function: Callable | None, steps: int) -> Curve:
         with _replaced(place.put(function) if function else []):
             train.train(config.lock(), folder)
         rows = metrics.read(folder)
-    losses = (
-        [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-        for name in ("train_loss", "val_loss")
-    )
-    return Curve(*losses)
+    return Curve(*(metrics.points(rows, name) for name in ("train_loss", "val_loss")))
 
 
 def told(real: Curve, mine: Curve) -> list[str]:

@@ -36,8 +36,7 @@ def measure(folder: Path, criterion: Criterion) -> dict:
     rows = metrics.read(folder) if (folder / metrics.FILE).is_file() else []
     final = {key: value for row in rows for key, value in row.items()}
     known = {key: final.get(key, 0) for key in ("step", "tokens", "seconds")}
-    metric = criterion.metric
-    points = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+    points = metrics.points(rows, criterion.metric)
     if not points:
         return {**known, "value": None, "names": sorted(final.keys() - known.keys())}
     value, at = criterion.of(points)
