@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from tokenizers import pre_tokenizers
 
 from configs import common
-from gpt_jax import attention, chat, model, pretrained, tokenizers
+from gpt_jax import chat, model, pretrained, rope, tokenizers
 from gpt_jax.model import GPTConfig
 from gpt_jax.pretrained import config_json, gguf_file, weights
 from gpt_jax.pretrained.gguf import interleaved, save
@@ -101,7 +101,7 @@ def test_llama_reads_back_equal_with_its_heads_interleaved(tmp_path):
     np.testing.assert_array_equal(
         found["output.weight"], np.asarray(params["head"]["kernel"]).T
     )
-    slow = attention.rope_frequencies(8, base=500.0, scaling=cfg.kind(0).rope_scaling)
+    slow = rope.rope_frequencies(8, base=500.0, scaling=cfg.kind(0).rope_scaling)
     plain = 1 / 500.0 ** (np.arange(0, 8, 2) / 8)
     np.testing.assert_allclose(plain / found["rope_freqs.weight"], slow, rtol=1e-6)
 

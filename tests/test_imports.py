@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     "names settings options sampling files screen devices memory weights mesh commands "
     "configs",
-    "plaintext paths downloads special",
+    "plaintext paths downloads special rope dropout",
     "model attention tokenizers chat rows corpora data losses adapters optimizer "
     "sharding programs processes checkpoint metrics seeds signals criterion "
     "sequential pace",

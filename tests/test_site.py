@@ -128,7 +128,7 @@ def _rendered(file: Path) -> str:
 def test_every_module_has_a_page_and_every_public_function_a_place_on_it(site):
     for file in website._modules():
         assert website._uri(file).replace(".md", ".html") in site
-    wanted = {f"gpt_jax.attention.{name}" for name in ("plain", "Sight", "rotate")}
+    wanted = {f"gpt_jax.attention.{name}" for name in ("plain", "choose")}
     assert wanted <= site["api/gpt_jax.attention.html"].names
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from gpt_jax import attention as real_attention
 from gpt_jax import configs, model
+from gpt_jax import rope as real_rope
 from gpt_jax.attention import Sight
 from gpt_jax.learn.hole import hole, normal
 from gpt_jax.model import layers
@@ -378,10 +379,8 @@ def rope(x_TK, position_T, base):
       position_T: int.
       base: how slow the slowest turn is.
     """
-    turn = real_attention.rotation(
-        position_T[None], x_TK.shape[-1], base=base, scaling=None
-    )
-    return real_attention.rotate(x_TK[None, :, None], turn)[0, :, 0]
+    turn = real_rope.rotation(position_T[None], x_TK.shape[-1], base=base, scaling=None)
+    return real_rope.rotate(x_TK[None, :, None], turn)[0, :, 0]
 
 
 def _roped(x_TK, position_T, base, *, sign=1, pairs=False, double=2):

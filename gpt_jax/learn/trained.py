@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gpt_jax import attention, configs, metrics, model, optimizer, plots, train
+from gpt_jax import attention, configs, metrics, model, optimizer, plots, rope, train
 from gpt_jax.learn import layers as holes
 from gpt_jax.learn import training
 from gpt_jax.learn.hole import Hole
@@ -250,7 +250,7 @@ def _rope(mine: Callable) -> list[Put]:
         heads = jax.vmap(lambda *args: mine(*args, turn.base), (1, None), 1)
         return jax.vmap(heads)(x_BTHK, position_BT).astype(x_BTHK.dtype)
 
-    return [Put(attention, "rotation", rotation), Put(attention, "rotate", rotate)]
+    return [Put(rope, "rotation", rotation), Put(rope, "rotate", rotate)]
 
 
 # ---------------------------------------------------------------- layers

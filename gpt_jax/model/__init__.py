@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
 from gpt_jax import weights
-from gpt_jax.attention import RopeScaling, drop
+from gpt_jax.dropout import drop
 from gpt_jax.mesh import EXAMPLES, constrained
 from gpt_jax.model import initializers
 from gpt_jax.model.architecture import REMAT, GPTConfig, LayerKind
@@ -35,6 +35,7 @@ from gpt_jax.model.layers import (
     rotations,
 )
 from gpt_jax.model.layouts import for_one_row, rounded, stack, unstack
+from gpt_jax.rope import RopeScaling
 from gpt_jax.weights import Weight
 
 __all__ = [

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt_jax import attention, names, settings
-from gpt_jax.attention import RopeScaling
+from gpt_jax.rope import RopeScaling
 
 
 @dataclass(frozen=True)

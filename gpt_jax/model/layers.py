@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from gpt_jax import attention, weights
-from gpt_jax.attention import Rotation, Sight, drop
+from gpt_jax import attention, rope, weights
+from gpt_jax.attention import Sight
+from gpt_jax.dropout import Drop, drop
 from gpt_jax.mesh import EXAMPLES, constrained
 from gpt_jax.model.architecture import ACTIVATIONS, GPTConfig, LayerKind
 
@@ -62,17 +63,17 @@ class Where(NamedTuple):
     causal: bool
     query_BT: jax.Array | None
     segment_BT: jax.Array | None
-    turns: Mapping[tuple, Rotation]
+    turns: Mapping[tuple, rope.Rotation]
 
 
-def rotations(cfg: GPTConfig, positions_BT) -> dict[tuple, Rotation]:
+def rotations(cfg: GPTConfig, positions_BT) -> dict[tuple, rope.Rotation]:
     """Returns the rotation of each (base, scaling) that the layers have."""
     if cfg.position != "rope":
         return {}
     # In the order of the layers: another order would be another program.
     ropes = dict.fromkeys((kind.rope_base, kind.rope_scaling) for kind in cfg.pattern)
     return {
-        (base, scaling): attention.rotation(
+        (base, scaling): rope.rotation(
             positions_BT, cfg.rotary_dim, base=base, scaling=scaling
         )
         for base, scaling in ropes
@@ -241,8 +242,8 @@ class Attention(nn.Module):
         if cfg.qk_norm:
             q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
         if turn is not None:
-            q_BTHK = attention.rotate(q_BTHK, turn)
-            k_BTGK = attention.rotate(k_BTGK, turn)
+            q_BTHK = rope.rotate(q_BTHK, turn)
+            k_BTGK = rope.rotate(k_BTGK, turn)
         if past is not None:
             keys_BGSK = attention.extend(past.keys_BGSK, k_BTGK, sight.query_BT)
             values_BGSK = attention.extend(past.values_BGSK, v_BTGK, sight.query_BT)
@@ -250,7 +251,7 @@ class Attention(nn.Module):
             k_BTGK, v_BTGK = (jnp.swapaxes(x, 1, 2) for x in past)
         own = None
         if dropout is not None and dropout.attn is not None:
-            own = attention.Drop(dropout.attn, jax.random.fold_in(dropout.key, 0))
+            own = Drop(dropout.attn, jax.random.fold_in(dropout.key, 0))
         attend = attention.choose(
             cfg.attention,
             q_BTHK,

@@ -17,8 +17,8 @@ import tokenizers as hf
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from gpt_jax import commands
-from gpt_jax.attention import RopeScaling, rope_frequencies
 from gpt_jax.pretrained.families import TABLE
+from gpt_jax.rope import RopeScaling, rope_frequencies
 from gpt_jax.special import Special
 from gpt_jax.tokenizers import Tokenizer
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from gpt_jax.attention import RopeScaling
 from gpt_jax.model import GPTConfig, LayerKind
+from gpt_jax.rope import RopeScaling
 
 # What each activation is called elsewhere; the first name is the one written.
 ACTIVATIONS = {
