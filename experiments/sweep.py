@@ -42,6 +42,7 @@ from typing import Any
 from absl import flags
 
 from experiments import door
+from gpt_jax import commands
 
 MOST_LINES = 60  # of the printed table; results.csv has all
 SLURM = ("MEM_PER_NODE", "MEM_PER_CPU", "CPUS_ON_NODE")  # MiB, MiB, cores
@@ -100,6 +101,39 @@ RERUN_FAILED = flags.DEFINE_bool("rerun_failed", False, "Run failed trials once 
 
 def main(_: list[str]) -> int:
     """Runs a sweep, writes its report, and returns the exit code."""
+    _check_flags()
+    from gpt_jax.sweep import plan as plans
+
+    plan = plans.load(SWEEP.value, extra=SET.value)
+    plan, base = plans.fix(plan, door.load_config(plan.config))
+    out = Path(OUT.value or f"runs/sweep_{plan.name}")
+
+    import jax
+
+    from gpt_jax.sweep import run
+    from gpt_jax.sweep.shard import parse
+
+    asked = {"metric": METRIC.value, "direction": DIRECTION.value, "at": AT.value}
+    asked = {key: value for key, value in asked.items() if value}
+    criterion = plan.criterion._replace(**asked)
+    criterion.check()
+    shard = parse(SHARD.value)
+    os.environ.setdefault("WANDB_RUN_GROUP", out.name)  # what W&B shows together
+    places = _places()
+    engine = _engine(plan, base, places)
+    if engine == "process":  # accelerators are for the trials
+        jax.config.update("jax_platforms", "cpu")
+    if DRY_RUN.value:
+        run.check(plan, base, criterion)
+        for line in run.listing(plan, base):
+            print(line)
+        return 0
+    done = _run(plan, base, out, engine, places, criterion=criterion, shard=shard)
+    return _end(out, done) if shard.whole else _end_of_shard(out, done)
+
+
+def _check_flags() -> None:
+    """Raises ValueError where a flag cannot be what it is, or not beside another."""
     if not SWEEP.value:
         raise ValueError("--sweep is missing, e.g. --sweep=experiments/sweeps/lr.py")
     for flag in (WORKERS, RETRIES, TRIAL_TIMEOUT, MAX_TRIALS, MAX_SECONDS):
@@ -112,74 +146,64 @@ def main(_: list[str]) -> int:
             raise ValueError(
                 f"--{flag.name} needs --engine=process: vmap is one process"
             )
-    from gpt_jax.sweep import plan as plans
 
-    plan = plans.load(SWEEP.value, extra=SET.value)
-    plan, base = plans.fix(plan, door.load_config(plan.config))
-    out = Path(OUT.value or f"runs/sweep_{plan.name}")
 
-    import jax
+def _engine(plan: Any, base: Any, places: list[dict[str, str]]) -> str:
+    """Returns the engine that was asked for; the better one, and says why, of auto."""
+    if ENGINE.value != "auto":
+        return ENGINE.value
+    from gpt_jax.sweep import choose
 
-    from gpt_jax import commands, report
-    from gpt_jax.sweep import choose, run
-    from gpt_jax.sweep.shard import parse
+    engine, why = choose.engine(
+        plan,
+        base,
+        command=commands.argv("trial"),
+        environment={**os.environ, **(places[0] if places else {})},
+        accelerators=len(places),
+        workers=WORKERS.value,
+        needs_processes=bool(SCHEDULER.value or TRIAL_TIMEOUT.value),
+    )
+    print(f"engine {engine}: {why}")
+    return engine
+
+
+def _run(
+    plan: Any, base: Any, out: Path, engine: str, places: list[dict[str, str]], **fixed
+) -> Any:
+    """Runs the trials with what the flags say; returns what `sweep.run` does."""
+    from gpt_jax import report
+    from gpt_jax.sweep import run
     from gpt_jax.sweep.study import Budget
 
-    asked = {"metric": METRIC.value, "direction": DIRECTION.value, "at": AT.value}
-    asked = {key: value for key, value in asked.items() if value}
-    criterion = plan.criterion._replace(**asked)
-    criterion.check()
-
-    shard = parse(SHARD.value)
-    os.environ.setdefault("WANDB_RUN_GROUP", out.name)  # what W&B shows together
-    groups = {"WANDB_RUN_GROUP": os.environ["WANDB_RUN_GROUP"]}
-    places = _places()
-    engine = ENGINE.value
-    if engine == "auto":
-        engine, why = choose.engine(
-            plan,
-            base,
-            command=commands.argv("trial"),
-            environment={**os.environ, **(places[0] if places else {})},
-            accelerators=len(places),
-            workers=WORKERS.value,
-            needs_processes=bool(SCHEDULER.value or TRIAL_TIMEOUT.value),
-        )
-        print(f"engine {engine}: {why}")
-    if engine == "process":  # accelerators are for the trials
-        jax.config.update("jax_platforms", "cpu")
-    if DRY_RUN.value:
-        run.check(plan, base, criterion)
-        for line in run.listing(plan, base):
-            print(line)
-        return 0
     options = {
         "storage": STORAGE.value,
         "retries": RETRIES.value,
         "rerun_failed": RERUN_FAILED.value,
-        "criterion": criterion,
         "budget": Budget(MAX_TRIALS.value, MAX_SECONDS.value),
-        "shard": shard,
         "changed": lambda results: report.tables(out, results),
+        **fixed,
     }
     if engine == "vmap":
         limits = {"members": WORKERS.value, "memory": _memory()}
-        done = run.batched(plan, base, out, **limits, **options)
-    else:
-        done = run.processes(
-            plan,
-            base,
-            out,
-            command=commands.argv("trial")[1:],
-            trial_timeout=TRIAL_TIMEOUT.value,
-            scheduler=SCHEDULER.value,
-            workers=WORKERS.value,
-            accelerators=places,
-            environment=groups,
-            **options,
-        )
-    if not shard.whole:  # it knows of its own part
-        return _end_of_shard(out, done)
+        return run.batched(plan, base, out, **limits, **options)
+    return run.processes(
+        plan,
+        base,
+        out,
+        command=commands.argv("trial")[1:],
+        trial_timeout=TRIAL_TIMEOUT.value,
+        scheduler=SCHEDULER.value,
+        workers=WORKERS.value,
+        accelerators=places,
+        environment={"WANDB_RUN_GROUP": os.environ["WANDB_RUN_GROUP"]},
+        **options,
+    )
+
+
+def _end(out: Path, done: Any) -> int:
+    """Writes the report, says what came of the sweep, and returns its exit code."""
+    from gpt_jax import report
+
     missing = report.write(out, done.results)
     if len(done.results["settings"]) <= MOST_LINES:
         print(report.table(done.results))
