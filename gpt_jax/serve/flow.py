@@ -51,7 +51,7 @@ class Served:
 
     Attributes:
       engine: what writes.
-      template: of conversations (see chat.py); None = it only continues texts.
+      template: of conversations (see chat/); None = it only continues texts.
       facts: what `/v1/models` tells besides.
       look: (prompt, against) -> the page of the microscope; None = it has none.
     """
