@@ -6,7 +6,7 @@ runs/a/classes.json     what a classifier's classes are called, and how far it r
 runs/a/data.json        the fingerprint of the training data
 runs/a/test.json        rows that were kept for a test
 runs/a/test_report.json how a classifier did on its test; test_report.png draws it
-runs/a/checkpoints/     see checkpoint.py; weights that never change in frozen/
+runs/a/checkpoints/     see checkpoint/; weights that never change in frozen/
 runs/a/metrics.jsonl    one JSON object a line; loss.png draws it
 runs/a/samples.md       texts written while training
 runs/a/report.html      all of that on one page, for a browser

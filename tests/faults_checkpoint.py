@@ -15,7 +15,7 @@ import pytest
 
 from configs import common
 from gpt_jax import checkpoint, data, metrics, model, train
-from gpt_jax.checkpoint import Checkpoints
+from gpt_jax.checkpoint import Checkpoints, sealing
 from gpt_jax.train import feed
 from tests import tiny
 
@@ -71,7 +71,7 @@ def test_every_flipped_bit_that_changes_a_value_is_caught(tmp_path, monkeypatch)
 def is_caught(found) -> bool:
     """Whether the check before every load, which reads each file once, finds damage."""
     try:
-        checkpoint._verify(found, checkpoint._manifest(found), None)
+        sealing.verify(found, sealing.read(found), None)
     except checkpoint.Damaged:
         return True
     return False
@@ -80,11 +80,11 @@ def is_caught(found) -> bool:
 def unverified(store, wanted, monkeypatch) -> str:
     """Returns what a reader that checks nothing would have got."""
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_verify", lambda *_: None)
+        patch.setattr(sealing, "verify", lambda *_: None)
         manifest = store.folder / "1" / checkpoint.MANIFEST
         try:
             stated = json.loads(manifest.read_bytes())["sha256"]
-            patch.setattr(checkpoint, "_body_hash", lambda body: stated)
+            patch.setattr(sealing, "_body_hash", lambda body: stated)
             tree, _, _ = store.restore(None, step=1)
         except Exception:
             return "an error"

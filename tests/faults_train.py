@@ -377,10 +377,10 @@ def test_damage_costs_one_checkpoint_and_only_all_of_them_the_run(
 
 
 RAISES = """
-def broken(target, note, seal=checkpoint._seal):
+def broken(target, note, seal=checkpoint.sealing.seal):
     if int(target.name) == 6: raise RuntimeError("the disk caught fire")
     seal(target, note)
-checkpoint._seal = broken
+checkpoint.sealing.seal = broken
 def waits(self, check=checkpoint.Checkpoints.check):  # so that steps are comparable
     if self._thread: self._thread.join()
     check(self)

@@ -291,14 +291,14 @@ def test_the_newest_and_the_best_are_kept(folder):
 def test_nothing_older_goes_before_the_newer_manifest_exists(folder, monkeypatch):
     with Checkpoints(folder, keep=1) as store:
         put(store, 1)
-        seal = checkpoint._seal
+        seal = checkpoint.sealing.seal
 
         def watched(target, note):
             assert store.steps() == [1]
             seal(target, note)
             assert store.steps() == [1, 2]
 
-        monkeypatch.setattr(checkpoint, "_seal", watched)
+        monkeypatch.setattr(checkpoint.sealing, "seal", watched)
         put(store, 2)
         assert store.steps() == [2]
 
@@ -416,7 +416,7 @@ def test_a_failed_save_names_path_and_free_bytes_and_leaves_nothing(
             def full(*_):
                 raise OSError(28, "No space left on device")
 
-            patch.setattr(checkpoint, "_seal", full)
+            patch.setattr(checkpoint.sealing, "seal", full)
             store.save(2, state(2), metric=None, meta={})
             with pytest.raises(OSError, match="No space left") as error:
                 store.save(3, state(3), metric=None, meta={})
@@ -472,7 +472,7 @@ def test_check_surfaces_an_error_without_another_save(folder, monkeypatch):
 
 @pytest.mark.fault(6, injections=2)
 def test_an_error_in_the_block_is_not_hidden_by_a_failed_save(folder, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_seal", lambda *_: 1 / 0)
+    monkeypatch.setattr(checkpoint.sealing, "seal", lambda *_: 1 / 0)
     with pytest.raises(KeyError), Checkpoints(folder, keep=1) as store:
         store.save(1, state(), metric=None, meta={})
         raise KeyError("first")

@@ -157,9 +157,9 @@ def sealed(change):
 
     copy = Path(shutil.copytree(GOLDEN, "run"))
     found = copy / "checkpoints" / str(make_run.STEPS)
-    body = checkpoint._manifest(found)
+    body = checkpoint.sealing.read(found)
     change(body)
-    told = {**body, "sha256": checkpoint._body_hash(body)}
+    told = {**body, "sha256": checkpoint.sealing._body_hash(body)}
     (found / checkpoint.MANIFEST).write_text(json.dumps(told))
     return Checkpoints(copy / "checkpoints", keep=None)
 

@@ -13,7 +13,6 @@ damaged. Layout, for a run folder `runs/a`:
     runs/a/frozen/<digest>/...             weights that never change, stored once
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -29,24 +28,37 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.multihost_utils import process_allgather
 
-from gpt_jax import files, processes
+from gpt_jax import processes
+from gpt_jax.checkpoint import sealing
+from gpt_jax.checkpoint.sealing import MANIFEST, Damaged
+from gpt_jax.checkpoint.tables import (
+    check_same,
+    difference,
+    digest,
+    leaves,
+    named,
+    refuse_other,
+)
+
+__all__ = [
+    "MANIFEST",
+    "Checkpoints",
+    "Damaged",
+    "check_same",
+    "difference",
+    "digest",
+    "leaves",
+]
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
-FORMAT = 1
 ALONE = ("params", "ema")  # top-level keys with a folder of their own
 REST = "state"  # the folder of all other keys
 # Orbax numbers its operations without a lock: two saves at once in one process may
 # wait for each other's folders for five minutes, and then fail (seen with 0.12.8).
 ONE_AT_A_TIME = threading.Lock()
 FINITE = ("params", "ema", "opt_state")  # top-level keys that never hold NaN or Inf
-
-
-class Damaged(ValueError):
-    """The files of a checkpoint are not those that its manifest names."""
 
 
 class Checkpoints:
@@ -70,7 +82,7 @@ class Checkpoints:
         self._error: Exception | None = None
         if keep is not None and jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _clean(self.folder)
+            sealing.clean(self.folder)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -96,7 +108,7 @@ class Checkpoints:
         Those that `restore` has set aside, and several without a manifest where none
         has one: a killed process leaves one at most, so these were finished once.
         """
-        lost = _unfinished(self.folder) if not self.steps() else []
+        lost = sealing.unfinished(self.folder) if not self.steps() else []
         return sorted([*self.folder.glob("damaged-*"), *(lost if lost[1:] else [])])
 
     def latest(self) -> int | None:
@@ -238,17 +250,17 @@ class Checkpoints:
         tree = _mapping(tree)
         name = digest(tree)
         target = self.folder.parent / "frozen" / name
-        if processes.first(lambda: _is_sound(target)):
+        if processes.first(lambda: sealing.is_sound(target)):
             return name
-        _check_finite(_named(tree))
+        _check_finite(named(tree))
         try:
             if jax.process_index() == 0:
                 shutil.rmtree(target, ignore_errors=True)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                _clean(target.parent)
+                sealing.clean(target.parent)
             _writer(target, _snapshot(_grouped(tree)))()
             note = {"meta": {"digest": name}, "leaves": leaves(tree)}
-            processes.first(lambda: _seal(target, note))
+            processes.first(lambda: sealing.seal(target, note))
         except Exception as error:
             raise self._failed(target, error) from error
         return name
@@ -263,7 +275,7 @@ class Checkpoints:
             raise ValueError(f"{name!r} is not the digest of frozen weights")
         target = self.folder.parent / "frozen" / name
         try:
-            manifest = processes.first(lambda: _manifest(target), Damaged)
+            manifest = processes.first(lambda: sealing.read(target), Damaged)
             if manifest["meta"].get("digest", name) != name:
                 raise Damaged(f"{target} holds {manifest['meta']['digest']}")
             return _load(target, manifest, abstract)
@@ -278,13 +290,13 @@ class Checkpoints:
         if step is not None:
             processes.first(lambda: self._check_finished(step))
             found = self.folder / str(step)
-            manifest = processes.first(lambda: _manifest(found), Damaged)
+            manifest = processes.first(lambda: sealing.read(found), Damaged)
             return load(found, manifest), manifest["meta"], step
         damaged: list[int] = []
         while left := [s for s in processes.first(self.steps) if s not in damaged]:
             found = self.folder / str(left[-1])
             try:
-                manifest = processes.first(partial(_manifest, found), Damaged)
+                manifest = processes.first(partial(sealing.read, found), Damaged)
                 return load(found, manifest), manifest["meta"], left[-1]
             except (FileNotFoundError, Damaged) as error:
                 if not (found / MANIFEST).exists():
@@ -331,7 +343,7 @@ class Checkpoints:
         try:
             write()
             if jax.process_index() == 0:
-                _seal(target, note)
+                sealing.seal(target, note)
                 self._prune()
         except Exception as error:
             self._error = self._failed(target, error)
@@ -367,62 +379,9 @@ class Checkpoints:
     def _note(self, step: int) -> dict[str, Any]:
         """Returns the manifest of a step; {} when it cannot be read."""
         try:
-            return _manifest(self.folder / str(step))
+            return sealing.read(self.folder / str(step))
         except (FileNotFoundError, Damaged):
             return {}
-
-
-def digest(tree: Any) -> str:
-    """Returns the sha256 over path, dtype, shape and bytes of every leaf, sorted."""
-    total = hashlib.sha256()
-    for name, leaf in sorted(_named(tree), key=lambda pair: pair[0]):
-        value = np.ascontiguousarray(_whole(leaf))
-        total.update(f"{name} {value.dtype} {np.shape(leaf)}\n".encode())
-        total.update(value.reshape(-1).view(np.uint8).data)
-    return total.hexdigest()
-
-
-def difference(wanted: Mapping, found: Mapping) -> list[str]:
-    """Returns one line for every leaf that is not the same in two tables of leaves."""
-    lines = []
-    for name in sorted({*wanted, *found}):
-        if name not in found:
-            lines.append(f"{name}: wanted {_shown(wanted[name])}, but absent")
-        elif name not in wanted:
-            lines.append(f"{name}: not wanted, found {_shown(found[name])}")
-        elif wanted[name] != found[name]:
-            lines.append(
-                f"{name}: wanted {_shown(wanted[name])}, found {_shown(found[name])}"
-            )
-    return lines
-
-
-def check_same(wanted: Any, found: Any) -> None:
-    """Raises ValueError, naming the leaves, unless two trees agree in all shapes."""
-    _refuse_other("these weights are", leaves(wanted), leaves(found))
-
-
-def _named(tree: Any) -> list[tuple[str, Any]]:
-    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-        for path, leaf in paths
-    ]
-
-
-def leaves(tree: Any) -> dict[str, list]:
-    """Returns the table of a tree: [shape, dtype] by path, as the manifest has it."""
-    found = _named(tree)
-    for name, leaf in found:
-        if not hasattr(leaf, "dtype"):
-            raise ValueError(
-                f"{name} is {leaf!r}, not an array; wrap it in jnp.asarray"
-            )
-    return {name: [list(x.shape), str(x.dtype)] for name, x in found}
-
-
-def _shown(leaf: list) -> str:
-    return f"{tuple(leaf[0])} {leaf[1]}"
 
 
 def _finite_or_none(metric: float | None) -> float | None:
@@ -436,12 +395,6 @@ def _grouped(tree: Mapping) -> dict[str, Any]:
     items |= {REST: rest} if rest else {}
     # Orbax refuses an item without arrays.
     return {key: value for key, value in items.items() if jax.tree.leaves(value)}
-
-
-def _whole(leaf: Any) -> Any:
-    """Returns an array, gathered on the host where other processes hold some of it."""
-    spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
-    return process_allgather(leaf, tiled=True) if spread else leaf
 
 
 def _snapshot(tree: Any) -> Any:
@@ -496,7 +449,7 @@ def _saving() -> tuple:
 
 def _refuse_non_finite(items: Mapping) -> None:
     rows = {**items, **items.get(REST, {})}
-    _check_finite(_named({key: rows[key] for key in FINITE if key in rows}))
+    _check_finite(named({key: rows[key] for key in FINITE if key in rows}))
 
 
 def _check_finite(named: list[tuple[str, Any]]) -> None:
@@ -521,68 +474,6 @@ def _each_finite(arrays: list[jax.Array]) -> jax.Array:
     return jnp.stack([jnp.isfinite(x).all() for x in arrays])
 
 
-def _seal(target: Path, note: dict) -> None:
-    """Writes the manifest: after every other byte is on the disk, and atomically."""
-    found = {}
-    for path in sorted(target.rglob("*")):
-        files.sync(path)  # of a folder, the names in it
-        if path.is_file():
-            found[path.relative_to(target).as_posix()] = files.digest_of(path)
-    body = {"format": FORMAT, **note, "files": found}
-    text = json.dumps({**body, "sha256": _body_hash(body)}, indent=1)
-    files.write(target / MANIFEST, text)
-    files.sync(target.parent)
-
-
-def _body_hash(body: dict) -> str:
-    return files.digest(json.dumps(body, sort_keys=True))
-
-
-def _manifest(found: Path) -> dict:
-    """Returns the manifest of a checkpoint.
-
-    Raises:
-      FileNotFoundError: there is none.
-      Damaged: it does not match its own sha256.
-    """
-    try:
-        body = json.loads((found / MANIFEST).read_bytes())
-        stated = body.pop("sha256")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{found} is not a finished checkpoint") from None
-    except (ValueError, KeyError, AttributeError, TypeError):
-        stated, body = None, {}
-    if stated != _body_hash(body):
-        raise Damaged(f"{found / MANIFEST} is not as it was written")
-    if body["format"] != FORMAT:
-        raise ValueError(
-            f"{found} has checkpoint format {body['format']}, this code reads {FORMAT}"
-        )
-    return body
-
-
-def _verify(found: Path, manifest: dict, items: set[str] | None) -> None:
-    """Raises Damaged, naming the file, when one is not as the manifest says."""
-    for name, stated in manifest["files"].items():
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise Damaged(f"{found / MANIFEST} names {name}, which is not beside it")
-        top, inside, _ = name.partition("/")
-        if inside and items is not None and top not in items:
-            continue
-        if not (found / name).is_file():
-            raise Damaged(f"{found / name} is missing")
-        if files.digest_of(found / name) != stated:
-            raise Damaged(f"{found / name} does not match its sha256")
-
-
-def _is_sound(found: Path) -> bool:
-    try:
-        _verify(found, _manifest(found), None)
-    except (FileNotFoundError, Damaged):
-        return False
-    return True
-
-
 def _load(
     found: Path,
     manifest: dict,
@@ -593,11 +484,11 @@ def _load(
 
     shape, abstract = abstract, None if abstract is None else _mapping(abstract)
     if abstract is not None:
-        _refuse_other(f"{found} is", leaves(abstract), manifest["leaves"])
+        refuse_other(f"{found} is", leaves(abstract), manifest["leaves"])
     items = {name.split("/")[0] for name in manifest["files"] if "/" in name}
     if only is not None:
         items &= {key if key in ALONE else REST for key in only}
-    processes.first(lambda: _verify(found, manifest, items), Damaged)
+    processes.first(lambda: sealing.verify(found, manifest, items), Damaged)
     context = ocp.Context()
     if abstract is None:
         # The sharding on the disk names the devices of the process that saved it.
@@ -622,13 +513,6 @@ def _mapping(tree: Any) -> Mapping:
     return tree if isinstance(tree, Mapping) else tree._asdict()
 
 
-def _refuse_other(what: str, wanted: Mapping, found: Mapping) -> None:
-    if lines := difference(wanted, found):
-        more = [f"and {len(lines) - 10} more"] if len(lines) > 10 else []
-        text = "\n  ".join(lines[:10] + more)
-        raise ValueError(f"{what} of another model:\n  {text}")
-
-
 def _place(tree: Any, *, moved: bool) -> Any:
     """Returns ShapeDtypeStructs; on this process's first device where not said."""
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -638,24 +522,6 @@ def _place(tree: Any, *, moved: bool) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or here)
 
     return jax.tree.map(leaf, tree)
-
-
-def _clean(folder: Path) -> None:
-    """Removes what a killed process left: it was never a checkpoint."""
-    leftovers = [p for p in folder.iterdir() if ".orbax-checkpoint-tmp" in p.name]
-    unfinished = _unfinished(folder)
-    finished = any(folder.glob(f"[0-9]*/{MANIFEST}"))
-    if finished or not unfinished[1:]:  # else they are lost: see Checkpoints.damaged
-        leftovers += unfinished
-    for path in sorted(filter(Path.is_dir, leftovers)):
-        log.warning("removed the unfinished checkpoint %s", path)
-        shutil.rmtree(path)
-
-
-def _unfinished(folder: Path) -> list[Path]:
-    """Returns the folders of checkpoints, or of frozen weights, without a manifest."""
-    named = [p for p in folder.iterdir() if p.name.isdecimal() or len(p.name) == 64]
-    return [p for p in named if p.is_dir() and not (p / MANIFEST).exists()]
 
 
 def _unused(path: Path) -> Path:
