@@ -1,7 +1,9 @@
 """Decoding against recomputation, filters against NumPy, texts against streams."""
 
+import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -600,10 +602,18 @@ def door(*args, text=""):
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
-def test_the_door_streams_one_prompt_and_says_why_it_stopped(run_folder):
-    code, out, err = door(f"--run={run_folder}", "--prompt_file=-", text="Grüße\n")
+def test_the_door_streams_one_prompt_as_the_models_makers_say(run_folder, tmp_path):
+    folder = tmp_path / "published"
+    shutil.copytree(run_folder, folder)
+    drawn = {"do_sample": False, "min_new_tokens": 3}
+    (folder / "generation_config.json").write_text(json.dumps(drawn))
+    code, out, err = door(f"--run={folder}", "--prompt_file=-", text="Grüße\n")
     assert code == 0
-    assert out.startswith("Grüße") and len(out) > 12
+    run = runs.open(run_folder)
+    parts = {"model": run.model, "params": run.params, "tokenizer": run.tokenizer}
+    (wanted,) = texts(parts, ["Grüße"], temperature=0.0, max_new=200)
+    assert out == f"Grüße{wanted.text}\n" and len(out) > 12
+    assert "[generation_config.json says min_new_tokens 3, which nothing" in err
     told = "the context of 32 tokens is full; --beyond_context goes on when the context"
     assert err.splitlines()[-1] == f"[stopped: {told} is full]"
 

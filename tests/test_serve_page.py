@@ -11,6 +11,8 @@ import threading
 import pytest
 
 from gpt_jax import microscope
+from gpt_jax.generation import OWN, Generation
+from gpt_jax.sampling import OFF
 from tests import browser, runs_to_evaluate, serving
 from tests.browser import expect
 from tests.serving import alone, running, wait_until
@@ -19,12 +21,14 @@ from tests.test_page_markdown import MARKDOWN
 CONTEXT = 2048
 WIDTHS = {"desktop": (1280, 800), "phone": (390, 844)}
 SCHEMES = {"desktop": "light", "phone": "dark"}
+# As the makers of `chatty` say: the temperature lies between two steps of its slider.
+DRAWN = Generation({**OFF, "temperature": 0.63, "top_p": 0.95}, published=True)
 ALLOWED = ["clipboard-read", "clipboard-write"]
 
 
 @pytest.fixture(scope="module")
 def live():
-    with running(serving.make_engine(CONTEXT, [2], 8)) as found:
+    with running(serving.make_engine(CONTEXT, [2], 8), drawn=DRAWN) as found:
         yield found
 
 
@@ -646,6 +650,32 @@ def test_a_text_is_looked_at_in_a_tab_of_its_own(page, live, monkeypatch, looked
     page.locator("#tab-look").press("ArrowLeft")
     expect(page.locator("#input")).to_be_visible()
     assert page.locator("#look").is_hidden()
+
+
+def test_what_the_reader_has_not_set_is_as_each_model_suggests(desk):
+    def asked():
+        with desk.expect_request("**/v1/*completions") as found:
+            say(desk, "Hello")
+        return found.value.post_data_json
+
+    def told():
+        names = ("temperature", "top_p")
+        return [desk.locator(f"label[for={n}] output").inner_text() for n in names]
+
+    settings(desk, max_tokens=2)
+    assert told() == ["0.8", "1"]
+    assert asked().items() >= OWN.settings.items()
+    desk.select_option("#model", "chatty")
+    assert told() == ["0.63", "0.95"]
+    assert asked().items() >= DRAWN.settings.items()
+    settings(desk, top_p=0.5)
+    assert told() == ["0.63", "0.5"]
+    assert asked().items() >= {**DRAWN.settings, "top_p": 0.5}.items()
+    desk.reload()
+    expect(desk.locator("#send")).to_be_enabled()
+    assert told() == ["0.63", "0.5"]
+    desk.click("#defaults")
+    assert told() == ["0.63", "0.95"]
 
 
 def test_the_theme_is_the_readers(page):

@@ -151,7 +151,7 @@ def _setting(setting: sampling.Setting) -> Field:
     else:
         high = setting.high if math.isfinite(setting.high) else HUGE
         kind = Number(setting.low, high, above=setting.above)
-    return Field(kind, setting.told, setting.off)
+    return Field(kind, f"{setting.told} Else the model's own.")
 
 
 def _passed(told: str = "Changes nothing here.") -> Field:

@@ -27,6 +27,7 @@ class Response:
         self.ask, self.prompts, self.echoes = ask, prompts, [""]
         self._name, self._spell = name, speller(served.engine.tokenizer)
         self._fingerprint = served.fingerprint
+        self._settings = served.settings(ask.settings)
         self._id, self._item = f"resp_{secrets.token_hex(12)}", secrets.token_hex(12)
         self._created, self._count, self._text = int(time.time()), 0, Text("")
 
@@ -132,12 +133,12 @@ class Response:
             "previous_response_id": None,
             "store": False,
             "system_fingerprint": self._fingerprint,
-            "temperature": given["temperature"],
+            "temperature": self._settings["temperature"],
             "text": {"format": given["text"].get("format") or {"type": "text"}},
             "tool_choice": "none",
             "tools": [],
             "top_logprobs": given["top_logprobs"] or 0,
-            "top_p": given["top_p"],
+            "top_p": self._settings["top_p"],
             "truncation": "disabled",
             "usage": usage,
             "user": given["user"],

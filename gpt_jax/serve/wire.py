@@ -34,7 +34,7 @@ class Ask:
       model: its name, or None.
       prompts: of a completion: texts or ids.
       messages: of the others.
-      settings: those of `sampling.SETTINGS`.
+      settings: those of `sampling.SETTINGS` that are given.
       most: tokens to write at most; None = what the server finds sensible.
       seed: or None.
       stop, stop_ids: texts and tokens that end a text.
@@ -269,7 +269,9 @@ def _shared(asked: Mapping[str, Any]) -> dict[str, Any]:
     names = ("model", "seed", "stop", "ignore_eos", "stream")
     return {
         **{name: asked[name] for name in names},
-        "settings": {name: asked[name] for name in sampling.SETTINGS},
+        "settings": {
+            name: asked[name] for name in sampling.SETTINGS if asked[name] is not None
+        },
         "stop_ids": asked["stop_token_ids"],
         "least": asked["min_tokens"],
         "bias": asked["logit_bias"],
