@@ -270,6 +270,7 @@ def _check_tools(messages: Sequence[chat.Message], served: Served, param: str) -
         unknown = message.role == "tool" and not (form and form.answers)
         if unknown or (message.calls and not form):
             name = f"{param}[{i}].{'tool_calls' if message.calls else 'role'}"
+            name = "input" if param == "input" else name  # items are not messages
             what = "calls of tools" if message.calls else "what tools say"
             raise bad(
                 f"{name}: the chat template of this model does not write {what}", name
