@@ -625,6 +625,16 @@ def test_the_door_goes_on_beyond_the_context(run_folder):
     assert code == 0 and err.splitlines()[-1] == "[stopped: 70 new tokens]"
 
 
+@pytest.mark.parametrize("name", ["sample", "chat"])
+def test_the_help_says_where_a_settings_default_comes_from(name):
+    command = [sys.executable, "-m", f"experiments.{name}", "--help"]
+    told = subprocess.run(command, capture_output=True, text=True).stdout
+    for flag, default in (("temperature", "0.8"), ("top_p", "1"), ("top_k", "0")):
+        origin = f"the model's generation_config.json says, else {default}\\)"
+        assert re.search(f"--{flag}: .* \\(default: what {origin}$", told, re.M)
+    assert "default: None" not in told
+
+
 def test_the_door_puts_headers_over_many_texts(run_folder):
     prompts = ["--prompt=one", "--prompt=two", "--count=2", "--max_new_tokens=3"]
     code, out, _ = door(f"--run={run_folder}", *prompts)
