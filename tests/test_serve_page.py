@@ -654,28 +654,28 @@ def test_a_text_is_looked_at_in_a_tab_of_its_own(page, live, monkeypatch, looked
 
 def test_what_the_reader_has_not_set_is_as_each_model_suggests(desk):
     def asked():
-        with desk.expect_request("**/v1/*completions") as found:
+        with desk.expect_request("**/completions") as found:
             say(desk, "Hello")
         return found.value.post_data_json
 
-    def told():
-        names = ("temperature", "top_p")
-        return [desk.locator(f"label[for={n}] output").inner_text() for n in names]
+    def told(temperature, top_p):
+        for name, wanted in (("temperature", temperature), ("top_p", top_p)):
+            expect(desk.locator(f"label[for={name}] output")).to_have_text(wanted)
 
     settings(desk, max_tokens=2)
-    assert told() == ["0.8", "1"]
+    told("0.8", "1")
     assert asked().items() >= OWN.settings.items()
     desk.select_option("#model", "chatty")
-    assert told() == ["0.63", "0.95"]
+    told("0.63", "0.95")
     assert asked().items() >= DRAWN.settings.items()
     settings(desk, top_p=0.5)
-    assert told() == ["0.63", "0.5"]
+    told("0.63", "0.5")
     assert asked().items() >= {**DRAWN.settings, "top_p": 0.5}.items()
     desk.reload()
     expect(desk.locator("#send")).to_be_enabled()
-    assert told() == ["0.63", "0.5"]
+    told("0.63", "0.5")
     desk.click("#defaults")
-    assert told() == ["0.63", "0.95"]
+    told("0.63", "0.95")
 
 
 def test_the_theme_is_the_readers(page):
