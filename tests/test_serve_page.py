@@ -703,6 +703,24 @@ def test_every_control_has_a_name_and_fits_the_width(page):
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
+def test_a_wide_table_scrolls_within_the_width_of_its_turn(page):
+    page.select_option("#model", "chatty")
+    settings(page, temperature=0, max_tokens=1)
+    say(page, "Hello")
+    row = "| somewhat " * 40 + "|\n"
+    page.evaluate(
+        """async (text) => (await import("/markdown.js")).render(
+          document.querySelector(".turn.assistant > div"), text)""",
+        row + "|:-:" * 40 + "|\n" + row,
+    )
+    box = page.locator(".table")
+    assert box.evaluate("e => e.scrollWidth > 2 * e.clientWidth")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    middle = "e => getComputedStyle(e).textAlign"
+    assert box.locator("td").first.evaluate(middle) == "center"
+    shoot(page, "table")
+
+
 def test_axe_finds_nothing_against_any_state_of_the_page(page):
     def right(state):
         panel(page, "settings", shown=False)
