@@ -21,14 +21,16 @@ back with the arrow keys, also in later sessions. Lines that begin with / are co
 
 The model sees the conversation in the template that it was tuned with, or that came
 with its tokenizer. When the context is full, the oldest turns are dropped whole, which
-is told. A run without a template (a base model) continues each line instead.
+is told. A run without a template (a base model) continues each line instead. An
+imported model answers as its generation_config.json says, where no flag and no /set
+says otherwise.
 """
 
 import contextlib
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,7 @@ TEMPLATE = flags.DEFINE_string(
     "template", "", "alpaca, phi3, chatml or plain; empty = the run's own."
 )
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 200, "Longest answer.")
-SAMPLING = door.define_sampling(temperature=0.7, top_p=0.95)
+SAMPLING = door.define_sampling()
 SEED = flags.DEFINE_integer("seed", 1337, "Another seed gives other answers.")
 STEP = flags.DEFINE_string(
     "step", "", "Checkpoint: best, newest, a step number; empty = best, else newest."
@@ -58,16 +60,23 @@ KEPT = 1000  # lines of it
 class Talk:
     """A conversation and how it goes on.
 
-    `model` and `params` are the run's, laid out once for decoding one row.
+    `model` and `params` are the run's, laid out once for decoding one row. `own` is how
+    its answers are written where `given`, by a flag or by /set, does not say otherwise.
     """
 
     run: Any
     model: Any
     params: Any
     template: str | None
-    settings: dict[str, Any]
+    own: Mapping[str, Any]
+    given: dict[str, Any]
     messages: list
     new: bool = True  # nothing is compiled yet
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How answers are written: all settings, `max_new` and `seed`."""
+        return {**self.own, **self.given}
 
 
 def main(_: list[str]) -> None:
@@ -75,10 +84,9 @@ def main(_: list[str]) -> None:
     if not RUN.value:
         raise ValueError("--run is missing, e.g. --run=runs/tuned")
     step = door.step(STEP.value)
-    settings = door.chosen_sampling(SAMPLING, MAX_NEW_TOKENS.value)
-    sampling.check(**settings)  # before the weights are read
-    settings["seed"] = SEED.value
-    talk = begin(RUN.value, step, settings, _opening())
+    given = door.given_sampling(SAMPLING, MAX_NEW_TOKENS.value)
+    given |= {"max_new": MAX_NEW_TOKENS.value, "seed": SEED.value}
+    talk = begin(RUN.value, step, given, _opening())
     for line in lines():
         if line.startswith("/"):
             if not obey(talk, line):
@@ -88,10 +96,11 @@ def main(_: list[str]) -> None:
                 answer(talk, line)
 
 
-def begin(folder: str, step: int | str | None, settings: dict, messages: list) -> Talk:
+def begin(folder: str, step: int | str | None, given: dict, messages: list) -> Talk:
     """Opens a run and tells how it is talked to; raises ValueError where it is not."""
-    from gpt_jax import chat, commands, programs, runs, sample
+    from gpt_jax import chat, commands, generation, programs, runs, sample
 
+    own = generation.of(folder)  # before the weights are read
     run = runs.open(folder, step=step)
     if run.classes:
         raise ValueError(
@@ -109,8 +118,10 @@ def begin(folder: str, step: int | str | None, settings: dict, messages: list) -
             f"{folder} has no chat template: a base model, which continues what you "
             "write instead of answering it (configs/sft.py makes one that answers)"
         )
+    if own.told:
+        tell(f"[{own.told}]")
     model, params = sample.laid_out(run.model, run.params, rows=1)
-    return Talk(run, model, params, template, settings, messages)
+    return Talk(run, model, params, template, own.settings, given, messages)
 
 
 def lines() -> Iterator[str]:
@@ -282,7 +293,7 @@ def undo(talk: Talk, _: str = "") -> str:
 def regenerate(talk: Talk, _: str) -> None:
     """Answers the last message again, with the next seed."""
     text = undo(talk)
-    talk.settings["seed"] += 1
+    talk.given["seed"] += 1
     answer(talk, text)
 
 
@@ -324,7 +335,7 @@ def switch(talk: Talk, folder: str) -> None:
     """Goes on with another run and the same conversation."""
     if not folder:
         raise ValueError("write /run FOLDER")
-    other = begin(folder, door.step(STEP.value), talk.settings, talk.messages)
+    other = begin(folder, door.step(STEP.value), talk.given, talk.messages)
     vars(talk).update(vars(other))
 
 
@@ -345,7 +356,7 @@ def change(talk: Talk, words: str) -> None:
         raise ValueError(f"{name} is a number, not {values[0]!r}") from None
     settings = {**talk.settings, name: value}
     sampling.check(**{key: settings[key] for key in settings if key != "seed"})
-    talk.settings = settings
+    talk.given = {**talk.given, name: value}
 
 
 def save(talk: Talk, path: str) -> None:

@@ -132,11 +132,13 @@ def write(source: Path, config, tokenizer, params, named: str, *, base=None) -> 
       named: where they come from.
       base: the weights that stay as they are, if there are such.
     """
-    from gpt_jax import checkpoint, pretrained, runs
+    from gpt_jax import checkpoint, generation, pretrained, runs
 
     with pretrained.whole(Path(RUN.value)) as draft:
         runs.create(draft, config, tokenizer)
         pretrained.keep(source, draft)
+        if told := generation.of(draft).told:
+            print(f"note: {told}")
         with checkpoint.Checkpoints(draft / "checkpoints", keep=1) as store:
             meta = {"from": named}
             if base is not None:

@@ -185,18 +185,29 @@ class _Paths(flags.ListParser):
         return [_Path().parse(word) for word in super().parse(argument)]
 
 
-def define_sampling(**chosen: float) -> dict[str, Any]:
-    """Defines a flag for each way to choose tokens; `chosen` are other defaults."""
+def define_sampling() -> dict[str, Any]:
+    """Defines a flag for each way to choose tokens, which is None where not given."""
     define = {float: flags.DEFINE_float, int: flags.DEFINE_integer}
     return {
-        name: define[each.kind](name, chosen.get(name, each.off), each.told)
+        name: define[each.kind](
+            name,
+            None,
+            f"{each.told} (default: what the model's generation_config.json says, else "
+            f"{sampling.DEFAULTS[name]:g})",
+        )
         for name, each in sampling.SETTINGS.items()
     }
 
 
-def chosen_sampling(holders: Mapping[str, Any], max_new: int) -> dict[str, Any]:
-    """Returns what the flags of `define_sampling` say, as `sample.texts` takes it."""
-    return sampling.settings(max_new, **{k: x.value for k, x in holders.items()})
+def given_sampling(holders: Mapping[str, Any], max_new: int) -> dict[str, Any]:
+    """Returns the flags of `define_sampling` that were given.
+
+    Raises:
+      ValueError: one is outside its range, or `max_new` is.
+    """
+    given = {name: x.value for name, x in holders.items() if x.value is not None}
+    sampling.check(max_new, **given)
+    return given
 
 
 def only_with(chosen: str, reads: Mapping[str, Collection[str]]) -> None:
@@ -391,7 +402,8 @@ def _flags_help() -> str:
     """Returns the flags of the running door, with what they are for."""
     lines = []
     for flag in _own_flags().values():
-        lines.append(f"  --{flag.name}: {flag.help} (default: {flag.default})")
+        default = "" if flag.default is None else f" (default: {flag.default})"
+        lines.append(f"  --{flag.name}: {flag.help}{default}")
     return "\n".join(lines)
 
 

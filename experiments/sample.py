@@ -13,7 +13,8 @@ tokens, or a full context (the model sees no further back, so it writes no furth
 
 Without a prompt the model begins with its end-of-text token, or with a newline. The
 same seed gives the same text; completion number k of a prompt depends on the seed, the
-prompt and k only. --temperature=0 always takes the likeliest token.
+prompt and k only. --temperature=0 always takes the likeliest token. An imported model
+is drawn from as its generation_config.json says, where no flag says otherwise.
 """
 
 import sys
@@ -30,7 +31,7 @@ PROMPT_FILE = door.define_path(
     "prompt_file", "", "File whose text, less a last newline, is a prompt; - is stdin."
 )
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 200, "Most tokens to write.")
-SAMPLING = door.define_sampling(temperature=0.8)
+SAMPLING = door.define_sampling()
 SEED = flags.DEFINE_integer("seed", 1337, "Another seed gives another text.")
 COUNT = flags.DEFINE_integer("count", 1, "Completions of each prompt.")
 STOP = flags.DEFINE_multi_string(
@@ -65,10 +66,14 @@ def main(_: list[str]) -> None:
         prompts.append(_read(PROMPT_FILE.value))
     prompts = prompts or [""]
 
-    from gpt_jax import programs, runs, sample, screen
+    given = door.given_sampling(SAMPLING, MAX_NEW_TOKENS.value)
 
-    settings = door.chosen_sampling(SAMPLING, MAX_NEW_TOKENS.value)
-    sampling.check(**settings)  # before the weights are read
+    from gpt_jax import generation, programs, runs, sample, screen
+
+    found = generation.of(RUN.value)  # before the weights are read
+    settings = sampling.settings(MAX_NEW_TOKENS.value, **{**found.settings, **given})
+    if found.told:
+        print(f"[{found.told}]", file=sys.stderr)
     run = runs.open(RUN.value, step=step, weights=WEIGHTS.value)
     programs.use_cache(run.config.compile_cache)
     for prompt in prompts:

@@ -82,6 +82,11 @@ SETTINGS: Mapping[str, Setting] = {
     ),
 }
 
+OFF: Mapping[str, float] = {name: setting.off for name, setting in SETTINGS.items()}
+# How texts of a run are written on the page and in the terminal where nobody says how
+# (generation.py): a little safer than drawn from what the model says.
+DEFAULTS: Mapping[str, float] = {**OFF, "temperature": 0.8}
+
 
 def settings(max_new: int, **chosen: float) -> dict[str, Any]:
     """Returns all settings: those chosen, the others off.
@@ -90,10 +95,9 @@ def settings(max_new: int, **chosen: float) -> dict[str, Any]:
       max_new: tokens to write at most.
       **chosen: of SETTINGS.
     """
-    off = {name: setting.off for name, setting in SETTINGS.items()}
-    if strange := chosen.keys() - off.keys():
+    if strange := chosen.keys() - OFF.keys():
         raise TypeError(f"no setting of sampling is called {min(strange)}")
-    return {**off, **chosen, "max_new": max_new}
+    return {**OFF, **chosen, "max_new": max_new}
 
 
 def check(max_new: int, **chosen: float) -> None:

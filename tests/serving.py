@@ -12,6 +12,7 @@ import jax
 
 from gpt_jax import model as models
 from gpt_jax import sample, sampling, tokenizers
+from gpt_jax.generation import OWN
 from gpt_jax.serve import server
 from gpt_jax.serve.engine import Engine
 from gpt_jax.serve.flow import Served
@@ -71,15 +72,21 @@ def running(
     key="",
     grace_s=5.0,
     templates=(None, "plain"),
+    drawn=OWN,
     **options,
 ):
-    """Serves an engine in a thread: as `tiny` it continues, as `chatty` it talks."""
+    """Serves an engine in a thread: as `tiny` it continues, as `chatty` it talks.
+
+    How `chatty` is drawn from is `drawn`.
+    """
     cfg = engine.model.cfg
     facts = {"context_length": cfg.context_length, "vocab_size": cfg.vocab_size}
     facts |= {"parameters": models.count(cfg), "step": 0}
     served = {
-        name: Served(engine, template, facts)
-        for name, template in zip(("tiny", "chatty"), templates, strict=True)
+        name: Served(engine, template, facts, generation=how)
+        for name, template, how in zip(
+            ("tiny", "chatty"), templates, (OWN, drawn), strict=True
+        )
     }
     with open_server(
         served, limits=limits, key=key, grace_s=grace_s, **options

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from gpt_jax import metrics, pretrained, runs, sample, sampling, tokenizers
+from gpt_jax import generation, metrics, pretrained, runs, sample, sampling, tokenizers
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/golden"
 PRINTABLE = "".join(map(chr, range(32, 127))) + "\n"
+DRAWN = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "penalty_alpha": 0.6}
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 
@@ -34,6 +35,7 @@ def published(tmp_path_factory) -> Path:
     words.save(folder / "tokenizer.json")
     settings = {"eos_token": "</s>", "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "generation_config.json").write_text(json.dumps(DRAWN))
     return folder
 
 
@@ -43,6 +45,7 @@ def imported(published, tmp_path_factory) -> Path:
     done = convert(f"--from_hf={published}", f"--run={run}")
     assert done.returncode == 0, done.stderr
     assert f"--run={run}" in done.stdout
+    assert "generation_config.json says penalty_alpha 0.6" in done.stdout
     return run
 
 
@@ -88,6 +91,9 @@ def test_an_export_brings_weights_tokenizer_and_chat_template(
     assert settings["chat_template"] == TEMPLATE
     config = json.loads((target / "config.json").read_text())
     assert config["eos_token_id"] == len(PRINTABLE)
+    drawn = json.loads((target / "generation_config.json").read_text())
+    assert drawn == {**DRAWN, "eos_token_id": len(PRINTABLE)}
+    assert generation.of(target) == generation.of(imported)
     made = pretrained.tokenizer(target)
     assert made.json == runs.open(imported).tokenizer.json
 

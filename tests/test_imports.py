@@ -17,7 +17,7 @@ FLOORS = (
     "plaintext paths downloads special rope dropout",
     "model attention tokenizers chat rows corpora data losses adapters optimizer "
     "sharding programs processes checkpoint metrics seeds signals criterion "
-    "sequential pace",
+    "sequential pace generation",
     "prepare instructions sample runs plots labelled classify pretrained words",
     "tasks evaluate microscope fork",
     "step checks train",

@@ -1,7 +1,9 @@
 """Decoding against recomputation, filters against NumPy, texts against streams."""
 
+import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -600,10 +602,18 @@ def door(*args, text=""):
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
-def test_the_door_streams_one_prompt_and_says_why_it_stopped(run_folder):
-    code, out, err = door(f"--run={run_folder}", "--prompt_file=-", text="Grüße\n")
+def test_the_door_streams_one_prompt_as_the_models_makers_say(run_folder, tmp_path):
+    folder = tmp_path / "published"
+    shutil.copytree(run_folder, folder)
+    drawn = {"do_sample": False, "min_new_tokens": 3}
+    (folder / "generation_config.json").write_text(json.dumps(drawn))
+    code, out, err = door(f"--run={folder}", "--prompt_file=-", text="Grüße\n")
     assert code == 0
-    assert out.startswith("Grüße") and len(out) > 12
+    run = runs.open(run_folder)
+    parts = {"model": run.model, "params": run.params, "tokenizer": run.tokenizer}
+    (wanted,) = texts(parts, ["Grüße"], temperature=0.0, max_new=200)
+    assert out == f"Grüße{wanted.text}\n" and len(out) > 12
+    assert "[generation_config.json says min_new_tokens 3, which nothing" in err
     told = "the context of 32 tokens is full; --beyond_context goes on when the context"
     assert err.splitlines()[-1] == f"[stopped: {told} is full]"
 
@@ -613,6 +623,16 @@ def test_the_door_goes_on_beyond_the_context(run_folder):
     wanted = ["--prompt=Once", "--beyond_context", "--max_new_tokens=70"]
     code, _, err = door(f"--run={run_folder}", *wanted)
     assert code == 0 and err.splitlines()[-1] == "[stopped: 70 new tokens]"
+
+
+@pytest.mark.parametrize("name", ["sample", "chat"])
+def test_the_help_says_where_a_settings_default_comes_from(name):
+    command = [sys.executable, "-m", f"experiments.{name}", "--help"]
+    told = subprocess.run(command, capture_output=True, text=True).stdout
+    for flag, default in (("temperature", "0.8"), ("top_p", "1"), ("top_k", "0")):
+        origin = f"the model's generation_config.json says, else {default}\\)"
+        assert re.search(f"--{flag}: .* \\(default: what {origin}$", told, re.M)
+    assert "default: None" not in told
 
 
 def test_the_door_puts_headers_over_many_texts(run_folder):

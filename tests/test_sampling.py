@@ -55,8 +55,8 @@ def test_the_page_and_the_schema_and_configs_offer_settings_of_the_table():
     for name, setting in SETTINGS.items():
         for form in ("completion", "chat", "response"):
             schema = fields.forms(serving.LIMITS)[form][name].schema()
-            assert schema["default"] == setting.off, name
-            assert schema["description"] == setting.told
+            assert "default" not in schema, name  # the model has it
+            assert schema["description"].startswith(setting.told)
     others = {"prompt", "count", "max_new_tokens", "words"}
     assert {*common.base().sample} - others <= SETTINGS.keys()
 

@@ -13,12 +13,15 @@ import pytest
 
 from gpt_jax import model as models
 from gpt_jax import sample, sampling
+from gpt_jax.generation import OWN, Generation
 from tests import serving
 from tests.serving import TOKENIZER, alone, running
 
 CONTEXT = 32
 ASK = {"model": "tiny", "prompt": "Once", "max_tokens": 12, "temperature": 0}
 CHAT = {"model": "chatty", "messages": [{"role": "user", "content": "you"}]}
+# As the makers of `chatty` say; `tiny` is a run of our own.
+DRAWN = Generation({**sampling.OFF, "temperature": 0.0, "top_k": 3}, published=True)
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +32,7 @@ def live():
         hosts=["chat.example.org"],
         origins=["https://a.example"],
         access_log=True,
+        drawn=DRAWN,
     ) as found:
         yield found
 
@@ -180,6 +184,27 @@ def test_an_answer_without_a_wanted_length_leaves_room_for_another_turn(client):
     done = client.chat.completions.create(**CHAT, temperature=0)
     assert done.choices[0].finish_reason == "length"
     assert done.usage.completion_tokens == CONTEXT // 2
+
+
+def test_what_is_left_out_is_as_the_models_makers_say_else_off(client, live):
+    """The default of OpenAI's API is 1; vLLM has that of generation_config.json."""
+    chosen = {**CHAT, "max_tokens": 12, "seed": 5}
+    said = client.chat.completions.create(**chosen).choices[0].message.content
+    assert said == alone("you\n", CONTEXT, max_new=12).text
+    hot = client.chat.completions.create(**chosen, temperature=3)
+    how = {"seed": 5, "max_new": 12}
+    wanted = alone("you\n", CONTEXT, temperature=3.0, top_k=3, **how).text
+    assert hot.choices[0].message.content == wanted
+    assert wanted not in (said, alone("you\n", CONTEXT, temperature=3.0, **how).text)
+    own = client.completions.create(model="tiny", prompt="Once", max_tokens=12, seed=5)
+    assert own.choices[0].text == alone("Once", CONTEXT, temperature=1.0, **how).text
+    answer = client.responses.create(model="chatty", input="you", max_output_tokens=2)
+    assert (answer.temperature, answer.top_p) == (0, 1)
+    suggested = {
+        name: ask(live, f"/v1/models/{name}")[1]["suggested"]
+        for name in ("tiny", "chatty")
+    }
+    assert suggested == {"tiny": OWN.settings, "chatty": DRAWN.settings}
 
 
 # ---------------------------------------------------------------- other paths

@@ -25,6 +25,9 @@ VALID = {  # the least that each form takes
 CALL = {"id": "1", "type": "function"}
 CALL |= {"function": {"name": "f", "arguments": "{}"}}
 CALLS = {"role": "assistant", "tool_calls": [CALL]}
+FLAT = {"type": "function", "name": "f"}
+ITEM = {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}
+HEARD = {"type": "function_call_output", "call_id": "1", "output": "x"}
 VALUES = [
     *(None, True, False, 0, 1, -1, 1.5, 200, -200, 2**70, 1e31, "", "x", "x" * 300),
     *([], ["x"], [1], [""], [[1]], [[]], [-1], [{}], {}, {"a": 1}, {"1": 1}),
@@ -43,6 +46,17 @@ VALUES = [
     *({"type": "function", "function": {"name": "f"}}, {"type": "function"}),
     *([{"type": "function", "function": {"name": "f", "parameters": {}}}],),
     *([{"type": "function", "function": {"name": "f g"}}], [{"type": "web_search"}]),
+    *([{**FLAT, "strict": None}], [{**FLAT, "parameters": 1}]),
+    *([FLAT], FLAT, {**FLAT, "name": "a b"}, [{**FLAT, "function": {}}]),
+    *(
+        [ITEM],
+        [{**ITEM, "arguments": {}}],
+        [{**ITEM, "call_id": None}],
+        [ITEM, HEARD],
+    ),
+    *([{**ITEM, "caller": {"type": "program"}}], [{**ITEM, "type": "mcp_call"}]),
+    *([HEARD], [{**HEARD, "output": [{"type": "input_text", "text": "x"}]}]),
+    *([{**HEARD, "output": 1}], [{**HEARD, "output": None}], [{**HEARD, "role": "x"}]),
     *([{"role": "tool", "content": "x", "tool_call_id": "1"}],),
     *([{"role": "tool", "tool_call_id": "1"}], [{"role": "robot", "content": "x"}]),
     *([CALLS], [{**CALLS, "content": None}], [{**CALLS, "role": "user"}]),

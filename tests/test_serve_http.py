@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -453,8 +454,11 @@ def test_lora_runs_over_one_base_share_it_and_write_as_when_merged(lora_folders)
             assert answer["choices"][0]["text"] == wanted[0].text
 
 
-def test_the_door_serves_a_run_and_leaves_in_good_order(run_folder):
-    command = [sys.executable, "-m", "experiments.serve", f"--runs={run_folder}"]
+def test_the_door_serves_a_run_and_leaves_in_good_order(run_folder, tmp_path):
+    folder = shutil.copytree(run_folder, tmp_path / "bytes")
+    drawn = {"do_sample": False, "penalty_alpha": 0.6}
+    (folder / "generation_config.json").write_text(json.dumps(drawn))
+    command = [sys.executable, "-m", "experiments.serve", f"--runs={folder}"]
     process = subprocess.Popen(
         [*command, "--port=0", "--batches=2"],
         stdout=subprocess.PIPE,
@@ -467,7 +471,10 @@ def test_the_door_serves_a_run_and_leaves_in_good_order(run_folder):
         while "serving" not in (line := process.stdout.readline()):
             assert line, process.stderr.read()
             lines.append(line)
+        assert "bytes: generation_config.json says penalty_alpha 0.6" in "".join(lines)
         url = re.search(r"http://127.0.0.1:\d+", line)[0]
+        with urllib.request.urlopen(f"{url}/v1/models/bytes", timeout=60) as answer:
+            assert json.loads(answer.read())["suggested"]["temperature"] == 0
         body = json.dumps({"prompt": "x", "max_tokens": 2, "temperature": 0}).encode()
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{url}/v1/completions", body, headers)

@@ -11,6 +11,8 @@ import threading
 import pytest
 
 from gpt_jax import microscope
+from gpt_jax.generation import OWN, Generation
+from gpt_jax.sampling import OFF
 from tests import browser, runs_to_evaluate, serving
 from tests.browser import expect
 from tests.serving import alone, running, wait_until
@@ -19,12 +21,14 @@ from tests.test_page_markdown import MARKDOWN
 CONTEXT = 2048
 WIDTHS = {"desktop": (1280, 800), "phone": (390, 844)}
 SCHEMES = {"desktop": "light", "phone": "dark"}
+# As the makers of `chatty` say: the temperature lies between two steps of its slider.
+DRAWN = Generation({**OFF, "temperature": 0.63, "top_p": 0.95}, published=True)
 ALLOWED = ["clipboard-read", "clipboard-write"]
 
 
 @pytest.fixture(scope="module")
 def live():
-    with running(serving.make_engine(CONTEXT, [2], 8)) as found:
+    with running(serving.make_engine(CONTEXT, [2], 8), drawn=DRAWN) as found:
         yield found
 
 
@@ -648,6 +652,32 @@ def test_a_text_is_looked_at_in_a_tab_of_its_own(page, live, monkeypatch, looked
     assert page.locator("#look").is_hidden()
 
 
+def test_what_the_reader_has_not_set_is_as_each_model_suggests(desk):
+    def asked():
+        with desk.expect_request("**/completions") as found:
+            say(desk, "Hello")
+        return found.value.post_data_json
+
+    def told(temperature, top_p):
+        for name, wanted in (("temperature", temperature), ("top_p", top_p)):
+            expect(desk.locator(f"label[for={name}] output")).to_have_text(wanted)
+
+    settings(desk, max_tokens=2)
+    told("0.8", "1")
+    assert asked().items() >= OWN.settings.items()
+    desk.select_option("#model", "chatty")
+    told("0.63", "0.95")
+    assert asked().items() >= DRAWN.settings.items()
+    settings(desk, top_p=0.5)
+    told("0.63", "0.5")
+    assert asked().items() >= {**DRAWN.settings, "top_p": 0.5}.items()
+    desk.reload()
+    expect(desk.locator("#send")).to_be_enabled()
+    told("0.63", "0.5")
+    desk.click("#defaults")
+    told("0.63", "0.95")
+
+
 def test_the_theme_is_the_readers(page):
     colour = "getComputedStyle(document.body).backgroundColor"
     ground = {"light": "rgb(251, 251, 249)", "dark": "rgb(23, 24, 26)"}
@@ -671,6 +701,24 @@ def test_every_control_has_a_name_and_fits_the_width(page):
         named = "e => e.labels?.[0]?.textContent.trim() || e.textContent.trim()"
         assert controls.nth(i).evaluate(named)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_a_wide_table_scrolls_within_the_width_of_its_turn(page):
+    page.select_option("#model", "chatty")
+    settings(page, temperature=0, max_tokens=1)
+    say(page, "Hello")
+    row = "| somewhat " * 40 + "|\n"
+    page.evaluate(
+        """async (text) => (await import("/markdown.js")).render(
+          document.querySelector(".turn.assistant > div"), text)""",
+        row + "|:-:" * 40 + "|\n" + row,
+    )
+    box = page.locator(".table")
+    assert box.evaluate("e => e.scrollWidth > 2 * e.clientWidth")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    middle = "e => getComputedStyle(e).textAlign"
+    assert box.locator("td").first.evaluate(middle) == "center"
+    shoot(page, "table")
 
 
 def test_axe_finds_nothing_against_any_state_of_the_page(page):

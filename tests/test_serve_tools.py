@@ -13,11 +13,14 @@ from jsonschema_rs import is_valid
 
 from gpt_jax import chat
 from gpt_jax.chat import Call, Message, ToolForm
-from gpt_jax.serve import tools
+from gpt_jax.serve import fields, tools, wire
+from gpt_jax.serve.flow import Spent
+from gpt_jax.serve.responses import Response
 from tests import serving
 from tests.serving import TOKENIZER, running
 
 CONTEXT = 1024
+FORMS = fields.forms(serving.LIMITS)
 MARKED = """{% if tools %}Tools:
 {% for tool in tools %}{{ tool | tojson }}
 {% endfor %}Call one as <tool_call>{"name": ..., "arguments": ...}</tool_call>
@@ -112,8 +115,8 @@ def told(form, pieces):
     reader = tools.Reader(NAMES, form)
     texts = []
     for i, piece in enumerate(pieces):
-        text, _ = reader.push(piece, last=i == len(pieces) - 1)
-        texts.append(text)
+        found = reader.push(piece, last=i == len(pieces) - 1)
+        texts.append(tools.split(found)[0])
     return "".join(texts), [(c.index, c.name, c.arguments) for c in reader.calls]
 
 
@@ -338,6 +341,170 @@ def test_marks_that_are_special_tokens_are_called_by_their_ids(guided):
         reasons = [guide.push(token) for token in ids]
         assert reasons[:-1] == [""] * (len(ids) - 1)
         assert guide.complete and reasons[-1] == ("stop" if choice != "auto" else "")
+
+
+# ---------------------------------------------------------------- responses
+
+
+def flat(found):
+    """A tool, or the choice of one, as a response has it."""
+    return {"type": "function", **found["function"]}
+
+
+FLAT = [flat(one) for one in TOOLS]
+RESPOND = {"model": "tiny", "input": "you", "max_output_tokens": 300}
+RESPOND |= {"extra_body": {"seed": 1}}
+
+
+@pytest.mark.parametrize("model", ["tiny", "chatty"])
+def test_a_response_calls_as_a_chat_does_whole_and_streamed(client, guided, model):
+    choice = {"type": "function", "function": {"name": "add"}}
+    asked = {**RESPOND, "model": model, "tools": FLAT, "tool_choice": flat(choice)}
+    (call,) = (whole := client.responses.create(**asked)).output
+    chat = client.chat.completions.create(
+        **ASK, model=model, tools=TOOLS, tool_choice=choice
+    )
+    (wanted,) = chat.choices[0].message.tool_calls
+    assert (call.name, call.arguments) == ("add", wanted.function.arguments)
+    assert call.type == "function_call" and call.status == whole.status == "completed"
+    assert whole.usage.input_tokens == chat.usage.prompt_tokens
+    assert whole.tool_choice.name == "add" and whole.tools[0].parameters == SUM
+    with client.responses.stream(**asked) as stream:
+        events = list(stream)
+    (streamed,) = stream.get_final_response().output
+    assert (streamed.name, streamed.arguments) == (call.name, call.arguments)
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    added, delta, done = events[2:5]
+    assert added.item.arguments == "" and added.item.call_id == streamed.call_id
+    assert delta.delta == delta.snapshot == done.arguments == call.arguments
+    assert added.item.id == delta.item_id == done.item_id == streamed.id
+    assert [event.type.removeprefix("response.") for event in events] == [
+        *("created", "in_progress", "output_item.added"),
+        *("function_call_arguments.delta", "function_call_arguments.done"),
+        *("output_item.done", "completed"),
+    ]
+
+
+def test_a_response_goes_on_from_calls_and_from_what_tools_said(client, guided):
+    asked = {**RESPOND, "tools": FLAT, "temperature": 0}
+    first = client.responses.create(**asked, tool_choice="required")
+    (call,) = first.output
+    before = {"role": "assistant", "content": "Hm."}
+    heard = {"type": "function_call_output", "call_id": call.call_id, "output": "42"}
+    asked["input"] = [{"role": "user", "content": "you"}, before, *first.output, heard]
+    asked["max_output_tokens"] = 5
+    again = client.responses.create(**asked, tool_choice="none")
+    talk = [
+        YOU,
+        Message(
+            "assistant", "Hm.", calls=(Call(call.name, json.loads(call.arguments)),)
+        ),
+        Message("tool", "42"),
+    ]
+    assert again.output_text == serving.alone(text_ids(talk), CONTEXT, max_new=5).text
+
+
+def items(live, pieces):
+    """The output of a response whose text comes in these pieces, and its events."""
+    asked = {"input": "you", "tools": FLAT}
+    ask = wire.response(FORMS["response"], asked, serving.LIMITS)
+    made = Response(ask, "tiny", live.models["tiny"], [[1]])
+    events = made.opening()
+    for i, piece in enumerate(pieces):
+        events += made.pieces(0, piece, [], 0, "stop" * (i == len(pieces) - 1))
+    (end,) = made.closing(Spent(3, [0]))
+    return end["response"]["output"], [*events, end]
+
+
+def test_texts_and_calls_of_a_response_stand_in_the_order_of_their_writing(live):
+    call = f"<tool_call>\n{NOW}\n</tool_call>"
+    text = f"Ah. {call}\n{call} So."
+    found, _ = items(live, [text])
+    wanted = [("message", "Ah. "), ("function_call", "{}"), ("function_call", "{}")]
+    wanted += [("message", "So.")]
+
+    def shown(output):
+        texts = [
+            one["content"][0]["text"] if one["type"] == "message" else one["arguments"]
+            for one in output
+        ]
+        return [*zip([one["type"] for one in output], texts, strict=True)]
+
+    assert shown(found) == wanted
+    streamed, events = items(live, [*text])
+    assert shown(streamed) == wanted
+    assert [one["status"] for one in streamed] == ["completed"] * 4
+    done = [e["item"] for e in events if e["type"] == "response.output_item.done"]
+    assert done == streamed
+    places = [event["output_index"] for event in events if "output_index" in event]
+    assert places == sorted(places) and {*places} == {0, 1, 2, 3}
+    assert shown(items(live, [""])[0]) == [("message", "")]
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "param", "words"),
+    [
+        ("tiny", {"tools": [FLAT[0]] * 2}, "tools[1].name", "earlier tool"),
+        ("tiny", {"tools": [TOOLS[0]]}, "tools[0].function", "not a key"),
+        ("tiny", {"tools": [{"type": "web_search"}]}, "tools[0].type", "function"),
+        (
+            "tiny",
+            {"tools": [flat(tool("a", {"type": "array"}))]},
+            "tools[0].parameters.type",
+            'must be "object", not "array"',
+        ),
+        ("tiny", {"tool_choice": "required"}, "tool_choice", "no tools"),
+        (
+            "tiny",
+            {"tools": FLAT, "tool_choice": {"type": "function", "name": "sub"}},
+            "tool_choice.name",
+            "add, now",
+        ),
+        (
+            "tiny",
+            {"tools": FLAT, "text": {"format": {"type": "json_object"}}},
+            "text.format",
+            "tool_choice to none",
+        ),
+        (
+            "tiny",
+            {"tools": FLAT, "include": ["message.output_text.logprobs"]},
+            "include",
+            "beside tools",
+        ),
+        (
+            "tiny",
+            {
+                "input": [
+                    {"type": "function_call_output", "call_id": "7", "output": "x"}
+                ]
+            },
+            "input[0].call_id",
+            "no function_call before it",
+        ),
+        (
+            "chatty",
+            {
+                "input": [
+                    {
+                        "type": "function_call",
+                        "call_id": "7",
+                        "name": "add",
+                        "arguments": "{}",
+                    }
+                ]
+            },
+            "input",
+            "chat template",
+        ),
+        ("tiny", {"input": [{"type": "reasoning"}]}, "input[0].type", "function_call"),
+    ],
+)
+def test_a_response_refuses_by_name_what_cannot_be(live, model, changes, param, words):
+    body = {"model": model, "input": "you", **changes}
+    status, answer, _ = live.ask("/v1/responses", body)
+    assert status == 400 and answer["error"]["param"] == param
+    assert words in answer["error"]["message"]
 
 
 CALLED = {"id": "1", "type": "function"}

@@ -1,6 +1,7 @@
 """Instruction tuning: what is read and learnt, and packing that changes nothing."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -335,12 +336,17 @@ def test_a_chat_can_be_undone_asked_again_saved_and_taken_up(run, tmp_path):
     kept, again = tmp_path / "a.json", "Say it twice.\\\nthree"
     bad = tmp_path / "bad.json"
     bad.write_text('[{"messages": [{"role": "user", "content": "x"}]}]')
+    other = tmp_path / "other"  # whose makers say how it is drawn from
+    shutil.copytree(folder, other)
+    drawn = {"temperature": 0.3, "top_p": 0.9, "no_repeat_ngram_size": 3}
+    (other / "generation_config.json").write_text(json.dumps(drawn))
     said, told = talk(
         folder,
         *("/undo", "/regenerate", "/set temperature 0", again, "/regenerate"),
         *(f"/save {kept}", "/undo", "/undo", "/system Be brief.", "/system"),
         *(f"/load {kept}", f"/load {bad}", "/load", f"/load {tmp_path / 'none.json'}"),
-        *(f"/run {folder}", "/set", f"/save {tmp_path / 'b.json'}", "/run nowhere"),
+        *("/set", f"/run {other}", "/set", f"/save {tmp_path / 'b.json'}"),
+        "/run nowhere",
     )
     assert said == "three three\n" * 2
     assert told.count("there is no message yet") == 3
@@ -352,10 +358,16 @@ def test_a_chat_can_be_undone_asked_again_saved_and_taken_up(run, tmp_path):
         f"{bad} ends without an answer",
         "write /load FILE",
         "No such file or directory",
-        "seed 1338",  # /regenerate took the next one
+        "[generation_config.json says no_repeat_ngram_size 3, which nothing here does",
         "nowhere is not a run folder",
     ):
         assert words in told, told
+    # What was set stays, the rest is the run's; /regenerate took the next seed.
+    for own in (
+        "temperature 0.0, top_k 0, top_p 1.0",
+        "temperature 0.0, top_k 0, top_p 0.9",
+    ):
+        assert re.search(f"^{own},.* max_new 200, seed 1338$", told, re.M), told
     (row,) = json.loads((tmp_path / "b.json").read_text())
     roles = [message["role"] for message in row["messages"]]
     assert roles == ["user", "assistant"]

@@ -5,7 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from gpt_jax import chat, special, tokenizers
+from gpt_jax import chat, generation, special, tokenizers
 from gpt_jax.pretrained import files
 from gpt_jax.tokenizers import Tokenizer
 
@@ -107,7 +107,12 @@ def one(ids: list[int]) -> int | list[int] | None:
 
 
 def keep(source: Path, target: Path) -> None:
-    """Copies the companions of a tokenizer from one folder to another."""
+    """Copies the companions of a tokenizer from one folder to another.
+
+    Raises:
+      ValueError: one is not JSON, or says what no text can be written by.
+    """
+    generation.of(source)
     for name in COMPANIONS:
         if (source / name).is_file():
             files.read_json(source / name) if name.endswith(".json") else None

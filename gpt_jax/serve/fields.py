@@ -151,7 +151,7 @@ def _setting(setting: sampling.Setting) -> Field:
     else:
         high = setting.high if math.isfinite(setting.high) else HUGE
         kind = Number(setting.low, high, above=setting.above)
-    return Field(kind, setting.told, setting.off)
+    return Field(kind, f"{setting.told} Else the model's own.")
 
 
 def _passed(told: str = "Changes nothing here.") -> Field:
@@ -206,12 +206,13 @@ NO_TOOLS: Form = {
     "function_call": _refused("none", "auto"),
     "parallel_tool_calls": _refused(False, True),
 }
+CHOICES = OneOf(("none", "auto", "required"))
 TOOLS: Form = {
     "tools": Field(
         Unless(({},), Many(tools.TOOL, 0, tools.MOST)), "What the model may call."
     ),
     "tool_choice": Field(
-        Either(OneOf(("none", "auto", "required")), tools.NAMED),
+        Either(CHOICES, tools.NAMED),
         "Whether it must call one, or this one.",
         "auto",
     ),
@@ -353,9 +354,13 @@ def forms(limits: Limits) -> dict[str, Form]:
                 "The form of the answer: a text, a JSON object, or JSON of a schema.",
                 {},
             ),
-            "tools": _refused([]),
-            "tool_choice": _refused("none", "auto"),
-            "parallel_tool_calls": _refused(False, True),
+            "tools": Field(
+                Unless(({},), Many(tools.FLAT, 0, tools.MOST)), TOOLS["tools"].told
+            ),
+            "tool_choice": Field(
+                Either(CHOICES, tools.FLAT_NAMED), TOOLS["tool_choice"].told, "auto"
+            ),
+            "parallel_tool_calls": TOOLS["parallel_tool_calls"],
             "max_tool_calls": _refused(),
             "previous_response_id": _refused(),
             "conversation": _refused(),

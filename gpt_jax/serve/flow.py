@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from gpt_jax import __version__, chat, files, sample, sampling
+from gpt_jax.generation import OWN, Generation
 from gpt_jax.serve import grammars, tools
 from gpt_jax.serve.batch import ENDING
 from gpt_jax.serve.engine import Closed, Engine, Full, Piece
@@ -54,18 +55,31 @@ class Served:
       template: of conversations (see chat/); None = it only continues texts.
       facts: what `/v1/models` tells besides.
       look: (prompt, against) -> the page of the microscope; None = it has none.
+      generation: how its texts are written where nobody says otherwise.
     """
 
     engine: Engine
     template: str | None
     facts: Mapping[str, Any]
     look: Callable[[str, str], str] | None = None
+    generation: Generation = OWN
 
     @property
     def fingerprint(self) -> str:
         """What decides, besides a request and its seed, which text comes."""
-        facts = json.dumps([__version__, self.template, dict(self.facts)], default=str)
-        return f"fp_{files.digest(facts)[:12]}"
+        decides = [self.template, dict(self.facts), self.settings({})]
+        return (
+            f"fp_{files.digest(json.dumps([__version__, *decides], default=str))[:12]}"
+        )
+
+    def settings(self, given: Mapping[str, float]) -> dict[str, float]:
+        """Returns all settings of a request: those given, the others by default.
+
+        That is what the model's makers say, else off, as OpenAI documents it: what a
+        client of the API does not ask for changes no probability.
+        """
+        own = self.generation.settings if self.generation.published else sampling.OFF
+        return {**own, **given}
 
 
 def requests_of(
@@ -116,7 +130,7 @@ def requests_of(
         requests.append(
             Request(
                 ids=prompt,
-                settings={**ask.settings, "max_new": most},
+                settings={**served.settings(ask.settings), "max_new": most},
                 seed=seed,
                 number=numbers[prompt],  # equal prompts get different texts too
                 stop=[*strings, *ends],
@@ -256,6 +270,7 @@ def _check_tools(messages: Sequence[chat.Message], served: Served, param: str) -
         unknown = message.role == "tool" and not (form and form.answers)
         if unknown or (message.calls and not form):
             name = f"{param}[{i}].{'tool_calls' if message.calls else 'role'}"
+            name = "input" if param == "input" else name  # items are not messages
             what = "calls of tools" if message.calls else "what tools say"
             raise bad(
                 f"{name}: the chat template of this model does not write {what}", name

@@ -204,7 +204,8 @@ def application(service: Service) -> Callable:
 def _facts(name: str, served: Served) -> dict:
     head = {"id": name, "object": "model", "owned_by": "gpt_jax"}
     can = {"chat": served.template is not None, "look": served.look is not None}
-    return {**head, **can, **served.facts}
+    # What the page begins with; see Served.settings for who leaves them out.
+    return {**head, **can, **served.facts, "suggested": served.generation.settings}
 
 
 async def _asked(service: Service, http, form: str) -> Any:

@@ -4,7 +4,7 @@ Read as `chat.Message`. What no message here can have is refused by its own name
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,16 +132,41 @@ HEARD = Group(
     required=("role", "content"),
 )
 
+TOLD: Mapping[str, Kind] = {"id": Anything(), "status": Anything()}  # of items
+ELSEWHERE: Mapping[str, Kind] = {"caller": Nothing(), "namespace": Nothing()}
 ITEM = Group(
     {
         "type": OneOf(("message",)),
         "role": OneOf(ROLES),
         "content": Content(),
-        "id": Anything(),
-        "status": Anything(),
+        **TOLD,
     },
     required=("role", "content"),
 )
+ITEMS = {  # of a response, by their types
+    "message": ITEM,
+    "function_call": Group(
+        {
+            "type": OneOf(("function_call",)),
+            "call_id": Text(1),
+            "name": Name(),
+            "arguments": Arguments(),
+            **TOLD,
+            **ELSEWHERE,
+        },
+        required=("type", "call_id", "name", "arguments"),
+    ),
+    "function_call_output": Group(
+        {
+            "type": OneOf(("function_call_output",)),
+            "call_id": Text(1),
+            "output": Content(),
+            **TOLD,
+            **ELSEWHERE,
+        },
+        required=("type", "call_id", "output"),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -168,15 +193,57 @@ class Turn:
 
 @dataclass(frozen=True)
 class Item:
-    """A message of a response."""
+    """An item of a response: a message, a call of a tool, or what a tool said."""
 
     wanted: str = 'an object such as {"role": "user", "content": ...}'
 
     def read(self, value: Any, name: str) -> Message:
-        return _message(ITEM.read(value, name))
+        kind = value.get("type") if isinstance(value, dict) else None
+        if isinstance(kind, str) and kind not in ITEMS:
+            place = f"{name}.type"
+            raise bad(
+                f"{place} {kind[:40]!r} is not supported by this server: items are "
+                f"of the types {', '.join(ITEMS)}",
+                place,
+            )
+        form = ITEMS[kind] if isinstance(kind, str) else ITEM
+        said = form.read(value, name)
+        if kind == "function_call":
+            call = Call(said["name"], said["arguments"], id=said["call_id"])
+            return Message("assistant", "", calls=(call,))
+        if kind == "function_call_output":
+            return Message("tool", said["output"], call_id=said["call_id"])
+        return _message(said)
 
     def schema(self) -> Schema:
-        return ITEM.schema()
+        return {"anyOf": [form.schema() for form in ITEMS.values()]}
+
+
+def joined(items: Sequence[Message], name: str) -> list[Message]:
+    """Returns the turns that items of a response make up.
+
+    A text of the model and the calls behind it are one turn; what a tool said is told
+    with the tool's name, which its call has.
+
+    Raises:
+      Refused: a tool said something that was not asked of it.
+    """
+    turns: list[Message] = []
+    called: dict[str, str] = {}  # names of tools by the ids of their calls
+    for i, item in enumerate(items):
+        called |= {call.id: call.name for call in item.calls}
+        if item.calls and turns and turns[-1].role == "assistant":
+            turns[-1] = turns[-1]._replace(calls=(*turns[-1].calls, *item.calls))
+        elif item.role != "tool":
+            turns.append(item)
+        elif item.call_id in called:
+            turns.append(item._replace(name=called[item.call_id]))
+        else:
+            place = f"{name}[{i}].call_id"
+            raise bad(
+                f"{place} {item.call_id[:40]!r} is of no function_call before it", place
+            )
+    return turns
 
 
 def _message(said: Mapping[str, Any]) -> Message:
@@ -211,24 +278,15 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Input:
-    """What /v1/responses answers: a text of the user, or items that are messages."""
+    """What /v1/responses answers: a text of the user, or items."""
 
-    wanted: str = "a text or a list of messages, not empty"
+    wanted: str = "a text or a list of items, not empty"
 
     def read(self, value: Any, name: str) -> list[Message]:
         if isinstance(value, str) and value:
             return [Message("user", value)]
         if not isinstance(value, list) or not value:
             raise wrong(self, value, name)
-        for i, item in enumerate(value):
-            kind = item.get("type", "message") if isinstance(item, dict) else "message"
-            if isinstance(kind, str) and kind != "message":
-                place = f"{name}[{i}].type"
-                raise bad(
-                    f"{place} {kind[:40]!r} is not supported by this server: only "
-                    "messages are",
-                    place,
-                )
         return Conversation(Item()).read(value, name)
 
     def schema(self) -> Schema:

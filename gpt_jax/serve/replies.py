@@ -15,7 +15,7 @@ from gpt_jax.serve.engine import Piece
 from gpt_jax.serve.errors import Refused
 from gpt_jax.serve.flow import Served, Spent, tool_form
 from gpt_jax.serve.texts import Token, speller
-from gpt_jax.serve.tools import Reader
+from gpt_jax.serve.tools import Reader, split
 from gpt_jax.serve.wire import Ask
 
 
@@ -52,7 +52,7 @@ class Reply:
             if self.ask.messages:
                 message = {"role": "assistant", "content": text.text, "refusal": None}
                 if self.readers:
-                    said, calls = self.readers[i].push(text.text, last=True)
+                    said, calls = split(self.readers[i].push(text.text, last=True))
                     message["content"] = said or (None if calls else "")
                     if calls:
                         told = [call.told(streamed=False) for call in calls]
@@ -86,7 +86,7 @@ class Reply:
         if self.ask.messages:
             calls = []
             if self.readers:
-                text, calls = self.readers[i].push(text, last=bool(reason))
+                text, calls = split(self.readers[i].push(text, last=bool(reason)))
                 if not (text or calls or tokens or reason):
                     return []  # what may be a call is held back until it is one
                 choice["finish_reason"] = self._reason(i, reason) or None

@@ -23,6 +23,7 @@ from gpt_jax import (
     chat,
     commands,
     files,
+    generation,
     memory,
     microscope,
     model,
@@ -129,7 +130,9 @@ def open_runs(
                 f"{path} sorts texts into classes and cannot write; use "
                 f"{commands.typed('classify')}"
             )
-        template = _template(path, run.tokenizer)
+        template, drawn = _template(path, run.tokenizer), generation.of(path)
+        if drawn.told:
+            tell(f"{name}: {drawn.told}")
         gpt, params = plan.shortened(run.model, run.params, context)
         (device,) = jax.tree.leaves(params)[0].devices()
         free = memory.of_device(device) - planned
@@ -155,7 +158,7 @@ def open_runs(
             "step": run.step,
         }
         looks = partial(_look, path, run.step, weights)
-        served[name] = Served(engine, template, facts, looks)
+        served[name] = Served(engine, template, facts, looks, drawn)
     return served
 
 

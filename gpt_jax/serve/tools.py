@@ -2,7 +2,7 @@
 
     grammar = required(tools, form, specials, param=...)   # a text that is a call
     reader = Reader(tools, form)
-    said = reader.push("Let me see. <tool_call>")           # what of it is text, calls
+    said = reader.push("Let me see. <tool_call>", last=False)  # its texts and calls
 
 How a call is written is the template's affair (`chat.tool_form`): a mark, JSON with the
 name and the arguments, another mark, as Hermes' and Qwen's do, or the JSON alone.
@@ -23,32 +23,19 @@ from gpt_jax.serve.kinds import ByType, Flag, Group, Name, Object, Text, shown
 MOST = 128  # tools of a request; OpenAI's most
 PLAIN = ToolForm("", "arguments", "", False)  # where a template writes no calls
 
-TOOL = ByType(
-    {
-        "function": Group(
-            {
-                "function": Group(
-                    {
-                        "name": Name(),
-                        "description": Text(),
-                        "parameters": Object(),
-                        "strict": Flag(),
-                    },
-                    required=("name",),
-                )
-            },
-            required=("function",),
-        )
-    }
-)
-NAMED = ByType(
-    {
-        "function": Group(
-            {"function": Group({"name": Name()}, required=("name",))},
-            required=("function",),
-        )
-    }
-)
+FUNCTION = {
+    "name": Name(),
+    "description": Text(),
+    "parameters": Object(),
+    "strict": Flag(),
+}
+# In a chat a function stands within its tool; in a response it is the tool.
+INNER = Group(FUNCTION, required=("name",))
+TOOL = ByType({"function": Group({"function": INNER}, required=("function",))})
+FLAT = ByType({"function": INNER})
+NAME = Group({"name": Name()}, required=("name",))
+NAMED = ByType({"function": Group({"function": NAME}, required=("function",))})
+FLAT_NAMED = ByType({"function": NAME})
 
 
 @dataclass(frozen=True)
@@ -60,12 +47,14 @@ class Tools:
       must: names of which one is to be called; none = the model may write a text.
       strict: whether what it calls has the arguments that the schema describes.
       several: whether it may call more than one.
+      inside: where a tool of the request has its function, for what is told of it.
     """
 
     described: Sequence[Mapping[str, Any]] = ()
     must: Sequence[str] = ()
     strict: bool = False
     several: bool = True
+    inside: str = ".function"
 
     @property
     def names(self) -> list[str]:
@@ -74,18 +63,30 @@ class Tools:
 
 
 def read(
-    described: Sequence[Mapping[str, Any]] | None, choice: Any, several: bool | None
+    described: Sequence[Mapping[str, Any]] | None,
+    choice: Any,
+    several: bool | None,
+    *,
+    flat: bool = False,
 ) -> Tools:
-    """Returns what the fields of a request say of tools, or raises Refused."""
-    described = described or []
+    """Returns what the fields of a request say of tools, or raises Refused.
+
+    Args:
+      described, choice, several: tools, tool_choice and parallel_tool_calls.
+      flat: they are those of a response, whose tools are functions.
+    """
+    described, inside = described or [], "" if flat else ".function"
+    if flat:
+        described = [_nested(tool) for tool in described]
+        choice = _nested(choice) if isinstance(choice, dict) else choice
     names = [tool["function"]["name"] for tool in described]
     for i, name in enumerate(names):
         if name in names[:i]:
-            place = f"tools[{i}].function.name"
+            place = f"tools[{i}]{inside}.name"
             raise bad(f"{place} {name!r} is the name of an earlier tool", place)
         kind = described[i]["function"].get("parameters", {}).get("type", "object")
         if kind != "object":
-            place = f"tools[{i}].function.parameters.type"
+            place = f"tools[{i}]{inside}.parameters.type"
             raise bad(f'{place} must be "object", not {shown(kind)}', place)
     if not described and choice not in (None, "none", "auto"):
         raise bad("tool_choice wants a call but there are no tools", "tool_choice")
@@ -93,14 +94,21 @@ def read(
         raise bad(
             f"tool_choice names {choice['function']['name']!r}, but the tools are: "
             f"{', '.join(names)}",
-            "tool_choice.function.name",
+            f"tool_choice{inside}.name",
         )
     if choice == "none" or not described:
         return Tools()
     must = names if choice == "required" else ()
     must = [choice["function"]["name"]] if isinstance(choice, dict) else must
     strict = any(tool["function"].get("strict") for tool in described)
-    return Tools(described, must, bool(must) or strict, several is not False)
+    strict = bool(must) or strict
+    return Tools(described, must, strict, several is not False, inside)
+
+
+def _nested(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a tool of a response as one of a chat."""
+    function = {key: value for key, value in tool.items() if key != "type"}
+    return {"type": tool["type"], "function": function}
 
 
 def grammar(tools: Tools, form: ToolForm, specials: Mapping[str, int]) -> Grammar:
@@ -121,7 +129,7 @@ def grammar(tools: Tools, form: ToolForm, specials: Mapping[str, int]) -> Gramma
             continue
         schema = {"type": "object", **told.get("parameters", EMPTY)}
         opened = f'{{"name": {json.dumps(told["name"])}, "{form.arguments}": '
-        held = json_of(schema, f"tools[{i}].function.parameters")
+        held = json_of(schema, f"tools[{i}]{tools.inside}.parameters")
         rules.append(f"call_{i}: {json.dumps(opened)} {held} {json.dumps('}')}")
         names.append(f"call_{i}")
     rules.append(f"call: {' | '.join(names)}")
@@ -189,10 +197,10 @@ class Reader:
     _behind: bool = False  # a call, whose white space belongs to nothing
     _begun: bool = False  # with a text, behind which JSON alone is no call
 
-    def push(self, fresh: str, *, last: bool) -> tuple[str, list[Called]]:
-        """Takes new text; returns what is certain to be text, and the new calls."""
+    def push(self, fresh: str, *, last: bool) -> list[str | Called]:
+        """Takes new text; returns what of it is certain, texts and calls in order."""
         self._held += fresh
-        texts, before = [], len(self.calls)
+        found: list[str | Called] = []
         certain = self._marked if self.form.begin.strip() else self._alone
         while True:
             if self._behind:
@@ -200,9 +208,9 @@ class Reader:
             text = certain(last) if self._held else None
             if text is None:
                 break
-            texts.append(text)
+            found.append(text or self.calls[-1])
             self._behind &= not text
-        return "".join(texts), self.calls[before:]
+        return found
 
     def _alone(self, last: bool) -> str | None:
         """Takes a text, or JSON that is all there is; None to wait."""
@@ -248,6 +256,12 @@ class Reader:
         number = secrets.token_hex(5)[:9]
         self.calls.append(Called(len(self.calls), number, name, arguments))
         return True
+
+
+def split(found: Sequence[str | Called]) -> tuple[str, list[Called]]:
+    """Returns the text and the calls of what was found."""
+    calls = [part for part in found if isinstance(part, Called)]
+    return "".join(part for part in found if isinstance(part, str)), calls
 
 
 WHITE = re.compile(r"[ \t\n\r]*")

@@ -34,7 +34,7 @@ class Ask:
       model: its name, or None.
       prompts: of a completion: texts or ids.
       messages: of the others.
-      settings: those of `sampling.SETTINGS`.
+      settings: those of `sampling.SETTINGS` that are given.
       most: tokens to write at most; None = what the server finds sensible.
       seed: or None.
       stop, stop_ids: texts and tokens that end a text.
@@ -42,7 +42,7 @@ class Ask:
       bias: what is added to the logits of token ids.
       ignore_eos: the end of the text does not end it.
       grammar: what the text must be; None = anything.
-      tools: what the model may call, in a chat.
+      tools: what the model may call, in a chat or a response.
       n: texts for each prompt; drawn: so many are written, and the best n told.
       top: how many alternatives to tell with each token; None = no probabilities.
       echo: the prompt is a part of the text.
@@ -145,14 +145,7 @@ def chat(form: Form, body: Mapping[str, Any], limits: Limits) -> Ask:
         *(asked[name] for name in ("tools", "tool_choice", "parallel_tool_calls"))
     )
     grammar = _grammar(asked)
-    if grammar is not None and offered.described:
-        raise bad(
-            f"{grammar.param} cannot be beside tools that may be called, whose calls "
-            "are of another form: leave one out, or set tool_choice to none",
-            grammar.param,
-        )
-    if offered.strict:
-        _check_ending(asked, "tool_choice" if offered.must else "a strict tool")
+    _check_tools(offered, grammar, asked)
     _check_conversation(asked["messages"], limits, "messages", asked["tools"])
     names = ("max_completion_tokens", "max_tokens")
     most = {asked[name] for name in names} - {None}
@@ -186,10 +179,14 @@ def chat(form: Form, body: Mapping[str, Any], limits: Limits) -> Ask:
 def response(form: Form, body: Mapping[str, Any], limits: Limits) -> Ask:
     """Returns what the body of /v1/responses asks for, or raises Refused."""
     asked = fields.read(form, body)
-    conversation = asked["input"]
+    offered = tools.read(
+        *(asked[name] for name in ("tools", "tool_choice", "parallel_tool_calls")),
+        flat=True,
+    )
+    conversation = messages.joined(asked["input"], "input")
     if asked["instructions"]:
         conversation = [Message("system", asked["instructions"]), *conversation]
-    _check_conversation(conversation, limits, "input")
+    _check_conversation(conversation, limits, "input", asked["tools"])
     wanted = asked["text"].get("format")
     if wanted and wanted["type"] == "json_schema":
         grammar = grammars.schema(wanted["schema"], "text.format.schema")
@@ -197,12 +194,19 @@ def response(form: Form, body: Mapping[str, Any], limits: Limits) -> Ask:
         grammar = _object(wanted, "text.format")
     if grammar is not None:
         _check_ending(asked, "text.format")
+    _check_tools(offered, grammar, asked)
     told = bool(asked["include"])
     if asked["top_logprobs"] is not None and not told:
         raise bad(
             "top_logprobs tells nothing unless include has "
             "message.output_text.logprobs",
             "top_logprobs",
+        )
+    if told and offered.described:
+        raise bad(
+            "include cannot have message.output_text.logprobs beside tools that may be "
+            "called, of whose calls no probabilities are told: leave one out",
+            "include",
         )
     return Ask(
         form="response",
@@ -215,6 +219,7 @@ def response(form: Form, body: Mapping[str, Any], limits: Limits) -> Ask:
         echo=False,
         usage=True,
         grammar=grammar,
+        tools=offered,
         given=asked,
         **_shared(asked),
     )
@@ -269,7 +274,9 @@ def _shared(asked: Mapping[str, Any]) -> dict[str, Any]:
     names = ("model", "seed", "stop", "ignore_eos", "stream")
     return {
         **{name: asked[name] for name in names},
-        "settings": {name: asked[name] for name in sampling.SETTINGS},
+        "settings": {
+            name: asked[name] for name in sampling.SETTINGS if asked[name] is not None
+        },
         "stop_ids": asked["stop_token_ids"],
         "least": asked["min_tokens"],
         "bias": asked["logit_bias"],
@@ -312,6 +319,20 @@ def _check_ending(asked: Mapping[str, Any], param: str) -> None:
     for name in ("min_tokens", "ignore_eos"):
         if asked[name]:
             raise bad(f"{name} cannot be beside {param}, which ends the text", name)
+
+
+def _check_tools(
+    offered: Tools, grammar: Grammar | None, asked: Mapping[str, Any]
+) -> None:
+    """Refuses what cannot be beside tools that may be called."""
+    if grammar is not None and offered.described:
+        raise bad(
+            f"{grammar.param} cannot be beside tools that may be called, whose calls "
+            "are of another form: leave one out, or set tool_choice to none",
+            grammar.param,
+        )
+    if offered.strict:
+        _check_ending(asked, "tool_choice" if offered.must else "a strict tool")
 
 
 def _check_conversation(

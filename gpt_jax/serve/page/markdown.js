@@ -1,5 +1,5 @@
-// What a model writes, as Markdown: paragraphs, headings, lists, quotes, rules, code,
-// emphasis, links. It becomes elements whose texts are set as text, so nothing in it is
+// What a model writes, as Markdown: paragraphs, headings, lists, quotes, rules, tables,
+// code, emphasis, links. It becomes elements whose texts are set as text, so nothing in it is
 // ever markup; links lead to http, https and mailto alone, pictures are links.
 
 import { highlighted } from "./code.js";
@@ -34,7 +34,8 @@ function blocks(lines, depth) {
   for (let i = 0; i < lines.length;) {
     if (!lines[i].trim()) { i += 1; continue; }
     const block = fence(lines, i) || heading(lines, i) || rule(lines, i)
-      || (depth < DEEPEST && (list(lines, i) || quote(lines, i))) || paragraph(lines, i, depth);
+      || (depth < DEEPEST && (list(lines, i) || quote(lines, i)))
+      || table(lines, i) || paragraph(lines, i, depth);
     if (block.kind === "heading") block.level = level = Math.min(level + 1, block.level + 2);
     block.source = lines.slice(i, block.end).join("\n");
     found.push(block);
@@ -99,10 +100,42 @@ function quote(lines, i) {
   return { kind: "quote", lines: inside, end };
 }
 
+// GitHub's tables: a head, a line that says how its columns are aligned, and rows up to a
+// blank line or another block. A row's cells beyond the head's are left out, as there.
+function table(lines, i) {
+  const aligned = alignment(lines, i);
+  if (!aligned) return null;
+  let end = i + 2;
+  while (end < lines.length && lines[end].trim() && !starts(lines[end])) end += 1;
+  const rows = [lines[i], ...lines.slice(i + 2, end)];
+  return { kind: "table", aligned, rows: rows.map(cells), end };
+}
+
+// How the columns of the table that begins here are aligned; none begins: null.
+function alignment(lines, i) {
+  const [head, below] = [lines[i], lines[i + 1] ?? ""];
+  if (!head.includes("|") || !/^ {0,3}\S/.test(head) || !/^ {0,3}(?!- )[-:|]/.test(below)) return null;
+  const marks = cells(below);
+  const fit = marks.length && marks.every((mark) => /^:?-+:?$/.test(mark));
+  if (!fit || marks.length !== cells(head).length) return null;
+  return marks.map((mark) => {
+    const left = mark.startsWith(":"), right = mark.endsWith(":");
+    return left && right ? "center" : (left && "left") || (right && "right") || "";
+  });
+}
+
+function cells(line) {
+  const found = line.trim().split(/(?<!\\)\|/);
+  if (found[0] === "") found.shift();
+  if (found.at(-1) === "") found.pop();
+  return found.map((cell) => cell.replaceAll("\\|", "|").trim());
+}
+
 function paragraph(lines, i, depth) {
-  const goesOn = (line) => line.trim() && (depth >= DEEPEST || !starts(line));
+  const goesOn = (at) => lines[at].trim()
+    && (depth >= DEEPEST || !(starts(lines[at]) || alignment(lines, at)));
   let end = i + 1;
-  while (end < lines.length && goesOn(lines[end])) end += 1;
+  while (end < lines.length && goesOn(end)) end += 1;
   const text = lines.slice(i, end).map((line) => line.trim()).join("\n");
   return { kind: "paragraph", text, end };
 }
@@ -123,6 +156,7 @@ function element(block, depth) {
       if (!block.ordered) return make("ul", {}, ...items);
       return make("ol", { start: block.start }, ...items);
     }
+    case "table": return tableOf(block);
     default: return make("p", {}, ...inline(block.text));
   }
 }
@@ -131,6 +165,15 @@ function element(block, depth) {
 function tight(nodes) {
   return nodes[0]?.tagName === "P"
     ? [...nodes[0].childNodes, ...nodes.slice(1)] : nodes;
+}
+
+// A short row stays short, so that a table has no more cells than its text has.
+function tableOf({ aligned, rows }) {
+  const row = (tag) => (texts) => make("tr", {}, ...texts.slice(0, aligned.length).map((text, i) =>
+    make(tag, aligned[i] ? { className: aligned[i] } : {}, ...inline(text))));
+  const head = make("thead", {}, row("th")(rows[0]));
+  const body = rows.length > 1 ? [make("tbody", {}, ...rows.slice(1).map(row("td")))] : [];
+  return make("div", { className: "table", tabIndex: 0 }, make("table", {}, head, ...body));
 }
 
 function codeBlock({ text, language }) {

@@ -124,6 +124,7 @@ function show(names, turns = []) {
   const gone = names.filter((name, i) => i < 2 && name && !known(name));
   if (gone.length && conversation) say(`${gone.join(" and ")}: not served here (any more).`, true);
   facts();
+  panel.show(chosen[0]);
   look.offer(chosen[0]);
   refresh();
 }
@@ -151,7 +152,6 @@ async function connect() {
   $("beside").replaceChildren(new Option("nothing", ""), ...options());
   $("beside-field").hidden = models.length < 2;
   $("max_tokens").max = Math.max(...models.map((one) => one.context_length));
-  panel.show();
   await open(addressed(), { move: false });
 }
 

@@ -1,7 +1,7 @@
 // From turns to what the server is asked.
 
 import { post } from "./server.js";
-import { RANGES, settings } from "./settings.js";
+import { number, RANGES, settings } from "./settings.js";
 import { consecutive, placed, tokensOf } from "./tokens.js";
 
 const ALTERNATIVES = 5; // told with every token
@@ -55,7 +55,7 @@ async function fitted(model, list, room, signal) {
 // The request for an answer to these turns: {path, body}, and what it leaves out.
 export async function request(model, list, signal) {
   const body = { model: model.id };
-  for (const name of RANGES) body[name] = Number(settings[name]);
+  for (const name of RANGES) body[name] = number(name, model);
   body.max_tokens = Math.min(body.max_tokens, model.context_length);
   if (settings.seed !== "") body.seed = Number(settings.seed);
   const room = Math.min(body.max_tokens, model.context_length >> 1);

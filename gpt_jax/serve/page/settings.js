@@ -2,15 +2,18 @@
 
 const STORE = "gpt_jax";
 const DEFAULTS = {
-  model: "", beside: "", theme: "", tokens: false, key: "",
-  temperature: 0.8, top_p: 1, top_k: 0, min_p: 0, repetition_penalty: 1,
-  frequency_penalty: 0, presence_penalty: 0, max_tokens: 128, seed: "", system: "",
+  model: "", beside: "", theme: "", tokens: false, key: "", max_tokens: 128, seed: "", system: "",
 };
-export const RANGES = [
+// Of these each model has its own; they are in `settings` once the reader has set them.
+const SAMPLING = [
   "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty",
-  "presence_penalty", "max_tokens",
+  "presence_penalty",
 ];
+export const RANGES = [...SAMPLING, "max_tokens"];
 export const settings = { ...DEFAULTS, ...kept() };
+
+// A number as the reader has set it, else as the model suggests.
+export const number = (name, model) => Number(settings[name] ?? model.suggested[name]);
 
 function stored() {
   try {
@@ -44,16 +47,21 @@ export function set(name, value) {
 
 export function forget() {
   localStorage.removeItem(STORE);
+  begin({});
+}
+
+// Takes what is kept, and nothing else but what belongs to this tab.
+function begin(found) {
   const { model, beside, key } = settings;
-  Object.assign(settings, DEFAULTS, { model, beside, key });
+  for (const name of SAMPLING) delete settings[name];
+  Object.assign(settings, DEFAULTS, found, { model, beside, key });
 }
 
 // Calls `hear` when another tab has set something. Which models a tab asks is its own.
 export function onSet(hear) {
   addEventListener("storage", (event) => {
     if (event.key !== STORE) return;
-    const { model, beside, key } = settings;
-    Object.assign(settings, DEFAULTS, kept(), { model, beside, key });
+    begin(kept());
     hear();
   });
 }
