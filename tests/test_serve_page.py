@@ -716,6 +716,7 @@ def test_a_wide_table_scrolls_within_the_width_of_its_turn(page):
     box = page.locator(".table")
     assert box.evaluate("e => e.scrollWidth > 2 * e.clientWidth")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert box.locator("tr").last.evaluate("e => e.clientHeight") < 50  # whole words
     middle = "e => getComputedStyle(e).textAlign"
     assert box.locator("td").first.evaluate(middle) == "center"
     shoot(page, "table")
