@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from gpt_jax import metrics
+from tests.cases import few
 
 TINY = "--config=configs/quickstart.py:size=tiny"
 
@@ -63,30 +64,44 @@ def test_sampling_continues_the_prompt_and_repeats_itself_with_the_same_seed(run
 
 @pytest.mark.parametrize(
     "name, flags, words",
-    [
+    few(
+        [
+            ("sample", [], "--run is missing"),
+            ("sample", ["--run=configs"], "configs is not a run folder"),
+            ("train", [], "--config is missing"),
+            (
+                "train",
+                [TINY, "--config.model.n_heads=5"],
+                "not a multiple of n_heads 5",
+            ),
+            ("train", [TINY, "--config.data.source=no/file.txt"], "no/file.txt"),
+            ("train", [TINY, "--config.data.source={}/empty.txt"], "empty"),
+            ("train", [TINY, "--config.data.source={}/latin1.txt"], "UTF-8"),
+            ("train", [TINY, "--config.data.source={}/short.txt"], "window"),
+            ("train", [TINY, "--config.hyper.lrate=1"], "did you mean hyper.lr?"),
+            ("train", [TINY, "--config.adapter.name=lora"], "sft.py:adapter=lora"),
+            ("train", [TINY, "--config.hyper.beta2=nan"], "beta2 is nan"),
+            (
+                "train",
+                [TINY, "--config.hyper.ema_decay=0.9"],
+                "a run without optimizer.ema",
+            ),
+            ("train", ["--config=configs/sft.py"], "run=none begins at random weights"),
+            (
+                "train",
+                [TINY, "--config.batch_size=3", "--config.mesh.data=2"],
+                "3 examples",
+            ),
+        ],
         ("sample", [], "--run is missing"),
-        ("sample", ["--run=configs"], "configs is not a run folder"),
-        ("train", [], "--config is missing"),
-        ("train", [TINY, "--config.model.n_heads=5"], "not a multiple of n_heads 5"),
-        ("train", [TINY, "--config.data.source=no/file.txt"], "no/file.txt"),
-        ("train", [TINY, "--config.data.source={}/empty.txt"], "empty"),
         ("train", [TINY, "--config.data.source={}/latin1.txt"], "UTF-8"),
-        ("train", [TINY, "--config.data.source={}/short.txt"], "window"),
         ("train", [TINY, "--config.hyper.lrate=1"], "did you mean hyper.lr?"),
-        ("train", [TINY, "--config.adapter.name=lora"], "sft.py:adapter=lora"),
-        ("train", [TINY, "--config.hyper.beta2=nan"], "beta2 is nan"),
-        (
-            "train",
-            [TINY, "--config.hyper.ema_decay=0.9"],
-            "a run without optimizer.ema",
-        ),
-        ("train", ["--config=configs/sft.py"], "run=none begins at random weights"),
         (
             "train",
             [TINY, "--config.batch_size=3", "--config.mesh.data=2"],
             "3 examples",
         ),
-    ],
+    ),
 )
 def test_a_mistake_is_one_sentence_exit_code_2_and_no_run(tmp_path, name, flags, words):
     (tmp_path / "empty.txt").write_bytes(b"")

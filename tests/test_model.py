@@ -757,8 +757,14 @@ class Balanced(model.MLP):
         return super().__call__(x_BTD, dropout)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize(
+    "scan, remat",
+    few(
+        itertools.product((False, True), ("none", "full")),
+        (False, "none"),
+        (True, "full"),
+    ),
+)
 def test_what_layers_sow_is_added_up_and_part_of_the_training_loss(
     monkeypatch, scan, remat
 ):

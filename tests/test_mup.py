@@ -48,9 +48,11 @@ def test_the_rate_of_kernels_inside_falls_with_the_width_and_no_other():
 
 @pytest.mark.parametrize("init", ["gpt2", "torch_default", "modern"])
 def test_first_kernels_shrink_by_what_they_read_and_heads_do_not(init):
+    drawn = {width: model.init(wide(width, init=init), KEY) for width in (64, 256)}
+
     def deviation(width, path):
         group, name = path.rsplit("/", 1)
-        tree = model.init(wide(width, init=init), KEY)
+        tree = drawn[width]
         for word in group.split("/"):
             tree = tree[word]
         return float(tree[name].std())

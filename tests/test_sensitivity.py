@@ -47,24 +47,25 @@ def derivatives(config, folder, keys):
     )
     batches = [next(source) for _ in range(STEPS)]
     source.close()
-    evals = list(data.once(task.evals["val"], batch_size=32))
+    held_out = task.evals["val"]
+    (evals,) = data.once(held_out, batch_size=len(held_out))
     start, hyper = parts.first(init_key), train.make_hyper(train.unpack(config), task)
+
+    @jax.jit  # traced and differentiated once for all steps
+    def update(state, batch, own):
+        how = {"loss": task.loss, "join": parts.join, "tx": tx}
+        state, *_ = step.train_step(
+            *(state, batch, key, own), **how, reduce=lambda tree: tree
+        )
+        return state
 
     def loss(numbers):
         own, state = hyper._replace(**numbers), start
         for batch in batches:
-            state, *_ = step.train_step(
-                *(state, batch, key, own),
-                loss=task.loss,
-                join=parts.join,
-                tx=tx,
-                reduce=lambda tree: tree,
-            )
-        sums = [
-            task.loss(state.params, {}, jax.tree.map(lambda x: x[0], one), None, own)
-            for one in evals
-        ]
-        return sum(s["loss"] for s in sums) / sum(s["weight"] for s in sums)
+            state = update(state, batch, own)
+        one = jax.tree.map(lambda x: x[0], evals)
+        sums = task.loss(state.params, {}, one, None, own)
+        return sums["loss"] / sums["weight"]
 
     at = {key: getattr(hyper, key) for key in keys}
     slope = jax.jit(lambda tangent: jax.jvp(loss, (at,), (tangent,))[1])

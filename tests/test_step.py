@@ -14,7 +14,7 @@ from gpt_jax.tasks.task import DROPOUTS
 from tests import tiny
 from tests.cases import few
 
-CFG = tiny.cfg()
+CFG = tiny.cfg(n_layers=1)
 GPT = model.GPT(CFG)
 KEY = jax.random.key(3)
 
