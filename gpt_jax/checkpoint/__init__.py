@@ -31,7 +31,7 @@ import numpy as np
 
 from gpt_jax import processes
 from gpt_jax.checkpoint import sealing
-from gpt_jax.checkpoint.sealing import MANIFEST, Damaged
+from gpt_jax.checkpoint.sealing import FORMAT, MANIFEST, Damaged
 from gpt_jax.checkpoint.tables import (
     check_same,
     difference,
@@ -42,6 +42,7 @@ from gpt_jax.checkpoint.tables import (
 )
 
 __all__ = [
+    "FORMAT",
     "MANIFEST",
     "Checkpoints",
     "Damaged",
