@@ -46,6 +46,7 @@ FILES = {
     + "]",
 }
 FILES["names.txt"] = "bado.\nlemi.\nku.\n" * 300
+FILES["repeats.txt"] = "abcdefghabcdefgh\nvwxyzvwxyz\n" * 400
 FILES["book.txt"] = FILES["my_book.txt"]
 
 
