@@ -48,7 +48,8 @@ def copy(folder: Path) -> Path:
     for name in COPIED:
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-    shutil.copy(ROOT / "pyproject.toml", folder)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, folder)
     return folder
 
 
@@ -107,6 +108,7 @@ def test_each_addition_stands_alone_and_what_can_be_trained_trains(name, tmp_pat
         assert "val_loss" in python(folder, *TRAIN, *flags).stdout
     if name == "A kind of layer":  # stacked, split over devices, with one more adapter
         more = ("--config.model.scan_layers=True", "--config.mesh.tensor=2")
+        more += ("--config.model.vocab_multiple=2",)
         python(folder, *TRAIN, *flags, *more, "--workdir=split")
 
 
