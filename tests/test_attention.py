@@ -8,13 +8,9 @@ import pytest
 
 from gpt_jax import attention
 from gpt_jax.attention import Sight
-from tests.tiny import jit
+from tests.tiny import draw, jit
 
 B, T, H, G, K = 2, 13, 4, 2, 8
-
-
-def draw(*shape, seed):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def reference(q, k, v, sees, *, scale, softcap=0.0):

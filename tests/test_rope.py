@@ -6,12 +6,9 @@ import pytest
 
 from gpt_jax import rope
 from gpt_jax.rope import RopeScaling
+from tests.tiny import draw
 
 K = 8
-
-
-def draw(*shape, seed):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def test_rotated_products_depend_on_distance_only():

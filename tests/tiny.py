@@ -1,8 +1,10 @@
-"""What model tests share: `cfg(**overrides)`, small; `jit`, which compiles fast."""
+"""What model tests share: `cfg(**overrides)`, small; `draw`n arrays; a fast `jit`."""
 
 from functools import partial
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from configs import common
 from gpt_jax import tasks
@@ -12,6 +14,11 @@ from gpt_jax.weights import Weight
 
 # Tiny programs spend their time in LLVM: without its optimisation a third of it.
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def draw(*shape, seed):
+    """Returns normal numbers, float32."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def weight(shape, axes, **how) -> Weight:
