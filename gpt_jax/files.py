@@ -105,6 +105,21 @@ def write_json(path: str | Path, value: Any) -> None:
     write(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Returns the object of a JSON file.
+
+    Raises:
+      ValueError: the file holds none; names it.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} should hold a JSON object, not a {type(found)}")
+    return found
+
+
 @contextlib.contextmanager
 def draft(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """Gives a path to write to, which then becomes `path`, or is removed on an error.

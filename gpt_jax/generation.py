@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt_jax import sampling, special
+from gpt_jax import files, sampling
 
 FILE = "generation_config.json"
 
@@ -59,7 +59,7 @@ def of(folder: str | Path) -> Generation:
     path = Path(folder) / FILE
     if not path.is_file():
         return OWN
-    found = special.object_of(path)
+    found = files.read_json(path)
     drawn = found.pop("do_sample", None)
     if drawn not in (None, True, False):
         raise ValueError(f"{path}: do_sample is {drawn!r} but must be true or false")

@@ -49,7 +49,7 @@ def read(path: Path) -> Special | None:
     own = beside(path)
     if not own.is_file():
         return None
-    found = object_of(own)
+    found = files.read_json(own)
     try:
         bos, eos, pad = (_id(found[key]) for key in ("bos", "eos", "pad"))
         return Special(bos, eos, pad, _ids(found["ends"]))
@@ -106,22 +106,7 @@ def within(special: Special, size: int) -> Special:
 def is_published(folder: Path) -> bool:
     """Whether the files of a folder are another's: runs have a config.json as well."""
     config = folder / "config.json"
-    return not config.is_file() or "model_type" in object_of(config)
-
-
-def object_of(path: Path) -> dict[str, Any]:
-    """Returns the object of a JSON file.
-
-    Raises:
-      ValueError: the file holds none.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} should hold a JSON object, not {type(found)}")
-    return found
+    return not config.is_file() or "model_type" in files.read_json(config)
 
 
 def write(path: Path, special: Special | None) -> None:
@@ -133,7 +118,7 @@ def write(path: Path, special: Special | None) -> None:
 
 
 def _published(path: Path) -> dict[str, Any]:
-    return object_of(path) if path.is_file() else {}
+    return files.read_json(path) if path.is_file() else {}
 
 
 def _id(value: Any) -> int | None:

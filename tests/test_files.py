@@ -339,3 +339,20 @@ def test_the_peak_memory_rises_with_what_is_held():
         "assert files.peak_memory() >= len(held) > before\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("[1]", "should hold a JSON object"),
+        ("{", "is not JSON"),
+        ("[" * 10**5, "not JSON"),
+    ],
+)
+def test_only_a_json_object_is_read_as_one(tmp_path, text, told):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"a\.json .*{told}"):
+        files.read_json(path)
+    path.write_text('{"b": 1}')
+    assert files.read_json(path) == {"b": 1}

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from gpt_jax.files import read_json
+
 DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -149,17 +151,6 @@ def write(
 def kind_of(dtype: np.dtype) -> str:
     """Returns how the format spells a dtype."""
     return next(kind for kind, known in DTYPES.items() if known == dtype)
-
-
-def read_json(path: Path) -> dict:
-    """Returns the object of a JSON file; ValueError names the file that holds none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} should hold a JSON object, not a {type(found)}")
-    return found
 
 
 def _row(name: str, entry) -> tuple[str, tuple[int, ...], int, int]:
