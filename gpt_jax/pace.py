@@ -5,6 +5,7 @@ the rate decays, where the number of steps can still be changed without changing
 was done; the last ends when the time does.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,11 +27,13 @@ class Pace(NamedTuple):
     """What a sitting took.
 
     Attributes:
-      step: seconds of a step, with its share of evaluations and checkpoints.
-      rest: seconds of all else: building, compiling, the evaluation at the end.
+      step: seconds of a step.
+      pause: seconds of an evaluation, with the checkpoint that comes with it.
+      rest: seconds of all else: building, compiling, the report at the end.
     """
 
     step: float
+    pause: float
     rest: float
 
 
@@ -40,7 +43,7 @@ def measure(
     """Returns the pace of the sitting from step `begin` to `end`.
 
     Args:
-      rows: of the run's record, whose `seconds` stand still while it evaluates.
+      rows: of the run's record.
       wall: seconds of the whole sitting.
 
     Returns:
@@ -51,20 +54,39 @@ def measure(
         for row in rows
         if "grad_norm" in row and min(begin + START, end - 1) <= row["step"] <= end
     }
-    if len(lines) < 2:
+    pauses = {row["step"] for row in rows if "val_loss" in row}
+    gaps = [
+        (b - a, lines[b] - lines[a], sum(a <= at < b for at in pauses))
+        for a, b in itertools.pairwise(sorted(lines))
+    ]
+    if not gaps:
         return None
-    first, last = min(lines), max(lines)
-    step = (lines[last] - lines[first]) / (last - first)
-    return Pace(step, max(0.0, wall - step * (end - begin)))
+    plain = [gap for gap in gaps if not gap[2]] or gaps
+    step = sum(took for _, took, _ in plain) / sum(n for n, _, _ in plain)
+    # The least: the first of a sitting compiles.
+    pause = min(((took - n * step) / held for n, took, held in gaps if held), default=0)
+    pause = max(0.0, pause)
+    held = sum(begin < at <= end for at in pauses)
+    return Pace(step, pause, max(0.0, wall - step * (end - begin) - pause * held))
 
 
-def steps(pace: Pace, done: int, left: float, round_to: int) -> int:
+def steps(pace: Pace, done: int, left: float, round_to: int, every: int) -> int:
     """Returns the last step of a run that has made `done` and has `left` seconds.
 
-    It is a multiple of `round_to`, and at least one round further.
+    It is a multiple of `round_to`, and at least one round further. Evaluations come
+    each `every` steps, 0 = never, and at the end.
     """
-    more = math.floor((left - pace.rest) / max(pace.step, 1e-9))
-    return max(done + more, done + round_to) // round_to * round_to
+    each = max(pace.step, 1e-9)
+    dense = each + (pace.pause / every if every else 0.0)
+    last = done + math.floor(max(0.0, left - pace.rest) / each)
+    while last > done:
+        pauses = last // every - done // every if every else 0
+        pauses += not every or last % every > 0
+        took = (last - done) * each + pauses * pace.pause + pace.rest
+        if took <= left:
+            break
+        last -= max(1, math.floor((took - left) / dense))
+    return max(last, done + round_to) // round_to * round_to
 
 
 def then(plan: Plan, last: int, decay: float, done: int, round_to: int) -> Plan:

@@ -20,20 +20,33 @@ def test_a_step_is_measured_past_the_compiler_and_the_rest_is_what_is_left():
     found = pace.measure(
         rows((1, 20.5), (10, 25.0), (20, 30.0), (40, 40.0)), 0, 40, wall=44.0
     )
-    assert found == Pace(step=0.5, rest=24.0)
+    assert found == Pace(step=0.5, pause=0.0, rest=24.0)
     assert pace.measure(rows((1, 20.0)), 0, 40, wall=30.0) is None
     # A later sitting is measured from where it began.
     found = pace.measure(
         rows((40, 40.0), (50, 62.0), (60, 72.0), (100, 112.0)), 40, 100, wall=70.0
     )
-    assert found == Pace(step=1.0, rest=10.0)
+    assert found == Pace(step=1.0, pause=0.0, rest=10.0)
+
+
+def test_evaluations_are_measured_apart_from_steps():
+    # 1 s a step; the first evaluation compiles and takes 9 s, the others take 3.
+    lines = rows((10, 20.0), (20, 30.0), (30, 49.0), (40, 59.0), (50, 72.0))
+    lines += [{"step": at, "val_loss": 1.0} for at in (20, 40, 50)]
+    found = pace.measure(lines, 0, 50, wall=100.0)
+    assert found == Pace(step=1.0, pause=3.0, rest=100.0 - 50 - 3 * 3)
+    # Beside the rest's 20 s, 60 steps and 6 evaluations take 78; a step more ends with
+    # one more evaluation, and takes 82.
+    assert pace.steps(Pace(1.0, 3.0, 20.0), 50, 100.0, 1, every=10) == 110
+    # Where there are none on the way there is one at the end.
+    assert pace.steps(Pace(1.0, 3.0, 20.0), 50, 100.0, 1, every=0) == 50 + 77
 
 
 @pytest.mark.parametrize(
     ("left", "rounds", "last"), [(60.0, 1, 140), (60.0, 8, 136), (3.0, 8, 48)]
 )
 def test_the_steps_are_those_that_the_time_has_room_for(left, rounds, last):
-    assert pace.steps(Pace(0.5, 10.0), 40, left, rounds) == last
+    assert pace.steps(Pace(0.5, 0.0, 10.0), 40, left, rounds, every=0) == last
 
 
 def test_the_steps_are_counted_once_more_before_the_decay_and_then_no_more():

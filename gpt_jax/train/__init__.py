@@ -183,7 +183,7 @@ def fitted(config: ConfigDict, workdir: Path, **how: Any) -> Result:
                 f"{pace.TRIAL} steps to know how long one takes; log more often"
             )
         done, left = result.step, config.fit_seconds - used - (now - began)
-        last = pace.steps(found, done, left, rounds)
+        last = pace.steps(found, done, left, rounds, config.eval_every)
         plan = pace.then(plan, last, decay, done, rounds)
         screen.say(
             f"fit_seconds: {found.step:.3g} s a step and {max(left, 0):.0f} s left, so "
