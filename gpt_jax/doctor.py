@@ -31,6 +31,7 @@ from gpt_jax import (
     runs,
     tokenizers,
 )
+from gpt_jax.checkpoint import arrays
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 LOCK = "requirements.txt"
@@ -400,7 +401,7 @@ def _check_model(folder: Path, step: int, cfg: model.GPTConfig) -> None:
 
 def _not_finite(tree: Mapping[str, Any]) -> list[str]:
     """Returns the paths of weights and optimizer memory that hold NaN or Inf."""
-    kept = {k: v for k, v in tree.items() if k in (*checkpoint.FINITE, "frozen")}
+    kept = {k: v for k, v in tree.items() if k in (*arrays.FINITE, "frozen")}
     return [
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, leaf in jax.tree_util.tree_flatten_with_path(kept)[0]

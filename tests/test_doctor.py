@@ -16,6 +16,7 @@ import pytest
 from configs import common
 from gpt_jax import checkpoint, doctor, runs, tokenizers
 from gpt_jax import model as models
+from gpt_jax.checkpoint import arrays
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +76,7 @@ def test_a_flipped_bit_of_any_checkpoint_is_named_with_its_file(folder):
 def test_weights_that_are_not_finite_are_named(folder, monkeypatch):
     params = jax.tree.map(np.array, runs.open(folder).params)
     params["embed"]["embedding"][3, 1] = np.nan
-    monkeypatch.setattr(checkpoint, "FINITE", ())  # a version without that promise
+    monkeypatch.setattr(arrays, "FINITE", ())  # a version without that promise
     with checkpoint.Checkpoints(folder / "checkpoints", keep=3) as store:
         store.save(6, {"params": params}, metric=None, meta={})
     monkeypatch.undo()

@@ -287,7 +287,7 @@ def test_a_run_older_than_a_key_goes_on_where_the_key_changes_nothing(
 
 
 def test_every_resumable_pattern_matches_a_key_of_the_config():
-    keys = runs._flat(common.base().to_dict())
+    keys = runs.flat(common.base())
     for alternatives in runs.RESUMABLE:
         assert any(re.fullmatch(alternatives, key) for key in keys)
 

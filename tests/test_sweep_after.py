@@ -67,7 +67,7 @@ def test_trials_may_be_ranked_by_what_is_measured_afterwards(base, tmp_path):
         folder = study.out / one.name
         folder.mkdir()
         (folder / metrics.FILE).write_text('{"step": 8, "val_loss": 2.0}\n')
-        files.write(folder / "config.json", runs._text(one.config))
+        files.write(folder / "config.json", runs.as_text(one.config))
         told = trial.measured(folder, sizes)
         found = trial.outcome(
             folder, chosen.criterion, status="done", reason="steps", **told

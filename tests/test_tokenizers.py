@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from gpt_jax import corpora, tokenizers
+from gpt_jax.tokenizers import cuts
 
 TEXT = (
     'First Citizen:\nBefore we proceed, hear me -- (all) "speak"! It\'s été, 日本 🙂\n'
@@ -109,7 +110,7 @@ def test_the_sha256_is_that_of_the_saved_file(tmp_path):
 
 
 def test_byte_names_are_those_of_byte_level_vocabularies():
-    assert set(tokenizers._byte_values()) == set(pre_tokenizers.ByteLevel.alphabet())
+    assert set(tokenizers.byte_values()) == set(pre_tokenizers.ByteLevel.alphabet())
 
 
 # --- training a BPE -------------------------------------------------------------------
@@ -341,9 +342,9 @@ def test_a_batch_is_its_texts_one_by_one(tokenizer):
 def test_cutting_a_long_text_keeps_its_ids(tokenizer, pieces):
     text = "".join(pieces)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizers, "CUT_CHARS", 2)
-        patch.setattr(tokenizers, "GROUP_CHARS", 5)
-        assert "".join(tokenizers._cut(text)) == text
+        patch.setattr(cuts, "CUT_CHARS", 2)
+        patch.setattr(cuts, "GROUP_CHARS", 5)
+        assert "".join(cuts.cut_up(text)) == text
         if tokenizer.kind != "char":
             whole = tokenizer.backend.encode(text).ids
             assert tokenizer.encode_batch([text, "a", text])[::2] == [whole] * 2

@@ -225,7 +225,7 @@ def _encodings():
 def _merges_of(backend) -> list[tuple[tuple[int, int], int]]:
     """Returns (pair, new id) of a trained BPE, over bytes and 256, 257, ..."""
     model = json.loads(backend.to_str())["model"]
-    byte_of = tokenizers._byte_values()
+    byte_of = tokenizers.byte_values()
     ids = dict(byte_of)
     made = []
     for number, (a, b) in enumerate(model["merges"]):

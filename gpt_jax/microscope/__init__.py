@@ -25,7 +25,7 @@ from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.microscope import page, taps
 from gpt_jax.microscope.attribution import Attribution, attribute
 from gpt_jax.microscope.taps import Patch, Row, Seen
-from gpt_jax.model import GPT
+from gpt_jax.model import GPT, count
 
 __all__ = ["Frame", "Lens", "Look", "Swap", "look", "write"]
 
@@ -329,7 +329,7 @@ def _facts(run: runs.Run) -> list[tuple[str, str]]:
     if cfg.n_kv_heads != cfg.n_heads:
         heads += f", {cfg.n_kv_heads} of keys and values"
     return [
-        ("parameters", f"{runs.parameters(cfg):,}"),
+        ("parameters", f"{count(cfg):,}"),
         ("layers", f"{cfg.n_layers} of width {cfg.d_model}, {heads}"),
         ("context", f"{cfg.context_length:,} tokens"),
         ("vocabulary", f"{run.tokenizer.kind}, {cfg.vocab_size:,} tokens"),

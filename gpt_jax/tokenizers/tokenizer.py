@@ -1,52 +1,35 @@
-"""Text to token ids and back: character, word, byte and byte-level BPE tokenizers.
+"""The tokenizer: one tokenizer.json, and what it promises of texts and ids."""
 
-Every tokenizer is a Hugging Face `tokenizers` object that lives in one
-tokenizer.json, so other software can load it and gets the same ids. This module
-keeps three promises on top: text never becomes a special token, nothing unseen is
-dropped in silence, and streamed text never holds half a character.
-"""
-
-import codecs
-import concurrent.futures
 import json
 import os
 import re
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import tokenizers as hf
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import models
 
 from gpt_jax import files, special
 from gpt_jax.special import Special
+from gpt_jax.tokenizers.cuts import groups
+from gpt_jax.tokenizers.forms import (
+    EOS,
+    PRE_TOKENIZERS,
+    UNK,
+    byte_piece,
+    byte_values,
+    kind_of,
+    state,
+    word_piece,
+)
+from gpt_jax.tokenizers.streams import PieceStream, WindowStream
 
-EOS = "<|endoftext|>"
-UNK = "<|unk|>"
 # What the end of a text is called where nobody says it, here first.
 END_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>")
-# No space is written before these when words are joined.
-CLOSE_UP = tuple(",.:;?!\"()'")
-
-# Long texts are cut where no token can span, so that all cores encode one text and
-# memory stays bounded. A token of the word rule or of GPT-2's rule never runs from a
-# letter or one of these marks into the whitespace behind it.
-CUT = re.compile(r"(?<=[\w.,;:!?。])(?=[ \n])")
-CUT_CHARS = 1 << 12  # encodes a sixth faster than 1 << 16: the work stays in the cache
-GROUP_CHARS = 1 << 22
-# What has no such place for so long is cut anywhere before a BPE is trained on it, and
-# words longer than any of a language (DNA, lines of dashes) count as several: the time
-# to find their pairs grows with the square of their length.
-UNCUT_CHARS = 1 << 16
-WORD_BYTES, WORD_PART_BYTES = 1 << 10, 1 << 7
-TICK_SECONDS = 0.1  # between two signs of life of a training
-STOP_SECONDS = 1.0  # how long who leaves a training waits for its thread
-HELD = 8  # tokens: whoever waits for the rest of a character gives up after so many
 
 
 @dataclass(frozen=True)
@@ -85,7 +68,7 @@ class Tokenizer:
     @cached_property
     def kind(self) -> str:
         """char, word, byte, bpe (any byte-level BPE), or other."""
-        return _kind(self.backend)
+        return kind_of(self.backend)
 
     @cached_property
     def vocab(self) -> dict[str, int]:
@@ -169,7 +152,7 @@ class Tokenizer:
             for text in texts:
                 self._refuse_dropped(text)
         ids: list[list[int]] = [[] for _ in texts]
-        for group in _groups(texts, cut=self._cuttable):
+        for group in groups(texts, cut=self._cuttable):
             try:
                 pieces = [piece for _, piece in group]
                 encoded = self.backend.encode_batch_fast(
@@ -250,7 +233,7 @@ class Tokenizer:
             return self._add_to_characters(tokens)
         grown = hf.Tokenizer.from_str(self.json)
         grown.add_special_tokens(list(tokens))
-        return replace(self, json=_wrap(grown).json)
+        return replace(self, json=wrap(grown).json)
 
     def with_special(self, found: Special | None) -> "Tokenizer":
         """Returns the tokenizer with `special` set; what it names is no longer text."""
@@ -263,7 +246,7 @@ class Tokenizer:
             return replace(self, special=found)
         backend = hf.Tokenizer.from_str(self.json)
         backend.add_special_tokens([names[i] for i in texts])
-        return replace(_wrap(backend), special=found)
+        return replace(wrap(backend), special=found)
 
     def special_id(self, token: str) -> int:
         """Returns the id of a special token; ValueError when there is none such."""
@@ -324,7 +307,7 @@ class Tokenizer:
         if self.kind == "other":
             return None
         added = self.backend.get_added_tokens_decoder()
-        piece = {"char": str.encode, "word": _word_piece}.get(self.kind, _byte_piece)
+        piece = {"char": str.encode, "word": word_piece}.get(self.kind, byte_piece)
         pieces = [b""] * self.vocab_size
         for token, i in self.vocab.items():
             named = i in added and self.kind != "word"
@@ -359,13 +342,13 @@ class Tokenizer:
     @cached_property
     def _cuttable(self) -> bool:
         """Whether the rule for splitting is one of ours, for which CUT is right."""
-        rule = _state(self.backend.pre_tokenizer)
-        known = [_state(make()) for make in PRE_TOKENIZERS.values()]
+        rule = state(self.backend.pre_tokenizer)
+        known = [state(make()) for make in PRE_TOKENIZERS.values()]
         return self.kind != "other" and rule in known
 
     @cached_property
     def _missing_bytes(self) -> set[int]:
-        return {b for c, b in _byte_values().items() if c not in self.vocab}
+        return {b for c, b in byte_values().items() if c not in self.vocab}
 
     @cached_property
     def _alphabet(self) -> set[str]:
@@ -447,380 +430,9 @@ class Tokenizer:
             document["model"]["vocab"][token] = len(document["model"]["vocab"])
         grown = hf.Tokenizer.from_str(json.dumps(document))
         grown.add_special_tokens(list(tokens))
-        return replace(self, json=_wrap(grown).json)
+        return replace(self, json=wrap(grown).json)
 
 
-class PieceStream:
-    """Decodes ids one by one where each id stands for fixed bytes."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.started = tokenizer.kind != "word"
-
-    def push(self, id: int) -> str:
-        """Returns the text that this id completes, often all of it."""
-        (id,) = self.tokenizer._checked([id])
-        pieces = self.tokenizer._pieces
-        assert pieces is not None
-        text = self.decoder.decode(pieces[id])
-        if not self.started:
-            text, self.started = text.removeprefix(" "), True
-        return text
-
-    def flush(self) -> str:
-        """Returns what is left of an unfinished character, as U+FFFD."""
-        return self.decoder.decode(b"", final=True)
-
-
-class WindowStream:
-    """Decodes ids one by one where a token's text depends on its neighbours."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-        self.context: list[int] = []  # printed already; what follows is read after it
-        self.fresh: list[int] = []
-
-    def push(self, id: int) -> str:
-        """Returns the text that this id completes."""
-        self.fresh += self.tokenizer._checked([id])
-        return self._emit(final=False)
-
-    def flush(self) -> str:
-        """Returns the text that was held back."""
-        return self._emit(final=True)
-
-    def _emit(self, *, final: bool) -> str:
-        before = self.tokenizer.decode(self.context)
-        after = self.tokenizer.decode(self.context + self.fresh)
-        more = after.endswith("\ufffd") and len(self.fresh) < HELD and not final
-        if not self.fresh or more:
-            return ""
-        self.context, self.fresh = self.fresh, []
-        return after[len(before) :]
-
-
-def train(
-    spec: str, texts: Iterable[str], *, tick: Callable[[float], object] = lambda s: None
-) -> Tokenizer:
-    """Returns a tokenizer trained on texts.
-
-    Args:
-      spec: "char" (the sorted characters), "word" (the sorted words, then
-        `<|endoftext|>` and `<|unk|>`), "byte" (ids are byte values, then
-        `<|endoftext|>`; reads no text) or "bpe:<size>" (byte-level BPE of at most
-        that many tokens, `<|endoftext|>` the last).
-      texts: the training texts, read once.
-      tick: is told, while pairs are counted and merged for a BPE, how many seconds
-        went by since it was told last; what it raises ends the training.
-
-    Raises:
-      ValueError: the spec is none of these, or there is no text.
-    """
-    name, colon, size = spec.partition(":")
-    if name not in TRAINERS or bool(colon) != (name == "bpe"):
-        raise ValueError(
-            f"tokenizer {spec!r} cannot be trained; choose char, word, byte or "
-            "bpe:<size>, as in bpe:2000"
-        )
-    if name != "bpe":
-        return TRAINERS[name](texts)
-    if not size.isdecimal() or int(size) < 257:
-        raise ValueError(
-            f"tokenizer {spec!r}: the size must be a whole number, at least 257 "
-            f"(256 bytes and {EOS})"
-        )
-    return train_bpe(texts, size=int(size), tick=tick)
-
-
-def train_char(texts: Iterable[str]) -> Tokenizer:
-    """Returns a tokenizer of the sorted characters, without special tokens."""
-    alphabet = sorted(set().union(*map(set, _nonempty(texts))))
-    vocab = {character: i for i, character in enumerate(alphabet)}
-    backend = hf.Tokenizer(models.WordLevel(vocab, unk_token=UNK))
-    backend.pre_tokenizer = PRE_TOKENIZERS["char"]()
-    backend.decoder = decoders.Fuse()
-    return _wrap(backend)
-
-
-def train_word(texts: Iterable[str]) -> Tokenizer:
-    """Returns a tokenizer of the sorted words, punctuation split off.
-
-    The rule and the order of ids are those of Raschka, Build a Large Language Model
-    (From Scratch), chapter 2.
-    """
-    rule = PRE_TOKENIZERS["word"]()
-    words: set[str] = set()
-    for text in _nonempty(texts):
-        for piece in _cut(text):
-            words.update(word for word, _ in rule.pre_tokenize_str(piece))
-    tokens = [*sorted(word for word in words if EOS not in word and word != UNK)]
-    vocab = {token: i for i, token in enumerate([*tokens, EOS, UNK])}
-    backend = hf.Tokenizer(models.WordLevel(vocab, unk_token=UNK))
-    # The vocabulary must hold the end token for its id to come before <|unk|>; so
-    # that a text which spells it does not become it, that spelling is unknown.
-    backend.normalizer = normalizers.Replace(EOS, UNK)
-    backend.pre_tokenizer = rule
-    # A word never starts with a space, so each but the first is written after one.
-    join = decoders.WordPiece(prefix=" ", cleanup=False)
-    close = [decoders.Replace(" " + mark, mark) for mark in CLOSE_UP]
-    backend.decoder = decoders.Sequence([join, decoders.Fuse(), *close])
-    backend.add_special_tokens([EOS, UNK])
-    return _wrap(backend)
-
-
-def train_byte(texts: Iterable[str]) -> Tokenizer:
-    """Returns a tokenizer whose ids 0 to 255 are the bytes of UTF-8."""
-    return _byte_level(models.BPE(_byte_values(), []), "byte")
-
-
-def train_bpe(
-    texts: Iterable[str], *, size: int, tick: Callable[[float], object] = lambda s: None
-) -> Tokenizer:
-    """Returns a byte-level BPE tokenizer of at most `size` tokens; see `train`."""
-    backend = hf.Tokenizer(models.BPE())
-    # Words are found by the rule that the tokenizer will have, and then cut where they
-    # are too long. No word of an ordinary text is, so its tokens are what they were.
-    parts = hf.Regex(rf"\A.{{1,{WORD_BYTES}}}\z|.{{1,{WORD_PART_BYTES}}}")
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [PRE_TOKENIZERS["bpe"](), pre_tokenizers.Split(parts, "isolated")]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=size - 1,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    pieces = (
-        piece for text in _nonempty(texts) for piece in _cut(text, uncut=UNCUT_CHARS)
-    )
-    _apart(lambda going: backend.train_from_iterator(going(pieces), trainer), tick)
-    return _byte_level(backend.model, "bpe")
-
-
-def _apart(work: Callable[[Callable], object], tick: Callable[[float], object]) -> None:
-    """Does one long call in a thread, so that this one is free to hear Ctrl-C.
-
-    Args:
-      work: is given what ends an iterator early when nobody waits any more.
-      tick: see `train`.
-    """
-    done: concurrent.futures.Future = concurrent.futures.Future()
-    left = threading.Event()
-
-    def going(items: Iterable) -> Iterator:
-        for item in items:
-            if left.is_set():
-                raise InterruptedError("nobody waits for this tokenizer any more")
-            yield item
-
-    def run() -> None:
-        try:
-            done.set_result(work(going))
-        except BaseException as error:  # the edge of the thread: raised by who waits
-            done.set_exception(error)
-
-    # A daemon: whoever leaves the program does not wait for it.
-    threading.Thread(target=run, name="gpt_jax-bpe", daemon=True).start()
-    try:
-        now = time.monotonic()
-        while not concurrent.futures.wait([done], TICK_SECONDS).done:
-            before, now = now, time.monotonic()
-            tick(now - before)
-    except BaseException:
-        # While words are counted the thread ends at the next text; a program that is
-        # torn down while it reads one would be aborted. Merges hear nothing.
-        left.set()
-        concurrent.futures.wait([done], STOP_SECONDS)
-        raise
-    done.result()
-
-
-def load(path: str | os.PathLike) -> Tokenizer:
-    """Returns the tokenizer of a tokenizer.json, with what the files beside it say.
-
-    Which tokens begin and end texts stands in tokenizer.special.json or, in a published
-    folder, in config.json and others.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: the file is not a tokenizer.json, or its special tokens have ids
-        that the file's vocabulary cannot give them.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file; wanted a tokenizer.json")
-    try:
-        text = path.read_text(encoding="utf-8")
-        backend = hf.Tokenizer.from_str(text)
-        added = json.loads(text).get("added_tokens") or []
-    except Exception as error:  # Hugging Face raises nothing narrower
-        raise ValueError(
-            f"{path} is not a tokenizer.json: {error}; make one with Tokenizer.save"
-        ) from error
-    for token in added:
-        found = backend.token_to_id(token["content"])
-        if found != token["id"]:
-            raise ValueError(
-                f"{path}: token {token['content']!r} should have id {token['id']} but "
-                f"gets {found}, because ids in between are missing"
-            )
-    # Settings for training elsewhere that would shorten or lengthen every text.
-    backend.no_truncation()
-    backend.no_padding()
-    if not backend.get_vocab_size():
-        raise ValueError(f"{path} holds a tokenizer without a vocabulary")
-    found = _wrap(backend)
-    said = special.read(path)
-    if said is None and special.is_published(path.parent):
-        said = special.published(path.parent, found.vocab)
-    return found.with_special(said)
-
-
-def gpt2(encoder_json: str | os.PathLike, vocab_bpe: str | os.PathLike) -> Tokenizer:
-    """Returns GPT-2's tokenizer from OpenAI's two files.
-
-    Args:
-      encoder_json: the file of tokens and ids.
-      vocab_bpe: the file of merges.
-
-    Raises:
-      FileNotFoundError: one of the files is absent.
-      ValueError: the files are not GPT-2's kind or do not belong together.
-    """
-    for path in map(Path, (encoder_json, vocab_bpe)):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is not there; GPT-2's tokenizer needs it")
-    try:
-        model = models.BPE.from_file(str(encoder_json), str(vocab_bpe))
-    except Exception as error:  # Hugging Face raises nothing narrower
-        raise ValueError(
-            f"{encoder_json} and {vocab_bpe} are not GPT-2's tokenizer files: {error}"
-        ) from error
-    return _byte_level(model, "bpe")
-
-
-def _char_rule() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Split(hf.Regex(r"[\s\S]"), "isolated")
-
-
-def _word_rule() -> pre_tokenizers.PreTokenizer:
-    # Python counts the four separators as whitespace, this regex engine does not.
-    space = pre_tokenizers.Split(hf.Regex(r"[\s\x1c-\x1f]"), "removed")
-    marks = pre_tokenizers.Split(hf.Regex(r"""[,.:;?_!"()']|--"""), "isolated")
-    return pre_tokenizers.Sequence([space, marks])
-
-
-def _byte_rule() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-
-
-def _bpe_rule() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    "char": _char_rule,
-    "word": _word_rule,
-    "byte": _byte_rule,
-    "bpe": _bpe_rule,
-}
-
-TRAINERS: dict[str, Callable[..., Tokenizer]] = {
-    "char": train_char,
-    "word": train_word,
-    "byte": train_byte,
-    "bpe": train_bpe,
-}
-
-
-def _byte_level(model: models.Model, rule: str) -> Tokenizer:
-    backend = hf.Tokenizer(model)
-    backend.pre_tokenizer = PRE_TOKENIZERS[rule]()
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([EOS])
-    return _wrap(backend)
-
-
-def _wrap(backend: hf.Tokenizer) -> Tokenizer:
+def wrap(backend: hf.Tokenizer) -> Tokenizer:
+    """Returns the tokenizer of a Hugging Face object."""
     return Tokenizer(backend.to_str(pretty=True))
-
-
-def _state(part) -> bytes:
-    return b"" if part is None else part.__getstate__()
-
-
-def _kind(backend: hf.Tokenizer) -> str:
-    rule = _state(backend.pre_tokenizer)
-    if isinstance(backend.model, models.WordLevel):
-        kinds = [k for k in ("char", "word") if _state(PRE_TOKENIZERS[k]()) == rule]
-        return kinds[0] if kinds else "other"
-    byte_level = isinstance(backend.decoder, decoders.ByteLevel)
-    if not isinstance(backend.model, models.BPE) or not byte_level:
-        return "other"
-    values = all(backend.token_to_id(c) == b for c, b in _byte_values().items())
-    return "byte" if values and rule == _state(_byte_rule()) else "bpe"
-
-
-@lru_cache(maxsize=1)
-def _byte_values() -> dict[str, int]:
-    """Returns the character that byte-level vocabularies write for each byte.
-
-    Bytes that print stand for themselves in Latin-1; the others are numbered from
-    U+0100 on (GPT-2, section 2.2, and its published encoder).
-    """
-    prints = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = sorted(set(range(256)) - prints)
-    name = {b: chr(b) for b in prints} | {b: chr(256 + i) for i, b in enumerate(hidden)}
-    return {name[b]: b for b in range(256)}
-
-
-def _byte_piece(token: str) -> bytes:
-    values = _byte_values()
-    if all(character in values for character in token):
-        return bytes(values[character] for character in token)
-    return token.encode()
-
-
-def _word_piece(token: str) -> bytes:
-    return token.encode() if token in CLOSE_UP else b" " + token.encode()
-
-
-def _nonempty(texts: Iterable[str]) -> Iterator[str]:
-    empty = True
-    for text in texts:
-        empty = empty and not text
-        yield text
-    if empty:
-        raise ValueError("there is no text to train a tokenizer on; check the corpus")
-
-
-def _cut(text: str, *, uncut: int = 0) -> Iterator[str]:
-    """Yields the parts of a text, cut where no token spans.
-
-    Where there is no such place within `uncut` characters it is cut after so many; 0
-    leaves it whole, however long it is.
-    """
-    start = 0
-    while len(text) - start > CUT_CHARS:
-        limit = start + CUT_CHARS + uncut if uncut else len(text)
-        place = CUT.search(text, start + CUT_CHARS, limit)
-        if place is None and limit >= len(text):
-            break
-        end = place.start() if place else limit
-        yield text[start:end]
-        start = end
-    yield text[start:]
-
-
-def _groups(texts: Sequence[str], *, cut: bool) -> Iterator[list[tuple[int, str]]]:
-    """Yields (index of the text, part of it) in groups of bounded size."""
-    group, size = [], 0
-    for owner, text in enumerate(texts):
-        for piece in _cut(text) if cut else [text]:
-            group.append((owner, piece))
-            size += len(piece)
-            if size >= GROUP_CHARS:
-                yield group
-                group, size = [], 0
-    if group:
-        yield group
