@@ -1,6 +1,8 @@
 """GGUF files, read back with the gguf package."""
 
+import itertools
 import json
+import random
 from pathlib import Path
 
 import jax
@@ -14,7 +16,7 @@ from tokenizers import pre_tokenizers
 from configs import common
 from gpt_jax import chat, model, pretrained, rope, tokenizers
 from gpt_jax.model import GPTConfig
-from gpt_jax.pretrained import config_json, gguf_file, weights
+from gpt_jax.pretrained import config_json, gguf_file, gguf_tokenizer, weights
 from gpt_jax.pretrained.gguf import interleaved, save
 from gpt_jax.special import Special
 
@@ -227,15 +229,30 @@ def test_eight_bits_and_sixteen_come_in_as_the_package_rounds_them(tmp_path):
         np.testing.assert_array_equal(norm, params["final_norm"]["scale"])
 
 
-@pytest.mark.parametrize("name", gguf_file.SPLITS)
+def test_starcoder_splits_as_smollm_does_and_llama3_as_llama_bpe():
+    tokens = [*tokenizers.train("bpe:290", ["12 13 it's 123 123"]).vocab]
+    about = {"model": "gpt2", "tokens": tokens, "merges": ["1 2"]}
+    for name, same in (("starcoder", "smollm"), ("llama-v3", "llama-bpe")):
+        found = []
+        for pre in (name, same, "gpt-2"):
+            keys = {f"tokenizer.ggml.{k}": x for k, x in (about | {"pre": pre}).items()}
+            file = gguf_file.GGUF(Path("a.gguf"), {}, {}, keys | BOS)
+            found.append(gguf_tokenizer.tokenizer(file))
+        assert found[0].json == found[1].json != found[2].json
+
+
+BOS = {"tokenizer.ggml.bos_token_id": 0}
+
+
+@pytest.mark.parametrize("name", gguf_tokenizer.SPLITS)
 def test_a_byte_level_tokenizer_goes_out_and_comes_in_by_every_split(name, tmp_path):
     cfg, params = tiny()
     text = "don't IT'S 1234567 a  b\n\n x²é 日本 " * 20
     backend = hf.Tokenizer.from_str(tokenizers.train("bpe:290", [text]).json)
-    backend.pre_tokenizer = gguf_file.SPLITS[name]()
+    backend.pre_tokenizer = gguf_tokenizer.SPLITS[name]()
     document = json.loads(backend.to_str())
-    document["model"]["ignore_merges"] = name in gguf_file.WHOLE_WORDS
-    if name in gguf_file.COMPOSED:
+    document["model"]["ignore_merges"] = name in gguf_tokenizer.WHOLE_WORDS
+    if name in gguf_tokenizer.COMPOSED:
         document["normalizer"] = {"type": "NFC"}
     words = tokenizers.Tokenizer(json.dumps(document))
     _, about = write(tmp_path / "a.gguf", cfg, params, words)
@@ -249,7 +266,9 @@ def test_a_byte_level_tokenizer_goes_out_and_comes_in_by_every_split(name, tmp_p
         "a" * 99,
     ):
         assert found.encode(hostile) == words.encode(hostile)
-    pieces = [p for p, _ in gguf_file.SPLITS[name]().pre_tokenize_str("IT'S 12345")]
+    pieces = [
+        p for p, _ in gguf_tokenizer.SPLITS[name]().pre_tokenize_str("IT'S 12345")
+    ]
     digits = {"gpt-2": 1, "llama-bpe": 2, "smollm": 5, "qwen2": 5}[name]
     assert sum(p.strip("Ġ").isdecimal() for p in pieces) == digits
 
@@ -270,6 +289,81 @@ def test_a_tokenizer_without_a_space_in_front_says_so(tmp_path):
         words = tokenizers.Tokenizer(backend.to_str())
         _, about = write(tmp_path / f"{scheme}.gguf", cfg, params, words)
         assert about["tokenizer.ggml.add_space_prefix"] is wanted
+
+
+def scored(**keys) -> tuple[tokenizers.Tokenizer, list[str], list[float]]:
+    """Returns a tokenizer of SentencePiece's kind, read from a file's keys."""
+    rng = random.Random(0)
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "<tool>"]
+    types, letters = [2, 3, 3, *[6] * 256, 4], "▁abcé"
+    pieces = {"".join(rng.choices(letters, k=rng.randint(2, 5))) for _ in range(300)}
+    pieces = [*sorted(pieces), *letters]
+    tokens, types = tokens + pieces, types + [1] * len(pieces)
+    scores = [0.0] * 260 + rng.sample([-float(i) for i in range(500)], len(pieces))
+    about = {"model": "llama", "tokens": tokens, "token_type": types, "scores": scores}
+    metadata = {f"tokenizer.ggml.{k}": x for k, x in (about | keys).items()}
+    file = gguf_file.GGUF(Path("a.gguf"), {}, {}, metadata)
+    return gguf_tokenizer.tokenizer(file), tokens, scores
+
+
+def joined_by_score(text: str, tokens: list[str], scores: list[float]) -> list[str]:
+    """SentencePiece's BPE as Kudo and Richardson 2018, section 3.1, have it."""
+    parts, score = [*text], dict(zip(tokens[260:], scores[260:], strict=True))
+    while True:
+        pairs = [a + b for a, b in itertools.pairwise(parts)]
+        best = max((score[pair] for pair in pairs if pair in score), default=None)
+        if best is None:
+            return parts
+        at = next(i for i, pair in enumerate(pairs) if score.get(pair) == best)
+        parts[at : at + 2] = [pairs[at]]
+
+
+def test_a_tokenizer_with_scores_joins_what_scores_highest():
+    found, tokens, scores = scored()
+    assert (found.bos_id, found.eos_id, found.opening) == (1, 2, [1])
+    rng, lengths = random.Random(1), []
+    for _ in range(300):
+        text = "".join(rng.choices(" abcé", k=rng.randint(1, 30)))
+        wanted = joined_by_score("▁" + text.replace(" ", "▁"), tokens, scores)
+        ids = found.encode(text)
+        assert [tokens[i] for i in ids] == wanted
+        assert found.decode(ids) == text
+        lengths.append(len(text) / len(ids))
+    assert max(lengths) > 2
+    ids = found.encode("zé<s>")
+    assert [tokens[i] for i in ids[:3]] == ["▁", "<0x7A>", "é"] and 1 not in ids
+    bare, _, _ = scored(add_space_prefix=False, add_bos_token=False)
+    assert [tokens[i] for i in bare.encode("z<tool>")] == ["<0x7A>", "<tool>"]
+    assert bare.opening == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"scores": [0.0]}, "scores of 1"),
+        ({"remove_extra_whitespaces": True}, "changes texts first"),
+        ({"precompiled_charsmap": [1]}, "changes texts first"),
+    ],
+)
+def test_a_tokenizer_with_scores_that_does_something_else_is_refused(keys, sentence):
+    with pytest.raises(ValueError, match=rf"a\.gguf: .*{sentence}"):
+        scored(**keys)
+
+
+def test_a_tokenizer_with_scores_goes_out_and_comes_in(tmp_path):
+    words, tokens, _ = scored()
+    cfg, params = tiny(vocab_size=len(tokens))
+    _, about = write(tmp_path / "a.gguf", cfg, params, words)
+    assert about["tokenizer.ggml.model"] == "llama"
+    assert about["tokenizer.ggml.token_type"][259] == 4  # <tool>, which is a text's
+    found = pretrained.tokenizer(tmp_path / "a.gguf")
+    rng = random.Random(2)
+    for _ in range(100):
+        text = "".join(rng.choices([*" abcé\n日", "<tool>", "<s>"], k=20))
+        assert found.encode(text) == words.encode(text)
+        if "<tool>" not in text:  # behind which a text begins anew, with its space
+            assert found.decode(found.encode(text)) == text
+    assert (found.bos_id, found.ends, found.opening) == (1, (2,), [1])
 
 
 def changed(path: Path, **values) -> Path:

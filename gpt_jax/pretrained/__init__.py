@@ -24,6 +24,7 @@ from gpt_jax.pretrained import (
     files,
     gguf,
     gguf_file,
+    gguf_tokenizer,
     peft,
     stablehlo,
     texts,
@@ -118,14 +119,14 @@ def load(folder: Path, cfg: GPTConfig, **options) -> dict:
 def tokenizer(folder: Path) -> Tokenizer:
     """Returns a folder's or file's tokenizer; see `texts.load`."""
     if folder.suffix == gguf_file.SUFFIX:
-        return gguf_file.tokenizer(gguf_file.read(folder))
+        return gguf_tokenizer.tokenizer(gguf_file.read(folder))
     return texts.load(folder, fields(folder)["vocab_size"])
 
 
 def template(source: Path) -> str | None:
     """Returns the chat template that a folder or file comes with, if it has one."""
     if source.suffix == gguf_file.SUFFIX:
-        return gguf_file.template(gguf_file.read(source))
+        return gguf_tokenizer.template(gguf_file.read(source))
     return chat.template_of(source)
 
 

@@ -18,8 +18,16 @@ import numpy as np
 from gpt_jax import chat, names
 from gpt_jax.files import draft
 from gpt_jax.model import GPTConfig
-from gpt_jax.pretrained import config_json, files, gguf_file, weights
+from gpt_jax.pretrained import config_json, files, gguf_file, gguf_tokenizer, weights
 from gpt_jax.pretrained.gguf_file import ARCHS, OF_FAMILY, interleaved
+from gpt_jax.pretrained.gguf_tokenizer import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER,
+)
 from gpt_jax.tokenizers import Tokenizer
 
 # How matrices are kept: "" = as they are; Q8_0 is 8 bits and a scale of 32 numbers.
@@ -260,12 +268,14 @@ def _pair(merge: str | list[str]) -> list[str]:
 def _type(tokenizer: Tokenizer, known: bool, i: int, token: str) -> int:
     """Returns GGUF's number of a kind of token."""
     if not known:
-        return 5  # unused
+        return UNUSED
     if i == tokenizer.unk_id:
-        return 2
+        return UNKNOWN
     if token in tokenizer.specials:
-        return 3  # control
-    return 6 if re.fullmatch("<0x[0-9A-F]{2}>", token) else 1  # byte, normal
+        return CONTROL
+    if i in tokenizer.backend.get_added_tokens_decoder():
+        return USER
+    return BYTE if re.fullmatch("<0x[0-9A-F]{2}>", token) else NORMAL
 
 
 def _prefixes(document: Mapping) -> bool:
@@ -291,9 +301,9 @@ def _split(document: Mapping, tokenizer: Tokenizer) -> str:
     """Returns llama.cpp's name for how a byte-level tokenizer splits texts first."""
     if not document["model"].get("merges"):
         return "gpt-2"  # without merges no split matters
-    if (name := gguf_file.split_of(document)) is not None:
+    if (name := gguf_tokenizer.split_of(document)) is not None:
         return name
     raise ValueError(
         f"this {tokenizer.kind} tokenizer splits texts in a way that GGUF export does "
-        f"not know; it knows: {', '.join(gguf_file.SPLITS)}"
+        f"not know; it knows: {', '.join(gguf_tokenizer.SPLITS)}"
     )

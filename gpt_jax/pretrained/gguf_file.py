@@ -6,21 +6,16 @@ config.json, tensors and a tokenizer.json; from there on nothing knows where the
 from. What is not known is refused by name. Nothing in a file is ever executed.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tokenizers as hf
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from gpt_jax import commands
 from gpt_jax.pretrained.families import TABLE
 from gpt_jax.rope import RopeScaling, rope_frequencies
-from gpt_jax.special import Special
-from gpt_jax.tokenizers import Tokenizer
 
 SUFFIX = ".gguf"
 
@@ -446,131 +441,3 @@ def _laid_out(unpack: Callable[[], np.ndarray], place: Place):
         return array - np.float32(place.offset) if place.offset else array
 
     return get
-
-
-# ---------------------------------------------------------------- the tokenizer
-
-LLAMA3_RULE = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN2_RULE = LLAMA3_RULE.replace(r"\p{N}{1,3}", r"\p{N}")
-
-
-def _by_rule(rule: str) -> pre_tokenizers.PreTokenizer:
-    split = pre_tokenizers.Split(hf.Regex(rule), "isolated")
-    bare = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([split, bare])
-
-
-def _gpt2_rule() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-def _smollm_rule() -> pre_tokenizers.PreTokenizer:
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    return pre_tokenizers.Sequence([digits, _gpt2_rule()])
-
-
-# How llama.cpp calls the ways in which a byte-level BPE splits texts first.
-SPLITS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    "gpt-2": _gpt2_rule,
-    "llama-bpe": lambda: _by_rule(LLAMA3_RULE),
-    "smollm": _smollm_rule,
-    "qwen2": lambda: _by_rule(QWEN2_RULE),
-}
-WHOLE_WORDS = ("llama-bpe",)  # a word that is a token is one, whatever the merges say
-COMPOSED = ("qwen2",)  # texts are brought to Unicode's NFC
-UNKNOWN, CONTROL, USER, UNUSED, BYTE = 2, 3, 4, 5, 6
-
-
-def tokenizer(file: GGUF) -> Tokenizer:
-    """Returns the tokenizer of a file.
-
-    Raises:
-      ValueError: it is no byte-level BPE, or splits texts in a way that is not known.
-    """
-    try:
-        return _tokenizer(file.metadata)
-    except ValueError as error:
-        raise ValueError(f"{file.path}: {error}") from error
-
-
-def template(file: GGUF) -> str | None:
-    """Returns the chat template of a file, if it has one."""
-    return file.metadata.get("tokenizer.chat_template") or None
-
-
-def _tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
-    own = {
-        key.removeprefix("tokenizer.ggml."): value
-        for key, value in metadata.items()
-        if key.startswith("tokenizer.ggml.")
-    }
-    if own.get("model") != "gpt2":
-        raise ValueError(
-            f"its tokenizer is of the kind {own.get('model')!r}; read are byte-level "
-            "BPE tokenizers, which llama.cpp calls gpt2: take the model's folder from "
-            "Hugging Face instead"
-        )
-    split = own.get("pre", "default")
-    if split not in SPLITS:
-        raise ValueError(
-            f"its tokenizer splits texts in the way {split!r}; known are: "
-            f"{', '.join(SPLITS)}"
-        )
-    tokens = own.get("tokens") or []
-    types = own.get("token_type") or [1] * len(tokens)
-    vocab = {t: i for i, t in enumerate(tokens) if types[i] != UNUSED}
-    merges = [tuple(merge.split(" ")) for merge in own.get("merges") or []]
-    try:
-        backend = hf.Tokenizer(
-            models.BPE(vocab, merges, ignore_merges=split in WHOLE_WORDS)
-        )
-    except Exception as error:  # Hugging Face raises nothing narrower
-        raise ValueError(f"its tokens and merges do not fit: {error}") from error
-    if split in COMPOSED:
-        backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = SPLITS[split]()
-    backend.decoder = decoders.ByteLevel()
-    for kind, special in ((CONTROL, True), (USER, False)):
-        named = [t for i, t in enumerate(tokens) if types[i] == kind]
-        add = backend.add_special_tokens if special else backend.add_tokens
-        add([hf.AddedToken(t, normalized=False, special=special) for t in named])
-    bos = own.get("bos_token_id")
-    if bos is not None and own.get("add_bos_token", split in WHOLE_WORDS):
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{tokens[bos]}:0 $A:0",
-            pair=f"{tokens[bos]}:0 $A:0 {tokens[bos]}:1 $B:1",
-            special_tokens=[(tokens[bos], bos)],
-        )
-    ends = [own.get(f"{name}_token_id") for name in ("eos", "eot", "eom")]
-    ends = [i for i in dict.fromkeys(ends) if i is not None]
-    found = Tokenizer(backend.to_str(pretty=True))
-    said = Special(bos, own.get("eos_token_id"), own.get("padding_token_id"), (*ends,))
-    return found.with_special(said)
-
-
-def split_of(document: Mapping[str, Any]) -> str | None:
-    """Returns llama.cpp's name for how a tokenizer.json splits texts; None, none."""
-    for name, rule in SPLITS.items():
-        own = hf.Tokenizer(models.BPE())
-        own.pre_tokenizer = rule()
-        wanted = _bare(own.to_str())
-        whole = bool(document["model"].get("ignore_merges"))
-        composed = (document.get("normalizer") or {}).get("type") == "NFC"
-        same = (name in WHOLE_WORDS, name in COMPOSED) == (whole, composed)
-        if same and _bare_rule(document.get("pre_tokenizer")) == wanted:
-            return name
-    return None
-
-
-def _bare(text: str) -> Any:
-    return _bare_rule(json.loads(text)["pre_tokenizer"])
-
-
-def _bare_rule(rule: Any) -> Any:
-    """Returns a pre-tokenizer's JSON without what decides no id."""
-    if isinstance(rule, Mapping):
-        return {k: _bare_rule(v) for k, v in rule.items() if k != "trim_offsets"}
-    return [_bare_rule(v) for v in rule] if isinstance(rule, list) else rule
