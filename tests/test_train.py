@@ -16,7 +16,17 @@ import numpy as np
 import pytest
 
 from configs import common
-from gpt_jax import checkpoint, metrics, model, runs, tasks, tokenizers, train
+from gpt_jax import (
+    checkpoint,
+    generation,
+    metrics,
+    model,
+    runs,
+    tasks,
+    tokenizers,
+    train,
+)
+from gpt_jax.checkpoint import arrays
 from gpt_jax.report import compare
 from tests import tiny
 from tests.cases import few
@@ -464,14 +474,14 @@ def test_a_run_of_nothing_but_nan_stops_and_saves_none_of_it(config, tmp_path):
 @pytest.mark.fault(6)
 def test_the_last_checkpoint_is_not_passed_over(config, tmp_path, monkeypatch):
     """Nor where the folder itself refuses it, before anything is written."""
-    config.on_save_error, made = "continue", checkpoint._writer
+    config.on_save_error, made = "continue", arrays.writer
 
     def refuse(target, items):
         if target.name == str(config.steps):
             raise OSError(13, "Permission denied")
         return made(target, items)
 
-    monkeypatch.setattr(checkpoint, "_writer", refuse)
+    monkeypatch.setattr(arrays, "writer", refuse)
     with pytest.raises(OSError, match=f"step {config.steps}, the last one, is not in"):
         train.train(config, tmp_path / "run")
 
@@ -586,6 +596,7 @@ def published(tmp_path) -> Path:
 
 @pytest.mark.slow
 def test_a_new_run_starts_from_published_weights(config, published, tmp_path):
+    (published / "generation_config.json").write_text('{"temperature": 0.25}')
     config.init_from = f"hf:{published}"
     config.model.update(vocab_size=128, context_length=64, n_layers=2, d_model=32)
     config.model.update(n_heads=4, vocab_multiple=50, scan_layers=True)
@@ -598,6 +609,7 @@ def test_a_new_run_starts_from_published_weights(config, published, tmp_path):
     train.train(config, tmp_path / "run")
     run = runs.open(tmp_path / "run")
     assert run.tokenizer.eos_id == run.tokenizer.vocab_size - 1
+    assert generation.of(tmp_path / "run").settings["temperature"] == 0.25
     answers = np.load(Path(__file__).parent / "golden/gpt2/answers.npz")
     found, _ = run.model.apply({"params": run.params}, answers["ids"])
     assert np.abs(found - answers["logits"]).max() < 1e-4

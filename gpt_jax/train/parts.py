@@ -47,7 +47,7 @@ from gpt_jax.train.start import (
     begin,
     check_fork,
     first_tokenizer,
-    keep_template,
+    keep_companions,
     restore,
     resumed,
     too_short,
@@ -190,7 +190,7 @@ def open_run(
             state = parts.strategy.place(state)
         processes.in_turn(create_or_check)
         if processes.index() == 0:
-            keep_template(config, workdir)
+            keep_companions(config, workdir)
         frozen = saves.save_frozen(state.frozen) if state.frozen else ""
         news = too_short(config, task)
         if config.sample_every and not task.prompt:

@@ -18,6 +18,7 @@ from gpt_jax import (
     checks,
     files,
     fork,
+    generation,
     model,
     optimizer,
     pretrained,
@@ -53,13 +54,17 @@ def first_tokenizer(config: Options, workdir: Path) -> Path:
     return source
 
 
-def keep_template(config: Options, workdir: Path) -> None:
-    """Keeps the chat template that belongs to `init_from`'s weights."""
-    own = getattr(config.task.options, "template", "")
-    if own or checks.begins(config.init_from) == checks.RANDOM:
+def keep_companions(config: Options, workdir: Path) -> None:
+    """Keeps how `init_from`'s texts are drawn, and its chat template or the task's."""
+    if checks.begins(config.init_from) == checks.RANDOM:
         return
     at, published = fork.parse(config.fork), hugging_face(config)
     source = at.trunk if at else pretrained.find(published or config.init_from)
+    if (source / generation.FILE).is_file():
+        generation.of(source)  # refuses one that no text can be written by
+        files.write(workdir / generation.FILE, (source / generation.FILE).read_bytes())
+    if getattr(config.task.options, "template", ""):
+        return
     template = pretrained.template(source)
     if template and template not in chat.TEMPLATES:
         files.write(workdir / "chat_template.jinja", template)
