@@ -1,7 +1,8 @@
 """Facts about tools: what a template is told, what must be called, what was called.
 
 Models are untrained; where one must call a tool a mask makes it. Templates are small
-ones of the two usual forms: a call between marks (Hermes, Qwen) and JSON alone (Llama).
+ones of the three usual forms: a call between marks (Hermes, Qwen), several between two
+(Mistral) and JSON alone (Llama).
 """
 
 import json
@@ -28,6 +29,12 @@ MARKED = """{% if tools %}Tools:
 {%- for c in m.tool_calls or [] %}{{ '\\n' if m.content }}<tool_call>
 {"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}
 </tool_call>{% endfor %}{{ eos_token }}
+{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
+LISTED = """{% for tool in tools or [] %}{{ tool | tojson }}
+{% endfor %}{% for m in messages %}{{ m.role }}: {% if m.tool_calls %}[TOOL_CALLS] [
+{%- for c in m.tool_calls %}{"name": "{{ c.function.name }}", "arguments":{{ ' ' }}
+{{- c.function.arguments | tojson }}{{ '}, ' if not loop.last else '}]' }}{% endfor %}
+{%- else %}{{ m.content }}{% endif %}{{ eos_token }}
 {% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
 ALONE = """{% for tool in tools or [] %}{{ tool.function | tojson }}
 {% endfor %}{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no') }}
@@ -71,6 +78,7 @@ def test_a_template_is_asked_how_it_writes_calls():
     form = chat.tool_form(TOKENIZER, MARKED)
     assert form == ToolForm("<tool_call>\n", "arguments", "\n</tool_call>", True)
     assert chat.tool_form(TOKENIZER, ALONE) == ToolForm("", "parameters", "", False)
+    assert chat.tool_form(TOKENIZER, LISTED) == LIST
     for template in ("plain", "chatml", NO_TOOLS):
         assert chat.tool_form(TOKENIZER, template) is None
 
@@ -108,6 +116,7 @@ def test_no_text_of_a_tool_or_a_call_becomes_a_special_token():
 
 NAMES = ["add", "now"]
 HERMES = ToolForm("<tool_call>\n", "arguments", "\n</tool_call>", True)
+LIST = ToolForm("[TOOL_CALLS] [", "arguments", "]", True, between=", ")
 
 
 def told(form, pieces):
@@ -164,14 +173,33 @@ def test_json_alone_is_a_call_where_there_is_nothing_else(text, calls):
     assert told(tools.PLAIN, [text]) == ("" if calls else text, calls)
 
 
+@pytest.mark.parametrize(
+    ("text", "left", "calls"),
+    [
+        (f"[TOOL_CALLS] [{NOW}]", "", 1),
+        (f"Ah. [TOOL_CALLS] [{NOW}, {ADD},{NOW}] so", "Ah. so", 3),
+        (f"[TOOL_CALLS] [{NOW}, {ADD}", "", 2),  # cut off
+        (f"[TOOL_CALLS] [{NOW}, {{bad}}]", ", {bad}]", 1),
+        (f"[TOOL_CALLS] [{NOW}] {ADD}", ADD, 1),
+        (f"[TOOL_CALLS] {NOW}", None, 0),
+        (f"{NOW}, {NOW}", None, 0),
+    ],
+)
+def test_several_calls_between_two_marks_are_found(text, left, calls):
+    found, called = told(LIST, [text])
+    assert (found, len(called)) == (text if left is None else left, calls)
+    assert [name for _, name, _ in called] == ["now", "add", "now"][:calls]
+
+
 def test_a_stream_finds_what_is_found_in_the_whole_text():
     rng, found = random.Random(0), 0
     parts = ["hi ", "<tool_call>", "</tool_call>", "\n", NOW, ADD, "{bad", "<too", '"']
+    parts += ["[TOOL_CALLS] [", ", ", "]"]
     for _ in range(2000):
         text = "".join(rng.choice(parts) for _ in range(rng.randint(1, 7)))
         ends = sorted(rng.choices(range(len(text) + 1), k=rng.randint(1, 20)))
         pieces = [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)])]
-        for form in (HERMES, tools.PLAIN):
+        for form in (HERMES, LIST, tools.PLAIN):
             whole = told(form, [text])
             assert told(form, pieces) == whole
             found += len(whole[1])
@@ -294,6 +322,10 @@ def test_a_strict_tool_may_be_called_but_not_otherwise_than_its_schema_says(guid
     name = '<tool_call>\n{"name": "'
     assert taken(name + "x", offered) == (name, False)
     assert taken(call.replace("7", "-1"), offered)[0].endswith('"left": ')
+    listed = f"So [TOOL_CALLS] [{good}, {good}]"
+    assert taken(listed, offered, LIST) == (listed, True)
+    one = tools.read([tool("add", SUM, strict=True)], "auto", False)
+    assert taken(listed, one, LIST)[0].endswith("}")
     loose = tools.read([tool("add", SUM), tool("now")], "auto", None)
     assert not loose.strict  # what a model calls then is its own
 
@@ -312,11 +344,11 @@ def test_a_call_that_must_be_has_its_name_and_an_object_and_nothing_around(guide
 NAMED = {"type": "function", "function": {"name": "any"}}
 
 
-def taken(text, offered):
+def taken(text, offered, form=HERMES):
     """What of a text the grammar of tools takes, and whether it may end there."""
     from gpt_jax.serve import grammars
 
-    grammar = tools.grammar(offered, HERMES, {})
+    grammar = tools.grammar(offered, form, {})
     guide = grammars.begin(grammar, TOKENIZER, 257, [256])
     for i, byte in enumerate(text.encode()):
         if not guide.mask_W[byte // 32] >> (byte % 32) & 1:

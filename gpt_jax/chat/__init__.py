@@ -61,12 +61,15 @@ class ToolForm(NamedTuple):
       arguments: the key of the arguments.
       end: what stands behind it.
       answers: whether the template writes what tools say.
+      between: what stands between calls that share these marks, as in Mistral's lists;
+        "" where each has its own, or there is one alone.
     """
 
     begin: str
     arguments: str
     end: str
     answers: bool
+    between: str = ""
 
 
 def check(template: str) -> None:
@@ -339,19 +342,42 @@ def tool_form(tokenizer, template: str) -> ToolForm | None:
     before = re.sub(r"<think>\s*(</think>\s*)?$", "", before)
     if not text.startswith(before):
         return None
-    for found in re.finditer(r"\{", text[len(before) :]):
-        opened = len(before) + found.start()
+    calls = _calls(text, len(before), call)
+    if not calls:
+        return None
+    opened, closed, key = calls[0]
+    behind, own = _end(tokenizer, template)
+    end = text[closed:].partition(behind)[0] if own else text[closed:]
+    begin = text[len(before) : opened].rpartition("</think>")[2].lstrip()
+    between, two = "", (call, call._replace(id="probe0002"))
+    try:
+        twice = [*asked, Message("assistant", "", calls=two)]
+        text = fill(template, tokenizer, twice, False, tools)
+        (_, closed, _), (opened, _, _) = _calls(text, len(before), call)
+        between = text[closed:opened]
+    except ValueError:
+        pass  # it writes one alone
+    if not begin.strip() or begin.strip() in between:
+        between = ""
+    return ToolForm(begin, key, end.rstrip(), answers, between)
+
+
+def _calls(text: str, start: int, call: Call) -> list[tuple[int, int, str]]:
+    """Returns where JSON writes a call, from and to, and its key of the arguments."""
+    decode, found = json.JSONDecoder().raw_decode, []
+    while (start := text.find("{", start)) >= 0:
         try:
-            written, closed = json.JSONDecoder().raw_decode(text, opened)
+            written, closed = decode(text, start)
         except ValueError:
+            start += 1
             continue
         key = next((k for k, x in written.items() if x == call.arguments), None)
-        if written.get("name") == PROBE and key:
-            behind, own = _end(tokenizer, template)
-            end = text[closed:].partition(behind)[0] if own else text[closed:]
-            begin = text[len(before) : opened].rpartition("</think>")[2]
-            return ToolForm(begin.lstrip(), key, end.rstrip(), answers)
-    return None
+        if written.get("name") == call.name and key:
+            found.append((start, closed, key))
+            start = closed
+        else:
+            start += 1
+    return found
 
 
 def _literal(text: str) -> str:

@@ -5,7 +5,8 @@
     said = reader.push("Let me see. <tool_call>", last=False)  # its texts and calls
 
 How a call is written is the template's affair (`chat.tool_form`): a mark, JSON with the
-name and the arguments, another mark, as Hermes' and Qwen's do, or the JSON alone.
+name and the arguments, another mark, as Hermes' and Qwen's do; several between two
+marks, as Mistral's do; or the JSON alone.
 """
 
 import json
@@ -146,7 +147,9 @@ def grammar(tools: Tools, form: ToolForm, specials: Mapping[str, int]) -> Gramma
         rest = form.begin[len(first or mark) :]
         rules.append(r"TEXT: /(.|\n)*/")
         rules.append(f"opened{lazy}: TEXT {_marks(first or mark, specials)}")
-        start = f"start: (opened {_marks(rest, specials)} call {end})* TEXT"
+        more = _marks(form.between, specials)
+        listed = f"call ({more} call)*" if more and tools.several else "call"
+        start = f"start: (opened {_marks(rest, specials)} {listed} {end})* TEXT"
     return Grammar("lark", "\n".join([start, *rules]), param)
 
 
@@ -195,6 +198,7 @@ class Reader:
     calls: list[Called] = field(default_factory=list)
     _held: str = ""
     _behind: bool = False  # a call, whose white space belongs to nothing
+    _listed: bool = False  # behind a call of several that share marks
     _begun: bool = False  # with a text, behind which JSON alone is no call
 
     def push(self, fresh: str, *, last: bool) -> list[str | Called]:
@@ -226,19 +230,25 @@ class Reader:
         return self._cut(len(held))
 
     def _marked(self, last: bool) -> str | None:
-        """Takes a text up to a mark, or a call between two; None to wait."""
-        begin, end, held = self.form.begin.strip(), self.form.end.strip(), self._held
+        """Takes a text up to a mark, or a call behind one; None to wait."""
+        end, between = self.form.end.strip(), self.form.between.strip()
+        begin = between if self._listed else self.form.begin.strip()
+        held = self._held
         start = held.find(begin)
         if start:
             sure = len(held) - (0 if last else _overlap(held, begin))
             return self._cut(start if start > 0 else sure)
         found = _object(held, len(begin))
         rest = held[found[1] :].lstrip() if found else ""
-        if not last and (not found or (len(rest) < len(end) and end.startswith(rest))):
+        open_ = any(len(rest) < len(x) and x.startswith(rest) for x in (end, between))
+        if not last and (not found or open_):
             return None
-        closed = rest.startswith(end) or end.startswith(rest)
+        goes_on = bool(between) and rest.startswith(between)
+        closed = goes_on or rest.startswith(end) or end.startswith(rest)
+        self._listed = False
         if found and closed and self._call(found[0]):
-            self._held, self._behind = rest[len(end) :], True
+            self._held, self._behind = rest[0 if goes_on else len(end) :], True
+            self._listed = goes_on
             return ""
         return self._cut(len(begin))  # what looked like a mark is text
 
