@@ -1,6 +1,7 @@
 """Reports: tables hold every trial; pages are self-contained and show what counts."""
 
 import csv
+import itertools
 import json
 import math
 import random
@@ -12,7 +13,7 @@ from scipy import stats
 
 from configs import common
 from gpt_jax import metrics, report, runs, seeds
-from gpt_jax.report import figures, importance, looks, page, pictures, scales
+from gpt_jax.report import figures, importance, looks, optimum, page, pictures, scales
 from gpt_jax.report import results as tables
 from gpt_jax.sweep import run as sweeps
 from gpt_jax.sweep.study import Setting, Trial
@@ -454,8 +455,40 @@ def test_the_optimum_of_each_line_is_starred(grid):
     for line in lines:
         starred = [x for x, s in zip(line.x, line.marker.symbol) if s == "star"]
         assert starred == [1e-2]
-    told = figures.told_optima(found, tables.axes(found))
+    told = optimum.told(found, tables.axes(found))
     assert told.startswith("Best lr by layers: 1: 0.01 (") and "widen" not in told
+
+
+def test_a_third_axis_has_a_panel_for_each_of_its_values():
+    def loss(kind, width, lr):  # the best rate falls with the width, but for "mup"
+        best = -2.0 - (width // 64 if kind == "standard" else 1)
+        return 2.0 + (math.log10(lr) - best) ** 2 - width / 1000
+
+    points = itertools.product(
+        ("standard", "mup"), (64, 128, 192), (1e-5, 1e-4, 1e-3, 1e-2)
+    )
+    trials = [trial(str(p), dict(zip("pwl", p)), loss(*p)) for p in points]
+    found = results(trials, {"p": "param", "w": "width", "l": "lr"})
+    axes = tables.axes(found)
+    optima = optimum.find(found, axes)
+    assert optima and (optima.along.key, optima.by.key) == ("l", "w")
+    assert optima.over and optima.over.key == "p"
+    stars = {
+        panel.of: [line.xs[line.star] for line in panel.lines]
+        for panel in optima.panels
+    }
+    assert stars == {"standard": [1e-3, 1e-4, 1e-5], "mup": [1e-3] * 3}
+    figure = figures.interaction(found, axes)
+    assert figure and [note.text for note in figure.layout.annotations] == [
+        f"param {panel.of}" for panel in optima.panels
+    ]
+    assert [one.showlegend for one in figure.data] == [True] * 3 + [False] * 3
+    told = optimum.told(found, axes)
+    assert "Best lr by width with param mup: 64: 0.001 (" in told
+    drawn = pictures._optima(found, optima)
+    assert [panel.get_title() for panel in drawn.axes] == [
+        f"param {panel.of}" for panel in optima.panels
+    ]
 
 
 def test_a_hopeless_trial_does_not_flatten_the_picture():

@@ -3,14 +3,14 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from gpt_jax.report import optimum
 from gpt_jax.report import results as tables
 from gpt_jax.report.looks import (
     BEST_FIRST,
     BLUE,
     GREY,
-    PALETTE,
     RED,
     area,
     colour_bar,
@@ -20,7 +20,6 @@ from gpt_jax.report.looks import (
     has_legend,
     plotly,
     reverse,
-    shade,
     symbol,
     title,
 )
@@ -140,33 +139,50 @@ def slices(results: Results, axes: list[Axis]):
 def interaction(results: Results, axes: list[Axis]):
     """Returns a line for each value of one axis over another, its optimum marked.
 
-    At each place stands the best of the settings there. None unless two axes were
-    crossed, the one with a few values and the other a number line.
+    At each place stands the best of the settings there. Where a third axis was crossed
+    with them, each of its values has a panel. None unless two axes were crossed, the
+    one with a few values and the other a number line.
     """
-    if (found := optima(results, axes)) is None:
+    from plotly import subplots
+
+    if (found := optimum.find(results, axes)) is None:
         return None
-    along, by, lines = found
-    figure = plotly().Figure()
-    shown: list[float] = []
-    for line in lines:
-        shown += line.xs
-        figure.add_scatter(
-            x=line.xs,
-            y=line.ys,
-            mode="lines+markers",
-            name=f"{by.label} {tables.brief(line.of)}",
-            line={"color": line.colour, "width": 2.2},
-            marker={
-                "size": [13 if i == line.star else 6 for i in range(len(line.xs))],
-                "symbol": [
-                    "star" if i == line.star else "circle" for i in range(len(line.xs))
-                ],
-                "line": {"width": 1, "color": "white"},
-            },
-        )
-    figure.update_xaxes(title=title(along), **_axis(along, shown, 0.06))
-    figure.update_yaxes(title=results["title"], range=interesting(results, pad=0.1))
-    return dress(figure, height=400)
+    along, by, over, panels = found
+    titles = [f"{over.label} {tables.brief(p.of)}" for p in panels] if over else None
+    figure = subplots.make_subplots(
+        cols=len(panels),
+        shared_yaxes=True,
+        horizontal_spacing=0.04,
+        subplot_titles=titles,
+    )
+    for col, panel in enumerate(panels, start=1):
+        for line in panel.lines:
+            marks = [
+                "star" if i == line.star else "circle" for i in range(len(line.xs))
+            ]
+            figure.add_scatter(
+                x=line.xs,
+                y=line.ys,
+                mode="lines+markers",
+                name=f"{by.label} {tables.brief(line.of)}",
+                legendgroup=tables.brief(line.of),
+                showlegend=col == 1,
+                line={"color": line.colour, "width": 2.2},
+                marker={
+                    "size": [13 if mark == "star" else 6 for mark in marks],
+                    "symbol": marks,
+                    "line": {"width": 1, "color": "white"},
+                },
+                row=1,
+                col=col,
+            )
+        shown = [x for line in panel.lines for x in line.xs]
+        apart = 0.06 * len(panels)
+        figure.update_xaxes(title=title(along), **_axis(along, shown, apart), col=col)
+    figure.update_yaxes(range=interesting(results, pad=0.1))
+    figure.update_yaxes(title=results["title"], col=1)
+    figure = dress(figure, height=400)
+    return figure.update_layout(margin={"t": 36}) if over else figure
 
 
 def tradeoffs(results: Results):
@@ -292,72 +308,6 @@ def parallel(results: Results, axes: list[Axis]):
     )
     figure = dress(figure, height=380)
     return figure.update_layout(margin={"l": 70, "r": 60, "t": 60, "b": 30})
-
-
-class Line(NamedTuple):
-    """The best results over one axis at one value of another.
-
-    Attributes:
-      of: that value.
-      xs, ys: places and results.
-      star: which of them is the best.
-      colour: of the line.
-    """
-
-    of: Any
-    xs: list
-    ys: list
-    star: int
-    colour: str
-
-
-def optima(results: Results, axes: list[Axis]) -> tuple[Axis, Axis, list[Line]] | None:
-    """Returns the axis to draw along, that of the lines, and those.
-
-    None unless two axes were crossed, the one with a few values and the other a number
-    line.
-    """
-    pair = interacting(results, axes)
-    if pair is None:
-        return None
-    (along, by), lines = pair, []
-    choose = min if results["direction"] == "minimize" else max
-    for number, value in enumerate(by.values):
-        rows = [row for row in tables.valued(results) if of(row, by) == value]
-        best = best_of_each(results, along, rows)
-        if not best:
-            continue
-        xs, ys = list(best), list(best.values())
-        share = number / max(1, len(by.values) - 1)
-        colour = shade(share) if by.numeric else PALETTE[number % len(PALETTE)]
-        lines.append(Line(value, xs, ys, ys.index(choose(ys)), colour))
-    return along, by, lines
-
-
-def told_optima(results: Results, axes: list[Axis]) -> str:
-    """Returns the best place of each line in words; "" where there are none."""
-    if (found := optima(results, axes)) is None:
-        return ""
-    along, by, lines = found
-
-    def told(line: Line) -> str:
-        end = line.star in (0, len(line.xs) - 1)
-        more = ", an end of the row: widen it" if end and len(line.xs) > 1 else ""
-        value = tables.brief(line.xs[line.star])
-        return f"{tables.brief(line.of)}: {value} ({line.ys[line.star]:.4f}{more})"
-
-    return f"Best {along.label} by {by.label}: {'; '.join(map(told, lines))}"
-
-
-def interacting(results: Results, axes: list[Axis]) -> tuple[Axis, Axis] | None:
-    """Returns the axis to draw along and the one with a line for each value."""
-    lines = [axis for axis in axes if axis.numeric and len(axis.values) > 2]
-    along = max(lines, key=lambda axis: len(axis.values), default=None)
-    for by in axes:
-        few = by is not along and len(by.values) <= 8
-        if along and few and tables.crossed(results, along, by):
-            return along, by
-    return None
 
 
 def _bars(rows: Sequence[Row]) -> dict[str, Any]:

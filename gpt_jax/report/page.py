@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from gpt_jax import files
 from gpt_jax.criterion import Criterion
-from gpt_jax.report import explore, figures, pictures, scales
+from gpt_jax.report import explore, figures, optimum, pictures, scales
 from gpt_jax.report import results as tables
 from gpt_jax.report.importance import importance
 from gpt_jax.report.results import Axis, Results, Row
@@ -151,7 +151,7 @@ def _comparisons(
     """Returns the figures that need several finished settings."""
     metric, parts = results["title"], []
     if (lines := figures.interaction(results, axes)) is not None:
-        told = figures.told_optima(results, axes)
+        told = optimum.told(results, axes)
         text = f"A star marks the best of a line; other keys are at their best. {told}."
         parts.append(section("Where the optimum lies", text, lines))
     text = f"{metric} over each key, the other keys as they come; the star is the best."

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_jax import files
-from gpt_jax.report import figures, looks, scales
+from gpt_jax.report import looks, optimum, scales
 from gpt_jax.report import results as tables
 from gpt_jax.report.results import Axis, Results
 
@@ -26,8 +26,8 @@ def write(out: Path, results: Results, axes: list[Axis]) -> None:
         save(out / "schedules.png", _schedules(results))
     elif axes and len(tables.valued(results)) >= 2:
         save(out / "slices.png", _slices(results, axes))
-        if (found := figures.optima(results, axes)) is not None:
-            save(out / "optima.png", _optima(results, *found))
+        if (found := optimum.find(results, axes)) is not None:
+            save(out / "optima.png", _optima(results, found))
         if results["cost"] and results["cost"] in scales.spent(results):
             save(out / "front.png", _front(results, results["cost"]))
 
@@ -172,26 +172,30 @@ def _slice(panel, results: Results, axis: Axis, joined: bool) -> None:
     dress(panel)
 
 
-def _optima(results: Results, along: Axis, by: Axis, lines: list[figures.Line]):
+def _optima(results: Results, found: optimum.Optima):
     """Draws the valley of each line and a star where it is deepest."""
-    figure = empty(8, 4.6)
-    panel = figure.add_subplot()
-    for line in lines:
-        ink = rgb(line.colour)
-        label = f"{by.label} {tables.brief(line.of)}"
-        panel.plot(line.xs, line.ys, "-o", color=ink, lw=1.8, ms=4, label=label)
-        best = line.xs[line.star], line.ys[line.star]
-        panel.scatter(*best, s=170, marker="*", color=ink, edgecolor="w", zorder=3)
-    panel.set_ylim(*scales.interesting(results, pad=0.1))
-    if along.log:
-        panel.set_xscale("log")
-    shown = [x for line in lines for x in line.xs]
-    _ticks(panel.xaxis, tables.ticks(along, shown, apart=0.08))
-    panel.set_title(f"Sweep {results['sweep']}", fontweight="bold")
-    panel.set_xlabel(looks.title(along))
-    panel.set_ylabel(results["title"])
-    panel.legend(frameon=False)
-    dress(panel)
+    along, by, over, panels = found
+    figure = empty(8 if len(panels) == 1 else 5 * len(panels), 4.6)
+    drawn = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, panel in zip(drawn, panels, strict=True):
+        for line in panel.lines:
+            ink = rgb(line.colour)
+            label = f"{by.label} {tables.brief(line.of)}"
+            axes.plot(line.xs, line.ys, "-o", color=ink, lw=1.8, ms=4, label=label)
+            best = line.xs[line.star], line.ys[line.star]
+            axes.scatter(*best, s=170, marker="*", color=ink, edgecolor="w", zorder=3)
+        axes.set_ylim(*scales.interesting(results, pad=0.1))
+        if along.log:
+            axes.set_xscale("log")
+        shown = [x for line in panel.lines for x in line.xs]
+        _ticks(axes.xaxis, tables.ticks(along, shown, apart=0.08 * len(panels)))
+        if over:
+            axes.set_title(f"{over.label} {tables.brief(panel.of)}")
+        axes.set_xlabel(looks.title(along))
+        dress(axes)
+    figure.suptitle(f"Sweep {results['sweep']}", fontweight="bold")
+    drawn[0].set_ylabel(results["title"])
+    drawn[0].legend(frameon=False)
     return figure
 
 
