@@ -1,7 +1,8 @@
 """How does the loss fall with size and tokens? A miniseries, its law, a prediction.
 
   python -m experiments.scaling --config=configs/quickstart.py:size=tiny \\
-      --widths=32,48,64,96,128,192 --steps=800 --out=runs/scaling
+      --config.data.source=builtin --config.batch_size=16 --config.eval_windows=256 \\
+      --widths=32,48,64,96,128,160 --steps=800 --out=runs/scaling
 
 Of every width but the last a trunk is trained at the full rate, and --horizons forks of
 it decay, each for a fifth of its length: L(N, D) is fitted to their last losses, with
