@@ -1,10 +1,12 @@
 """Forks: what they take of their trunk, what they may change, what is refused."""
 
+import re
 import shutil
 
 import pytest
 
 from configs import common
+from experiments.sweeps import decay_branches
 from gpt_jax import checkpoint, fork, metrics, population, runs, train
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 300
@@ -131,3 +133,12 @@ def test_what_cannot_be_forked_is_refused_before_there_is_a_run(made, branch, tm
         fork.check_there(fork.Fork(trunk, 6), trunk)
     with pytest.raises(ValueError, match=r"--config\.fork=.*:step=6"):
         runs.read_config(f"{trunk}:step=6")
+
+
+def test_the_trunk_of_the_branches_keeps_the_steps_that_they_fork():
+    told = dict(re.findall(r"--config\.(\w+)=(\d+)", decay_branches.__doc__ or ""))
+    every, keep = int(told["checkpoint_every"]), int(told["keep"])
+    assert told["eval_every"] == told["checkpoint_every"]  # whose best are saved too
+    kept = range(every, int(told["steps"]) + 1, every)[-keep:]
+    points = decay_branches.points()
+    assert [fork.parse(point["fork"]).step for point in points] == [*kept]

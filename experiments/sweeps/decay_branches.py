@@ -8,7 +8,8 @@ Expected: every branch is, bit for bit, the run of its length that was trained a
 Time: 1 minute on 2 CPU cores, after the trunk to fork:
   python -m experiments.train --config=configs/quickstart.py:size=tiny \\
       --config.steps=640 --config.hyper.decay_fraction=0 \\
-      --config.checkpoint_every=160 --config.keep=4 --workdir=runs/trunk
+      --config.checkpoint_every=160 --config.eval_every=160 --config.keep=4 \\
+      --workdir=runs/trunk
 Command: python -m experiments.sweep --sweep=experiments/sweeps/decay_branches.py
 """
 
