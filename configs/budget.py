@@ -6,7 +6,7 @@ What: a budget is minutes of this machine, training tokens, or FLOPs. It decides
   machine's speed, which is measured once (experiments.calibrate), and the run then
   fits its steps to the time while it trains (fit_seconds).
 Expected: in 3 minutes of 2 slow CPU cores 1.72 bits per byte of Python source, where
-  the model of configs/quickstart.py reaches 1.84 (guide 17).
+  the model of configs/quickstart.py reaches 1.83 (guide 17).
 Time: what you say.
 Command: python -m experiments.train --config=configs/budget.py:minutes=10
      or: python -m experiments.train --config=configs/budget.py:tokens=1e9 --explain

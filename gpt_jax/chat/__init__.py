@@ -364,19 +364,18 @@ def tool_form(tokenizer, template: str) -> ToolForm | None:
 
 def _calls(text: str, start: int, call: Call) -> list[tuple[int, int, str]]:
     """Returns where JSON writes a call, from and to, and its key of the arguments."""
-    decode, found = json.JSONDecoder().raw_decode, []
-    while (start := text.find("{", start)) >= 0:
+    decode, found, closed = json.JSONDecoder().raw_decode, [], start
+    for brace in re.finditer(r"\{", text):
+        if (opened := brace.start()) < closed:
+            continue  # before the answer, or within a call
         try:
-            written, closed = decode(text, start)
+            written, end = decode(text, opened)
         except ValueError:
-            start += 1
             continue
         key = next((k for k, x in written.items() if x == call.arguments), None)
         if written.get("name") == call.name and key:
-            found.append((start, closed, key))
-            start = closed
-        else:
-            start += 1
+            closed = end
+            found.append((opened, closed, key))
     return found
 
 

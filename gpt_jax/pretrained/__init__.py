@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_jax import chat, model
-from gpt_jax.files import draft_folder, expand
+from gpt_jax.files import draft_folder, expand, write
 from gpt_jax.model import GPTConfig
 from gpt_jax.pretrained import (
     card,
@@ -134,9 +134,14 @@ def keep(source: Path, target: Path) -> None:
     """Copies what goes with a tokenizer, its chat template too, to a run folder."""
     if source.is_dir():
         texts.keep(source, target)
+    keep_template(source, target)
+
+
+def keep_template(source: Path, target: Path) -> None:
+    """Copies a chat template of its own to a run folder, wherever the source has it."""
     found = template(source)
-    if found and found not in chat.TEMPLATES:  # one place, whatever the source's
-        (target / texts.CHAT).write_text(found, encoding="utf-8")
+    if found and found not in chat.TEMPLATES:
+        write(target / texts.CHAT, found)
 
 
 def save(

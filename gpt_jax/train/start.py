@@ -13,7 +13,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from gpt_jax import (
-    chat,
     checkpoint,
     checks,
     files,
@@ -55,7 +54,7 @@ def first_tokenizer(config: Options, workdir: Path) -> Path:
 
 
 def keep_companions(config: Options, workdir: Path) -> None:
-    """Keeps how `init_from`'s texts are drawn, and its chat template or the task's."""
+    """Keeps how texts are drawn, and the chat template if the task has none."""
     if checks.begins(config.init_from) == checks.RANDOM:
         return
     at, published = fork.parse(config.fork), hugging_face(config)
@@ -63,11 +62,8 @@ def keep_companions(config: Options, workdir: Path) -> None:
     if (source / generation.FILE).is_file():
         generation.of(source)  # refuses one that no text can be written by
         files.write(workdir / generation.FILE, (source / generation.FILE).read_bytes())
-    if getattr(config.task.options, "template", ""):
-        return
-    template = pretrained.template(source)
-    if template and template not in chat.TEMPLATES:
-        files.write(workdir / "chat_template.jinja", template)
+    if not getattr(config.task.options, "template", ""):
+        pretrained.keep_template(source, workdir)
 
 
 def hugging_face(config: Options) -> str:
