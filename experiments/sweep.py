@@ -110,9 +110,16 @@ def main(_: list[str]) -> int:
 
     import jax
 
+    from gpt_jax import stores
     from gpt_jax.sweep import run
     from gpt_jax.sweep.shard import parse
 
+    for flag in (SHARD, SCHEDULER):
+        if flag.value and stores.shown(out) != str(out):
+            raise ValueError(
+                f"--{flag.name} and --out={stores.shown(out)}: several machines need a "
+                "folder that all of them see; mount the store, and give --out that"
+            )
     asked = {"metric": METRIC.value, "direction": DIRECTION.value, "at": AT.value}
     asked = {key: value for key, value in asked.items() if value}
     criterion = plan.criterion._replace(**asked)

@@ -72,7 +72,7 @@ def main(_: list[str]) -> int:
         raise ValueError("--coordinator, --processes and --process need --distributed")
     config.allow_data_change |= ALLOW.value
 
-    from gpt_jax import commands, processes, train
+    from gpt_jax import commands, processes, stores, train
 
     train.check(config, door.recipe())
     if DISTRIBUTED.value:
@@ -92,14 +92,15 @@ def main(_: list[str]) -> int:
         return result.exit_code
     from gpt_jax.report import run as report
 
+    named = stores.shown(workdir)
     sample = commands.typed("sample")
-    use = f"sample           {sample} --run={workdir} --prompt=..."
+    use = f"sample           {sample} --run={named} --prompt=..."
     if (Path(workdir) / "classes.json").is_file():
         classify = commands.typed("classify")
-        use = f"label texts      {classify} --run={workdir} --text=..."
+        use = f"label texts      {classify} --run={named} --text=..."
     answers = "template" in config.task
     if answers:
-        use = f"talk with it     {commands.typed('chat')} --run={workdir}"
+        use = f"talk with it     {commands.typed('chat')} --run={named}"
     # Whatever started several processes starts them again.
     same = "" if not DISTRIBUTED.value else "the same, with"
     longer = same or door.command(("--config.steps", "--workdir"))
@@ -108,7 +109,7 @@ def main(_: list[str]) -> int:
         print(f"done: {result.reason} reached after step {result.step}")
     else:
         print(
-            f"nothing to do: {workdir} has {result.step} steps, and no more were "
+            f"nothing to do: {named} has {result.step} steps, and no more were "
             "asked for"
         )
     if skipped := result.numbers.get("skipped"):
@@ -121,7 +122,7 @@ def main(_: list[str]) -> int:
     print(f"  {use}")
     if result.reason == "steps":
         steps = 2 * max(result.step, 1)
-        print(f"  train longer     {longer} --workdir={workdir} --config.steps={steps}")
+        print(f"  train longer     {longer} --workdir={named} --config.steps={steps}")
     file = "rows    " if answers else "text    "
     if config.task.name not in ("answers", "grpo"):  # they make their own problems
         new = f"--workdir={_unused('runs/mine')} --config.data.source=FILE"

@@ -63,8 +63,12 @@ def find(folder: str, name: str) -> Path:
 
 
 def split(file_and_options: str) -> tuple[str, str]:
-    """Returns file and options of FILE.py:options; that of a drive is another colon."""
-    drive = 2 if re.match(r"[A-Za-z]:[\\/]", file_and_options) else 0
+    """Returns file and options of FILE.py:options.
+
+    The colon of a drive, or of an address (gs://), is another.
+    """
+    begins = re.match(r"[A-Za-z]:[\\/]|[a-z][a-z0-9+.-]+://", file_and_options)
+    drive = begins.end() if begins else 0
     file, _, options = file_and_options[drive:].partition(":")
     return file_and_options[:drive] + file, options
 

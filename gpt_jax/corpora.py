@@ -12,10 +12,10 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from gpt_jax import downloads, names, paths, plaintext, rows, screen
-from gpt_jax.files import digest, digest_of, expand, shown
+from gpt_jax import downloads, names, paths, plaintext, rows, screen, stores
+from gpt_jax.files import digest, digest_of, expand, is_address, shown
 
 # A longer document is handed over in pieces, so that memory stays bounded.
 PIECE_CHARS = 1 << 20
@@ -101,6 +101,7 @@ def open(
       source: "builtin" (the source of the running Python's standard library;
         "builtin:json" is one folder of it), one of NAMES, a file, a folder or a glob
         (rows by `field`, any other file is text; see `plaintext` for packed ones),
+        any of them in a store (gs://bucket/books/*.txt),
         `hf:<dataset>[:<config>][:<split>]`, or a mixture "a*3 + b*1". Hidden files
         of a folder or glob are not looked at; links are followed, and each file is
         read once.
@@ -119,7 +120,7 @@ def open(
         raise ValueError(
             f"data.source is empty; name a file or one of: {', '.join(NAMES)}"
         )
-    is_file = expand(source).exists()
+    is_file = not is_address(source) and expand(source).exists()
     if " + " in source and not is_file:
         parts = [_weighted(part) for part in source.split(" + ")]
         opened = [
@@ -212,8 +213,13 @@ def _builtin(source: str) -> Corpus:
 
 
 def _local(source: str, field: str, bad: rows.Bad, show: screen.Show) -> Corpus:
-    path = expand(source)
-    if path.is_dir():
+    far = is_address(source)
+    path = stores.opened(source) if far else expand(source)
+    if far and path.is_dir():
+        _refuse_run(source, path)
+    if far:
+        found = paths.Matches(stores.listed(source))
+    elif path.is_dir():
         _refuse_run(source, path)
         found = paths.matching(path / "**")
     elif path.exists():
@@ -251,7 +257,8 @@ def _local(source: str, field: str, bad: rows.Bad, show: screen.Show) -> Corpus:
         one for one in sources if not re.search(r"\.jsonl(\.gz)?$", one.path.name)
     ]
     told = ["rows"] if any(rows.is_rows(one.path) for one in others) else []
-    name = path.resolve().name if path.is_dir() else path.name.removesuffix(".gz")
+    folder = path if far else path.resolve()
+    name = folder.name if path.is_dir() else path.name.removesuffix(".gz")
 
     def read() -> Iterator[Piece]:
         for one in sources:
@@ -283,7 +290,7 @@ class Source(NamedTuple):
     path: Path
     size: int
     sha256: str
-    stamp: tuple[int, int]
+    stamp: Any
 
 
 def _readable(files: list[Path], bad: rows.Bad) -> list[Source]:
@@ -292,7 +299,8 @@ def _readable(files: list[Path], bad: rows.Bad) -> list[Source]:
     for path in files:
         try:
             stamp = _stamp(path)
-            found.append(Source(path, stamp[0], digest_of(path), stamp))
+            size = path.stat().st_size
+            found.append(Source(path, size, digest_of(path), stamp))
         except OSError as error:
             if bad is None:
                 raise
@@ -300,7 +308,9 @@ def _readable(files: list[Path], bad: rows.Bad) -> list[Source]:
     return found
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _stamp(path: Path) -> Any:
+    if is_address(path):
+        return stores.stamp(path)
     found = path.stat()
     return found.st_size, found.st_mtime_ns
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import stat
@@ -42,8 +43,14 @@ def expand(path: str | Path) -> Path:
     """Returns a path with a `~` at its beginning replaced by the home folder.
 
     Raises:
-      ValueError: nobody says where that is: HOME is not set and the user is unknown.
+      ValueError: nobody says where that is: HOME is not set and the user is unknown;
+        or it is an address, gs://bucket/a, where a folder of this machine is needed.
     """
+    if is_address(path):
+        raise ValueError(
+            f"{path} is an address, and this has to be on a disk of this machine: "
+            "name a folder, or mount the store as one"
+        )
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -51,6 +58,11 @@ def expand(path: str | Path) -> Path:
             f"{path} begins with ~ but nothing says where the home folder is: set HOME "
             "in the environment, or write the whole path"
         ) from error
+
+
+def is_address(path: Any) -> bool:
+    """Whether a text is the address of something in a store: gs://bucket/runs/a."""
+    return bool(re.match(r"[a-z][a-z0-9+.-]+://", str(path)))
 
 
 def shortened(name: str, room: int = 0) -> str:
@@ -68,7 +80,7 @@ def shortened(name: str, room: int = 0) -> str:
 
 def shown(path: str | Path) -> str:
     r"""Returns a path for people: a byte of it that is not UTF-8 is written as \xff."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    return os.fsencode(str(path)).decode("utf-8", "backslashreplace")
 
 
 # --- whole files and folders ----------------------------------------------------------
@@ -257,7 +269,7 @@ def digest(content: str | bytes) -> str:
 
 def digest_of(path: str | Path) -> str:
     """Returns the sha256 of a file as hexadecimal digits."""
-    with open(path, "rb") as file:
+    with open(path, "rb") if isinstance(path, str) else path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt_jax import commands, files, runs, tokenizers
+from gpt_jax import commands, runs, stores, tokenizers
 from gpt_jax.checkpoint import Checkpoints
 
 # What may be another in a fork than in its trunk: traced numbers, the schedule that
@@ -28,7 +28,7 @@ class Fork(NamedTuple):
 def parse(text: str) -> Fork | None:
     """Returns what config.fork says, "runs/a:step=600"; None where it is empty.
 
-    Looks at no file.
+    Looks at no file, but an address is fetched.
 
     Raises:
       ValueError: it says no step, or names what is no run folder.
@@ -47,7 +47,7 @@ def parse(text: str) -> Fork | None:
             f"fork is {text!r}: it names a run folder and the step of one of its "
             f"checkpoints, as in fork={folder or 'runs/a'}:step=600"
         )
-    return Fork(files.expand(folder), int(step))
+    return Fork(stores.fetched(folder), int(step))
 
 
 def check_there(fork: Fork, workdir: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt_jax import chat, corpora, downloads, files, names, rows
+from gpt_jax import chat, corpora, downloads, names, rows, stores
 from gpt_jax.rows import Bad, Row
 
 PARTS = ("train", "test", "val")
@@ -48,7 +48,7 @@ def read_file(path: str | Path, bad: Bad = None) -> list[Row]:
       FileNotFoundError: there is no such file.
       ValueError: it holds something else, or nothing; names the line, or the row.
     """
-    file = files.expand(path)
+    file = stores.fetched(path)
     return rows.usable(path, lambda bad: rows.read(file, bad=bad), lambda row: row, bad)
 
 
@@ -67,7 +67,7 @@ def _found(source: str, cache: str | Path, progress: bool, bad: Bad) -> Iterator
         return _docstrings(source, corpora.open(source, field="", cache=cache))
     if source in NAMES:
         return rows.read(downloads.fetch(source, cache, progress), bad=bad)
-    path = files.expand(source)
+    path = stores.fetched(source)
     if not path.is_file():
         what = "is a folder, not" if path.is_dir() else "is not there, as"
         raise FileNotFoundError(

@@ -5,6 +5,7 @@ told by what it begins with: some of them would pass for text, byte by byte.
 """
 
 import bz2
+import contextlib
 import gzip
 import lzma
 import re
@@ -137,9 +138,9 @@ def blocks(path: Path) -> Iterator[bytes]:
     Raises:
       ValueError: it begins like something that is no text, or it is damaged.
     """
-    opened: Any = PACKED.get(path.suffix.lower(), open)
+    unpacked: Any = PACKED.get(path.suffix.lower(), contextlib.nullcontext)
     try:
-        with opened(path, "rb") as file:
+        with path.open("rb") as packed, unpacked(packed) as file:
             data = file.read(max(READ_BYTES, HEAD_BYTES))
             _refuse_formats(path, data[:HEAD_BYTES])
             while data:

@@ -14,15 +14,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpt_jax import corpora, data, downloads, files, names, screen, tokenizers
+from gpt_jax import (
+    corpora,
+    data,
+    downloads,
+    files,
+    names,
+    screen,
+    stores,
+    tokenizers,
+)
 from gpt_jax.tokenizers import Tokenizer
 
 FORMAT = 1  # of the prepared folder; part of its name
 PARTS = ("train", "val")
+TOKENIZER = "tokenizer.json"
 LEFT_OUT = "left_out.txt"  # why documents were left out, one a line
 SAMPLE_CHARS = 1 << 24  # the most text that a BPE tokenizer is trained on
 GROUP_CHARS = 1 << 19  # encoded at once by one worker
@@ -47,6 +57,9 @@ class Prepared:
     train: data.Tokens
     val: data.Tokens
     fingerprint: str
+
+
+Leave = Callable[[Path, str], object]  # takes a finished file, and its name
 
 
 class Part(NamedTuple):
@@ -78,7 +91,8 @@ def prepare(
         A BPE tokenizer is trained on the training part only (at most SAMPLE_CHARS,
         taken evenly where the size of the text is known); characters and words are
         collected from the whole text, so that validation can be encoded.
-      folder: where prepared texts are kept.
+      folder: where prepared texts are kept: here, or an address (gs://bucket/data),
+        from which a run then reads what its batches need.
       cache: where downloads are kept.
       val_fraction: the share kept for validation, above 0 and below 1.
       split: "fraction" cuts the text at that share of its characters; "documents"
@@ -114,20 +128,20 @@ def prepare(
     }
     if skip_bad_docs:
         identity["skip_bad_docs"] = True
-    target = files.expand(folder) / files.shortened(f"{corpus.name}-{_key(identity)}")
-    if target.exists():
+    target = _place(folder) / files.shortened(f"{corpus.name}-{_key(identity)}")
+    if (target / TOKENIZER).exists() if files.is_address(target) else target.exists():
         prepared = load(target)
         show.say(f"using the prepared text {target}: {_counts(prepared)}")
         return prepared
     started = time.monotonic()
-    with files.draft_folder(target) as partial, _telling(bad):
+    with _draft(target) as (partial, leave), _telling(bad):
         size = _size(corpus, show) if split == "fraction" else None
         parts = functools.partial(SPLITS[split], corpus, val_fraction, size)
         made = ready or _train(tokenizer, corpus, parts, size, val_fraction, show)
-        made.save(partial / "tokenizer.json")
+        made.save(partial / TOKENIZER)
         meta = {**identity, "source": source, "spec": tokenizer}
         total = size.bytes if size else corpus.size_hint
-        _encode(parts(), made, partial, meta, workers, show, total)
+        _encode(parts(), made, partial, leave, meta, workers, show, total)
         if bad:
             show.say(_left_out(bad))
             (partial / LEFT_OUT).write_text("\n".join(bad) + "\n", "utf-8")
@@ -135,6 +149,28 @@ def prepare(
     seconds = time.monotonic() - started
     show.say(f"prepared {target} in {seconds:.1f} s: {_counts(prepared)}")
     return prepared
+
+
+def _place(folder: str | Path) -> Any:
+    """Returns the path of a folder, here or in a store."""
+    if files.is_address(folder):
+        return stores.opened(str(folder).rstrip("/"))
+    return files.expand(folder)
+
+
+@contextlib.contextmanager
+def _draft(target: Any) -> Iterator[tuple[Path, Leave]]:
+    """Gives a folder to fill that becomes `target`, and who takes its finished files.
+
+    In a store a shard is taken when it is finished, so only one is on this disk, and
+    the tokenizer is the last, without which nothing is there.
+    """
+    if files.is_address(target):
+        with stores.draft_folder(target, last=TOKENIZER) as draft:
+            yield draft
+    else:
+        with files.draft_folder(target) as partial:
+            yield partial, lambda file, name: None
 
 
 @contextlib.contextmanager
@@ -172,14 +208,18 @@ def load(folder: str | Path) -> Prepared:
       FileNotFoundError: a file is missing.
       ValueError: a file was changed after it was written.
     """
-    folder = Path(folder)
-    tokenizer = tokenizers.load(folder / "tokenizer.json")
+    folder = _place(folder)
+    far = files.is_address(folder)
+    tokenizer = tokenizers.load(
+        stores.fetched(folder / TOKENIZER) if far else folder / TOKENIZER
+    )
     train, val = (data.open(folder / part) for part in PARTS)
     for part in (train, val):
-        part.verify()
+        if not far:  # all of a corpus, over a network: its sizes were compared
+            part.verify()
         if part.index.meta.get("tokenizer_sha256") != tokenizer.sha256:
             raise ValueError(
-                f"{folder / 'tokenizer.json'} is not what made the ids in "
+                f"{folder / TOKENIZER} is not what made the ids in "
                 f"{part.folder}; delete {folder} and prepare it again"
             )
     hashes = (tokenizer.sha256, train.index.fingerprint, val.index.fingerprint)
@@ -255,7 +295,7 @@ def ready_tokenizer(spec: str, cache: str | Path, progress: bool) -> Tokenizer |
         return tokenizers.gpt2(encoder, downloads.fetch("gpt2_bpe", cache, progress))
     if spec.partition(":")[0] in ("char", "word", "byte", "bpe"):
         return None
-    path = files.expand(spec)
+    path = stores.fetched(spec)
     if not path.is_file():
         raise FileNotFoundError(
             f"data.tokenizer {spec!r} is neither char, word, byte, bpe:<size>, gpt2 "
@@ -312,12 +352,16 @@ def _encode(
     parts: Iterable[Part],
     tokenizer: Tokenizer,
     folder: Path,
+    leave: Leave,
     meta: dict,
     workers: int,
     show: screen.Show,
     total: int | None,
 ) -> None:
-    """Encodes every piece and writes both parts below `folder`, in one pass."""
+    """Encodes every piece and writes both parts below `folder`, in one pass.
+
+    A shard that is finished goes to `leave`, with its name below the folder.
+    """
     chars, documents = [0, 0], 0
     with contextlib.ExitStack() as stack:
         writers = [
@@ -326,6 +370,7 @@ def _encode(
                 vocab_size=tokenizer.vocab_size,
                 eos_id=tokenizer.eos_id,
                 shard_tokens=SHARD_TOKENS,
+                leave=lambda file, part=name: leave(file, f"{part}/{file.name}"),
             )
             for name in PARTS
         ]

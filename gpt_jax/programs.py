@@ -44,15 +44,15 @@ def use_cache(folder: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def _usable(folder: str) -> tuple[Path, str]:
+def _usable(folder: str) -> tuple[str | Path, str]:
     """Returns where a folder is, made if need be; why it cannot be used, and a cure."""
     cure = "programs are compiled anew; set compile_cache to another folder"
+    if files.is_address(folder):
+        return folder, f"is an address, and has to be a folder of this machine: {cure}"
     try:
         path = files.expand(folder)
     except ValueError:
-        return Path(
-            folder
-        ), f"needs a home folder, which nothing names: {cure}, or HOME"
+        return folder, f"needs a home folder, which nothing names: {cure}, or HOME"
     try:
         files.private_folder(path)
     except OSError as error:

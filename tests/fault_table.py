@@ -57,6 +57,7 @@ ROWS = {
     37: "more clients than connections",
     38: "a plan larger than memory",
     39: "a compiled program that is cut, flipped or of another CPU",
+    40: "a run in a store: killed as it copies, moved, claimed by two, refused",
 }
 BEGIN, END = "<!-- faults: made by make test-faults -->", "<!-- /faults -->"
 HEAD = "| # | fault | injections | survived |\n|--:|---|--:|--:|"

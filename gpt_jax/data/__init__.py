@@ -99,9 +99,14 @@ class Windows:
         ids_BT1 = np.zeros((len(indices), self.seq_len + 1), np.int32)
         mask_BT = np.ones((len(indices), self.seq_len), np.float32)
         length = self.seq_len + 1
-        for row, index in enumerate(indices):
-            start = int(index) * self.stride
-            piece = self.tokens[start : start + length]
+
+        starts = [int(index) * self.stride for index in indices]
+        parts = [slice(start, start + length) for start in starts]
+        if isinstance(self.tokens, Tokens):
+            pieces = self.tokens.several(parts)
+        else:
+            pieces = [self.tokens[part] for part in parts]
+        for row, piece in enumerate(pieces):
             if len(piece) == length:
                 ids_BT1[row] = piece
             else:

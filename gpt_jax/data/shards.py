@@ -7,19 +7,22 @@ ends of its documents (`documents.npy`) and `index.json`, which describes the re
 import array
 import bisect
 import hashlib
+import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpt_jax import files
+from gpt_jax import files, stores
 
 FORMAT = 1  # of index.json and of the files that it names
 FLUSH_TOKENS = 1 << 20  # written at once
+AT_ONCE = 16  # parts that are read from a store together
 
 
 class Piece(NamedTuple):
@@ -110,6 +113,7 @@ class Writer:
     """Writes what `write` writes, piece by piece, and gives up at `close`.
 
     See `write` for the arguments and errors. Only `finish` makes the folder appear.
+    `leave` is given each shard that is finished, and may take it away.
     """
 
     def __init__(
@@ -119,8 +123,9 @@ class Writer:
         vocab_size: int,
         eos_id: int | None,
         shard_tokens: int,
+        leave: Callable[[Path], object] = lambda file: None,
     ):
-        self.folder = Path(folder)
+        self.folder, self.leave = Path(folder), leave
         if self.folder.exists():
             raise ValueError(
                 f"{folder} exists already; delete it or choose another folder"
@@ -213,6 +218,7 @@ class Writer:
         if self.file is None:
             return
         self.file.close()
+        self.leave(self.partial / self.name)
         self.done.append(Shard(self.name, self.in_file, self.hash.hexdigest()))
         self.file, self.hash, self.in_file = None, hashlib.sha256(), 0
 
@@ -220,17 +226,40 @@ class Writer:
 # --- reading --------------------------------------------------------------------------
 
 
-class Tokens:
-    """A read-only sequence of token ids over memory-mapped shards."""
+class Far:
+    """The ids of a shard in a store: a slice of it is what is read."""
 
-    def __init__(self, folder: Path, index: Index):
+    def __init__(self, address: str, dtype: np.dtype):
+        self.blob, self.dtype = stores.Blob(address), dtype
+        self.nbytes = self.blob.size
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(self.nbytes // self.dtype.itemsize)
+        if stop <= start:
+            return np.empty(0, self.dtype)
+        ends = (start * self.dtype.itemsize, stop * self.dtype.itemsize)
+        return np.frombuffer(self.blob.read(*ends), self.dtype)
+
+
+class Tokens:
+    """A read-only sequence of token ids over shards, memory-mapped or in a store.
+
+    Attributes:
+      far: they are in a store: reading takes its time, and several at once no longer.
+    """
+
+    def __init__(self, folder: Any, index: Index):
         self.folder, self.index = folder, index
+        self.far = files.is_address(folder)
         dtype = np.dtype(index.dtype).newbyteorder("<")
         self.starts = [0]
         self.maps, self.paths = [], []
         for shard in index.shards:
             self.starts.append(self.starts[-1] + shard.tokens)
             self.paths.append(str(folder / shard.name))
+            if self.far:
+                self.maps.append(Far(self.paths[-1], dtype))
+                continue
             # A plain view: slices of np.memmap itself are several times slower.
             self.maps.append(np.asarray(np.memmap(self.paths[-1], dtype, mode="r")))
 
@@ -248,7 +277,8 @@ class Tokens:
         assert step == 1, "tokens are read forwards, one after the other"
         first = self._shard_of(start)
         for i in range(first, self._shard_of(max(stop - 1, start)) + 1):
-            self._refuse_cut(i)
+            if not self.far:
+                self._refuse_cut(i)
         begin = self.starts[first]
         pieces = [self.maps[first][start - begin : max(stop - begin, 0)]]
         for i in range(first + 1, len(self.maps)):
@@ -257,9 +287,19 @@ class Tokens:
             pieces.append(self.maps[i][: stop - self.starts[i]])
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
+    def several(self, parts: Sequence[slice]) -> list[np.ndarray]:
+        """Returns the ids of several slices; from a store they come together."""
+        if not self.far:
+            return [self[part] for part in parts]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return list(pool.map(self.__getitem__, parts))
+
     def documents(self) -> np.ndarray:
         """Returns int64 [documents]: the position behind each document's last id."""
-        return np.load(self.folder / "documents.npy", mmap_mode="r")
+        path = self.folder / "documents.npy"
+        if self.far:
+            return np.load(io.BytesIO(path.read_bytes()))
+        return np.load(path, mmap_mode="r")
 
     def where(self, position: int) -> str:
         """Returns the path of the shard that holds a position."""
@@ -269,7 +309,7 @@ class Tokens:
         """Raises a ValueError that names the damaged shard if ids from here are bad."""
         if ids.max() >= self.index.vocab_size:
             for i, ids_of_shard in enumerate(self.maps):
-                if ids_of_shard.max() >= self.index.vocab_size:
+                if ids_of_shard[:].max() >= self.index.vocab_size:
                     raise self._bad_id(i)
 
     def verify(self) -> None:
@@ -308,7 +348,7 @@ class Tokens:
             )
 
     def _bad_id(self, i: int) -> ValueError:
-        ids = self.maps[i]
+        ids = self.maps[i][:]
         at = int((ids >= self.index.vocab_size).argmax())
         return ValueError(
             f"{self.folder / self.index.shards[i].name} is damaged: at byte "
@@ -317,14 +357,14 @@ class Tokens:
         )
 
 
-def open(folder: str | Path) -> Tokens:
-    """Opens a folder that `write` made.
+def open(folder: Any) -> Tokens:
+    """Opens a folder that `write` made: a path, or a path of a store.
 
     Raises:
       FileNotFoundError: the folder, its index or one of its shards is missing.
       ValueError: the index is not one of ours, or a file has the wrong size.
     """
-    folder = Path(folder)
+    folder = Path(folder) if isinstance(folder, str) else folder
     path = folder / "index.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no tokens: {path} is missing")

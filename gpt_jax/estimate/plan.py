@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from gpt_jax import files, model, sharding, tasks, tokenizers, train
+from gpt_jax import model, sharding, stores, tasks, tokenizers, train
 from gpt_jax.checks import Options
 from gpt_jax.model import GPT, GPTConfig
 from gpt_jax.step import TrainState
@@ -137,7 +137,7 @@ def vocabulary(config: Options) -> int:
     """
     name = config.data.tokenizer
     kind, _, size = name.partition(":")
-    own = files.expand(config.init_from) / "tokenizer.json"
+    own = stores.fetched(config.init_from) / "tokenizer.json"
     if config.model.vocab_size:
         return config.model.vocab_size
     if config.init_from and own.is_file():

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt_jax import files, rows
+from gpt_jax import rows, stores
 from gpt_jax.evaluate import likelihood, scores
 from gpt_jax.plaintext import kind
 
@@ -48,7 +48,7 @@ def read(path: str | Path, bad: rows.Bad = None) -> list[Question]:
         except ValueError as error:
             raise ValueError(f"{row.where}: {error}") from None
 
-    file = files.expand(path)
+    file = stores.fetched(path)
     return rows.usable(path, lambda bad: rows.read(file, bad=bad), make, bad)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt_jax import corpora, downloads, files, names, rows
+from gpt_jax import corpora, downloads, names, rows, stores
 from gpt_jax.plaintext import kind
 from gpt_jax.rows import READERS, Bad
 
@@ -101,7 +101,7 @@ def _records(
     if source in DOWNLOADS:
         path, header = downloads.fetch(source, cache), header or DOWNLOADS[source]
     else:
-        path = files.expand(source)
+        path = stores.fetched(source)
     if not path.is_file():
         what = "is a folder, not a table" if path.is_dir() else "is not there"
         raise FileNotFoundError(

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt_jax import chat, model
-from gpt_jax.files import draft_folder, expand, write
+from gpt_jax import chat, model, stores
+from gpt_jax.files import draft_folder, write
 from gpt_jax.model import GPTConfig
 from gpt_jax.pretrained import (
     card,
@@ -62,7 +62,7 @@ def find(spec: str) -> Path:
     Raises:
       ValueError: it is neither, or the download failed.
     """
-    folder = expand(spec)
+    folder = stores.fetched(spec)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from gpt_jax import adapters, files, tokenizers
+from gpt_jax import adapters, files, stores, tokenizers
 from gpt_jax.checkpoint import Checkpoints, Damaged
 from gpt_jax.model import GPT, GPTConfig, unstack
 from gpt_jax.model import count as parameters
@@ -119,7 +119,7 @@ def open(
     """Returns a run ready for use, whatever devices it was trained on.
 
     Args:
-      folder: a run folder.
+      folder: a run folder, here or in a store (gs://bucket/runs/a).
       step: a step; "best", the lowest validation loss; "latest", the newest sound
         checkpoint; or None, the best where there is one and else the latest.
       weights: "params", or "ema" for their moving average; "" = the average where the
@@ -133,7 +133,7 @@ def open(
       ValueError: this is not a run, or the checkpoint is damaged or lacks `weights`.
       FileNotFoundError: there is no such checkpoint.
     """
-    folder = files.expand(folder)
+    folder = stores.fetched(folder)
     config = read_config(folder)
     tokenizer = tokenizers.load(folder / "tokenizer.json")
     classes = read_classes(folder)
@@ -320,6 +320,12 @@ def lock(workdir: str | Path, flag: str = "--workdir") -> Iterator[None]:
     workdir = Path(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"{workdir} is a file; {flag} must name a folder")
+    if jax.process_count() > 1 and stores.shown(workdir) != str(workdir):
+        raise ValueError(
+            f"{stores.shown(workdir)} is worked on in a folder of one machine, and "
+            f"several processes need one that all of them see: mount the store, and "
+            f"give {flag} the folder"
+        )
     path = workdir / LOCK
     with contextlib.ExitStack() as stack:
         try:
@@ -329,6 +335,7 @@ def lock(workdir: str | Path, flag: str = "--workdir") -> Iterator[None]:
                 f"{workdir} is in use by process {held.pid} on {held.host}; wait for "
                 f"it, stop it, or use another {flag}"
             ) from None
+        stack.enter_context(stores.claim(workdir))
         if before:
             log.warning("took over %s from process %s on %s, which is gone",
                         path, before["pid"], before["host"])  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from gpt_jax import commands, files
+from gpt_jax import commands, stores
 from gpt_jax.model import GPTConfig
 
 # Where a run trains and what it writes: keys that decide nothing that is computed.
@@ -53,7 +53,7 @@ def read_config(folder: str | Path) -> ConfigDict:
     Raises:
       ValueError: the folder is not a run, or its config.json cannot be read.
     """
-    folder = files.expand(folder)
+    folder = stores.fetched(folder)
     path = folder / "config.json"
     if not path.is_file():
         what = "has no config.json" if folder.is_dir() else "does not exist"

@@ -18,7 +18,6 @@ from ml_collections import ConfigDict
 
 from gpt_jax import (
     checkpoint,
-    files,
     metrics,
     pace,
     processes,
@@ -26,6 +25,7 @@ from gpt_jax import (
     screen,
     sharding,
     signals,
+    stores,
 )
 from gpt_jax.step import TrainState
 from gpt_jax.train.config import check, unpack, unread
@@ -132,7 +132,7 @@ def train(
 
     Args:
       config: see configs/common.py; locked or not, it is not changed.
-      workdir: the run folder.
+      workdir: the run folder, here or in a store (gs://bucket/runs/a).
       profile: trace so many steps into `workdir/profile`.
       report: called with (step, numbers) after each evaluation on the way; what it
         returns, if not "", ends the run and is the result's reason.
@@ -143,7 +143,7 @@ def train(
       FloatingPointError: `max_skipped` updates in a row were not finite, or spikes.
       OSError: a checkpoint could not be saved, and `on_save_error` is "stop".
     """
-    workdir = files.expand(workdir)
+    workdir = stores.fetched(workdir)
     if config.fit_seconds:
         return fitted(config, workdir, profile=profile, report=report)
     return sitting(config, workdir, profile=profile, report=report)

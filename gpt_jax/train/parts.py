@@ -28,6 +28,7 @@ from gpt_jax import (
     screen,
     sharding,
     signals,
+    stores,
     tasks,
 )
 from gpt_jax.checks import Options
@@ -327,7 +328,7 @@ def describe(job: Job, state: TrainState) -> str:
         f"{len(task.train):,} training windows of {task.tokens} tokens, "
         f"{tokens_per_step(config, task):,} tokens a step\n"
         f"{mesh.size} {platform} device{'s' * (mesh.size > 1)}, strategy "
-        f"{config.mesh.strategy}; {begin} in {job.workdir}"
+        f"{config.mesh.strategy}; {begin} in {stores.shown(job.workdir)}"
     )
 
 

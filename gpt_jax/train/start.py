@@ -24,6 +24,7 @@ from gpt_jax import (
     processes,
     runs,
     sharding,
+    stores,
     tasks,
 )
 from gpt_jax.checks import Options
@@ -41,12 +42,12 @@ def first_tokenizer(config: Options, workdir: Path) -> Path:
         if own.is_file():
             return own
         tokenizer = pretrained.tokenizer(pretrained.find(published))
-        path = (
-            files.expand(config.data.folder) / f"tokenizer-{tokenizer.sha256[:12]}.json"
-        )
+        far = files.is_address(config.data.folder)
+        folder = files.expand(config.data.cache if far else config.data.folder)
+        path = folder / f"tokenizer-{tokenizer.sha256[:12]}.json"
         tokenizer.save(path)
         return path
-    source = files.expand(config.init_from) / "tokenizer.json"
+    source = stores.fetched(config.init_from) / "tokenizer.json"
     if own.is_file() and not source.is_file():
         return own
     runs.read_config(config.init_from)  # refuses what is no run
