@@ -33,8 +33,9 @@ def base() -> ConfigDict:
     config.data = ConfigDict(
         {
             # What to read: "builtin" (the standard library's source; "builtin:json" is
-            # one folder of it), a corpus name, a file, a folder, a glob, any of these in
-            # a store (gs://bucket/books), "hf:<dataset>", or a weighted mixture "a*3 + b*1".
+            # one folder of it), a corpus name, a file, a folder, a glob, any of these
+            # in a store (gs://bucket/books), "hf:<dataset>", or a weighted mixture
+            # "a*3 + b*1".
             "source": "builtin",
             "field": "text",  # the field of a row (.jsonl, .csv, ...) with its text
             # char, word, byte, bpe:<size>, gpt2, or the path of a tokenizer.json

@@ -61,8 +61,9 @@ ADD_SPECIAL = flags.DEFINE_multi_string(
 GGUF_TYPE = flags.DEFINE_enum(
     "gguf_type",
     "",
-    ["", "F32", "F16", "Q8_0"],
-    "How --to_gguf keeps matrices; empty = as the run does. Q8_0 is 8 bits a number.",
+    ["", "F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"],
+    "How --to_gguf keeps matrices; empty = as the run does. Q8_0 is 8 bits a number, "
+    "Q4_1 and Q4_0 are 4, but 8 for the table of tokens.",
 )
 SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "The most a file of --to_hf holds.")
 STEP = flags.DEFINE_string(

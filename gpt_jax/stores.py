@@ -35,6 +35,7 @@ GONE_S = 20.0  # for a folder that changes while it is fetched
 PATIENCE_S = 300.0  # for a store that does not take the last of a run
 AT_ONCE = 8  # files on their way together
 CLAIM = "claim.json"
+ADDRESS = "address.txt"  # beside a local folder: what it stands for
 MANIFEST = "manifest.json"  # what makes a folder a checkpoint; checkpoint/sealing.py
 # Stores whose objects appear whole; elsewhere a file is written beside its place.
 WHOLE = ("gs", "gcs", "s3", "s3a", "az", "abfs", "abfss", "oci", "hf", "memory")
@@ -46,10 +47,10 @@ PASSING = re.compile(r"(\.tmp|\.lock|\.part)(/|$)|orbax-checkpoint-tmp")
 
 
 class Copied(NamedTuple):
-    """A file that is here as it is there: its version there, its stamp here."""
+    """A file of a store: its version there, its stamp here; None: it stayed there."""
 
     version: str
-    stamp: tuple[int, int]
+    stamp: tuple[int, int] | None
 
 
 def fetched(path: str | Path) -> Path:
@@ -91,6 +92,25 @@ def shown(path: str | Path) -> str:
             below = Path(path).relative_to(copy.local).as_posix()
             return address if below == "." else f"{address}/{below}"
     return str(path)
+
+
+def complete(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Fetches files of checkpoints, which stay in the store until they are read.
+
+    Nothing happens to what is here, or was never fetched. It is known by its place, so
+    that processes which a program starts can read what the program fetched.
+
+    Args:
+      folder: of a checkpoint, or of several.
+      names: which of its files; None for all.
+    """
+    try:
+        root, folder = files.expand(ROOT).absolute(), folder.absolute()
+    except ValueError:  # there is no home folder, so nothing was ever fetched to it
+        return
+    if folder.is_relative_to(root):
+        base = root / folder.relative_to(root).parts[0]
+        Copy((base / ADDRESS).read_text("utf-8")).complete(folder, names)
 
 
 def put_back() -> None:
@@ -137,7 +157,8 @@ class Copy:
         base = files.expand(ROOT) / files.digest(address)[:16]
         name = files.shortened(self.root.rpartition("/")[2] or "root")
         self.local, self.index = base / "copy" / name, base / "index.json"
-        self.busy, self.claim = base / "fetching.lock", base / "claimed.lock"
+        self.busy, self.claim = base / "copying.lock", base / "claimed.lock"
+        self.note = base / ADDRESS
 
     # --- from the store ---
 
@@ -152,16 +173,27 @@ class Copy:
             if self.claim.is_file() and files.holder(self.claim).get("alive"):
                 return  # by a run of this machine, and nothing is newer than its folder
             try:
-                with files.lock(self.busy):
+                with self._alone():
                     return self._pull()
-            except files.Held:  # by another that fetches it just now
-                time.sleep(0.1)
             except FileNotFoundError as error:  # its owner has removed what was listed
                 if time.monotonic() - began > GONE_S:
                     raise
                 log.warning("%s; looking again", error)
 
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Waits until nobody else of this machine copies from or to the address."""
+        with contextlib.ExitStack() as stack:
+            while True:
+                try:
+                    stack.enter_context(files.lock(self.busy))
+                    break
+                except files.Held:
+                    time.sleep(0.05)
+            yield
+
     def _pull(self) -> None:
+        files.write(self.note, self.address, durable=False)
         with _told(self.address, "read"):
             there, claimer = self._there(), self._claimer()
         known, here = self._copied(), self._here()
@@ -169,41 +201,73 @@ class Copy:
         moved = not ours and {name: found[0] for name, found in there.items()} != {
             name: copied.version for name, copied in known.items()
         }
-        wanted = [
+        stale = {
             name
             for name, (version, _) in there.items()
             if name not in here
             or (moved and known.get(name) != Copied(version, here[name]))
-        ]
+        }
         if moved and known:
-            for name in here.keys() - there.keys():
-                self._path(name).unlink()
-        if not wanted:
+            stale |= here.keys() - there.keys()
+        for name in stale & here.keys():
+            self._path(name).unlink()
+        late = {name for name in stale if _is_late(name)}
+        now = {name: there[name][1] for name in (stale & there.keys()) - late}
+        self._get(now)
+        found = {name: known[name] for name in there.keys() & known.keys()}
+        found |= {name: Copied(there[name][0], None) for name in late & there.keys()}
+        found |= {n: Copied(there[n][0], _stamp(self._path(n))) for n in now}
+        if found != known:
+            self._remember(found)
+
+    def complete(self, folder: Path, names: Iterable[str] | None) -> None:
+        """Fetches files of checkpoints; see the function of that name."""
+        below = f"{folder.relative_to(self.local).as_posix()}/"
+        asked = None if names is None else {f"{below}{name}" for name in names}
+        with self._alone():
+            known = self._copied()
+            away = [
+                name
+                for name, copied in known.items()
+                if copied.stamp is None and name.startswith(below)
+                if asked is None or name in asked
+            ]
+            if not away:
+                return
+            with _told(self.address, "read"):
+                sizes = {n: int(self.store.info(self._key(n))["size"]) for n in away}
+            self._get(sizes)
+            for name in away:
+                known[name] = Copied(known[name].version, _stamp(self._path(name)))
+            self._remember(known)
+
+    def _get(self, sizes: Mapping[str, int]) -> None:
+        """Fetches files of so many bytes, and shows how far it is."""
+        if not sizes:
             return
-        total = sum(there[name][1] for name in wanted)
+        total = sum(sizes.values())
         with screen.Show(True).bar(f"fetching {self.address}", total) as advance:
 
             def get(name: str) -> None:
-                target = self._path(name)
-                with files.draft(target, durable=False) as part:
+                with files.draft(self._path(name), durable=False) as part:
                     self.store.get_file(self._key(name), str(part))
-                advance(there[name][1])
+                advance(sizes[name])
 
             with _told(self.address, "read"):
-                _each(get, wanted)
-        kept = {name: known[name] for name in there.keys() & known.keys()}
-        fresh = {
-            name: Copied(there[name][0], _stamp(self._path(name))) for name in wanted
-        }
-        self._remember({**kept, **fresh})
+                _each(get, sizes)
 
     # --- to the store ---
 
     def push(self, *, owner: bool) -> None:
         """Copies what is new here; the owner removes there what is gone here, too."""
+        with self._alone():
+            self._push(owner)
+
+    def _push(self, owner: bool) -> None:
         known, here = self._copied(), self._here()
         new = [n for n, at in here.items() if n not in known or known[n].stamp != at]
         gone = sorted(known.keys() - here.keys()) if owner else []
+        gone = [name for name in gone if known[name].stamp or not self._stays(name)]
         if not (new or gone):
             return
 
@@ -216,6 +280,11 @@ class Copy:
         stamps = {name: copied.stamp for name, copied in known.items()} | here
         both = there.keys() & stamps.keys()
         self._remember({name: Copied(there[name][0], stamps[name]) for name in both})
+
+    def _stays(self, name: str) -> bool:
+        """Whether a file that was not fetched is of a checkpoint that is here."""
+        folder = SEALED.match(f"{name}/")
+        return bool(folder) and (self.local / folder[1] / MANIFEST).is_file()
 
     def _remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -370,7 +439,7 @@ class Copy:
         try:
             found = json.loads(self.index.read_text("utf-8"))
             return {
-                name: Copied(version, tuple(at))
+                name: Copied(version, tuple(at) if at else None)
                 for name, (version, at) in found.items()
             }
         except (OSError, ValueError, TypeError, AttributeError):
@@ -546,7 +615,13 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _is_last(name: str) -> bool:
+    """Whether a file is what makes a folder a checkpoint."""
     return bool(SEALED.match(f"{name}/")) and name.endswith(f"/{MANIFEST}")
+
+
+def _is_late(name: str) -> bool:
+    """Whether a file stays in its store until it is read: the arrays of checkpoints."""
+    return bool(SEALED.match(f"{name}/")) and not _is_last(name)
 
 
 _copies: dict[str, Copy] = {}

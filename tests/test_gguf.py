@@ -229,6 +229,31 @@ def test_eight_bits_and_sixteen_come_in_as_the_package_rounds_them(tmp_path):
         np.testing.assert_array_equal(norm, params["final_norm"]["scale"])
 
 
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+def test_few_bits_lie_as_far_apart_as_the_blocks_of_llama_cpp_have_them(kind, tmp_path):
+    """Checked by the grid's own formula: 2^bits numbers to a block of 32."""
+    cfg, params = tiny(**LLAMA)
+    save(tmp_path / "a.gguf", params, cfg, BYTES, kind=kind)
+    found = pretrained.load(tmp_path / "a.gguf", cfg)
+    up = ("block_0", "mlp", "up", "kernel")
+    was, now = (np.asarray(flatten_dict(x)[up]).T for x in (params, found))
+    was, now = was.reshape(-1, 32), now.reshape(-1, 32)
+    steps = 2.0 ** int(kind[1])
+    if kind.endswith("_0"):  # a scale: the largest number is one end of the grid
+        apart = np.abs(was).max(1) / (steps / 2)
+        most = 1.01  # the other end of the grid is one step nearer
+    else:
+        apart = (was.max(1) - was.min(1)) / (steps - 1)
+        most = 0.51
+    off = np.abs(now - was).max(1) / apart
+    assert 0.3 < off.max() < most
+    types = {
+        t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors
+    }
+    assert types["token_embd.weight"] == "Q8_0"
+    assert types["blk.0.ffn_up.weight"] == kind
+
+
 def test_starcoder_splits_as_smollm_does_and_llama3_as_llama_bpe():
     tokens = [*tokenizers.train("bpe:290", ["12 13 it's 123 123"]).vocab]
     about = {"model": "gpt2", "tokens": tokens, "merges": ["1 2"]}

@@ -64,10 +64,19 @@ def test_what_is_written_on_one_machine_is_read_on_another(machine):
     machine("two")
     other = stores.fetched(STORE)
     assert other != run
+    array = other / "checkpoints/5/params/d/array"
+    assert not array.exists()  # until somebody reads it
+    stores.complete(other / "checkpoints/5", ["state/none"])
+    assert not array.exists()
+    stores.complete(other / "checkpoints/5", ["params/d/array"])
+    before = there()
+    with stores.claim(other):
+        pass
+    assert there() == before
     assert {p.relative_to(other) for p in other.rglob("*")} == {
         p.relative_to(run) for p in run.rglob("*")
     }
-    assert (other / "checkpoints/5/params/d/array").read_text() == "5555555555"
+    assert array.read_text() == "5555555555"
 
 
 def test_only_what_is_whole_goes_there(machine):
@@ -119,6 +128,7 @@ def test_a_kill_at_any_moment_leaves_whole_checkpoints(machine, monkeypatch, cut
     steps = [5, 6, 7]
     whole = [n for n in steps if (other / f"checkpoints/{n}/manifest.json").exists()]
     assert whole
+    stores.complete(other / "checkpoints")
     for step in whole:
         array = other / f"checkpoints/{step}/params/d/array"
         assert array.read_text() == f"{step}" * 10

@@ -27,7 +27,7 @@ from typing import Any
 
 import jax
 
-from gpt_jax import processes
+from gpt_jax import processes, stores
 from gpt_jax.checkpoint import arrays, sealing
 from gpt_jax.checkpoint.sealing import FORMAT, MANIFEST, Damaged
 from gpt_jax.checkpoint.tables import (
@@ -194,6 +194,7 @@ class Checkpoints:
             aside = _unused(self.folder / f"aside-{newer[0]}")
             aside.mkdir()
             for s in newer:
+                stores.complete(self.folder / str(s))
                 os.replace(self.folder / str(s), aside / str(s))
             log.warning("checkpoints %s are newer than step %d: %s", newer, step, aside)
         return newer
@@ -324,6 +325,7 @@ class Checkpoints:
     def _quarantine(self, found: Path, error: Exception) -> None:
         moved = ""
         if self.keep is not None and jax.process_index() == 0:
+            stores.complete(found)
             target = _unused(found.with_name(f"damaged-{found.name}"))
             os.replace(found, target)
             moved = f"; moved to {target}"

@@ -5,7 +5,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from gpt_jax import files
+from gpt_jax import files, stores
 
 log = logging.getLogger(__name__)
 
@@ -58,13 +58,19 @@ def _body_hash(body: dict) -> str:
 
 
 def verify(found: Path, manifest: dict, items: set[str] | None) -> None:
-    """Raises Damaged, naming the file, when one is not as the manifest says."""
+    """Raises Damaged, naming the file, when one is not as the manifest says.
+
+    Of a checkpoint in a store these files are fetched first.
+    """
+    wanted = {}
     for name, stated in manifest["files"].items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise Damaged(f"{found / MANIFEST} names {name}, which is not beside it")
         top, inside, _ = name.partition("/")
-        if inside and items is not None and top not in items:
-            continue
+        if not inside or items is None or top in items:
+            wanted[name] = stated
+    stores.complete(found, wanted)
+    for name, stated in wanted.items():
         if not (found / name).is_file():
             raise Damaged(f"{found / name} is missing")
         if files.digest_of(found / name) != stated:

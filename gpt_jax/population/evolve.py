@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from gpt_jax import files, runs, train
+from gpt_jax import files, runs, stores, train
 from gpt_jax.population.shared import Shared, loss_at, reached
 
 FILE = "lineage.jsonl"
@@ -152,6 +152,7 @@ def apply(shared: Shared, move: Move, step: int) -> None:
     if born(folder) < step:
         with runs.lock(source), runs.lock(folder):
             shutil.rmtree(folder / NEW, ignore_errors=True)
+            stores.complete(source / "checkpoints")
             shutil.copytree(source / "checkpoints", folder / NEW)
             files.sync(folder / NEW)
             os.replace(folder / "checkpoints", folder / OLD)

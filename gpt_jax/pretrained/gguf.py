@@ -30,11 +30,16 @@ from gpt_jax.pretrained.gguf_tokenizer import (
 )
 from gpt_jax.tokenizers import Tokenizer
 
-# How matrices are kept: "" = as they are; Q8_0 is 8 bits and a scale of 32 numbers.
-KINDS = ("", "F32", "F16", "Q8_0")
-FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
+# How matrices are kept: "" = as they are; Q8_0 is 8 bits and a scale of 32 numbers, the
+# others with a Q fewer bits, and those that end in _1 a smallest number as well.
+KINDS = ("", "F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+# llama.cpp's numbers of files that are mostly so.
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9}
+FILE_TYPES |= {"BF16": 32}
 WIDE = ("position_embd.weight",)  # never rounded, as llama.cpp's own files have it
-Q8_BLOCK = 32
+# Few bits cost these most: they keep 8, as llama.cpp's quantizer gives them more too.
+TABLES = ("token_embd.weight", "output.weight")
+BLOCK = 32  # numbers with one scale
 # The one activation that llama.cpp has for an architecture.
 ACTIVATION = {"gpt2": "gelu_tanh", "starcoder2": "gelu_tanh"}
 ACTIVATION |= {"gemma": "gelu_tanh", "gemma2": "gelu_tanh"}
@@ -180,7 +185,9 @@ def _tensors(
         form = kind or dtype
         if len(shape) == 1 or place.name in WIDE:
             form = "F32"
-        if form == "Q8_0" and shape[-1] % Q8_BLOCK:
+        if form.startswith("Q") and place.name in TABLES:
+            form = "Q8_0"
+        if form.startswith("Q") and shape[-1] % BLOCK:
             form = "F16"  # as llama.cpp's own quantizer falls back
         tensors[place.name] = form, shape, _turned(value, theirs, place)
     scaling, kinds = cfg.kind(0).rope_scaling, cfg.kind(0)
