@@ -309,7 +309,7 @@ def lock(path: str | Path) -> Iterator[dict[str, Any]]:
         alone, before = _try_lock(handle), _noted(handle)
         if not alone or (before and _runs_here(before)):
             raise Held(path, before)
-        _note(handle, json.dumps(_me()))
+        _note(handle, json.dumps(me()))
         try:
             yield before
         finally:
@@ -374,9 +374,10 @@ def _import(name: str) -> Any:
         return None
 
 
-def _me() -> dict[str, Any]:
+def me() -> dict[str, Any]:
+    """Returns the host, the pid and the start of this process."""
     started = psutil.Process().create_time()
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": started}
+    return {"host": host(), "pid": os.getpid(), "started": started}
 
 
 def _noted(handle: int) -> dict[str, Any]:
@@ -396,7 +397,7 @@ def _note(handle: int, text: str) -> None:
 
 def _runs_here(noted: dict[str, Any]) -> bool:
     """Whether the named process runs here; of other hosts only the lock knows."""
-    if noted["host"] != socket.gethostname():
+    if noted["host"] != host():
         return False
     started = noted["started"]  # 0.1 wrote the kernel's clock ticks, as text
     return is_running(noted["pid"], started if isinstance(started, float) else None)

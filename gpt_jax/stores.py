@@ -14,7 +14,6 @@ import contextlib
 import importlib.util
 import json
 import logging
-import os
 import re
 import tempfile
 import threading
@@ -197,7 +196,7 @@ class Copy:
         with _told(self.address, "read"):
             there, claimer = self._there(), self._claimer()
         known, here = self._copied(), self._here()
-        ours = here and claimer.get("host") == files.host()
+        ours = here and claimer and claimer["by"]["host"] == files.host()
         moved = not ours and {name: found[0] for name, found in there.items()} != {
             name: copied.version for name, copied in known.items()
         }
@@ -336,23 +335,36 @@ class Copy:
         told = ""
         while not stop.wait(EVERY_S):
             try:
-                self._check_free()
-                self._note()
-                self.push(owner=True)
+                self._keep()
                 told = ""
-            except (OSError, ValueError) as error:
+            except OSError as error:
                 if str(error) != told:
                     log.warning("%s; it is kept in %s and tried again every %g s",
                                 error, self.local, EVERY_S)  # fmt: skip
                 told = str(error)
+            except ValueError as error:  # told again at the end, which it is not yet
+                log.error("%s", error)
+                return
+
+    def _keep(self) -> None:
+        """Renews the note and copies what is new, if the note is ours still."""
+        with _told(self.address, "read"):
+            found = self._claimer()
+        if found.get("by") != files.me():
+            by = "pid {pid} on {host}".format(**found["by"]) if found else "nobody"
+            raise ValueError(
+                f"{self.address} was claimed by this process and is now by {by}: "
+                f"nothing more is copied there; what was not is kept in {self.local}"
+            )
+        self._note()
+        self.push(owner=True)
 
     def _finish(self) -> None:
         """Copies the last of it, with patience, and gives the folder free."""
         began = time.monotonic()
         while True:
             try:
-                self._check_free()
-                self.push(owner=True)
+                self._keep()
                 with _told(self.address, "written"):
                     self.store.rm_file(self._key(CLAIM))
                 return
@@ -365,17 +377,16 @@ class Copy:
             time.sleep(1.0)
 
     def _claimer(self) -> dict[str, Any]:
-        """Returns host, pid and time of the note that is there; {} for none of ours."""
+        """Returns who left the note that is there and when; {} for none of ours."""
         self.store.invalidate_cache()
         try:
             found = json.loads(self.store.cat_file(self._key(CLAIM)))
-            kinds = {"host": str, "pid": int, "time": float}
-            return {key: kind(found[key]) for key, kind in kinds.items()}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, OSError) and not isinstance(
-                error, FileNotFoundError | NotADirectoryError
-            ):
-                raise
+            who = {"host": str, "pid": int, "started": float}
+            by = {key: kind(found["by"][key]) for key, kind in who.items()}
+            return {"by": by, "time": float(found["time"])}
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except (ValueError, KeyError, TypeError):
             return {}
 
     def _check_free(self) -> None:
@@ -383,10 +394,10 @@ class Copy:
             found = self._claimer()
         if not found:
             return
-        host, pid, at = found["host"], found["pid"], found["time"]
-        if host == files.host() and (pid == os.getpid() or not files.is_running(pid)):
+        host, pid, started = found["by"].values()
+        if host == files.host() and not files.is_running(pid, started):
             return
-        ago = time.time() - at
+        ago = time.time() - found["time"]
         if ago > STALE_S:
             log.warning("took over %s from process %s on %s, which has not been heard "
                         "of for %.0f s", self.address, pid, host, ago)  # fmt: skip
@@ -398,7 +409,7 @@ class Copy:
         )
 
     def _note(self) -> None:
-        said = {"host": files.host(), "pid": os.getpid(), "time": time.time()}
+        said = {"by": files.me(), "time": time.time()}
         with _told(self.address, "written"):
             if not _whole(self.store):
                 self.store.makedirs(self.root, exist_ok=True)

@@ -156,7 +156,8 @@ def test_a_run_of_a_lost_machine_goes_on_elsewhere(start, store, tmp_path):
     key = f"{store['AWS_ENDPOINT_URL']}/bucket/runs/lost/claim.json"
     with urllib.request.urlopen(key, timeout=10) as answer:
         note = json.load(answer)
-    old = json.dumps({**note, "host": "lost", "time": note["time"] - 1000}).encode()
+    by = {**note["by"], "host": "lost"}
+    old = json.dumps({"by": by, "time": note["time"] - 1000}).encode()
     urllib.request.urlopen(
         urllib.request.Request(key, old, method="PUT"), timeout=10
     ).close()

@@ -241,7 +241,7 @@ def test_without_locks_the_process_that_the_file_names_decides(tmp_path, monkeyp
     fcntl.flock = flock
     monkeypatch.setitem(sys.modules, "fcntl", fcntl)
     path = tmp_path / "a.lock"
-    mine = files._me()
+    mine = files.me()
     for change, free in (({}, False), ({"started": 1.0}, True), ({"host": "?"}, True)):
         path.write_text(json.dumps({**mine, **change}))
         with contextlib.suppress(files.Held), files.lock(path):
@@ -253,7 +253,7 @@ def test_without_locks_the_process_that_the_file_names_decides(tmp_path, monkeyp
 def test_a_lock_of_version_0_1_is_read(tmp_path):
     """It noted the start of a process in the kernel's clock ticks, as a text."""
     path = tmp_path / "a.lock"
-    path.write_text(json.dumps({**files._me(), "started": "12345"}))
+    path.write_text(json.dumps({**files.me(), "started": "12345"}))
     assert files.holder(path)["alive"]
 
 
