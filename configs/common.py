@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from gpt_jax import files, names, stores
+from gpt_jax import names
 
 
 def base() -> ConfigDict:
@@ -406,6 +406,8 @@ def from_run(config: ConfigDict, folder: str) -> ConfigDict:
     if folder == "none":
         config.init_from = "random"
         return config
+    from gpt_jax import files, stores  # which few configs need
+
     path = stores.fetched(folder) / "config.json"
     if not path.is_file():
         what = "has no config.json" if path.parent.is_dir() else "does not exist"

@@ -208,23 +208,23 @@ def load(folder: str | Path) -> Prepared:
       FileNotFoundError: a file is missing.
       ValueError: a file was changed after it was written.
     """
-    folder = _place(folder)
-    far = files.is_address(folder)
+    place = _place(folder)
+    far = files.is_address(place)
     tokenizer = tokenizers.load(
-        stores.fetched(folder / TOKENIZER) if far else folder / TOKENIZER
+        stores.fetched(place / TOKENIZER) if far else place / TOKENIZER
     )
-    train, val = (data.open(folder / part) for part in PARTS)
+    train, val = (data.open(place / part) for part in PARTS)
     for part in (train, val):
         if not far:  # all of a corpus, over a network: its sizes were compared
             part.verify()
         if part.index.meta.get("tokenizer_sha256") != tokenizer.sha256:
             raise ValueError(
-                f"{folder / TOKENIZER} is not what made the ids in "
-                f"{part.folder}; delete {folder} and prepare it again"
+                f"{place / TOKENIZER} is not what made the ids in "
+                f"{part.folder}; delete {place} and prepare it again"
             )
     hashes = (tokenizer.sha256, train.index.fingerprint, val.index.fingerprint)
     digest = files.digest("\n".join(hashes))
-    return Prepared(folder, tokenizer, train, val, fingerprint=digest)
+    return Prepared(place, tokenizer, train, val, fingerprint=digest)
 
 
 # --- the split ------------------------------------------------------------------------

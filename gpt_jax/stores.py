@@ -171,13 +171,13 @@ class Copy:
         while True:
             if self.claim.is_file() and files.holder(self.claim).get("alive"):
                 return  # by a run of this machine, and nothing is newer than its folder
-            try:
-                with self._alone():
-                    return self._pull()
-            except FileNotFoundError as error:  # its owner has removed what was listed
-                if time.monotonic() - began > GONE_S:
-                    raise
-                log.warning("%s; looking again", error)
+            with self._alone():
+                gone = self._pull()
+            if not gone:
+                return
+            if time.monotonic() - began > GONE_S:
+                raise gone
+            time.sleep(1.0)  # its owner has removed what was listed
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -191,7 +191,8 @@ class Copy:
                     time.sleep(0.05)
             yield
 
-    def _pull(self) -> None:
+    def _pull(self) -> FileNotFoundError | None:
+        """Returns the error of a file that was listed and is not there any more."""
         files.write(self.note, self.address, durable=False)
         with _told(self.address, "read"):
             there, claimer = self._there(), self._claimer()
@@ -212,12 +213,16 @@ class Copy:
             self._path(name).unlink()
         late = {name for name in stale if _is_late(name)}
         now = {name: there[name][1] for name in (stale & there.keys()) - late}
-        self._get(now)
+        try:
+            self._get(now)
+        except FileNotFoundError as error:
+            return error
         found = {name: known[name] for name in there.keys() & known.keys()}
         found |= {name: Copied(there[name][0], None) for name in late & there.keys()}
         found |= {n: Copied(there[n][0], _stamp(self._path(n))) for n in now}
         if found != known:
             self._remember(found)
+        return None
 
     def complete(self, folder: Path, names: Iterable[str] | None) -> None:
         """Fetches files of checkpoints; see the function of that name."""
@@ -421,7 +426,8 @@ class Copy:
         """Returns version and bytes of each file of the store, by its name below."""
         self.store.invalidate_cache()
         found = {}
-        for path, info in self.store.find(self.root, detail=True).items():
+        for path, listed in self.store.find(self.root, detail=True).items():
+            info = listed or self.store.info(path)  # some say nothing of a file alone
             name = path[len(self.root) :].strip("/")
             passing = name == CLAIM or PASSING.search(name) or path.endswith("/")
             if info["type"] == "file" and not passing:

@@ -6,7 +6,6 @@ go on as those of another machine do, with another home folder.
 
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt_jax import checkpoint, metrics
+from gpt_jax import checkpoint, metrics, stores
 
 ROOT = Path(__file__).parents[1]
 TEXT = "the quick brown fox jumps over the lazy dog. " * 300
@@ -28,7 +27,7 @@ TINY += ("--config.sample_every=0", "--config.log_every=10")
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """Starts S3; yields the environment in which drivers find it."""
+    """Starts S3, where drivers find it."""
     python = os.environ.get("EMULATORS", "")
     if not python:
         pytest.fail("EMULATORS must name the Python that has moto: make test-stores")
@@ -50,13 +49,13 @@ def store(tmp_path_factory):
                 break
             except OSError:
                 assert server.poll() is None and time.monotonic() < until
-        yield {
-            "AWS_ENDPOINT_URL": address,
-            "AWS_ALLOW_HTTP": "true",
-            "AWS_REGION": "us-east-1",
-            "AWS_ACCESS_KEY_ID": "any",
-            "AWS_SECRET_ACCESS_KEY": "any",
-        }
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("AWS_ENDPOINT_URL", address)
+            environment.setenv("AWS_ALLOW_HTTP", "true")
+            environment.setenv("AWS_REGION", "us-east-1")
+            environment.setenv("AWS_ACCESS_KEY_ID", "any")
+            environment.setenv("AWS_SECRET_ACCESS_KEY", "any")
+            yield
     finally:
         server.terminate()
         server.wait()
@@ -72,7 +71,7 @@ def start(store, tmp_path):
         home.mkdir(exist_ok=True)
         return subprocess.Popen(
             [sys.executable, "-m", f"experiments.{door}", *flags],
-            cwd=ROOT, env={**os.environ, **store, "HOME": str(home)},
+            cwd=ROOT, env={**os.environ, "HOME": str(home)},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             start_new_session=True,
         )  # fmt: skip
@@ -103,11 +102,16 @@ def copy_of(home: Path, name: str) -> Path:
     return found
 
 
-def names_in(store: dict[str, str], prefix: str) -> list[str]:
-    """Returns the keys of the bucket that begin so, as S3 itself lists them."""
-    address = f"{store['AWS_ENDPOINT_URL']}/bucket?list-type=2&prefix={prefix}"
-    with urllib.request.urlopen(address, timeout=10) as answer:
-        return re.findall("<Key>(.*?)</Key>", answer.read().decode())
+def bucket():
+    """Returns the file system of S3."""
+    opened, _ = stores._store("s3://bucket")
+    opened.invalidate_cache()
+    return opened
+
+
+def names_in(prefix: str) -> list[str]:
+    """Returns what the bucket holds below a name."""
+    return [name.removeprefix("bucket/") for name in bucket().find(f"bucket/{prefix}")]
 
 
 def state_of(folder: Path) -> str:
@@ -120,7 +124,7 @@ def of_text(folder: Path) -> tuple[str, ...]:
     return f"--config.data.source={source}", f"--config.data.folder={data}"
 
 
-def test_a_run_killed_on_one_machine_goes_on_on_another(start, store, tmp_path):
+def test_a_run_killed_on_one_machine_goes_on_on_another(start, tmp_path):
     """And ends with the bits of one that nobody disturbed."""
     flags = (*TINY, *of_text(tmp_path), "--config.steps=1500")
     ended(start("alone", "train", *flags, f"--workdir={tmp_path}/alone"))
@@ -128,7 +132,7 @@ def test_a_run_killed_on_one_machine_goes_on_on_another(start, store, tmp_path):
     first = start("one", "train", *flags, there)
     killed_when(
         first,
-        lambda: any("manifest" in key for key in names_in(store, "runs/killed/")),
+        lambda: any("manifest" in key for key in names_in("runs/killed")),
     )
     said = ended(start("two", "train", *flags, there), 2)
     assert "s3://bucket/runs/killed is in use by process" in said
@@ -138,7 +142,7 @@ def test_a_run_killed_on_one_machine_goes_on_on_another(start, store, tmp_path):
     assert "resuming after step" in said
     assert "done: steps reached after step 1500" in said
     assert "--run=s3://bucket/runs/killed" in said
-    assert "runs/killed/claim.json" not in names_in(store, "runs/killed/")
+    assert "runs/killed/claim.json" not in names_in("runs/killed")
     ended(start("two", "train", *flags, there))  # nothing to do
     two = copy_of(tmp_path / "two", "killed")
     assert state_of(two) == state_of(tmp_path / "alone")
@@ -146,21 +150,18 @@ def test_a_run_killed_on_one_machine_goes_on_on_another(start, store, tmp_path):
     assert last[0]["val_loss"] == last[1]["val_loss"]
 
 
-def test_a_run_of_a_lost_machine_goes_on_elsewhere(start, store, tmp_path):
+def test_a_run_of_a_lost_machine_goes_on_elsewhere(start, tmp_path):
     flags = (*TINY, *of_text(tmp_path), "--config.steps=1500")
     there = "--workdir=s3://bucket/runs/lost"
     killed_when(
         start("one", "train", *flags, there),
-        lambda: any("manifest" in key for key in names_in(store, "runs/lost/")),
+        lambda: any("manifest" in key for key in names_in("runs/lost")),
     )
-    key = f"{store['AWS_ENDPOINT_URL']}/bucket/runs/lost/claim.json"
-    with urllib.request.urlopen(key, timeout=10) as answer:
-        note = json.load(answer)
+    key = "bucket/runs/lost/claim.json"
+    note = json.loads(bucket().cat_file(key))
     by = {**note["by"], "host": "lost"}
     old = json.dumps({"by": by, "time": note["time"] - 1000}).encode()
-    urllib.request.urlopen(
-        urllib.request.Request(key, old, method="PUT"), timeout=10
-    ).close()
+    bucket().pipe_file(key, old)
     said = ended(start("two", "train", *flags, there))
     assert "took over s3://bucket/runs/lost" in said
     assert "resuming after step" in said
@@ -173,14 +174,14 @@ def test_a_sample_is_drawn_from_a_run_that_is_only_there(start, tmp_path):
     there = "s3://bucket/runs/sampled"
     ended(start("one", "train", *TINY, *of_text(tmp_path), f"--workdir={there}"))
     own = copy_of(tmp_path / "one", "sampled")
-    how = ("--prompt=the ", "--temperature=0", "--max_new=20")
+    how = ("--prompt=the ", "--temperature=0", "--max_new_tokens=20")
     far = ended(start("two", "sample", f"--run={there}", *how))
     assert "fetching" not in far
     near = ended(start("one", "sample", f"--run={own}", *how))
     assert far.splitlines()[-1] == near.splitlines()[-1] != ""
 
 
-def test_a_sweep_killed_there_goes_on_there(start, store, tmp_path):
+def test_a_sweep_killed_there_goes_on_there(start, tmp_path):
     fixed = {"steps": 300, "eval_every": 100, "checkpoint_every": 100}
     fixed |= {"sample_every": 0, "data.source": f"{tmp_path}/text.txt"}
     fixed |= {"data.folder": f"{tmp_path}/data"}
@@ -197,26 +198,24 @@ def test_a_sweep_killed_there_goes_on_there(start, store, tmp_path):
     there = "--out=s3://bucket/sweeps/rates"
     killed_when(
         start("one", "sweep", *flags, there),
-        lambda: any("manifest" in key for key in names_in(store, "sweeps/rates/")),
+        lambda: any("manifest" in key for key in names_in("sweeps/rates")),
     )
     ended(start("one", "sweep", *flags, there))
     ended(start("two", "report", "--run=s3://bucket/sweeps/rates/lr=0.001"))
-    names = names_in(store, "sweeps/rates/")
+    names = names_in("sweeps/rates")
     assert {"sweeps/rates/results.csv", "sweeps/rates/report.html"} <= {*names}
     assert any(name.endswith("lr=0.001/report.html") for name in names)
     losses = [
-        [row.split(",") for row in (out / "results.csv").read_text().splitlines()]
+        [row.split(",") for row in (out / "trials.csv").read_text().splitlines()]
         for out in (copy_of(tmp_path / "one", "rates"), tmp_path / "alone_sweep")
     ]
-    at = losses[0][0].index("val_loss")
+    at = losses[0][0].index("value")
     assert [row[at] for row in losses[0]] == [row[at] for row in losses[1]]
 
 
-def test_texts_and_shards_are_read_where_they_are(start, store, tmp_path):
-    address = f"{store['AWS_ENDPOINT_URL']}/bucket/books"
+def test_texts_and_shards_are_read_where_they_are(start, tmp_path):
     for name in ("a.txt", "b.txt"):
-        put = urllib.request.Request(f"{address}/{name}", TEXT.encode(), method="PUT")
-        urllib.request.urlopen(put, timeout=10).close()
+        bucket().pipe_file(f"bucket/books/{name}", TEXT.encode())
         (tmp_path / "books").mkdir(exist_ok=True)
         (tmp_path / "books" / name).write_text(TEXT)
     for machine, source, data in (
@@ -230,7 +229,7 @@ def test_texts_and_shards_are_read_where_they_are(start, store, tmp_path):
             )
         )
     assert state_of(tmp_path / "one_run") == state_of(tmp_path / "alone_run")
-    assert any(key.endswith("shard-00000.bin") for key in names_in(store, "data/"))
+    assert any(key.endswith("shard-00000.bin") for key in names_in("data"))
     assert not list((tmp_path / "one").rglob("shard-*"))
 
 
