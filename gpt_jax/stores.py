@@ -14,6 +14,7 @@ import contextlib
 import importlib.util
 import json
 import logging
+import os
 import re
 import tempfile
 import threading
@@ -441,15 +442,15 @@ class Copy:
         if self.local.is_file():
             return {"": _stamp(self.local)}
         found = {}
-        for path in self.local.rglob("*"):
-            name = path.relative_to(self.local).as_posix()
-            if PASSING.search(name) or not path.is_file():
-                continue
-            folder = SEALED.match(f"{name}/")
-            if folder and not (self.local / folder[1] / MANIFEST).is_file():
-                continue
-            with contextlib.suppress(FileNotFoundError):
-                found[name] = _stamp(path)
+        # Not rglob, which minds that a folder goes while it looks.
+        for top, _, inside in os.walk(self.local):
+            for path in (Path(top, name) for name in inside):
+                name = path.relative_to(self.local).as_posix()
+                folder = SEALED.match(f"{name}/")
+                cut = folder and not (self.local / folder[1] / MANIFEST).is_file()
+                if not (cut or PASSING.search(name)):
+                    with contextlib.suppress(FileNotFoundError):
+                        found[name] = _stamp(path)
         return found
 
     def _copied(self) -> dict[str, Copied]:

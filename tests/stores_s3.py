@@ -126,7 +126,7 @@ def of_text(folder: Path) -> tuple[str, ...]:
 
 def test_a_run_killed_on_one_machine_goes_on_on_another(start, tmp_path):
     """And ends with the bits of one that nobody disturbed."""
-    flags = (*TINY, *of_text(tmp_path), "--config.steps=1500")
+    flags = (*TINY, *of_text(tmp_path), "--config.steps=1000")
     ended(start("alone", "train", *flags, f"--workdir={tmp_path}/alone"))
     there = "--workdir=s3://bucket/runs/killed"
     first = start("one", "train", *flags, there)
@@ -134,13 +134,19 @@ def test_a_run_killed_on_one_machine_goes_on_on_another(start, tmp_path):
         first,
         lambda: any("manifest" in key for key in names_in("runs/killed")),
     )
+    key = "bucket/runs/killed/claim.json"
+    note = json.loads(bucket().cat_file(key))
+    by = {**note["by"], "host": "elsewhere"}
+    other = json.dumps({"by": by, "time": time.time()}).encode()
+    bucket().pipe_file(key, other)
     said = ended(start("two", "train", *flags, there), 2)
     assert "s3://bucket/runs/killed is in use by process" in said
     assert "counts as gone after" in said
-    assert not list((tmp_path / "two").rglob("config.json.*"))
+    assert bucket().cat_file(key) == other
+    bucket().pipe_file(key, json.dumps(note).encode())
     said = ended(start("one", "train", *flags, there))  # whose pid is gone
     assert "resuming after step" in said
-    assert "done: steps reached after step 1500" in said
+    assert "done: steps reached after step 1000" in said
     assert "--run=s3://bucket/runs/killed" in said
     assert "runs/killed/claim.json" not in names_in("runs/killed")
     ended(start("two", "train", *flags, there))  # nothing to do
@@ -151,7 +157,7 @@ def test_a_run_killed_on_one_machine_goes_on_on_another(start, tmp_path):
 
 
 def test_a_run_of_a_lost_machine_goes_on_elsewhere(start, tmp_path):
-    flags = (*TINY, *of_text(tmp_path), "--config.steps=1500")
+    flags = (*TINY, *of_text(tmp_path), "--config.steps=1000")
     there = "--workdir=s3://bucket/runs/lost"
     killed_when(
         start("one", "train", *flags, there),
