@@ -79,6 +79,21 @@ def test_what_is_written_on_one_machine_is_read_on_another(machine):
     assert array.read_text() == "5555555555"
 
 
+def test_arrays_that_stay_in_the_store_go_with_their_checkpoint(machine):
+    run = stores.fetched(STORE)
+    sealed(run, 5)
+    sealed(run, 6)
+    stores.put_back()
+    machine("two")
+    other = stores.fetched(STORE)
+    with stores.claim(other):
+        (other / "checkpoints/5/manifest.json").unlink()  # as Checkpoints prunes
+    assert there().keys() == {
+        "checkpoints/6/manifest.json",
+        "checkpoints/6/params/d/array",
+    }
+
+
 def test_only_what_is_whole_goes_there(machine):
     run = stores.fetched(STORE)
     sealed(run, 5)
@@ -413,14 +428,24 @@ def test_shards_of_a_store_are_those_of_a_disk(books, tmp_path, monkeypatch):
 
 
 @pytest.mark.fault(40)
-def test_a_preparation_that_was_cut_is_made_again(books, tmp_path):
+@pytest.mark.parametrize("cut", range(7))
+def test_a_preparation_that_was_cut_is_made_again(books, tmp_path, monkeypatch, cut):
     address = "memory://bucket/data"
     how = {**HOW, "source": books[1], "folder": address, "cache": tmp_path}
-    whole = prepare.prepare(**how)
-    store, _ = fsspec.core.url_to_fs(address)
-    (last,) = [name for name in store.find("/bucket/data") if "tokenizer" in name]
-    store.rm_file(last)
+    memory, done = type(fsspec.filesystem("memory")), []
+    put = memory.put_file
+
+    def last_moments(self, *args, **kwargs):
+        done.append(args)
+        if len(done) > cut:
+            raise KeyboardInterrupt
+        return put(self, *args, **kwargs)
+
+    with monkeypatch.context() as dying, pytest.raises(KeyboardInterrupt):
+        dying.setattr(memory, "put_file", last_moments)
+        prepare.prepare(**how)
     again = prepare.prepare(**how)
+    whole = prepare.prepare(**{**how, "folder": tmp_path / "data"})
     assert again.fingerprint == whole.fingerprint
 
 
