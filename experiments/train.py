@@ -21,6 +21,7 @@ experiments.launch starts them here; docs/guide/14-scale.md says how on clusters
 
 The run folder (--workdir, default runs/<config name>) holds config.json,
 tokenizer.json, metrics.jsonl, loss.png, samples.md and checkpoints/.
+It may lie in a store: --workdir=gs://bucket/runs/a (docs/guide/14-scale.md).
 """
 
 import itertools
