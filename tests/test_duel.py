@@ -8,23 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from configs import common
 from gpt_jax import duel, metrics, runs
 from gpt_jax.criterion import Criterion
-from tests import doors
-
-TEXT = "the quick brown fox jumps over the lazy dog. " * 300
+from tests import doors, tiny
 
 
 @pytest.fixture
 def config(tmp_path):
-    (tmp_path / "text.txt").write_text(TEXT)
-    config = common.tiny(common.base())
-    config.data.update(source=str(tmp_path / "text.txt"), tokenizer="char")
-    config.data.update(folder=str(tmp_path / "data"), cache=str(tmp_path / "cache"))
-    config.model.update(context_length=16, n_layers=1)
-    config.update(steps=6, eval_every=6, checkpoint_every=6, compile_cache="")
-    config.update(early_from=0, tensorboard=False)
+    config = tiny.on_text(tmp_path)
+    config.update(steps=6, eval_every=6, checkpoint_every=6, early_from=0)
     return config
 
 

@@ -5,26 +5,19 @@ import shutil
 
 import pytest
 
-from configs import common
 from experiments.sweeps import decay_branches
 from gpt_jax import checkpoint, fork, metrics, population, runs, train
-
-TEXT = "the quick brown fox jumps over the lazy dog. " * 300
+from tests import tiny
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Returns a config, and the folder where its trunk is trained for six steps."""
     folder = tmp_path_factory.mktemp("fork")
-    (folder / "text.txt").write_text(TEXT)
-    config = common.tiny(common.base())
-    config.data.update(source=str(folder / "text.txt"), tokenizer="char")
-    config.data.update(folder=str(folder / "data"), cache=str(folder / "cache"))
-    config.model.update(context_length=16, n_layers=1)
+    config = tiny.on_text(folder)
     config.optimizer.update(schedule="wsd", ema=True)
     config.hyper.update(dropout_residual=0.1, decay_fraction=0.0)
-    config.update(steps=6, eval_every=4, checkpoint_every=3, compile_cache="")
-    config.update(spike_window=3, tensorboard=False)
+    config.update(steps=6, eval_every=4, checkpoint_every=3, spike_window=3)
     train.train(config, folder / "trunk")
     return config, folder
 

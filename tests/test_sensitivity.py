@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import common
 from gpt_jax import adapters, data, model, optimizer, sensitivity, step, train
 from gpt_jax.report import run as report
+from tests import tiny
 
-TEXT = "the quick brown fox jumps over the lazy dog. " * 300
 STEPS = 3
 
 
@@ -19,15 +18,12 @@ STEPS = 3
 def made(tmp_path_factory):
     """Returns the folder of a run of three steps, and its config."""
     folder = tmp_path_factory.mktemp("sensitivity")
-    (folder / "text.txt").write_text(TEXT)
-    config = common.tiny(common.base())
-    config.data.update(source=str(folder / "text.txt"), tokenizer="char")
-    config.data.update(folder=str(folder / "data"), cache=str(folder / "cache"))
-    config.model.update(context_length=16, n_layers=1, attention="plain")
+    config = tiny.on_text(folder)
+    config.model.attention = "plain"
     # A rate below the best one: at the best the slope is next to nothing.
     config.hyper.update(lr=1e-2, warmup_steps=1.0, weight_decay=0.5, clip=0.4)
     config.update(steps=STEPS, eval_every=STEPS, checkpoint_every=STEPS, eval_windows=0)
-    config.update(early_from=0, compile_cache="", tensorboard=False)
+    config.early_from = 0
     train.train(config, folder / "run")
     return folder, config
 

@@ -3,10 +3,13 @@
 import gzip
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import fsspec
+import jax
 import numpy as np
 import pytest
 
@@ -23,9 +26,9 @@ from gpt_jax import (
     stores,
     train,
 )
+from tests import tiny
 
 STORE = "memory://bucket/runs/a"
-TEXT = "the quick brown fox jumps over the lazy dog. " * 300
 
 
 @pytest.fixture
@@ -302,6 +305,39 @@ def test_shown_names_the_address(machine, tmp_path):
     assert stores.shown(tmp_path) == str(tmp_path)
 
 
+def test_a_pattern_means_the_addresses_that_are_there(machine):
+    store, _ = fsspec.core.url_to_fs(STORE)
+    for name in ("a", "b", "c/d"):
+        store.pipe_file(f"/bucket/many/{name}", b"")
+    assert stores.matching("memory://bucket/many/?") == [
+        f"memory:///bucket/many/{name}" for name in "abc"
+    ]
+    for one in (STORE, "runs/*", "memory://bucket/nothing/*"):
+        assert stores.matching(one) == [one]
+
+
+def test_what_needs_a_folder_that_all_machines_see_is_refused(machine, tmp_path):
+    """By a door, which puts a local folder in the place of an address."""
+    out = f"file://{tmp_path}/out"
+    flags = ("--sweep=experiments/sweeps/lr.py", f"--out={out}", "--shard=1/2")
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.sweep", *flags],
+        cwd=Path(__file__).parents[1], env={**os.environ, "HOME": str(tmp_path)},
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert f"error: --shard and --out={out}: several machines need" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_processes_of_a_run_are_refused(machine, monkeypatch):
+    run = stores.fetched(STORE)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=f"{STORE} is worked on"), runs.lock(run):
+        raise AssertionError("a store was shared")
+    assert not there()
+
+
 # --- runs -----------------------------------------------------------------------------
 
 
@@ -309,13 +345,8 @@ def test_shown_names_the_address(machine, tmp_path):
 def config(tmp_path_factory):
     """Returns the config of a run of eight steps."""
     folder = tmp_path_factory.mktemp("stores")
-    (folder / "text.txt").write_text(TEXT)
-    config = common.tiny(common.base())
-    config.data.update(source=str(folder / "text.txt"), tokenizer="char")
-    config.data.update(folder=str(folder / "data"), cache=str(folder / "cache"))
-    config.model.update(context_length=16, n_layers=1)
-    config.update(steps=8, eval_every=4, checkpoint_every=2, compile_cache="")
-    config.update(sample_every=0, tensorboard=False)
+    config = tiny.on_text(folder)
+    config.update(steps=8, eval_every=4, checkpoint_every=2, sample_every=0)
     return config
 
 
@@ -384,10 +415,14 @@ HOW |= {"workers": 1, "skip_bad_docs": False, "progress": False}
 def books(machine, tmp_path):
     """Returns a folder of texts, and the address of the same ones."""
     store, root = fsspec.core.url_to_fs("memory://bucket/books")
-    for name, text in {"a.txt": TEXT, "b/c.txt": TEXT[::-1], ".d.txt": "no"}.items():
+    for name, text in {
+        "a.txt": tiny.TEXT,
+        "b/c.txt": tiny.TEXT[::-1],
+        ".d.txt": "no",
+    }.items():
         files.write(tmp_path / "books" / name, text)
         store.pipe_file(f"{root}/{name}", text.encode())
-    packed = gzip.compress(TEXT.upper().encode(), mtime=0)
+    packed = gzip.compress(tiny.TEXT.upper().encode(), mtime=0)
     files.write(tmp_path / "books" / "e.txt.gz", packed)
     store.pipe_file(f"{root}/e.txt.gz", packed)
     return tmp_path / "books", "memory://bucket/books"

@@ -320,11 +320,10 @@ def lock(workdir: str | Path, flag: str = "--workdir") -> Iterator[None]:
     workdir = Path(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"{workdir} is a file; {flag} must name a folder")
-    if jax.process_count() > 1 and stores.shown(workdir) != str(workdir):
+    if jax.process_count() > 1 and (address := stores.address_of(workdir)):
         raise ValueError(
-            f"{stores.shown(workdir)} is worked on in a folder of one machine, and "
-            f"several processes need one that all of them see: mount the store, and "
-            f"give {flag} the folder"
+            f"{address} is worked on in a folder of one machine, and several processes "
+            f"need one that all see: mount the store, and give {flag} that"
         )
     path = workdir / LOCK
     with contextlib.ExitStack() as stack:
