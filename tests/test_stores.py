@@ -416,13 +416,13 @@ def books(machine, tmp_path):
     """Returns a folder of texts, and the address of the same ones."""
     store, root = fsspec.core.url_to_fs("memory://bucket/books")
     for name, text in {
-        "a.txt": tiny.TEXT,
-        "b/c.txt": tiny.TEXT[::-1],
+        "a.txt": tiny.SENTENCES,
+        "b/c.txt": tiny.SENTENCES[::-1],
         ".d.txt": "no",
     }.items():
         files.write(tmp_path / "books" / name, text)
         store.pipe_file(f"{root}/{name}", text.encode())
-    packed = gzip.compress(tiny.TEXT.upper().encode(), mtime=0)
+    packed = gzip.compress(tiny.SENTENCES.upper().encode(), mtime=0)
     files.write(tmp_path / "books" / "e.txt.gz", packed)
     store.pipe_file(f"{root}/e.txt.gz", packed)
     return tmp_path / "books", "memory://bucket/books"
