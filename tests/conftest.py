@@ -43,9 +43,8 @@ for number in (signal.SIGINT, getattr(signal, "SIGHUP", None)):
 gc.set_threshold(100_000, 20, 50)
 
 # Tests that train the same tiny models share what was compiled, also with the processes
-# that they start; every xdist worker has a cache of its own.
-WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
-CACHE = Path(__file__).parent.parent / ".pytest_cache" / f"jax-{WORKER}"
+# that run beside them or that they start.
+CACHE = Path(__file__).parent.parent / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

@@ -321,6 +321,8 @@ def once(make, options):
     return {**facts, **go()}
 
 
+# JAX's own attention asks the rules of promotion for the types of its slopes.
+@pytest.mark.usefixtures("promotion")
 @pytest.mark.parametrize("row", TOYS)
 @pytest.mark.parametrize("which", ["ours", "peer"])
 def test_every_row_measures_something_at_a_toy_size(row, which, setting):

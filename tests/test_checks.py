@@ -354,9 +354,10 @@ OTHER |= {"param_dtype": "bfloat16", "norm_offset": 0.5, "init": "modern"}
 OTHER |= {"pattern": ({"window": 4, "rope_base": 1e4, "rope_scaling": None},)}
 OTHER |= {"vocab_size": 64, "n_classes": 3, "rotary_dim": 4, "parallel": "own"}
 OTHER |= {"qk_norm_over": "heads", "residual_scale": 0.5, "logit_divisor": 2.0}
-OTHER |= {"qkv_clip": 0.01}
+OTHER |= {"qkv_clip": 0.01, "param": "mup", "base_width": 16}
 # What a key needs beside it to be read.
 NEEDS = {"rotary_dim": {"position": "rope"}, "qk_norm_over": {"qk_norm": True}}
+NEEDS |= {"base_width": {"param": "mup"}}
 FAST = ("attention", "remat", "scan_layers")  # the same numbers, in another way
 START: dict[str, Any] = {"tie_embeddings": False, "n_layers": 1}
 NO_SCALE = {"norm_scale": False}

@@ -399,7 +399,7 @@ def test_max_bytes_ends_runs_of_any_tokenizer_after_the_same_text(config, tmp_pa
         assert train.train(config, tmp_path / kind).trained is False
     assert spent["char"] == pytest.approx(spent["byte"], rel=0.05)
     assert compare.compare([tmp_path / "char"]).settings[0].state == "done"
-    config.task.name = "sft"
+    config.task = common.task_sft()
     assert "max_bytes" in train.unread(config)
 
 
