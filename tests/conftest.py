@@ -50,6 +50,14 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def eight_devices():
+    """Starts JAX with all devices: a run that came first might ask for fewer."""
+    import jax
+
+    jax.devices()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compiled_programs():
     """Lets go of a file's programs once they hold much: gigabytes at the end, else."""
