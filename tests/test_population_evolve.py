@@ -116,7 +116,7 @@ def test_a_population_that_was_killed_evolves_as_if_it_had_not_been(
     with pytest.raises(Killed):
         fit(four, parts, evolve=EVOLVE)
     assert any(not (parts / str(i) / "checkpoints").is_dir() for i in range(4))
-    results = fit(four, parts, evolve=EVOLVE)
+    results = fit(four, parts, evolve=EVOLVE, members=2)
     assert [(r.reason, r.step) for r in results] == [("steps", 12)] * 4
     assert told(parts) == told(whole)
     assert digests(parts, 4) == digests(whole, 4)

@@ -15,7 +15,6 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -268,10 +267,6 @@ def state_shapes(config) -> tuple[Any, Any]:
 def main() -> int:
     """Writes the file, or tells what is not what it says."""
     import jax
-
-    # The file was written with the emitters that users have; the tests take older ones.
-    if version("jaxlib").startswith("0.10."):
-        os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=true")
 
     from tests import conftest  # noqa: F401  the devices and flags of the tests
 
