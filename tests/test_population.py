@@ -17,20 +17,15 @@ import pytest
 from configs import common
 from gpt_jax import checkpoint, metrics, population, runs, sharding, train
 from gpt_jax.population import Rung, program
-
-TEXT = "the quick brown fox jumps over the lazy dog. " * 300
+from tests import tiny
 
 
 @pytest.fixture
 def config(tmp_path):
-    (tmp_path / "text.txt").write_text(TEXT)
-    config = common.tiny(common.base())
-    config.data.update(source=str(tmp_path / "text.txt"), tokenizer="char")
-    config.data.update(folder=str(tmp_path / "data"), cache=str(tmp_path / "cache"))
-    config.model.update(context_length=16, d_model=16, n_layers=1)
-    config.update(steps=8, eval_every=4, checkpoint_every=3, compile_cache="")
+    config = tiny.on_text(tmp_path)
+    config.model.d_model = 16
+    config.update(steps=8, eval_every=4, checkpoint_every=3)
     config.mesh.data = 2
-    config.tensorboard = False
     return config
 
 

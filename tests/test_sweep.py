@@ -35,9 +35,9 @@ from gpt_jax.sweep import (
 )
 from gpt_jax.sweep import run as sweeps
 from gpt_jax.sweep import study as studies
+from tests import tiny
 
 ROOT = Path(__file__).parents[1]
-TEXT = "the quick brown fox jumps over the lazy dog. " * 300
 FILES = sorted((ROOT / "experiments/sweeps").glob("*.py"))
 
 pytest.importorskip("optuna", reason="needs optuna: pip install optuna")
@@ -47,13 +47,8 @@ pytest.importorskip("distributed", reason="needs distributed: pip install distri
 @pytest.fixture
 def base(tmp_path):
     """A config of a second, which reads a text in tmp_path."""
-    (tmp_path / "text.txt").write_text(TEXT)
-    config = common.tiny(common.base())
-    config.data.update(source=str(tmp_path / "text.txt"), tokenizer="char")
-    config.data.update(folder=str(tmp_path / "data"), cache=str(tmp_path / "cache"))
-    config.model.update(context_length=16, n_layers=1)
+    config = tiny.on_text(tmp_path)
     config.update(steps=8, eval_every=2, checkpoint_every=4, eval_windows=4)
-    config.update(compile_cache="", tensorboard=False)
     return config
 
 
