@@ -290,7 +290,7 @@ def _submit(
     return cluster.client.submit(
         Carried(worker.run),
         command,
-        order,
+        json.dumps(order),  # a text: a worker may have none of our types
         place,
         str(Path.cwd()),
         str(folder / "trial.log"),

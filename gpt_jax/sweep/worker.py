@@ -6,7 +6,6 @@ else, may be imported here.
 """
 
 import contextlib
-import json
 import os
 import socket
 import subprocess
@@ -18,11 +17,11 @@ POLL_S = 0.2
 
 
 def run(
-    words: list[str], order: dict, env: dict[str, str], cwd: str, log: str
+    words: list[str], order: str, env: dict[str, str], cwd: str, log: str
 ) -> dict[str, Any]:
     """Runs `python words...` to its end and returns how that was.
 
-    The order goes to the process's standard input, as a line of JSON. The pipe stays
+    The order, a line of JSON, goes to the process's standard input. The pipe stays
     open as long as somebody wants the trial: when it closes, because the worker died
     or because the sweep asked or died, the process saves and leaves.
 
@@ -89,10 +88,10 @@ def _wanted(worker: Any, key: Any) -> bool:
     return task is not None and task.state == "executing"
 
 
-def _tell(process: subprocess.Popen, order: dict) -> None:
+def _tell(process: subprocess.Popen, order: str) -> None:
     pipe: Any = process.stdin
     with contextlib.suppress(BrokenPipeError):  # dead already: its exit code tells
-        pipe.write(json.dumps(order).encode() + b"\n")
+        pipe.write(order.encode() + b"\n")
         pipe.flush()
 
 
