@@ -21,7 +21,8 @@ def compare(name: str) -> None:
     # them, or which of two tokens is likelier, may turn with the last bit.
     rtol = 1e-2 if "bfloat16" in name else 1e-3
     for key in ("train_loss", "grad_norm", "val_loss"):
-        np.testing.assert_allclose(found[key], kept[key], rtol=rtol, err_msg=key)
+        # The loss of answers that the same weights wrote is 0 but for rounding.
+        np.testing.assert_allclose(found[key], kept[key], rtol, 1e-6, err_msg=key)
 
 
 @pytest.mark.parametrize("name", bits.FEW)

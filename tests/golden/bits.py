@@ -161,7 +161,7 @@ CASES: dict[str, Callable[[str], Any]] = {
     "ipo": task("dpo", task__variant="ipo", task__logp="mean"),
     "orpo": task("dpo", task__variant="orpo", task__logp="mean"),
     "answers": task("answers"),
-    "grpo": task("grpo", task__kl=0.1, task__updates=2),
+    "grpo": task("grpo", task__kl=0.1, task__updates=2, task__reward="partial"),
 }
 FEW = ("gpt2 adamw", "modern muon")  # in every test run
 
