@@ -17,15 +17,10 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-import jax
 import pytest
 
-from configs import common
-from gpt_jax import model as models
-from gpt_jax import runs
-from gpt_jax.checkpoint import Checkpoints
 from tests import serving
-from tests.serving import TOKENIZER, running
+from tests.serving import running
 
 CONTEXT = 256
 CLIENTS = 32
@@ -151,14 +146,7 @@ def test_200_clients_against_4_slots_and_16_waiting():
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "bytes"
-    config = common.tiny(common.base())
-    config.model.context_length = 2048
-    config.model.position = "rope"
-    runs.create(folder, config, TOKENIZER)
-    params = models.init(runs.model_config(config, TOKENIZER), jax.random.key(3))
-    with Checkpoints(folder / "checkpoints", keep=2) as store:
-        store.save(4, {"params": params}, metric=None, meta={})
-    return folder
+    return serving.byte_run(folder, context_length=2048, position="rope")
 
 
 @pytest.mark.fault(29)

@@ -10,8 +10,10 @@ import urllib.request
 
 import jax
 
+from configs import common
 from gpt_jax import model as models
-from gpt_jax import sample, sampling, tokenizers
+from gpt_jax import runs, sample, sampling, tokenizers
+from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.generation import OWN
 from gpt_jax.serve import server
 from gpt_jax.serve.engine import Engine
@@ -38,6 +40,17 @@ def build(context):
     table_VD = params["embed"]["embedding"]
     params["embed"]["embedding"] = table_VD.at[TOKENIZER.eos_id].set(0)
     return models.GPT(cfg), params
+
+
+def byte_run(folder, **model):
+    """Makes a run of the tiny config whose tokens are bytes, at step 4; returns it."""
+    config = common.tiny(common.base())
+    config.model.update(model)
+    runs.create(folder, config, TOKENIZER)
+    params = models.init(runs.model_config(config, TOKENIZER), jax.random.key(3))
+    with Checkpoints(folder / "checkpoints", keep=2) as store:
+        store.save(4, {"params": params}, metric=None, meta={})
+    return folder
 
 
 def make_engine(context, sizes, queue):
@@ -73,17 +86,18 @@ def running(
     grace_s=5.0,
     templates=(None, "plain"),
     drawn=OWN,
+    look=None,
     **options,
 ):
     """Serves an engine in a thread: as `tiny` it continues, as `chatty` it talks.
 
-    How `chatty` is drawn from is `drawn`.
+    How `chatty` is drawn from is `drawn`; `look` is the microscope of both.
     """
     cfg = engine.model.cfg
     facts = {"context_length": cfg.context_length, "vocab_size": cfg.vocab_size}
     facts |= {"parameters": models.count(cfg), "step": 0}
     served = {
-        name: Served(engine, template, facts, generation=how)
+        name: Served(engine, template, facts, look, how)
         for name, template, how in zip(
             ("tiny", "chatty"), templates, (OWN, drawn), strict=True
         )

@@ -15,12 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs import common
 from gpt_jax import model as models
 from gpt_jax import runs, sample, tokenizers
-from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.sample import LENGTH, STOP
-from tests import tiny
+from tests import serving, tiny
 from tests.cases import few
 
 CONTEXT = 16
@@ -582,15 +580,9 @@ def test_words_continue_the_prompt_with_a_space_and_unknown_ids_are_no_text():
 
 
 @pytest.fixture(scope="module")
-def run_folder(byte_model, tmp_path_factory):
+def run_folder(tmp_path_factory):
     """A run of the tiny config whose tokens are bytes."""
-    folder = tmp_path_factory.mktemp("runs") / "bytes"
-    config = common.tiny(common.base())
-    runs.create_or_check(folder, config, BYTES, "no data")
-    params = models.init(runs.model_config(config, BYTES), jax.random.key(3))
-    with Checkpoints(folder / "checkpoints", keep=2) as store:
-        store.save(4, {"params": params}, metric=None, meta={})
-    return folder
+    return serving.byte_run(tmp_path_factory.mktemp("runs") / "bytes")
 
 
 def door(*args, text=""):

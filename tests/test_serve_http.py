@@ -316,13 +316,21 @@ def test_a_key_is_asked_for_except_by_health_and_page():
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     """A run of the tiny config whose tokens are bytes."""
-    folder = tmp_path_factory.mktemp("runs") / "bytes"
-    config = common.tiny(common.base())
-    runs.create(folder, config, TOKENIZER)
-    params = models.init(runs.model_config(config, TOKENIZER), jax.random.key(3))
-    with Checkpoints(folder / "checkpoints", keep=2) as store:
-        store.save(4, {"params": params}, metric=None, meta={})
-    return folder
+    return serving.byte_run(tmp_path_factory.mktemp("runs") / "bytes")
+
+
+def test_every_path_that_is_told_of_is_described(live):
+    described = live.ask("/openapi.json")[1]["paths"]
+    told, listed = set(), http.__doc__ or ""
+    for verb, paths in re.findall(r"^    (GET|POST) +((?:/\S* *)+?)  ", listed, re.M):
+        told |= {(verb.lower(), path) for path in paths.split()}
+    told -= {("get", "/"), ("get", "/openapi.json")}  # the page; the description
+    found = {(verb, path) for path, of in described.items() for verb in of}
+    found = {(verb, path.replace("{name}", "NAME")) for verb, path in found}
+    assert told == found - {("parameters", "/v1/models/NAME")}
+    for verb, path in told:
+        if verb == "get" and path != "/metrics":  # which is no JSON
+            assert live.ask(path.replace("NAME", "tiny"))[0] == 200, path
 
 
 def test_runs_are_named_by_their_folders(tmp_path):

@@ -42,9 +42,10 @@ def description(limits: Limits, models: Iterable[str]) -> Schema:
             fields.PATHS[form]: {"post": _post(*told, streams=form in STREAMED)}
             for form, told in POSTS.items()
         },
-        "/health": {"get": _open("Whether it lives.", "ok")},
-        "/healthz": {"get": _open("Whether it lives.", "ok")},
-        "/readyz": {"get": _open("Whether it takes requests.", "ready")},
+        "/health": {"get": _open("Whether it lives.", ok=_a("boolean"))},
+        "/healthz": {"get": _open("Whether it lives.", ok=_a("boolean"))},
+        "/readyz": {"get": _open("Whether it is compiled.", ready=_a("boolean"))},
+        "/version": {"get": _open("Which version it is.", version=_a("string"))},
         "/metrics": {
             "get": {
                 "summary": "Numbers for Prometheus.",
@@ -136,8 +137,8 @@ def _get(summary: str, schema: Schema, *more: int) -> Schema:
     }
 
 
-def _open(summary: str, name: str) -> Schema:
-    kind = {"application/json": {"schema": _object(**{name: _a("boolean")})}}
+def _open(summary: str, **fields: Schema) -> Schema:
+    kind = {"application/json": {"schema": _object(**fields)}}
     answers = {"200": _answer("Yes.", kind), "503": _answer("No.", kind)}
     return {
         "summary": summary,
