@@ -1,5 +1,7 @@
 """How much memory a process may still take, where a container or a job limits it.
 
+What would need more is refused before it is compiled or read (`check`).
+
 The machine's own figure says nothing there: a process that takes more than its control
 group may is killed, and nobody tells it why.
 """
@@ -11,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from gpt_jax.screen import size
 
 UNLIMITED = 2.0**60  # version 1 writes a number near 2^63 for "no limit"
 # Where the limit, what is used, and how much of that are files that can be dropped are
@@ -32,6 +36,11 @@ def of_machine() -> float:
     return psutil.virtual_memory().available
 
 
+def of_process() -> float:
+    """Returns the bytes that this process may still take."""
+    return min(left(), of_machine())
+
+
 def of_device(device: Any) -> float:
     """Returns the free bytes of a JAX device; of a CPU, what a process may still take.
 
@@ -40,7 +49,19 @@ def of_device(device: Any) -> float:
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    return min(left(), of_machine())
+    return of_process()
+
+
+def check(what: str, need: float, free: float, cure: str) -> None:
+    """Raises ValueError, one sentence, if `need` bytes are more than are free.
+
+    Args:
+      what: that takes so much, the beginning of the sentence.
+      need, free: bytes.
+      cure: what would fit, the end of the sentence.
+    """
+    if need > free:
+        raise ValueError(f"{what}; {size(max(0.0, free))} are free; {cure}")
 
 
 def _groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:

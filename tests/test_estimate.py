@@ -78,7 +78,7 @@ def test_parameter_and_optimizer_bytes_are_those_of_the_shards(name, axes):
         shards = [x.addressable_shards[0].data for x in jax.tree.leaves(tree)]
         return sum(shard.nbytes for shard in shards)
 
-    on_one = partial(memory.on_one_device, strategy=found.strategy)
+    on_one = found.strategy.held
     assert on_one(found.state.params) == held(state.params)
     assert on_one(found.state.opt_state) == held(state.opt_state)
 

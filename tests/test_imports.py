@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[1]
 
 # Imports go down at least one floor. Doors (experiments) stand on top of all.
 FLOORS = (
-    "names settings options sampling files screen devices memory weights mesh commands "
+    "names settings options sampling files screen devices weights mesh commands "
     "configs",
-    "plaintext stores paths downloads special rope dropout",
+    "memory plaintext stores paths downloads special rope dropout",
     "model attention tokenizers chat rows corpora data losses adapters optimizer "
     "sharding programs processes checkpoint metrics seeds signals criterion "
     "sequential pace generation",

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from gpt_jax import memory
+from configs import common
+from gpt_jax import memory, model, population, pretrained, screen, train
+from gpt_jax.model import GPTConfig
+from tests import tiny
 
 GB = 2**30
 
@@ -61,3 +64,57 @@ def test_what_is_left_here_is_a_number_above_zero():
     code = "from gpt_jax import memory; print(memory.left() > 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "True"
+
+
+# ---------------------------------------------------------------- plans
+
+
+@pytest.fixture
+def with_only(monkeypatch):
+    """Returns (bytes) -> nothing: so much memory is free from then on."""
+    return lambda free: monkeypatch.setattr(memory, "of_process", lambda: free)
+
+
+@pytest.mark.fault(38)
+@pytest.mark.parametrize("strategy", ["mesh", "pmap"])
+def test_a_run_that_cannot_fit_is_refused_before_it_compiles(
+    strategy, tmp_path, with_only
+):
+    config = tiny.on_text(tmp_path)
+    config.optimizer.name = "adamw"
+    config.mesh.update(strategy=strategy, cpu_devices=1)
+    count = model.count(tiny.task(config).model.cfg)
+    need = 4 * 4 * count + 4  # weight, gradient, two moments, of float32; a counter
+    with_only(need - 1)
+    with pytest.raises(ValueError, match="training this model needs") as refused:
+        train.train(config, tmp_path / "run")
+    said = str(refused.value)
+    assert f"needs {screen.size(need)} in any batch" in said
+    assert f"{screen.size(need - 1)} are free; about 100% of its" in said
+    assert "\n" not in said and not (tmp_path / "run").exists()
+    with_only(need)
+    train.parts_of(config, tmp_path / "run")
+
+
+@pytest.mark.fault(38)
+def test_a_population_of_which_no_member_fits_is_refused(tmp_path, with_only):
+    config = tiny.on_text(tmp_path)
+    with_only(1000)
+    with pytest.raises(ValueError, match="1 kB are free; about"):
+        population.train(
+            [config], [tmp_path / "a"], members=0, rungs=[], report=lambda *_: None
+        )
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.fault(38)
+def test_weights_that_do_not_fit_are_refused_before_one_is_read(with_only):
+    folder = Path(__file__).parent / "golden" / "llama"
+    cfg = GPTConfig(**{**common.base().model, **pretrained.fields(folder)})
+    need = 4 * model.count(cfg)
+    with_only(need - 1)
+    for place in (None, lambda path, array: array):
+        with pytest.raises(ValueError, match=f"holds {screen.size(need)} of weights"):
+            pretrained.load(folder, cfg, place=place)
+    with_only(need)
+    pretrained.load(folder, cfg)

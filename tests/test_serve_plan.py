@@ -38,6 +38,7 @@ def test_one_row_on_a_cpu_and_other_types_are_copies_of_the_weights():
     assert plan.of(CFG, params, [8]).weights == 0
 
 
+@pytest.mark.fault(38)
 def test_a_plan_that_does_not_fit_is_refused_with_one_that_does():
     params, sizes = {}, [1, 8, 32]
     full = plan.of(CFG, params, sizes).total

@@ -10,7 +10,6 @@ import pytest
 
 from configs import common
 from gpt_jax import adapters, model, optimizer, sharding, weights
-from gpt_jax.estimate import memory
 from gpt_jax.model import initializers
 from tests import test_configs, test_optimizer, tiny
 
@@ -68,7 +67,7 @@ def test_experts_are_split_over_the_mesh_by_the_names_of_their_axes():
     assert sharding.spec(DECLARED, path, (E, D, F), mesh) == wanted
     strategy = sharding.mesh_strategy(mesh, DECLARED)
     like = nested(jax.ShapeDtypeStruct((E, D, F), jnp.float32))
-    assert memory.on_one_device(like, strategy) == 4 * E * D * F // 4
+    assert strategy.held(like) == 4 * E * D * F // 4
 
 
 def test_muon_orthogonalises_every_expert_by_itself():

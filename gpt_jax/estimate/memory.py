@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +12,6 @@ from gpt_jax.estimate import residuals
 from gpt_jax.estimate.plan import Plan, loss_chunk, trained
 from gpt_jax.estimate.residuals import Saved
 from gpt_jax.model import GPT, Dropout, GPTConfig, hidden
-from gpt_jax.sharding import Strategy
 from gpt_jax.tasks.scores import fitting_chunk
 from gpt_jax.tasks.task import DROPOUTS
 
@@ -91,29 +89,10 @@ class PerRow(NamedTuple):
     layer: Saved
 
 
-def on_one_device(tree: Any, strategy: Strategy, itemsize: int = 0) -> int:
-    """Returns the bytes of a tree of shapes on one device, exactly.
-
-    Args:
-      tree: shapes of weights, or of what an optimizer keeps of them.
-      strategy: where they lie.
-      itemsize: bytes of one number, whatever its dtype; 0 = as the dtype says.
-    """
-    places = strategy.layout(tree)
-    parts = jax.tree.map(
-        lambda x, place: (
-            math.prod(place.shard_shape(x.shape)) * (itemsize or x.dtype.itemsize)
-        ),
-        tree,
-        places,
-    )
-    return sum(jax.tree.leaves(parts))
-
-
 def measure(plan: Plan, per_row: PerRow, rows: int) -> Memory:
     """Returns the memory of one device for `rows` examples in its micro-batch."""
     state, mesh, cfg = plan.state, plan.mesh, plan.cfg
-    held = partial(on_one_device, strategy=plan.strategy)
+    held = plan.strategy.held
     gradients = held(state.params, itemsize=4)
     optimizer, average = held(state.opt_state), held(state.ema)
     parameters = held(state.params)

@@ -225,6 +225,7 @@ def build(
     axes["data"] = min(sharding.make_mesh(0, **axes).size, len(configs))
     strategy = program.strategy(sharding.make_mesh(0, **axes))
     parts = alone.make_parts(config, task, strategy)
+    alone.check_memory(parts)  # one member on each device
     parts = parts._replace(eval_fn=program.compile_evaluation(parts))
     end = alone.last_step(config, task)
     fixed = (workdirs, parts, stop, report, {}, {}, end, memory)

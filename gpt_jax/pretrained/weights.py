@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gpt_jax import memory, screen
 from gpt_jax.model import GPTConfig, declared
 from gpt_jax.pretrained import config_json, files
 from gpt_jax.pretrained.families import Family
@@ -81,6 +82,13 @@ def load(
     plan = _plan(family, cfg, tensors, folder)
     dtype = jnp.dtype(cfg.param_dtype)
     padding = cfg.vocab_rows - cfg.vocab_size
+    need = sum(math.prod(source.weight.shape) for source in plan) * dtype.itemsize
+    memory.check(
+        f"{folder} holds {screen.size(need)} of weights in {dtype}",
+        need,
+        memory.of_process() if place else memory.of_device(jax.devices()[0]),
+        "bfloat16 takes half of float32; or import it where there is more memory",
+    )
     put = place or (lambda path, array: jax.device_put(array))
     weights = {}
     for source in shown(sorted(plan, key=lambda s: -math.prod(s.weight.shape))):

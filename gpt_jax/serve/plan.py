@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gpt_jax import mesh
+from gpt_jax import memory, mesh
 from gpt_jax.model import GPT, GPTConfig, declared, init_cache
 from gpt_jax.screen import size
 from gpt_jax.serve import slots
@@ -86,9 +86,8 @@ def check(
         flags = f"--batches={','.join(map(str, fewer))} --context={shorter}"
         smaller = _shortened(cfg, params, shorter, fewer).total + plan.prefixes
         cure = f"{flags} needs {size(smaller)}"
-    raise ValueError(
-        f"serving this needs {plan.told()}; {size(max(0.0, free))} are free; {cure}"
-    )
+    memory.check(f"serving this needs {plan.told()}", plan.total, free, cure)
+    return plan
 
 
 def _fitting(

@@ -7,6 +7,7 @@ the state is copied to each, gradients are summed by an explicit `psum`. Both ta
 same `train_step` and give the same losses. mesh.py makes meshes, arrays.py moves them.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -99,6 +100,22 @@ class Strategy(NamedTuple):
     put: Callable[[Any], Any]
     view: Callable[[Any], Any]
     spread: Callable[[jax.Array], jax.Array]
+
+    def held(self, tree: Any, itemsize: int = 0) -> int:
+        """Returns the bytes of a tree of shapes on one device, exactly.
+
+        Args:
+          tree: shapes of weights, or of what an optimizer keeps of them.
+          itemsize: bytes of one number, whatever its dtype; 0 = as the dtype says.
+        """
+        parts = jax.tree.map(
+            lambda x, place: (
+                math.prod(place.shard_shape(x.shape)) * (itemsize or x.dtype.itemsize)
+            ),
+            tree,
+            self.layout(tree),
+        )
+        return sum(jax.tree.leaves(parts))
 
 
 class Step(NamedTuple):

@@ -62,6 +62,7 @@ from gpt_jax.train.job import (
 )
 from gpt_jax.train.parts import (
     build,
+    check_memory,
     compile_rollout,
     make_parts,
     make_task,
@@ -89,6 +90,7 @@ __all__ = [
     "build",
     "check",
     "check_fork",
+    "check_memory",
     "compile_rollout",
     "due",
     "early_steps",

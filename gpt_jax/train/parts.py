@@ -19,6 +19,7 @@ from gpt_jax import (
     data,
     devices,
     evaluate,
+    memory,
     metrics,
     model,
     processes,
@@ -100,7 +101,32 @@ def parts_of(record: ConfigDict, workdir: Path) -> Parts:
     processes.check_same("the fingerprint of the training data", task.fingerprint)
     adapter = config.adapter(model.declared(task.model.cfg))
     strategy = sharding.make(micro_batch, adapter.declared, **mesh)
-    return make_parts(config, task, strategy)
+    parts = make_parts(config, task, strategy)
+    check_memory(parts)
+    return parts
+
+
+def check_memory(parts: Parts) -> None:
+    """Refuses weights whose training needs more memory than there is, in any batch.
+
+    That is the least that a step needs: what the batch adds is known when the step is
+    compiled. The CPU devices of a machine share its memory.
+    """
+    state = jax.eval_shape(parts.first, jax.eval_shape(lambda: jax.random.key(0)))
+    held, here = parts.strategy.held, parts.strategy.mesh.local_devices
+    share = len(here) if here[0].platform == "cpu" else 1
+    weights = share * sum(map(held, (state.params, state.frozen, state.ema)))
+    gradients, moments = share * held(state.params), share * held(state.opt_state)
+    need, free = weights + gradients + moments, memory.of_device(here[0])
+    memory.check(
+        f"training this model needs {screen.size(need)} in any batch "
+        f"({screen.size(weights)} for weights, {screen.size(gradients)} for gradients, "
+        f"{screen.size(moments)} for the optimizer)",
+        need,
+        free,
+        f"about {max(0, free) / need:.0%} of its parameters would fit, or an adapter "
+        "that trains few (config.adapter), or more devices that share them (mesh.fsdp)",
+    )
 
 
 def make_parts(config: Options, task: tasks.Task, strategy: sharding.Strategy) -> Parts:
