@@ -18,6 +18,7 @@ import socket
 import stat
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS, errno.EPERM)
 OF_A_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS)
 # Of the byte that Windows locks: others may not read it, so it lies beyond the text.
 FAR = 1 << 30
+LOCK_POLL_S = 0.05  # between two tries of who waits for a lock
 
 _drafts: set[Path] = set()  # what is being written now
 
@@ -290,11 +292,15 @@ class Held(ValueError):
 
 
 @contextlib.contextmanager
-def lock(path: str | Path) -> Iterator[dict[str, Any]]:
+def lock(path: str | Path, patience_s: float = 0.0) -> Iterator[dict[str, Any]]:
     """Holds a lock file, which one process at a time can, and notes there who does.
 
     The kernel frees it when its holder dies, by whatever signal. Where the file system
     cannot lock, the process named in the file is looked for instead.
+
+    Args:
+      path: the file.
+      patience_s: for how many seconds to wait for another process.
 
     Yields:
       Who held it before and did not free it, {} for nobody.
@@ -304,11 +310,15 @@ def lock(path: str | Path) -> Iterator[dict[str, Any]]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    handle, began = os.open(path, os.O_RDWR | os.O_CREAT, 0o644), time.monotonic()
     try:
-        alone, before = _try_lock(handle), _noted(handle)
-        if not alone or (before and _runs_here(before)):
-            raise Held(path, before)
+        while True:
+            alone, before = _try_lock(handle), _noted(handle)
+            if alone and not (before and _runs_here(before)):
+                break
+            if time.monotonic() - began >= patience_s:
+                raise Held(path, before)
+            time.sleep(LOCK_POLL_S)
         _note(handle, json.dumps(me()))
         try:
             yield before

@@ -14,6 +14,7 @@ import contextlib
 import importlib.util
 import json
 import logging
+import math
 import os
 import re
 import tempfile
@@ -188,13 +189,7 @@ class Copy:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """Waits until nobody else of this machine copies from or to the address."""
-        with contextlib.ExitStack() as stack:
-            while True:
-                try:
-                    stack.enter_context(files.lock(self.busy))
-                    break
-                except files.Held:
-                    time.sleep(0.05)
+        with files.lock(self.busy, math.inf):
             yield
 
     def _pull(self) -> FileNotFoundError | None:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -230,6 +231,26 @@ def test_a_lock_is_held_once_and_names_its_holder(tmp_path):
     assert files.holder(path) == {}
     with files.lock(path):
         pass
+
+
+def test_who_has_patience_gets_the_lock_when_it_is_free(tmp_path):
+    path, order = tmp_path / "a.lock", []
+    waits = threading.Event()
+
+    def wait():
+        waits.set()
+        with files.lock(path, patience_s=60.0):
+            order.append("second")
+
+    with files.lock(path):
+        other = threading.Thread(target=wait)
+        other.start()
+        assert waits.wait(60)
+        with pytest.raises(files.Held):  # longer than a try takes
+            files.lock(path, patience_s=3 * files.LOCK_POLL_S).__enter__()
+        order.append("first")
+    other.join(60)
+    assert order == ["first", "second"] and files.holder(path) == {}
 
 
 def test_without_locks_the_process_that_the_file_names_decides(tmp_path, monkeypatch):

@@ -306,10 +306,15 @@ def _noted(path: Path, *keys: str) -> list[Any]:
 
 
 @contextlib.contextmanager
-def lock(workdir: str | Path, flag: str = "--workdir") -> Iterator[None]:
+def lock(
+    workdir: str | Path, flag: str = "--workdir", *, patience_s: float = 0.0
+) -> Iterator[None]:
     """Holds the right to write to a run folder; one process at a time has it.
 
-    See `files.lock`.
+    Args:
+      workdir: the folder.
+      flag: what its user named it with.
+      patience_s: see `files.lock`.
 
     Raises:
       ValueError: another process holds it; the sentence has its pid.
@@ -328,7 +333,7 @@ def lock(workdir: str | Path, flag: str = "--workdir") -> Iterator[None]:
     path = workdir / LOCK
     with contextlib.ExitStack() as stack:
         try:
-            before = stack.enter_context(files.lock(path))
+            before = stack.enter_context(files.lock(path, patience_s))
         except files.Held as held:
             raise ValueError(
                 f"{workdir} is in use by process {held.pid} on {held.host}; wait for "

@@ -7,7 +7,6 @@ by a shard only while it opens the record.
 
 import contextlib
 import re
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +15,6 @@ from gpt_jax import files, runs
 
 FOLDER = "shards"
 PATIENCE_S = 600.0  # others open the record before this one; large ones take a while
-POLL_S = 0.1
 
 
 class Shard(NamedTuple):
@@ -71,7 +69,8 @@ def hold(out: Path, shard: Shard) -> Iterator[tuple[bool, Callable[[], None]]]:
     """
     with contextlib.ExitStack() as stack:
         gate = stack.enter_context(contextlib.ExitStack())
-        _wait_for(gate, out, 0.0 if shard.whole else PATIENCE_S)
+        patience_s = 0.0 if shard.whole else PATIENCE_S
+        gate.enter_context(runs.lock(out, "--out", patience_s=patience_s))
         others = _running(out / FOLDER)
         for name, held in others.items():
             same = shard.whole or not name.endswith(f"-of-{shard.of}.lock")
@@ -92,18 +91,6 @@ def hold(out: Path, shard: Shard) -> Iterator[tuple[bool, Callable[[], None]]]:
             gate.close()
 
         yield not others, enter
-
-
-def _wait_for(stack: contextlib.ExitStack, out: Path, patience_s: float) -> None:
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            stack.enter_context(runs.lock(out, "--out"))
-            return
-        except ValueError:
-            if time.monotonic() >= deadline:
-                raise
-        time.sleep(POLL_S)
 
 
 def _running(folder: Path) -> dict[str, files.Held]:

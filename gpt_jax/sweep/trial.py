@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import runpy
-import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,8 +13,6 @@ from gpt_jax import metrics, model, runs, tokenizers, train
 from gpt_jax.criterion import Criterion
 from gpt_jax.sweep import record
 from gpt_jax.sweep import storage as storages
-
-WAIT_S = 0.2
 
 
 def run(order: dict[str, Any]) -> int:
@@ -33,7 +30,9 @@ def run(order: dict[str, Any]) -> int:
     config = runs.as_config(order["config"])
     (folder / record.OUTCOME).unlink(missing_ok=True)
     try:
-        wait_until_free(folder, config.grace_s)
+        # The process that trained here before may still be saving.
+        with runs.lock(folder, patience_s=config.grace_s):
+            pass
         result = train.train(config, folder, report=reporter(order))
     except FloatingPointError as error:
         return _end(order, status="diverged", reason=_sentence(error))
@@ -167,23 +166,6 @@ def reporter(order: dict[str, Any]) -> Callable[[int, dict[str, float]], str]:
         return judge(int(reached), value) if math.isfinite(value) else "diverged"
 
     return report
-
-
-def wait_until_free(folder: Path, patience_s: float) -> None:
-    """Waits for the process that trained here before, which may still be saving.
-
-    Raises:
-      ValueError: it takes longer than that.
-    """
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            with runs.lock(folder):
-                return
-        except ValueError:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(WAIT_S)
 
 
 def _pruner(order: dict[str, Any]) -> Callable[[int, float], str]:
