@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -331,6 +332,15 @@ def test_every_path_that_is_told_of_is_described(live):
     for verb, path in told:
         if verb == "get" and path != "/metrics":  # which is no JSON
             assert live.ask(path.replace("NAME", "tiny"))[0] == 200, path
+
+
+def test_the_port_takes_connections_before_the_server_runs():
+    with server._listen("127.0.0.1", 0) as listener:
+        address = listener.getsockname()
+        with socket.create_connection(address, timeout=60):
+            pass
+        with pytest.raises(ValueError, match=f"port {address[1]}: Address already in"):
+            server._listen(*address)
 
 
 def test_runs_are_named_by_their_folders(tmp_path):

@@ -387,12 +387,16 @@ def _busy(service: Service) -> bool:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Returns a bound socket, or raises ValueError saying why there is none."""
+    """Returns a socket that listens, or raises ValueError saying why there is none.
+
+    Who asks before the server runs is not refused but waits for it.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen()
     except OSError as error:
         listener.close()
         raise ValueError(
