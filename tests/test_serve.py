@@ -422,6 +422,37 @@ def test_a_prompt_runs_on_the_shortest_cache_that_holds_it(monkeypatch):
     assert bytes(written).decode(errors="replace") == alone("ab", max_new=9).text
 
 
+def test_the_cache_of_a_prompt_grows_with_its_pieces(monkeypatch):
+    for name in ("REACH", "PIECE", "SHORTEST"):
+        monkeypatch.setattr(slots, name, 8)
+    monkeypatch.setattr(slots.prefixes, "BLOCK", 4)
+    model, params = build()
+    rows = slots.Slots(model, params, [1, 2], prefix_bytes=1 << 20)
+    rows.compile()
+    rows.ahead()
+    before = rows.programs()
+    request = ask("a prompt of four pieces, each", max_new=1)
+    ids = request.ids
+    whole, _ = model.apply({"params": params}, np.array([ids]))
+
+    def run(start):
+        seen = []
+        while start < len(ids):
+            start, *_ = rows.prompt(ids, start)
+            seen.append(rows._reach_of_prompt)
+        np.testing.assert_allclose(rows._logits[0], whole[0, -1], atol=2e-4)
+        return seen
+
+    assert run(0) == [8, 16, 32, 32]
+    rows.join(entry(request), "mine", len(ids))
+    rows.remember(ids, 0)
+    rows.prompt([65] * 32, 0)  # another, on the same caches
+    assert rows.recall([*ids[:9], 0]) == 8 and rows._reach_of_prompt == 16
+    rows.prompt([65] * 8, 0)
+    assert run(rows.recall(ids)) == [32]
+    assert rows.programs() == before  # nothing was left to compile
+
+
 def test_models_of_one_shape_share_their_programs_and_no_others_do():
     model, params = build()
     shared = compiled.Programs()

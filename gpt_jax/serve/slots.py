@@ -8,9 +8,9 @@
     chosen = slots.step()                 # the next token of every row
 
 A program costs what its shape costs: every row is computed, and all that a cache holds
-is read. So prompts run on the shortest cache that holds them, rows live in the smallest
-of a few sizes, and their caches reach as far as the longest of them needs; both change
-when that does.
+is read. So a piece of a prompt runs on the shortest cache that holds what is done by
+then, rows live in the smallest of a few sizes, and their caches reach as far as the
+longest of them needs; both change when that does.
 """
 
 import math
@@ -189,7 +189,9 @@ class Slots:
             if keeps:
                 given = (row, shaped(kept), number)
                 yield self._draft(("put", reach), self._put, *given)
-            for other in (r for r in self.reaches if r > reach):
+            for other in sorted({*self.reaches, *self._prompt_reaches}):
+                if other <= reach:
+                    continue
                 key, to = ("grow", reach, other), {"reach": other}
                 yield self._draft(key, self._grow, row, **to)
             if reach not in self.reaches:
@@ -283,8 +285,8 @@ class Slots:
           was, if asked for (an entry more than there are when the prompt ends); the
           last hidden states [tokens, D] in float32, if asked for.
         """
-        reach = self._row_for(ids)
         count = min(PIECE, len(ids) - start)
+        reach = self._row_for(start + count, begun=start > 0)
         length = _length(count, reach)
         tokens_T = np.zeros(length, np.int32)
         tokens_T[:count] = ids[start : start + count]
@@ -314,13 +316,14 @@ class Slots:
         """
         chain = prefixes.names(ids[:-1]) if self._prefixes.most else []
         found = self._prefixes.known(chain)
-        reach = self._row_for(ids)
+        held = len(found) * prefixes.BLOCK
+        reach = self._row_for(min(len(ids), held + PIECE), begun=False)
         for i, kept in enumerate(found):
             self._rows[reach] = self._run(
                 ("put", reach),
                 *(self._put, self._rows[reach], kept, np.int32(i * prefixes.BLOCK)),
             )
-        return len(found) * prefixes.BLOCK
+        return held
 
     def remember(self, ids: Sequence[int], slot: int) -> None:
         """Keeps what a slot holds of these ids, with which its row begins."""
@@ -337,13 +340,24 @@ class Slots:
                 )
         self._prefixes.put(chain, fresh)
 
-    def _row_for(self, ids: Sequence[int]) -> int:
-        """Returns the reach of the shortest cache that holds a prompt, made by then."""
-        reach = next(r for r in self._prompt_reaches if r >= len(ids))
-        if reach not in self._rows:
+    def _row_for(self, tokens: int, *, begun: bool) -> int:
+        """Returns the reach of the shortest cache for so many tokens of a prompt.
+
+        It is `_rows[reach]` then; of a prompt that has begun it holds what has run.
+        """
+        before = self._reach_of_prompt
+        reach = next(r for r in self._prompt_reaches if r >= tokens)
+        if begun and reach > before:
+            self._rows.pop(reach, None)
+            self._rows[reach] = self._grown(self._rows[before], reach)
+        elif reach not in self._rows:
             self._rows[reach] = self._bind(self._empty_row(reach))
         self._reach_of_prompt = reach
         return reach
+
+    def _grown(self, row: Cache, reach: int) -> Cache:
+        key = ("grow", row.reach, reach)
+        return self._run(key, self._grow, row, reach=reach)
 
     def join(
         self, entry: Entry, owner, length: int, mask: np.ndarray | None = None
@@ -367,8 +381,7 @@ class Slots:
             self._reach(length)
         row, reach = self._rows[self._reach_of_prompt], self._batch.reach
         if row.reach < reach:
-            key = ("grow", row.reach, reach)
-            row = self._run(key, self._grow, row, reach=reach)
+            row = self._grown(row, reach)
         self._batch, chosen = self._run(
             ("admit", len(self._owners), reach),
             self._admit,
