@@ -856,6 +856,17 @@ def test_a_model_with_rope_may_see_less_than_it_could():
         pretrained.load(GOLDEN / "gpt2", cfg)
 
 
+def test_what_yarn_multiplies_is_taken_back_by_nanochats_norms():
+    """It turns before it normalises, and we after: nothing may be multiplied."""
+    config = dict(read("nanochat"))
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}
+    config.pop("rope_scaling", None)
+    config["rope_parameters"] = {**config["rope_parameters"], **yarn}
+    (kind,) = config_json.fields(config)["pattern"]
+    found = RopeScaling(**kind["rope_scaling"])
+    assert (found.kind, found.factor, found.size) == ("yarn", 2.0, 1.0)
+
+
 def test_an_export_ends_where_the_run_does_and_has_its_template(tmp_path):
     words = tokenizers.train("byte", []).add_special(["<a>", "<b>"])
     a, b = words.specials["<a>"], words.specials["<b>"]
@@ -869,7 +880,8 @@ def test_an_export_ends_where_the_run_does_and_has_its_template(tmp_path):
     assert settings == {"eos_token_id": a, "top_k": 5}
     config = json.loads((target / "tokenizer_config.json").read_text())
     assert (config["eos_token"], config["bos_token"]) == ("<a>", "<b>")
-    assert texts.ids_of(said, run) == {"bos_token_id": b, "eos_token_id": a}
+    ids = {"bos_token_id": b, "eos_token_id": a, "pad_token_id": None}
+    assert texts.ids_of(said, run) == ids  # absent is what a family's first model had
     talk = [chat.Message("user", "Hi <a>"), chat.Message("assistant", "Ho")]
     template = chat.template_of(target)
     assert template

@@ -215,7 +215,7 @@ def test_a_text_can_be_stopped_and_asked_for_again(page, live, monkeypatch):
     settings(page, max_tokens=2000, temperature=1)
     send(page, "Once")
     expect(page.locator("#stop")).to_be_enabled()
-    page.wait_for_function("document.querySelector('.assistant > div').textContent")
+    expect(page.locator(".assistant > div").first).not_to_be_empty()
     page.click("#stop")
     expect(page.locator("#status")).to_have_text("Stopped.")
     go_on.set()
@@ -323,7 +323,7 @@ def test_copy_copies_the_text_as_the_model_wrote_it(desk):
     settings(desk, temperature=0, max_tokens=30)
     say(desk, "Hello")
     desk.locator(".turn.assistant").get_by_role("button", name="Copy").click()
-    desk.wait_for_function("document.body.textContent.includes('Copied')")
+    expect(desk.locator("body")).to_contain_text("Copied")
     wanted = texts(desk)[-1][1].replace("\r\n", "\n")
     assert desk.evaluate("navigator.clipboard.readText()") == wanted
 

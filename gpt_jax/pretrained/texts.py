@@ -95,10 +95,17 @@ def ends_of(tokenizer: Tokenizer, run: Path) -> list[int]:
 
 
 def ids_of(tokenizer: Tokenizer, run: Path) -> dict[str, int | list[int] | None]:
-    """Returns the keys of special tokens that a config.json has."""
-    said, ends = tokenizer.special, ends_of(tokenizer, run)
-    found = {"bos_token_id": said.bos if said else None, "eos_token_id": one(ends)}
-    return found | ({"pad_token_id": said.pad} if said and said.pad is not None else {})
+    """Returns the keys of special tokens that a config.json has.
+
+    Each is there: where one is absent, transformers takes that of the family's first
+    model, which this vocabulary may not even have.
+    """
+    said = tokenizer.special
+    return {
+        "bos_token_id": said.bos if said else None,
+        "eos_token_id": one(ends_of(tokenizer, run)),
+        "pad_token_id": said.pad if said else None,
+    }
 
 
 def one(ids: list[int]) -> int | list[int] | None:

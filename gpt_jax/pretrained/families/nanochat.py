@@ -1,9 +1,10 @@
 """nanochat: squared ReLU, norms without weights, soft-capped logits."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from gpt_jax.model import GPTConfig
+from gpt_jax.model import GPTConfig, LayerKind
 from gpt_jax.pretrained import options
 from gpt_jax.pretrained.families import llama
 from gpt_jax.pretrained.families.family import ENDS, ROTARY, SIZES, block
@@ -13,8 +14,12 @@ from gpt_jax.pretrained.layouts import LINEAR, SWAPPED, SWAPPED_VECTOR, VECTOR
 
 def _read_nanochat(config: Mapping) -> dict[str, Any]:
     cap = config.get("final_logit_softcapping", 15.0)
+    base, scaling = options.rope(config)
+    if scaling is not None and scaling.size != 1:  # its norms take lengths back
+        scaling = replace(scaling, attention_factor=1.0)
     return {
         **llama.read(config),
+        **options.pattern([LayerKind(0, base, scaling)]),
         "activation": options.activation(config.get("hidden_act") or "relu2"),
         "logit_softcap": cap or 0.0,
     }
