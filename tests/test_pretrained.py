@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from configs import common
 from gpt_jax import chat, model, pretrained, sample, sampling, tokenizers
-from gpt_jax.model import GPT, GPTConfig, architecture
+from gpt_jax.model import GPT, GPTConfig, RopeScaling, architecture
 from gpt_jax.pretrained import (
     config_json,
     families,
