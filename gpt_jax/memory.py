@@ -1,9 +1,8 @@
 """How much memory a process may still take, where a container or a job limits it.
 
-What would need more is refused before it is compiled or read (`check`).
-
 The machine's own figure says nothing there: a process that takes more than its control
-group may is killed, and nobody tells it why.
+group may is killed, and nobody tells it why. So what would need more is refused before
+it is compiled or read, in one sentence (`too_large`).
 """
 
 import contextlib
@@ -52,16 +51,15 @@ def of_device(device: Any) -> float:
     return of_process()
 
 
-def check(what: str, need: float, free: float, cure: str) -> None:
-    """Raises ValueError, one sentence, if `need` bytes are more than are free.
+def too_large(what: str, free: float, cure: str) -> ValueError:
+    """Returns the error, one sentence, of what needs more bytes than are free.
 
     Args:
-      what: that takes so much, the beginning of the sentence.
-      need, free: bytes.
-      cure: what would fit, the end of the sentence.
+      what: that, and how many it needs.
+      free: bytes.
+      cure: what would fit.
     """
-    if need > free:
-        raise ValueError(f"{what}; {size(max(0.0, free))} are free; {cure}")
+    return ValueError(f"{what}; {size(max(0.0, free))} are free; {cure}")
 
 
 def _groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:

@@ -76,19 +76,20 @@ def load(
 
     Raises:
       ValueError: a file or a tensor is damaged, absent, unknown, of another shape, or
-        holds NaN or Inf.
+        holds NaN or Inf; or the weights are more than the free memory.
     """
     family = config_json.of_config(config)
     plan = _plan(family, cfg, tensors, folder)
     dtype = jnp.dtype(cfg.param_dtype)
     padding = cfg.vocab_rows - cfg.vocab_size
     need = sum(math.prod(source.weight.shape) for source in plan) * dtype.itemsize
-    memory.check(
-        f"{folder} holds {screen.size(need)} of weights in {dtype}",
-        need,
-        memory.of_process() if place else memory.of_device(jax.devices()[0]),
-        "bfloat16 takes half of float32; or import it where there is more memory",
-    )
+    free = memory.of_process() if place else memory.of_device(jax.devices()[0])
+    if need > free:
+        raise memory.too_large(
+            f"{folder} holds {screen.size(need)} of weights in {dtype}",
+            free,
+            "bfloat16 takes half of float32; or import it where there is more memory",
+        )
     put = place or (lambda path, array: jax.device_put(array))
     weights = {}
     for source in shown(sorted(plan, key=lambda s: -math.prod(s.weight.shape))):

@@ -86,8 +86,7 @@ def check(
         flags = f"--batches={','.join(map(str, fewer))} --context={shorter}"
         smaller = _shortened(cfg, params, shorter, fewer).total + plan.prefixes
         cure = f"{flags} needs {size(smaller)}"
-    memory.check(f"serving this needs {plan.told()}", plan.total, free, cure)
-    return plan
+    raise memory.too_large(f"serving this needs {plan.told()}", free, cure)
 
 
 def _fitting(

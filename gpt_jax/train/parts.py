@@ -118,15 +118,16 @@ def check_memory(parts: Parts) -> None:
     weights = share * sum(map(held, (state.params, state.frozen, state.ema)))
     gradients, moments = share * held(state.params), share * held(state.opt_state)
     need, free = weights + gradients + moments, memory.of_device(here[0])
-    memory.check(
-        f"training this model needs {screen.size(need)} in any batch "
-        f"({screen.size(weights)} for weights, {screen.size(gradients)} for gradients, "
-        f"{screen.size(moments)} for the optimizer)",
-        need,
-        free,
-        f"about {max(0, free) / need:.0%} of its parameters would fit, or an adapter "
-        "that trains few (config.adapter), or more devices that share them (mesh.fsdp)",
-    )
+    if need > free:
+        raise memory.too_large(
+            f"training this model needs {screen.size(need)} in any batch "
+            f"({screen.size(weights)} for weights, {screen.size(gradients)} for "
+            f"gradients, {screen.size(moments)} for the optimizer)",
+            free,
+            f"about {max(0, free) / need:.0%} of its parameters would fit, or an "
+            "adapter that trains few (config.adapter), or more devices that share "
+            "them (mesh.fsdp)",
+        )
 
 
 def make_parts(config: Options, task: tasks.Task, strategy: sharding.Strategy) -> Parts:
