@@ -51,6 +51,7 @@ SEED = flags.DEFINE_integer("seed", 1337, "Another seed gives other answers.")
 STEP = flags.DEFINE_string(
     "step", "", "Checkpoint: best, newest, a step number; empty = best, else newest."
 )
+BITS = door.define_bits()
 
 HISTORY = "~/.cache/gpt_jax/chat_history"  # what was typed, for this user alone
 KEPT = 1000  # lines of it
@@ -101,7 +102,7 @@ def begin(folder: str, step: int | str | None, given: dict, messages: list) -> T
     from gpt_jax import chat, commands, generation, programs, runs, sample
 
     own = generation.of(folder)  # before the weights are read
-    run = runs.open(folder, step=step)
+    run = runs.open(folder, step=step, bits=BITS.value)
     if run.classes:
         raise ValueError(
             f"{folder} sorts texts into classes and writes none; use it with "

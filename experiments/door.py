@@ -191,6 +191,26 @@ class _Paths(flags.ListParser):
         return [_Path().parse(word) for word in super().parse(argument)]
 
 
+def define_bits():
+    """Defines `--bits`, whose value is that of `runs.open`."""
+    return flags.DEFINE(
+        _Bits(),
+        "bits",
+        0,
+        "Read weights rounded to so many bits, 8 or 4: on a CPU texts come sooner and "
+        "take less memory, and fit a little worse (experiments.evaluate --text says "
+        "how much); 0 = as they are.",
+        serializer=flags.ArgumentSerializer(),
+    )
+
+
+class _Bits(flags.ArgumentParser):
+    def parse(self, argument: str | int) -> int:
+        if str(argument) not in ("0", "8", "4"):
+            raise ValueError(f"{argument} bits: 8, 4, or 0 for the weights as they are")
+        return int(argument)
+
+
 def define_sampling() -> dict[str, Any]:
     """Defines a flag for each way to choose tokens, which is None where not given."""
     define = {float: flags.DEFINE_float, int: flags.DEFINE_integer}

@@ -43,6 +43,7 @@ STEP = flags.DEFINE_string(
 WEIGHTS = flags.DEFINE_enum(
     "weights", "", ["", "params", "ema"], "Which weights; empty = ema where kept."
 )
+BITS = door.define_bits()
 SEED = flags.DEFINE_integer("seed", 1337, "Of sampling and of the intervals.")
 
 TEXT = door.define_path("text", "", "A file, a corpus, or val.")
@@ -164,9 +165,12 @@ def _opened():
     """Yields the runs one after the other, with their names."""
     from gpt_jax import commands, programs, runs, sharding
 
-    sharding.set_cpu_devices(64, data=-1, fsdp=1, tensor=1, cpu_devices=0)
+    # What multiplies weights of few bits takes all cores by itself.
+    one = 1 if BITS.value else 0
+    sharding.set_cpu_devices(64, data=-1, fsdp=1, tensor=1, cpu_devices=one)
+    which = {"step": door.step(STEP.value), "weights": WEIGHTS.value}
     for folder in RUN.value:
-        run = runs.open(folder, step=door.step(STEP.value), weights=WEIGHTS.value)
+        run = runs.open(folder, **which, bits=BITS.value)
         if run.model.cfg.n_classes:
             raise ValueError(
                 f"{folder} sorts texts into classes: {commands.typed('classify')}"

@@ -52,6 +52,7 @@ STEP = flags.DEFINE_string(
 WEIGHTS = flags.DEFINE_enum(
     "weights", "", ["", "params", "ema"], "Which weights; empty = ema where kept."
 )
+BITS = door.define_bits()
 
 GOES_ON = "--beyond_context goes on when the context is full"
 
@@ -74,7 +75,7 @@ def main(_: list[str]) -> None:
     settings = sampling.settings(MAX_NEW_TOKENS.value, **{**found.settings, **given})
     if found.told:
         print(f"[{found.told}]", file=sys.stderr)
-    run = runs.open(RUN.value, step=step, weights=WEIGHTS.value)
+    run = runs.open(RUN.value, step=step, weights=WEIGHTS.value, bits=BITS.value)
     programs.use_cache(run.config.compile_cache)
     for prompt in prompts:
         if told := sample.advice(prompt, run.tokenizer):

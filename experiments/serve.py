@@ -77,6 +77,7 @@ STEP = flags.DEFINE_string(
 WEIGHTS = flags.DEFINE_enum(
     "weights", "", ["", "params", "ema"], "Which weights; empty = ema where kept."
 )
+BITS = door.define_bits()
 
 
 def main(_: list[str]) -> None:
@@ -95,6 +96,7 @@ def main(_: list[str]) -> None:
         paths,
         step=step,
         weights=WEIGHTS.value,
+        bits=BITS.value,
         sizes=sizes,
         queue=QUEUE.value,
         context=CONTEXT.value,

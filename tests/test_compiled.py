@@ -208,6 +208,11 @@ def test_without_the_compiler_one_sentence_says_what_installs_it(name, extra):
 def test_a_refusal_for_size_is_read_and_another_is_told():
     message = "RESOURCE_EXHAUSTED: Used 20.5G of 15.75G hbm. Exceeded by 4.75G."
     assert dry.refusal("x", message) == {"needs": 20.5 * 2**30, "has": 15.75 * 2**30}
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for "
+        "HLO temporaries (16.45G) exceeds available HBM (15.75G)."
+    )
+    assert dry.refusal("x", message) == {"needs": 16.45 * 2**30, "has": 15.75 * 2**30}
     with pytest.raises(ValueError, match="does not compile x: INTERNAL: no"):
         dry.refusal("x", "INTERNAL: no\nmore")
 

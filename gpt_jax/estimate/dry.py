@@ -36,7 +36,11 @@ TRAIN = "train step"
 PROMPT = 512  # tokens of the prompts whose prefill is compiled, at most
 MANY = 2**31  # examples: more than a batch of an evaluation holds
 # How XLA says that a program does not fit, where it refuses one.
-EXHAUSTED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)")
+# XLA says what a program needs and what there is: in all, or of temporaries alone.
+EXHAUSTED = re.compile(
+    r"(?:Used |HLO temporaries \()([\d.]+)([KMGT]?)"
+    r"(?: of |\) exceeds available HBM \()([\d.]+)([KMGT]?)"
+)
 
 
 class Draft(NamedTuple):
@@ -182,13 +186,17 @@ def build(
 
 
 def of_trace(jaxpr: Any) -> dict[str, Any]:
-    """Returns the FLOPs of a trace's products by dtype, and of wide ones by place."""
+    """Returns the FLOPs of a trace's products by dtype, and of wide ones by place.
+
+    What all layers have is one place.
+    """
     by_dtype: dict[str, float] = {}
     wide: dict[str, float] = {}
     for one in programs.products(jaxpr):
         by_dtype[one.dtype] = by_dtype.get(one.dtype, 0.0) + one.flops
         if one.dtype == "float32":
-            wide[one.where] = wide.get(one.where, 0.0) + one.flops
+            where = re.sub(r"\bblock_\d+\b", "block", one.where)
+            wide[where] = wide.get(where, 0.0) + one.flops
     return {"products": by_dtype, "float32": wide}
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from gpt_jax import attention, rope, weights
+from gpt_jax import attention, quantised, rope, weights
 from gpt_jax.attention import Sight
 from gpt_jax.dropout import Drop, drop
 from gpt_jax.mesh import EXAMPLES, constrained
@@ -104,11 +104,21 @@ def _kernel(module, reads: tuple[str, ...], gives: tuple[str, ...], **how) -> An
     return _weight(module, "kernel", reads + gives, **how).reshape(fan_in, -1)
 
 
+def _few_bits(module) -> quantised.Quantised | None:
+    """Returns the matrix that stands in the place of a layer's own, where one does."""
+    if module.has_variable("params", quantised.LEAF):
+        return module.get_variable("params", quantised.LEAF)
+    return None
+
+
 def _product(module, x_ND, kernel: Callable[[], Any], dtype=None):
     """Returns x @ kernel [N, F], as numbers of `dtype`.
 
-    The kernel lies as it is stored, or as [F, D] where `for_one_row` turned it.
+    The kernel lies as it is stored, or as [F, D] where `for_one_row` turned it, or has
+    few bits.
     """
+    if (few := _few_bits(module)) is not None:
+        return quantised.product(x_ND, few).astype(dtype or x_ND.dtype)
     if module.has_variable("params", "transposed"):
         kernel_FD = module.get_variable("params", "transposed").astype(x_ND.dtype)
         return jnp.einsum("ND,FD->NF", x_ND, kernel_FD, preferred_element_type=dtype)
@@ -300,11 +310,15 @@ class Embed(nn.Module):
     cfg: GPTConfig
 
     def setup(self):
-        self.embedding = _weight(
-            self, "embedding", (self.rows, "embed"), draw="embedding"
-        )
+        self.few = _few_bits(self)
+        if self.few is None:
+            self.embedding = _weight(
+                self, "embedding", (self.rows, "embed"), draw="embedding"
+            )
 
     def __call__(self, index):
+        if self.few is not None:
+            return quantised.rows(self.few, index).astype(self.cfg.dtype)
         # Cast after the look-up: gradients of one row then add up in float32.
         # Gathered over its width: the rows that are looked up come whole.
         split = "tensor" if self.rows == "vocab" else None
@@ -313,6 +327,9 @@ class Embed(nn.Module):
 
     def attend(self, x):
         """Returns float32 x @ embedding.T."""
+        if self.few is not None:
+            y = quantised.product(x.reshape(-1, x.shape[-1]), self.few)
+            return y.reshape(*x.shape[:-1], -1)
         table_VD = self.embedding.astype(self.cfg.dtype)
         return jnp.einsum(
             "...D,VD->...V", x, table_VD, preferred_element_type=jnp.float32

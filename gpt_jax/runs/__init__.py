@@ -28,9 +28,9 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from gpt_jax import adapters, files, stores, tokenizers
+from gpt_jax import adapters, files, quantised, stores, tokenizers
 from gpt_jax.checkpoint import Checkpoints, Damaged
-from gpt_jax.model import GPT, GPTConfig, unstack
+from gpt_jax.model import GPT, GPTConfig, declared, unstack
 from gpt_jax.model import count as parameters
 from gpt_jax.runs.config import (
     OF_TEXT,
@@ -115,6 +115,7 @@ def open(
     step: int | str | None = None,
     weights: str = "",
     merge: bool = True,
+    bits: int = 0,
 ) -> Run:
     """Returns a run ready for use, whatever devices it was trained on.
 
@@ -128,6 +129,8 @@ def open(
         or a reference).
       merge: whether what an adapter has learnt is added into the kernels, or stays
         beside them, which are then those of the base.
+      bits: of the numbers that every token reads, 8 or 4, to write texts with; 0 = as
+        they are.
 
     Raises:
       ValueError: this is not a run, or the checkpoint is damaged or lacks `weights`.
@@ -151,7 +154,8 @@ def open(
     if started:
         params = _base(frozen, params, folder)
     model = GPT(_unscanned(cfg))
-    return Run(folder, config, tokenizer, model, unstack(params, cfg), found, classes)
+    params = quantised.weights(unstack(params, cfg), declared(model.cfg), bits=bits)
+    return Run(folder, config, tokenizer, model, params, found, classes)
 
 
 def model_config(

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gpt_jax import memory, mesh
+from gpt_jax import memory, mesh, quantised
 from gpt_jax.model import GPT, GPTConfig, declared, init_cache
 from gpt_jax.screen import size
 from gpt_jax.serve import slots
@@ -65,7 +65,9 @@ def of(cfg: GPTConfig, params: Any, sizes: Sequence[int], prefixes: int = 0) -> 
     moved = moved if len(sizes) > 1 else 0  # one size alone never moves
     kernels = sum(x.nbytes for x in jax.tree.leaves(params))
     copies = kernels if sizes[0] == 1 and mesh.platform() == "cpu" else 0
-    if cfg.dtype != cfg.param_dtype:
+    if quantised.are(params):  # they lie one way, whatever reads them
+        copies = 0
+    elif cfg.dtype != cfg.param_dtype:
         copies += kernels * jnp.dtype(cfg.dtype).itemsize // _width(cfg.param_dtype)
     prompts = sum(_cache_bytes(cfg, 1, reach) for reach in reaches)
     prefixes = prefixes if len(sizes) > 1 else 0
@@ -137,7 +139,7 @@ def shortened(model: GPT, params: Any, context: int) -> tuple[GPT, Any]:
     known = declared(cfg)
 
     def cut(path, leaf):
-        name = "/".join(key.key for key in path)
+        name = "/".join(str(getattr(key, "key", key)) for key in path)
         axes = known[name].axes if name in known else ()
         if "position" not in axes:
             return leaf

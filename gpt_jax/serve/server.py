@@ -100,6 +100,7 @@ def open_runs(
     sizes: Sequence[int],
     queue: int,
     context: int = 0,
+    bits: int = 0,
     prefix_bytes: int = 0,
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Served]:
@@ -111,7 +112,7 @@ def open_runs(
 
     Args:
       paths: run folders by name.
-      step, weights: as in `runs.open`.
+      step, weights, bits: as in `runs.open`.
       sizes, queue, prefix_bytes: as in `Engine`.
       context: tokens of a text at most, the prompt's too; 0 = the model's own.
       tell: is told what memory each will need.
@@ -124,7 +125,7 @@ def open_runs(
     programs = Programs()
     served, alone, planned = {}, len(paths) == 1, 0.0  # bytes of those before
     for name, path in paths.items():
-        run = runs.open(path, step=step, weights=weights, merge=alone)
+        run = runs.open(path, step=step, weights=weights, merge=alone, bits=bits)
         if run.model.cfg.n_classes:
             raise ValueError(
                 f"{path} sorts texts into classes and cannot write; use "

@@ -1,0 +1,317 @@
+"""Weights of few bits: what they hold, what multiplies them, what they write."""
+
+import ctypes
+import platform
+import shutil
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from gpt_jax import files, model, quantised, sample, sampling, tokenizers
+from gpt_jax.model import GPT
+from gpt_jax.quantised import kernel
+from tests import tiny
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, kernel.COMPILERS)), reason="needs a C++ compiler"
+)
+TYPES = {8: gguf.GGMLQuantizationType.Q8_0, 4: gguf.GGMLQuantizationType.Q4_1}
+
+
+def matrix(F: int, D: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(F, D)).astype(np.float32)
+
+
+def back(few) -> np.ndarray:
+    return np.asarray(quantised.rows(few, jnp.arange(few.shape[0])))
+
+
+def rounded(matrix_FD, bits: int):
+    return quantised._rounded(jnp.asarray(matrix_FD), bits)
+
+
+def ggml(x_FD, bits: int) -> np.ndarray:
+    return gguf.dequantize(gguf.quantize(x_FD, TYPES[bits]), TYPES[bits])
+
+
+@pytest.mark.parametrize("bits", quantised.BITS)
+def test_weights_of_a_gguf_file_lose_nothing(bits):
+    stored = ggml(matrix(48, 96), bits)
+    assert np.array_equal(back(rounded(stored, bits)), stored)
+
+
+@pytest.mark.parametrize("bits", quantised.BITS)
+def test_others_are_rounded_as_well_as_ggml_does(bits):
+    x_FD = matrix(64, 256)
+    ours, theirs = back(rounded(x_FD, bits)), ggml(x_FD, bits)
+    assert (
+        ours == theirs
+    ).mean() >= 0.95  # they take codes before the scale is rounded
+    assert np.square(ours - x_FD).sum() <= np.square(theirs - x_FD).sum()
+
+
+@pytest.mark.parametrize("bits", quantised.BITS)
+@pytest.mark.parametrize(("F", "D"), [(1, 1), (16, 32), (33, 70), (100, 257)])
+def test_any_shape_is_rounded_within_half_a_step(bits, F, D):
+    x_FD = matrix(F, D)
+    few = rounded(x_FD, bits)
+    assert few.shape == (F, D) and few.bits == bits and back(few).shape == (F, D)
+    for g in range(0, D, 32):
+        part, found = x_FD[:, g : g + 32], back(few)[:, g : g + 32]
+        spread = np.abs(part).max(1) / 127
+        if bits == 4:  # filled up with zeros, which may be the least or the most
+            full = np.pad(part, ((0, 0), (0, 32 - part.shape[1])))
+            spread = (full.max(1) - full.min(1)) / 15
+        # float16 holds a scale and an offset to a part in 2,048.
+        slack = np.abs(part).max(1) * 2e-3
+        assert (np.abs(found - part) <= (spread / 2 + slack)[:, None]).all()
+
+
+def test_rows_of_zeros_stay_zeros():
+    for bits in quantised.BITS:
+        assert not back(rounded(np.zeros((3, 40), np.float32), bits)).any()
+
+
+# --- the kernel -----------------------------------------------------------------------
+
+
+def by_hand(few, x_ND) -> np.ndarray:
+    x_ND = np.asarray(quantised.in_eight_bits(jnp.asarray(x_ND)), np.float64)
+    return x_ND @ back(few).astype(np.float64).T
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", quantised.BITS)
+@pytest.mark.parametrize(("F", "D"), [(1, 1), (16, 32), (33, 70), (500, 257)])
+@pytest.mark.parametrize("N", [1, 2, 5, 19])
+def test_the_kernel_multiplies_as_numpy_does(bits, F, D, N):
+    assert kernel.ready()
+    few, x_ND = rounded(matrix(F, D), bits), matrix(N, D, seed=1)
+    found, wanted = (
+        np.asarray(jax.jit(quantised.product)(x_ND, few)),
+        by_hand(few, x_ND),
+    )
+    assert found.shape == (N, F)
+    assert np.abs(found - wanted).max() <= 2e-6 * max(1.0, np.abs(wanted).max())
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86 compilers")
+@pytest.mark.parametrize("machine", ["-march=x86-64", "-march=haswell"])
+def test_it_does_on_older_processors(machine, monkeypatch, tmp_path):
+    if machine == "-march=haswell" and "avx2" not in files.cpu():
+        pytest.skip("this processor lacks AVX2")
+    monkeypatch.setattr(kernel, "MACHINES", (machine,))
+    monkeypatch.setattr(kernel, "FOLDER", str(tmp_path))
+    found = getattr(ctypes.cdll.LoadLibrary(str(kernel._built())), kernel.TARGET)
+    target = f"{kernel.TARGET}{machine}"
+    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(found), platform="cpu")
+    monkeypatch.setattr(kernel, "ready", lambda: True)
+    monkeypatch.setattr(kernel, "TARGET", target)
+    for bits in quantised.BITS:
+        for N in (1, 5):
+            few, x_ND = rounded(matrix(33, 70), bits), matrix(N, 70, seed=1)
+            assert np.allclose(
+                quantised.product(x_ND, few), by_hand(few, x_ND), atol=1e-4
+            )
+
+
+def test_a_row_is_rounded_to_the_nearest_of_255_numbers():
+    x_ND = matrix(4, 70)
+    found = np.asarray(quantised.in_eight_bits(jnp.asarray(x_ND)))
+    for g in range(0, 70, 32):
+        part = x_ND[:, g : g + 32]
+        step = np.abs(part).max(1, keepdims=True) / np.float32(127)
+        assert np.allclose(found[:, g : g + 32], np.rint(part / step) * step, rtol=1e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", quantised.BITS)
+def test_no_row_depends_on_another_to_the_bit(bits):
+    few, x_ND = rounded(matrix(80, 96), bits), matrix(29, 96, seed=1)
+    product = jax.jit(quantised.product)
+    together = np.asarray(product(x_ND, few))
+    for n in (1, 2, 3, 7, 8, 13):
+        alone = np.concatenate([product(x_ND[i : i + n], few) for i in range(0, 29, n)])
+        assert np.array_equal(alone, together), n
+
+
+@needs_compiler
+def test_what_is_not_finite_stays_so_in_its_own_row():
+    x_ND = matrix(3, 64)
+    x_ND[1, 5] = np.nan
+    few = rounded(matrix(20, 64), 8)
+    found = np.asarray(quantised.product(x_ND, few))
+    assert np.isnan(found[1]).all() and np.isfinite(found[[0, 2]]).all()
+    x_ND[1, 5] = np.inf
+    assert not np.isfinite(np.asarray(quantised.product(x_ND, few))[1]).any()
+
+
+@needs_compiler
+def test_many_threads_at_once_get_their_own_products():
+    from concurrent.futures import ThreadPoolExecutor
+
+    few = rounded(matrix(700, 320), 4)
+    product = jax.jit(quantised.product)
+    inputs = [matrix(1 + i % 3, 320, seed=i) for i in range(24)]
+    wanted = [np.asarray(product(x_ND, few)) for x_ND in inputs]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda x_ND: np.asarray(product(x_ND, few)), inputs * 4))
+    for i, got in enumerate(found):
+        assert np.array_equal(got, wanted[i % 24])
+
+
+def test_without_a_compiler_jax_multiplies_and_says_so(monkeypatch, tmp_path, caplog):
+    few, x_ND = rounded(matrix(33, 70), 4), matrix(3, 70, seed=1)
+    wanted = np.asarray(quantised.product(x_ND, few))
+    monkeypatch.setattr(kernel, "FOLDER", str(tmp_path / "kernels"))
+    monkeypatch.setattr(kernel, "COMPILERS", ("no-such-compiler",))
+    kernel.ready.cache_clear()
+    try:
+        found = np.asarray(quantised.product(x_ND, few))
+        assert "no C++ compiler was found (no-such-compiler)" in caplog.text
+        assert len(caplog.records) == 1
+        np.asarray(quantised.product(x_ND, few))
+        assert len(caplog.records) == 1
+    finally:
+        kernel.ready.cache_clear()
+    assert np.allclose(found, wanted, atol=1e-5)
+
+
+@needs_compiler
+def test_the_library_is_kept_for_its_user_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(kernel, "FOLDER", str(tmp_path / "a" / "kernels"))
+    path = kernel._built()
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    before = path.stat().st_mtime_ns
+    assert kernel._built() == path and path.stat().st_mtime_ns == before
+    path.parent.chmod(0o777)
+    with pytest.raises(ValueError, match=r"can be written to by others .*chmod 700"):
+        kernel._built()
+
+
+# --- models ---------------------------------------------------------------------------
+
+KINDS = {
+    "tied": {"tie_embeddings": True},
+    "own head": {"tie_embeddings": False, "head_bias": True},
+    "llama": {
+        **{"position": "rope", "norm": "rmsnorm", "gated": True, "activation": "silu"},
+        **{"n_kv_heads": 2, "attn_bias": False, "mlp_bias": False, "qkv_bias": False},
+    },
+}
+
+
+def gpt(kind: str = "tied", **changes) -> tuple[GPT, dict]:
+    cfg = tiny.cfg(
+        **{"context_length": 32, "vocab_size": 128}, **KINDS[kind], **changes
+    )
+    return GPT(cfg), jax.tree.map(lambda x: 4 * x, model.init(cfg, jax.random.key(3)))
+
+
+def few_bits(made: tuple[GPT, dict], bits: int) -> dict:
+    return quantised.weights(made[1], model.declared(made[0].cfg), bits=bits)
+
+
+def plain(params: dict) -> dict:
+    """Returns weights of few bits as plain ones that hold the same numbers."""
+    flat = {}
+    for path, leaf in flatten_dict(params, sep="/").items():
+        layer = path.rpartition("/")[0]
+        if isinstance(leaf, quantised.Quantised):
+            table = layer == "embed"
+            leaf = jnp.asarray(back(leaf) if table else back(leaf).T)
+            path = f"{layer}/{'embedding' if table else 'kernel'}"
+        flat[path] = leaf
+    return unflatten_dict(flat, sep="/")
+
+
+def shaped(params: dict, like: dict) -> dict:
+    return jax.tree.map(lambda x, y: x.reshape(y.shape), params, like)
+
+
+@pytest.mark.parametrize("bits", quantised.BITS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_of_few_bits_is_the_model_of_those_numbers(kind, bits):
+    made = gpt(kind)
+    few = few_bits(made, bits)
+    same = shaped(plain(few), made[1])
+    ids_BT = np.random.default_rng(0).integers(0, 128, (3, 20))
+
+    def logits(params):
+        x_BTD = model.hidden(made[0], params, ids_BT).x_BTD
+        return np.asarray(model.logits(made[0], params, x_BTD))
+
+    found, wanted, before = map(logits, (few, same, made[1]))
+    # What is left is that activations have eight bits.
+    assert np.abs(found - wanted).max() <= 0.05 * np.abs(wanted).max()
+    assert np.abs(wanted - before).max() > 0
+    heavy = jax.tree.leaves(few["block_0"])
+    assert sum(x.nbytes for x in heavy) <= 0.4 * sum(
+        x.nbytes for x in jax.tree.leaves(made[1]["block_0"])
+    )
+
+
+def test_the_head_keeps_eight_bits_and_norms_stay():
+    for kind in KINDS:
+        made = gpt(kind)
+        few = few_bits(made, 4)
+        head = few["embed" if kind != "own head" else "head"][quantised.LEAF]
+        assert head.bits == 8
+        assert few["block_0"]["mlp"]["up"][quantised.LEAF].bits == 4
+        assert few["final_norm"] is not None
+        assert same_bits(few["block_0"]["norm1"], made[1]["block_0"]["norm1"])
+    assert "embedding" in few_bits(gpt("own head"), 8)["embed"]  # is only looked up in
+
+
+def same_bits(a, b) -> bool:
+    return all(
+        np.array_equal(x, y)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+def test_no_bits_are_the_weights_themselves_and_others_are_refused():
+    made = gpt()
+    assert few_bits(made, 0) is made[1]
+    with pytest.raises(ValueError, match=r"bits.*5.*8"):
+        few_bits(made, 5)
+
+
+TOKENIZER = tokenizers.train("byte", ["x"])
+
+
+def texts(made, params, prompts, **options):
+    settings = sampling.settings(12, **{**sampling.OFF, "temperature": 0.0})
+    done = sample.texts(
+        **{"model": made[0], "params": params, "tokenizer": TOKENIZER, "count": 1},
+        **{"prompts": prompts, "seed": 0, "stop": []},
+        **{**settings, **options},
+    )
+    return [completion.ids for completion in done]
+
+
+PROMPTS = [[1, 2, 3], [5, 6, 5, 6, 5], [9] * 9]
+
+
+@pytest.mark.parametrize("bits", quantised.BITS)
+def test_texts_are_the_same_alone_together_and_guessed(bits):
+    made = gpt("llama", vocab_multiple=1)
+    few = few_bits(made, bits)
+    together = texts(made, few, PROMPTS)
+    assert [texts(made, few, [prompt])[0] for prompt in PROMPTS] == together
+    assert texts(made, few, PROMPTS, lookup=4) == together
+    assert len({*map(tuple, together)}) == 3
+
+
+def test_a_laid_out_tree_of_few_bits_stays_as_it_is():
+    made = gpt()
+    few = few_bits(made, 8)
+    for rows in (1, 8):
+        again = sample.laid_out(made[0], few, rows=rows)[1]
+        assert jax.tree.structure(again) == jax.tree.structure(few)
+    assert quantised.are(few) and not quantised.are(made[1])
