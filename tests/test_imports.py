@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     "names settings options sampling files screen devices weights mesh commands "
     "configs",
-    "memory plaintext stores paths downloads special rope dropout quantised",
+    "memory plaintext stores paths downloads special rope dropout native quantised",
     "model attention tokenizers chat rows corpora data losses adapters optimizer "
     "sharding programs processes checkpoint metrics seeds signals criterion "
     "sequential pace generation",
@@ -31,6 +31,7 @@ SIDEWAYS = {
     ("commands", "names"),
     ("configs", "commands"),
     ("model", "attention"),
+    ("quantised", "native"),
     ("checkpoint", "processes"),
     ("corpora", "rows"),
     ("train", "step"),

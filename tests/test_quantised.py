@@ -1,8 +1,10 @@
 """Weights of few bits: what they hold, what multiplies them, what they write."""
 
-import ctypes
 import platform
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import gguf
 import jax
@@ -11,13 +13,13 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gpt_jax import files, model, quantised, sample, sampling, tokenizers
+from gpt_jax import files, model, native, quantised, runs, sample, sampling, tokenizers
 from gpt_jax.model import GPT
-from gpt_jax.quantised import kernel
-from tests import tiny
+from gpt_jax.serve import plan, server
+from tests import serving, tiny
 
 needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, kernel.COMPILERS)), reason="needs a C++ compiler"
+    not any(map(shutil.which, native.COMPILERS)), reason="needs a C++ compiler"
 )
 TYPES = {8: gguf.GGMLQuantizationType.Q8_0, 4: gguf.GGMLQuantizationType.Q4_1}
 
@@ -89,7 +91,7 @@ def by_hand(few, x_ND) -> np.ndarray:
 @pytest.mark.parametrize(("F", "D"), [(1, 1), (16, 32), (33, 70), (500, 257)])
 @pytest.mark.parametrize("N", [1, 2, 5, 19])
 def test_the_kernel_multiplies_as_numpy_does(bits, F, D, N):
-    assert kernel.ready()
+    assert native.ready()
     few, x_ND = rounded(matrix(F, D), bits), matrix(N, D, seed=1)
     found, wanted = (
         np.asarray(jax.jit(quantised.product)(x_ND, few)),
@@ -105,13 +107,15 @@ def test_the_kernel_multiplies_as_numpy_does(bits, F, D, N):
 def test_it_does_on_older_processors(machine, monkeypatch, tmp_path):
     if machine == "-march=haswell" and "avx2" not in files.cpu():
         pytest.skip("this processor lacks AVX2")
-    monkeypatch.setattr(kernel, "MACHINES", (machine,))
-    monkeypatch.setattr(kernel, "FOLDER", str(tmp_path))
-    found = getattr(ctypes.cdll.LoadLibrary(str(kernel._built())), kernel.TARGET)
-    target = f"{kernel.TARGET}{machine}"
-    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(found), platform="cpu")
-    monkeypatch.setattr(kernel, "ready", lambda: True)
-    monkeypatch.setattr(kernel, "TARGET", target)
+    monkeypatch.setattr(native, "MACHINES", (machine,))
+    monkeypatch.setattr(native, "FOLDER", str(tmp_path))
+    monkeypatch.setattr(native, "PREFIX", machine)
+    native._registered.cache_clear()
+    try:
+        assert native.ready()
+    finally:
+        native._registered.cache_clear()
+    monkeypatch.setattr(native, "_registered", lambda: True)
     for bits in quantised.BITS:
         for N in (1, 5):
             few, x_ND = rounded(matrix(33, 70), bits), matrix(N, 70, seed=1)
@@ -168,9 +172,9 @@ def test_many_threads_at_once_get_their_own_products():
 def test_without_a_compiler_jax_multiplies_and_says_so(monkeypatch, tmp_path, caplog):
     few, x_ND = rounded(matrix(33, 70), 4), matrix(3, 70, seed=1)
     wanted = np.asarray(quantised.product(x_ND, few))
-    monkeypatch.setattr(kernel, "FOLDER", str(tmp_path / "kernels"))
-    monkeypatch.setattr(kernel, "COMPILERS", ("no-such-compiler",))
-    kernel.ready.cache_clear()
+    monkeypatch.setattr(native, "FOLDER", str(tmp_path / "kernels"))
+    monkeypatch.setattr(native, "COMPILERS", ("no-such-compiler",))
+    native._registered.cache_clear()
     try:
         found = np.asarray(quantised.product(x_ND, few))
         assert "no C++ compiler was found (no-such-compiler)" in caplog.text
@@ -178,20 +182,20 @@ def test_without_a_compiler_jax_multiplies_and_says_so(monkeypatch, tmp_path, ca
         np.asarray(quantised.product(x_ND, few))
         assert len(caplog.records) == 1
     finally:
-        kernel.ready.cache_clear()
+        native._registered.cache_clear()
     assert np.allclose(found, wanted, atol=1e-5)
 
 
 @needs_compiler
 def test_the_library_is_kept_for_its_user_alone(monkeypatch, tmp_path):
-    monkeypatch.setattr(kernel, "FOLDER", str(tmp_path / "a" / "kernels"))
-    path = kernel._built()
+    monkeypatch.setattr(native, "FOLDER", str(tmp_path / "a" / "kernels"))
+    path = native._built()
     assert path.parent.stat().st_mode & 0o777 == 0o700
     before = path.stat().st_mtime_ns
-    assert kernel._built() == path and path.stat().st_mtime_ns == before
+    assert native._built() == path and path.stat().st_mtime_ns == before
     path.parent.chmod(0o777)
     with pytest.raises(ValueError, match=r"can be written to by others .*chmod 700"):
-        kernel._built()
+        native._built()
 
 
 # --- models ---------------------------------------------------------------------------
@@ -315,3 +319,56 @@ def test_a_laid_out_tree_of_few_bits_stays_as_it_is():
         again = sample.laid_out(made[0], few, rows=rows)[1]
         assert jax.tree.structure(again) == jax.tree.structure(few)
     assert quantised.are(few) and not quantised.are(made[1])
+
+
+# --- runs, doors, the server ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    return serving.byte_run(tmp_path_factory.mktemp("few") / "run", context_length=64)
+
+
+def test_a_run_opened_with_bits_holds_a_third_of_the_bytes(run_folder):
+    whole, few = (runs.open(run_folder, bits=bits) for bits in (0, 8))
+    assert quantised.are(few.params) and not quantised.are(whole.params)
+    sizes = [sum(x.nbytes for x in jax.tree.leaves(r.params)) for r in (whole, few)]
+    assert sizes[1] < 0.4 * sizes[0]
+
+
+def door(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", f"experiments.{name}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_doors_take_bits_and_refuse_others(run_folder):
+    ask = ("sample", f"--run={run_folder}", "--prompt=def", "--max_new_tokens=8")
+    done = door(*ask, "--bits=4", "--temperature=0")
+    assert done.returncode == 0 and done.stdout.startswith("def"), done.stderr
+    done = door(*ask, "--bits=5")
+    assert done.returncode == 2 and "5 bits: 8, 4, or 0" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@needs_compiler
+def test_a_server_answers_with_few_bits_as_sampling_does(run_folder):
+    run = runs.open(run_folder, bits=8)
+    said = []
+    served = server.open_runs(
+        {"few": run_folder},
+        **{"step": None, "weights": "", "sizes": [1, 4], "queue": 8, "context": 32},
+        bits=8,
+        tell=said.append,
+    )
+    assert "0 B for copies of weights" in said[0]
+    short = plan.shortened(run.model, run.params, 32)
+    body = {"model": "few", "prompt": "abc", "max_tokens": 12, "temperature": 0}
+    with serving.open_server(served) as it:
+        status, answer, _ = it.ask("/v1/completions", body)
+    assert status == 200
+    (alone,) = sample.texts(
+        **{"model": short[0], "params": short[1], "tokenizer": run.tokenizer},
+        **{"prompts": ["abc"], "count": 1, "seed": 0, "stop": []},
+        **sampling.settings(12, **{**sampling.OFF, "temperature": 0.0}),
+    )
+    assert answer["choices"][0]["text"] == alone.text

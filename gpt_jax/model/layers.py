@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from gpt_jax import attention, quantised, rope, weights
+from gpt_jax import attention, native, quantised, rope, weights
 from gpt_jax.attention import Sight
 from gpt_jax.dropout import Drop, drop
 from gpt_jax.mesh import EXAMPLES, constrained
@@ -258,6 +258,12 @@ class Attention(nn.Module):
             keys_BGSK = attention.extend(past.keys_BGSK, k_BTGK, sight.query_BT)
             values_BGSK = attention.extend(past.values_BGSK, v_BTGK, sight.query_BT)
             past = Past(_by_head(keys_BGSK), _by_head(values_BGSK))
+            if self._natively(past):
+                how = {"window": kind.window, "scale": cfg.query_scale}
+                y_BTHK = native.attention(
+                    q_BTHK, *past, sight.query_BT, **how, softcap=cfg.attn_softcap
+                )
+                return self.out(y_BTHK, dropout), past
             k_BTGK, v_BTGK = (jnp.swapaxes(x, 1, 2) for x in past)
         own = None
         if dropout is not None and dropout.attn is not None:
@@ -281,6 +287,20 @@ class Attention(nn.Module):
             dropout=own,
         )
         return self.out(checkpoint_name(y_BTHK, "attn_out"), dropout), past
+
+    def _natively(self, past: Past) -> bool:
+        """Whether a kernel of ours reads the cache: beside weights of few bits it does.
+
+        Others stay with XLA, whose sums are the same on every machine.
+        """
+        own = self.query.variables.get("params", {})
+        dtype = past.keys_BGSK.dtype
+        return (
+            quantised.LEAF in own
+            and native.attends(self.cfg.head_dim, dtype)
+            and self.cfg.dtype == dtype
+            and native.ready()
+        )
 
 
 class MLP(nn.Module):

@@ -11,39 +11,20 @@
 //   scales, offsets  [F / 16, D / 32, 16]
 // N rows of x, D inputs and F outputs, both filled up.
 
-#include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <memory>
 #include <type_traits>
 #include <vector>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "shared.h"
 
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
-
+namespace gpt_jax {
 namespace {
 
-constexpr int64_t LANES = 16, GROUP = 32, QUAD = 4;
+constexpr int64_t GROUP = 32, QUAD = 4;
 constexpr int64_t BYTES = LANES * QUAD;  // of four inputs of sixteen outputs
 
-typedef float Floats __attribute__((vector_size(LANES * 4)));
-typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
 typedef uint8_t Codes __attribute__((vector_size(BYTES)));
-
-template <typename To>
-inline To load(const void* from) {
-  To value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
 
 // Sixteen numbers of half precision; left to itself, GCC converts them one by one.
 inline Floats halves(const uint16_t* from) {
@@ -181,30 +162,6 @@ void tile(const uint8_t* codes, const uint16_t* scales, const uint16_t* offsets,
     std::memcpy(out + r * outputs, &total[r], lanes * sizeof(float));
 }
 
-// Does pieces 0, 1, ... of some work, on the threads that XLA has for that.
-template <typename Do>
-void share(ffi::ThreadPool& pool, int64_t pieces, Do piece) {
-  struct Shared {
-    Do piece;
-    int64_t pieces;
-    std::atomic<int64_t> next{0}, done{0};
-    Shared(Do piece, int64_t pieces) : piece(piece), pieces(pieces) {}
-    void help() {
-      for (int64_t i; (i = next.fetch_add(1)) < pieces;) {
-        piece(i);
-        done.fetch_add(1, std::memory_order_release);
-      }
-    }
-  };
-  // A helper that comes too late finds no piece left and touches nothing else.
-  auto shared = std::make_shared<Shared>(piece, pieces);
-  const int64_t helpers = std::min(pool.num_threads(), pieces) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([shared] { shared->help(); });
-  shared->help();
-  while (shared->done.load(std::memory_order_acquire) < pieces) {
-  }
-}
-
 // Tiles of sixteen outputs, of all rows.
 template <int BITS>
 void tiles(int64_t from, int64_t to, const uint8_t* codes, const uint16_t* scales,
@@ -252,13 +209,14 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<f
 }
 
 }  // namespace
+}  // namespace gpt_jax
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt_jax_quantised_product, multiply,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::U8>>()
-                                  .Arg<ffi::Buffer<ffi::F16>>()
-                                  .Arg<ffi::Buffer<ffi::F16>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt_jax_product, gpt_jax::multiply,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::U8>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F16>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F16>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Attr<int64_t>("bits"));

@@ -4,8 +4,8 @@ A CPU writes a token about as fast as it reads the weights. 32 weights of one ou
 share a scale, and with four bits an offset, in float16: the numbers of ggml's Q8_0 and
 Q4_1, of which files in GGUF are made, so weights that come from there lose nothing.
 
-What multiplies them is product.cc, compiled where a C++ compiler is found (kernel.py);
-elsewhere, and on a GPU or TPU, JAX does, with the same numbers.
+What multiplies them is a kernel in C++ (native/); where there is none, as on a GPU or
+TPU, JAX does, with the same numbers.
 
 Shapes: N rows  D inputs  F outputs  T tiles of 16 outputs  G groups of 32 inputs
 """
@@ -16,17 +16,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gpt_jax import mesh, names
-from gpt_jax.quantised import kernel
+from gpt_jax import names, native
 from gpt_jax.weights import Declared
 
 BITS = (8, 4)
 LEAF = "quantised"  # in the place of a kernel or of a table
-LANES, GROUP, QUAD = 16, 32, 4
+LANES, GROUP, QUAD = native.LANES, 32, 4
 
 
 @struct.dataclass
@@ -131,11 +129,9 @@ def product(x_ND, matrix: Quantised):
     product is a sum of whole numbers. No row depends on another one.
     """
     x_ND = x_ND.astype(jnp.float32)
-    if mesh.platform() == "cpu" and kernel.ready():
-        like = jax.ShapeDtypeStruct((len(x_ND), matrix.shape[0]), jnp.float32)
-        call = jax.ffi.ffi_call(kernel.TARGET, like)
+    if native.ready():
         arrays = (x_ND, matrix.codes, matrix.scales, matrix.offsets)
-        return call(*arrays, bits=np.int64(matrix.bits))
+        return native.product(*arrays, bits=matrix.bits, outputs=matrix.shape[0])
     return in_eight_bits(x_ND) @ rows(matrix, jnp.arange(matrix.shape[0])).T
 
 

@@ -1,0 +1,91 @@
+"""Kernels in C++ against NumPy, and that no row depends on another to the bit."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt_jax import native
+
+pytestmark = pytest.mark.skipif(
+    not any(map(shutil.which, native.COMPILERS)), reason="needs a C++ compiler"
+)
+
+
+def drawn(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def by_hand(q, keys, values, place, *, window, scale, softcap):
+    """softmax(q k scale) v over what each query sees, in float64."""
+    B, T, H, _ = q.shape
+    G, S = keys.shape[1:3]
+    y = np.zeros(q.shape)
+    for b, t, h in np.ndindex(B, T, H):
+        k, v = (x[b, h // (H // G)].astype(np.float64) for x in (keys, values))
+        score = k @ q[b, t, h].astype(np.float64) * scale
+        if softcap:
+            score = softcap * np.tanh(score / softcap)
+        at = np.arange(S)
+        seen = at <= place[b, t]
+        if window:
+            seen &= at > place[b, t] - window
+        weight = np.where(seen, np.exp(score - score[seen].max()), 0)
+        y[b, t, h] = weight @ v / weight.sum()
+    return y
+
+
+@jax.jit
+def run(q, keys, values, place):
+    return native.attention(
+        *(q, keys, values, place), window=0, scale=0.25, softcap=0.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("T", "S", "H", "G", "K"),
+    [(1, 1, 1, 1, 16), (1, 200, 9, 3, 64), (70, 150, 4, 4, 16), (33, 64, 4, 1, 80)],
+)
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (5, 0.0), (90, 3.0)])
+def test_attention_is_the_formula(T, S, H, G, K, window, softcap):
+    q, keys, values = drawn(2, T, H, K), drawn(2, G, S, K, seed=1), drawn(2, G, S, K)
+    last = np.array([[S - T], [max(0, S - T - 7)]])
+    place = last + np.arange(T)[None]
+    how = {"window": window, "scale": K**-0.5, "softcap": softcap}
+    assert native.ready() and native.attends(K, jnp.dtype("float32"))
+    found = native.attention(q, keys, values, jnp.asarray(place), **how)
+    wanted = by_hand(q, keys, values, place, **how)
+    assert np.abs(np.asarray(found) - wanted).max() <= 3e-6
+
+
+def test_what_lies_behind_a_query_is_not_read():
+    q, keys, values = drawn(1, 3, 2, 16), drawn(1, 2, 100, 16), drawn(1, 2, 100, 16)
+    place = np.array([[40, 41, 42]])
+    wanted = np.asarray(run(q, keys, values, place))
+    keys[:, :, 43:], values[:, :, 43:] = np.nan, np.nan
+    assert np.array_equal(np.asarray(run(q, keys, values, place)), wanted)
+
+
+def test_scores_far_apart_leave_one_key():
+    q, keys, values = drawn(1, 1, 1, 16), drawn(1, 1, 80, 16), drawn(1, 1, 80, 16)
+    keys[0, 0, 3] = 400 * q[0, 0, 0]
+    found = np.asarray(run(q, keys, values, np.array([[79]])))
+    assert np.allclose(found[0, 0, 0], values[0, 0, 3], rtol=1e-6)
+
+
+def test_no_query_depends_on_another_to_the_bit():
+    q, keys, values = drawn(3, 75, 4, 32), drawn(3, 2, 160, 32), drawn(3, 2, 160, 32)
+    place = np.array([[5], [80], [20]]) + np.arange(75)[None]
+    together = np.asarray(run(q, keys, values, place))
+    for b in range(3):
+        for first, count in ((0, 1), (3, 20), (40, 35), (74, 1)):
+            part = slice(first, first + count)
+            own = (x[b : b + 1] for x in (q[:, part], keys, values, place[:, part]))
+            assert np.array_equal(np.asarray(run(*own))[0], together[b, part])
+
+
+def test_other_heads_are_left_to_xla():
+    assert not native.attends(24, jnp.dtype("float32"))
+    assert not native.attends(64, jnp.dtype("bfloat16"))
