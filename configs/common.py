@@ -112,7 +112,7 @@ def base() -> ConfigDict:
             "dtype": "float32",  # activations: float32, bfloat16
             "param_dtype": "float32",  # stored weights
             # auto, plain, blocked, xla, cudnn; auto takes cudnn on a GPU for bfloat16
-            # where a trial of it succeeds.
+            # where a trial of it succeeds, and native for a long cache on a CPU.
             "attention": "auto",
         }
     )

@@ -10,6 +10,7 @@ TPU, JAX does, with the same numbers.
 Shapes: N rows  D inputs  F outputs  T tiles of 16 outputs  G groups of 32 inputs
 """
 
+import logging
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -19,8 +20,10 @@ import jax.numpy as jnp
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gpt_jax import names, native
+from gpt_jax import mesh, names, native
 from gpt_jax.weights import Declared
+
+log = logging.getLogger(__name__)
 
 BITS = (8, 4)
 LEAF = "quantised"  # in the place of a kernel or of a table
@@ -70,6 +73,12 @@ def weights(params: Mapping[str, Any], declared: Declared, *, bits: int) -> Any:
     if not bits:
         return params
     names.choose("bits", str(bits), tuple(map(str, BITS)))
+    if mesh.platform() == "cpu" and (why := native.missing()):
+        log.warning(
+            "JAX itself multiplies weights of few bits here, which is slower than "
+            "without --bits: %s",
+            why,
+        )
     leaves: dict[str, Any] = flatten_dict(params, sep="/")  # type: ignore[assignment]
     tied = not any(path.startswith("head/") for path in leaves)
     rounded = {}

@@ -1,13 +1,16 @@
 """Kernels in C++ against NumPy, and that no row depends on another to the bit."""
 
 import shutil
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax import native
+from gpt_jax import model, native, sample
+from gpt_jax.model import GPT
+from tests import tiny
 
 pytestmark = pytest.mark.skipif(
     not any(map(shutil.which, native.COMPILERS)), reason="needs a C++ compiler"
@@ -54,7 +57,7 @@ def test_attention_is_the_formula(T, S, H, G, K, window, softcap):
     last = np.array([[S - T], [max(0, S - T - 7)]])
     place = last + np.arange(T)[None]
     how = {"window": window, "scale": K**-0.5, "softcap": softcap}
-    assert native.ready() and native.attends(K, jnp.dtype("float32"))
+    assert native.ready(), native.missing()
     found = native.attention(q, keys, values, jnp.asarray(place), **how)
     wanted = by_hand(q, keys, values, place, **how)
     assert np.abs(np.asarray(found) - wanted).max() <= 3e-6
@@ -87,5 +90,47 @@ def test_no_query_depends_on_another_to_the_bit():
 
 
 def test_other_heads_are_left_to_xla():
-    assert not native.attends(24, jnp.dtype("float32"))
-    assert not native.attends(64, jnp.dtype("bfloat16"))
+    assert native.attends(tiny.cfg(head_dim=16))
+    assert not native.attends(tiny.cfg(head_dim=24))
+    assert not native.attends(tiny.cfg(head_dim=16, dtype="bfloat16"))
+
+
+def built(**changes):
+    cfg = tiny.cfg(context_length=1024, head_dim=16, n_kv_heads=2, **changes)
+    return GPT(cfg), jax.tree.map(lambda x: 5 * x, model.init(cfg, jax.random.key(3)))
+
+
+def test_long_contexts_on_one_cpu_are_read_natively():
+    made = built()
+    assert sample.laid_out(*made, rows=2)[0].cfg.attention == "native"
+    short = GPT(replace(made[0].cfg, context_length=512))
+    assert sample.laid_out(short, made[1], rows=2)[0].cfg.attention == "auto"
+    inside = []
+    jax.eval_shape(
+        lambda p: inside.append(sample.laid_out(made[0], p, rows=2)), made[1]
+    )
+    assert inside[0][0].cfg.attention == "auto"
+
+
+@pytest.mark.parametrize("kind", [{}, {"pattern": "local"}, {"attn_softcap": 5.0}])
+def test_a_cache_read_natively_is_the_cache_read_by_xla(kind):
+    if "pattern" in kind:
+        local = {"window": 7, "rope_base": 500.0, "rope_scaling": None}
+        kind = {"pattern": (local,), "position": "rope"}
+    gpt, params = built(**kind)
+    ids_BT = np.random.default_rng(0).integers(0, 61, (2, 90))
+    lengths = np.array([90, 70])
+
+    def steps(attention):
+        own = GPT(replace(gpt.cfg, attention=attention))
+        kw = {"model": own, "max_length": 128}
+        found = [sample.prefill(params, ids_BT, lengths, **kw)]
+        cache = found[0][1]
+        for token in (5, 9):
+            x, cache, _ = model.hidden(own, params, np.full((2, 1), token), cache=cache)
+            found.append((model.logits(own, params, x[:, 0]), None))
+        return [np.asarray(logits) for logits, _ in found]
+
+    for found, wanted in zip(steps("native"), steps("auto"), strict=True):
+        assert np.abs(found - wanted).max() <= 2e-5 * np.abs(wanted).max()
+        assert not np.array_equal(found, wanted)  # they are two ways indeed

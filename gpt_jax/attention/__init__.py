@@ -76,6 +76,7 @@ IMPLEMENTATIONS = {
     **{"plain": plain, "blocked": blocked, "streamed": streamed},
     **{"xla": xla, "cudnn": cudnn, "splash": splash},
 }
+NATIVE = "native"  # as auto, and our own kernel reads a cache on a CPU
 KNOW_SOFTCAPS = ("plain", "blocked", "streamed", "splash")
 KNOW_DROPOUT = ("plain", "blocked")
 LONG = 2048  # from more tokens on, scores are not kept for the backward pass
@@ -86,14 +87,14 @@ def choose(
 ):
     """Returns the implementation for `name`; "auto" looks at platform and queries.
 
-    A cache needs `plain` (its queries stand anywhere among the keys). What knows no
-    soft-caps or no dropout gives way to `plain`, and JAX's cuDNN attention to its own
-    where a window is not causal: it would look ahead, without an error (jax issue
-    39576).
+    A cache that no kernel of ours reads needs `plain` (its queries stand anywhere among
+    the keys). What knows no soft-caps or no dropout gives way to `plain`, and JAX's
+    cuDNN attention to its own where a window is not causal: it would look ahead,
+    without an error (jax issue 39576).
     """
     if cached:
         return plain
-    if name == "auto":
+    if name in ("auto", NATIVE):
         name = best(
             mesh.platform(),
             tokens=q_BTHK.shape[1],

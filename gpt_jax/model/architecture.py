@@ -286,5 +286,5 @@ _CHOICES = {
     "remat": ("none", *REMAT),
     "dtype": ("float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16"),
-    "attention": ("auto", *attention.IMPLEMENTATIONS),
+    "attention": ("auto", attention.NATIVE, *attention.IMPLEMENTATIONS),
 }

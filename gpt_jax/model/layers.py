@@ -258,7 +258,7 @@ class Attention(nn.Module):
             keys_BGSK = attention.extend(past.keys_BGSK, k_BTGK, sight.query_BT)
             values_BGSK = attention.extend(past.values_BGSK, v_BTGK, sight.query_BT)
             past = Past(_by_head(keys_BGSK), _by_head(values_BGSK))
-            if self._natively(past):
+            if cfg.attention == attention.NATIVE and native.attends(cfg):
                 how = {"window": kind.window, "scale": cfg.query_scale}
                 y_BTHK = native.attention(
                     q_BTHK, *past, sight.query_BT, **how, softcap=cfg.attn_softcap
@@ -287,20 +287,6 @@ class Attention(nn.Module):
             dropout=own,
         )
         return self.out(checkpoint_name(y_BTHK, "attn_out"), dropout), past
-
-    def _natively(self, past: Past) -> bool:
-        """Whether a kernel of ours reads the cache: beside weights of few bits it does.
-
-        Others stay with XLA, whose sums are the same on every machine.
-        """
-        own = self.query.variables.get("params", {})
-        dtype = past.keys_BGSK.dtype
-        return (
-            quantised.LEAF in own
-            and native.attends(self.cfg.head_dim, dtype)
-            and self.cfg.dtype == dtype
-            and native.ready()
-        )
 
 
 class MLP(nn.Module):

@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,28 +40,27 @@ def ready() -> bool:
     """Returns whether programs that are traced now can call kernels.
 
     They can on a CPU where a compiler is found; kernels are compiled first if need be.
-    One warning says why not.
     """
-    return mesh.platform() == "cpu" and _registered()
+    return mesh.platform() == "cpu" and not missing()
 
 
 def product(x_ND, codes, scales, offsets, *, bits: int, outputs: int):
     """Returns float32 x @ weights [N, outputs]; see `quantised.product`."""
     like = jax.ShapeDtypeStruct((len(x_ND), outputs), jnp.float32)
-    call = jax.ffi.ffi_call(PREFIX + PRODUCT, like)
+    call = jax.ffi.ffi_call(PREFIX + PRODUCT, like, vmap_method="sequential")
     return call(x_ND, codes, scales, offsets, bits=np.int64(bits))
 
 
-def attends(head_dim: int, dtype) -> bool:
-    """Returns whether `attention` is for heads like these."""
-    return head_dim % LANES == 0 and dtype == jnp.float32
+def attends(cfg: Any) -> bool:
+    """Returns whether `attention` can read the cache of a model (a `GPTConfig`)."""
+    return cfg.head_dim % LANES == 0 and cfg.dtype == "float32" and ready()
 
 
 def attention(q_BTHK, keys_BGSK, values_BGSK, place_BT, *, window: int, scale, softcap):
     """Returns float32 attention [B, T, H, K] of queries over a cache.
 
     Args:
-      q_BTHK: float32; `attends` says of which K.
+      q_BTHK: float32; K a multiple of LANES.
       keys_BGSK: the cache, likewise, as are its values.
       values_BGSK: see above.
       place_BT: int, each query's place in it, of which it sees itself and those before.
@@ -70,7 +70,7 @@ def attention(q_BTHK, keys_BGSK, values_BGSK, place_BT, *, window: int, scale, s
     """
     like = jax.ShapeDtypeStruct(q_BTHK.shape, jnp.float32)
     place_BT = jnp.broadcast_to(place_BT, q_BTHK.shape[:2]).astype(jnp.int32)
-    call = jax.ffi.ffi_call(PREFIX + ATTENTION, like)
+    call = jax.ffi.ffi_call(PREFIX + ATTENTION, like, vmap_method="sequential")
     how = {"window": np.int64(window), "softcap": np.float32(softcap)}
     return call(
         q_BTHK, keys_BGSK, values_BGSK, place_BT, scale=np.float32(scale), **how
@@ -78,21 +78,17 @@ def attention(q_BTHK, keys_BGSK, values_BGSK, place_BT, *, window: int, scale, s
 
 
 @functools.cache
-def _registered() -> bool:
+def missing() -> str:
+    """Returns why there are no kernels here; "" where there are."""
     try:
         library = ctypes.cdll.LoadLibrary(str(_built()))
         found = {name: getattr(library, name) for name in (PRODUCT, ATTENTION)}
     except (OSError, ValueError, AttributeError) as error:
-        log.warning(
-            "weights of few bits are multiplied by JAX itself, which is slower than "
-            "without --bits: %s",
-            error,
-        )
-        return False
+        return str(error)
     for name, function in found.items():
         capsule = jax.ffi.pycapsule(function)
         jax.ffi.register_ffi_target(PREFIX + name, capsule, platform="cpu")
-    return True
+    return ""
 
 
 def _built() -> Path:
@@ -122,7 +118,7 @@ def _compiled() -> bytes:
     found = next(filter(None, map(shutil.which, COMPILERS)), None)
     if found is None:
         raise ValueError(f"no C++ compiler was found ({', '.join(COMPILERS)})")
-    log.info("compiling kernels for weights of few bits: once, a few seconds ...")
+    log.info("compiling kernels in C++: once, a few seconds ...")
     said = ""
     with tempfile.TemporaryDirectory(prefix="kernels-") as folder:
         made = Path(folder) / "kernels.so"

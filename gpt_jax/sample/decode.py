@@ -14,11 +14,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
-from gpt_jax import mesh
+from gpt_jax import mesh, native, quantised
+from gpt_jax.attention import NATIVE
 from gpt_jax.model import (
     GPT,
     Cache,
+    GPTConfig,
     declared,
     for_one_row,
     hidden,
@@ -30,6 +33,7 @@ from gpt_jax.model import (
 from gpt_jax.sample.filters import Sampling, choose
 
 RUNNING, STOP, LENGTH = 0, 1, 2  # the reason of a row; the last two end it
+LONG = 1024  # contexts that a kernel of ours reads, where there is one
 NGRAM = 2  # newest tokens that are looked up for a guess at the next ones
 
 
@@ -248,8 +252,9 @@ def laid_out(model: GPT, params, *, rows: int):
 
     One array per layer: slices of stacked weights would be copied for every token,
     three times slower. For one row on a CPU, kernels transposed (`model.for_one_row`),
-    which are a second copy. Weights wider than the activations are rounded, once. What
-    is laid out already is returned as is.
+    which are a second copy. Weights wider than the activations are rounded, once. A
+    long cache is read by a kernel of ours, where one can be had. What is laid out
+    already is returned as is.
     """
     if model.cfg.scan_layers:
         params = unstack(params, model.cfg)
@@ -258,4 +263,19 @@ def laid_out(model: GPT, params, *, rows: int):
         params = rounded(params, declared(model.cfg), model.cfg.dtype)
     if rows == 1 and mesh.platform() == "cpu":
         params = for_one_row(params, declared(model.cfg))
+    if model.cfg.attention == "auto" and _natively(model.cfg, params):
+        model = GPT(replace(model.cfg, attention=NATIVE))
     return model, params
+
+
+def _natively(cfg: GPTConfig, params) -> bool:
+    """Whether a kernel of ours is to read the cache.
+
+    On one CPU, outside of a larger program, and where that pays for its compiling: with
+    long contexts, and with weights of few bits.
+    """
+    leaf = jax.tree.leaves(params)[0]
+    if isinstance(leaf, Tracer) or len(getattr(leaf, "devices", set)()) > 1:
+        return False
+    pays = cfg.context_length >= LONG or quantised.are(params)
+    return pays and native.attends(cfg)
