@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gpt_jax import model as models
-from gpt_jax import sample, sampling, tokenizers
+from gpt_jax import native, sample, sampling, tokenizers
 from gpt_jax.serve import compiled, prefixes, slots
 from gpt_jax.serve.engine import Closed, Engine, Full
 from gpt_jax.serve.texts import Request
@@ -19,9 +19,9 @@ SETTINGS = sampling.settings(12, temperature=0.0)
 TOKENIZER = tokenizers.train("byte", [])
 
 
-def build():
+def build(**changes):
     """A tiny model of bytes whose weights are large enough to say things."""
-    cfg = tiny.cfg(context_length=CONTEXT, vocab_size=257, position="rope")
+    cfg = tiny.cfg(context_length=CONTEXT, vocab_size=257, position="rope", **changes)
     params = models.init(cfg, jax.random.key(3))
     params = jax.tree.map(lambda x: 5 * x, params)
     return models.GPT(cfg), jax.device_put(params, jax.devices()[0])  # as runs.open
@@ -450,6 +450,46 @@ def test_the_cache_of_a_prompt_grows_with_its_pieces(monkeypatch):
     assert rows.recall([*ids[:9], 0]) == 8 and rows._reach_of_prompt == 16
     rows.prompt([65] * 8, 0)
     assert run(rows.recall(ids)) == [32]
+    assert rows.programs() == before  # nothing was left to compile
+
+
+def test_a_kernel_that_reads_what_is_there_needs_one_cache_for_prompts(monkeypatch):
+    if why := native.missing():
+        pytest.skip(why)
+    for name in ("REACH", "PIECE", "SHORTEST"):
+        monkeypatch.setattr(slots, name, 8)
+    monkeypatch.setattr(slots.prefixes, "BLOCK", 4)
+    monkeypatch.setattr(sample.decode, "LONG", 1)
+    model, params = build(head_dim=16)
+    rows = slots.Slots(model, params, [1, 2], prefix_bytes=1 << 20)
+    assert rows.model.cfg.attention == "native" and rows.reaches == [8, CONTEXT]
+    rows.compile()
+    rows.ahead()
+    before = rows.programs()
+    request = ask("a prompt of four", max_new=9)
+    ids = request.ids
+
+    def run(start):
+        while start < len(ids):
+            start, *_ = rows.prompt(ids, start)
+        assert rows._reach_of_prompt == CONTEXT
+        slot, chosen = rows.join(entry(request), "mine", len(ids))
+        written = [int(chosen.token_B[0])]
+        written += [int(rows.step().token_B[slot]) for _ in range(8)]
+        rows.remember(ids, slot)
+        rows.leave(slot)
+        rows.fit(0)
+        return written
+
+    wanted = sample.texts(
+        **{"model": model, "params": params, "tokenizer": TOKENIZER},
+        **{"prompts": [ids], "count": 1, "seed": 0, "stop": []},
+        **sampling.settings(9, temperature=0.0),
+    )[0].ids
+    assert run(0) == wanted
+    rows.prompt([65] * 20, 0)  # another, on the same cache
+    assert rows.recall([*ids[:9], 0]) == 8
+    assert run(rows.recall(ids)) == wanted
     assert rows.programs() == before  # nothing was left to compile
 
 

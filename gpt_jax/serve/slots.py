@@ -7,10 +7,12 @@
     for slot, owner in slots.taken(): ...
     chosen = slots.step()                 # the next token of every row
 
-A program costs what its shape costs: every row is computed, and all that a cache holds
-is read. So a piece of a prompt runs on the shortest cache that holds what is done by
-then, rows live in the smallest of a few sizes, and their caches reach as far as the
-longest of them needs; both change when that does.
+A program costs what its shape costs: every row is computed, and XLA reads all that a
+cache can hold. So a piece of a prompt runs on the shortest cache that holds what is
+done by then, rows live in the smallest of a few sizes, and their caches reach as far as
+the longest of them needs; both change when that does. Where a kernel of ours reads
+caches (`attention.NATIVE`), it reads what is there: prompts run on one cache then, and
+rows have fewer reaches, which only bound memory.
 """
 
 import math
@@ -24,7 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from gpt_jax import sample
+from gpt_jax import native, sample
+from gpt_jax.attention import NATIVE
 from gpt_jax.model import GPT, Cache, init_cache, stretch
 from gpt_jax.model.cache import block, put_block
 from gpt_jax.serve import batch, prefixes
@@ -117,8 +120,12 @@ class Slots:
         self._params = share(many)
         self._params_of_one = self._params if one is many else share(one)
         self.room, self.sizes = model.cfg.context_length, tuple(sizes)
-        self._prompt_reaches = reaches(self.room)
-        self.reaches = self._prompt_reaches if len(sizes) > 1 else [self.room]
+        every = reaches(self.room)
+        exact = self.model.cfg.attention == NATIVE and native.attends(self.model.cfg)
+        self._prompt_reaches = [self.room] if exact else every
+        self.reaches = every[::-2][::-1] if exact else every
+        if len(sizes) == 1:
+            self.reaches = [self.room]
         # Arrays that are bound to a device, as the weights of a run and all that comes
         # of them, have programs of their own: so these are bound from the start.
         (device,) = jax.tree.leaves(self._params)[0].devices()
@@ -172,8 +179,8 @@ class Slots:
 
     def _drafts(self) -> Iterator[Draft]:
         """Yields the programs that can be wanted, the likelier ones first."""
-        cfg, shaped = self.model.cfg, self._shaped
-        params, number = shaped(self._params), np.int32(0)
+        shaped, number = self._shaped, np.int32(0)
+        params = shaped(self._params)
         row = shaped(jax.eval_shape(partial(self._empty_row, self._prompt_reaches[0])))
         tokens_1T = np.zeros((1, 1), np.int32)
         found = jax.eval_shape(self._prefill, params, row, tokens_1T, number, number)
@@ -184,44 +191,50 @@ class Slots:
                 tokens_1T = np.zeros((1, length), np.int32)
                 given = (params, row, tokens_1T, number, number)
                 yield self._draft(("prefill", length, reach), self._prefill, *given)
-            keeps = self._prefixes.most and reach >= prefixes.BLOCK
-            kept = jax.eval_shape(self._take, row, number, number) if keeps else None
-            if keeps:
+            if self._keeps(reach):
+                kept = jax.eval_shape(self._take, row, number, number)
                 given = (row, shaped(kept), number)
                 yield self._draft(("put", reach), self._put, *given)
             for other in sorted({*self.reaches, *self._prompt_reaches}):
-                if other <= reach:
-                    continue
-                key, to = ("grow", reach, other), {"reach": other}
-                yield self._draft(key, self._grow, row, **to)
-            if reach not in self.reaches:
-                continue
-            for size, smaller in zip(self.sizes, (0, *self.sizes), strict=False):
-                make = partial(batch.empty, cfg, size, reach)
-                rows = shaped(jax.eval_shape(make))
-                given = (rows, row, logits_1V, entry, number, self._allowed(1))
-                yield self._draft(("admit", size, reach), self._admit, *given)
-                if keeps:
-                    given = (rows.cache, number, number)
-                    yield self._draft(("take", size, reach), self._take, *given)
-                own = self._params if size > 1 else self._params_of_one
-                given = (shaped(own), rows, np.zeros(size, bool), self._allowed(size))
-                yield self._draft(("step", size, reach), self._step, *given)
-                if smaller:
-                    fewer = partial(batch.empty, cfg, smaller, reach)
-                    fewer = shaped(jax.eval_shape(fewer))
-                    up, down = np.zeros(size, np.int32), np.zeros(smaller, np.int32)
-                    key = ("resize", smaller, size, reach)
-                    yield self._draft(key, self._resize, fewer, up)
-                    key = ("resize", size, smaller, reach)
-                    yield self._draft(key, self._resize, rows, down)
-                for other in self._beside(reach):
-                    key, to = ("stretch", size, reach, other), {"reach": other}
-                    yield self._draft(key, self._stretch, rows, **to)
+                if other > reach:
+                    key, to = ("grow", reach, other), {"reach": other}
+                    yield self._draft(key, self._grow, row, **to)
+            for own in self.reaches:  # those of rows that have such prompts
+                if own == reach or len(self._prompt_reaches) == 1:
+                    yield from self._drafts_of(own, row, logits_1V, entry)
         for length in sorted({n for r in self._prompt_reaches for n in lengths(r)}):
             like = jax.ShapeDtypeStruct((length, x_TD.shape[1]), x_TD.dtype)
             given = (params, self._placed(like), np.zeros(length, np.int32))
             yield self._draft(("score", length), self._score, *given)
+
+    def _drafts_of(self, reach: int, row, logits_1V, entry) -> Iterator[Draft]:
+        """Yields the programs of rows of one reach; prompts that join are as `row`."""
+        cfg, shaped, number = self.model.cfg, self._shaped, np.int32(0)
+        for size, smaller in zip(self.sizes, (0, *self.sizes), strict=False):
+            rows = shaped(jax.eval_shape(partial(batch.empty, cfg, size, reach)))
+            given = (rows, row, logits_1V, entry, number, self._allowed(1))
+            yield self._draft(("admit", size, reach), self._admit, *given)
+            if self._keeps(reach):
+                given = (rows.cache, number, number)
+                yield self._draft(("take", size, reach), self._take, *given)
+            own = self._params if size > 1 else self._params_of_one
+            given = (shaped(own), rows, np.zeros(size, bool), self._allowed(size))
+            yield self._draft(("step", size, reach), self._step, *given)
+            if smaller:
+                fewer = partial(batch.empty, cfg, smaller, reach)
+                fewer = shaped(jax.eval_shape(fewer))
+                up, down = np.zeros(size, np.int32), np.zeros(smaller, np.int32)
+                key = ("resize", smaller, size, reach)
+                yield self._draft(key, self._resize, fewer, up)
+                key = ("resize", size, smaller, reach)
+                yield self._draft(key, self._resize, rows, down)
+            for other in self._beside(reach):
+                key, to = ("stretch", size, reach, other), {"reach": other}
+                yield self._draft(key, self._stretch, rows, **to)
+
+    def _keeps(self, reach: int) -> bool:
+        """Whether a cache of that reach has something to keep of prompts."""
+        return bool(self._prefixes.most) and reach >= prefixes.BLOCK
 
     def _draft(self, key: tuple, jitted: Any, *args: Any, **static: Any) -> Draft:
         return Draft((self._kind, *key), lambda: jitted.lower(*args, **static))
