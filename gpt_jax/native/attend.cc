@@ -8,6 +8,7 @@
 // B rows  T queries of a row  H query heads  G key/value heads  S places  K head dim
 
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "shared.h"
@@ -18,6 +19,8 @@ namespace {
 constexpr int64_t KEYS = 64, PARTS = KEYS / LANES;  // of a block
 constexpr int64_t TOGETHER = 32;                    // queries of one head that share a block
 constexpr float NOTHING = -1e30f;
+
+const Ints STEPS = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 inline Floats all(float value) { return Floats{} + value; }
 
@@ -38,14 +41,59 @@ inline Floats exp_of(Floats x) {
   return x < -87.0f ? Floats{} : y * load<Floats>(&power);
 }
 
-// W vectors of a query's sum + values times their weights.
-template <int W>
-void add(Floats* sum, const float* weight, const float* values, int64_t count, int64_t K) {
-  Floats own[W];
-  for (int w = 0; w < W; ++w) own[w] = sum[w];
+// Of two vectors, one whose lanes with the bit D come from the other (its own, or the D
+// lanes before), and the same the other way round.
+template <int D, size_t... L>
+inline void cross(Floats& a, Floats& b, std::index_sequence<L...>) {
+  const Floats low = __builtin_shufflevector(a, b, (L & D ? 16 + L - D : L)...);
+  b = __builtin_shufflevector(a, b, (L & D ? 16 + L : L + D)...);
+  a = low;
+}
+
+template <int D>
+inline void cross_all(Floats* rows) {
+  for (int i = 0; i < LANES; ++i)
+    if (!(i & D)) cross<D>(rows[i], rows[i + D], std::make_index_sequence<LANES>{});
+}
+
+// Sixteen features of sixteen keys, of which `count` are there, with the keys as lanes.
+inline void turn(const float* keys, int64_t K, int64_t count, Floats* turned) {
+  Floats rows[LANES];
+  for (int64_t i = 0; i < LANES; ++i)
+    rows[i] = i < count ? load<Floats>(keys + i * K) : Floats{};
+  cross_all<1>(rows);
+  cross_all<2>(rows);
+  cross_all<4>(rows);
+  cross_all<8>(rows);
+  for (int64_t i = 0; i < LANES; ++i) turned[i * PARTS] = rows[i];
+}
+
+// Scores of R queries with 64 keys: their products over the features.
+template <int R>
+void multiply(const float* const* query, const Floats* turned, int64_t K, float scale,
+              Floats* scores) {
+  Floats sum[R][PARTS] = {};
+  for (int64_t k = 0; k < K; ++k)
+    for (int r = 0; r < R; ++r)
+      for (int p = 0; p < PARTS; ++p) sum[r][p] += query[r][k] * turned[k * PARTS + p];
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < PARTS; ++p) scores[r * PARTS + p] = sum[r][p] * scale;
+}
+
+// R queries' sums + values times their weights, four vectors of each at a time or one.
+template <int R, int W>
+void add(Floats* sums, int64_t wide, const float* weights, const float* values, int64_t count,
+         int64_t K) {
+  Floats own[R][W];
+  for (int r = 0; r < R; ++r)
+    for (int w = 0; w < W; ++w) own[r][w] = sums[r * wide + w];
   for (int64_t i = 0; i < count; ++i)
-    for (int w = 0; w < W; ++w) own[w] += weight[i] * load<Floats>(values + i * K + w * LANES);
-  for (int w = 0; w < W; ++w) sum[w] = own[w];
+    for (int w = 0; w < W; ++w) {
+      const Floats value = load<Floats>(values + i * K + w * LANES);
+      for (int r = 0; r < R; ++r) own[r][w] += weights[r * KEYS + i] * value;
+    }
+  for (int r = 0; r < R; ++r)
+    for (int w = 0; w < W; ++w) sums[r * wide + w] = own[r][w];
 }
 
 struct Heads {
@@ -74,48 +122,67 @@ void attend(const Heads& it, int64_t b, int64_t g, int64_t from, int64_t to) {
   std::vector<float> most(M, NOTHING), total(M, 0.0f);
   for (int64_t s = first / KEYS * KEYS; s <= last; s += KEYS) {
     const int64_t count = std::min(KEYS, it.S - s);
-    float* by_feature = reinterpret_cast<float*>(turned.data());  // [K, 64]
-    for (int64_t i = 0; i < KEYS; ++i)
-      for (int64_t k = 0; k < K; ++k)
-        by_feature[k * KEYS + i] = i < count ? keys[(s + i) * K + k] : 0.0f;
-    for (int64_t m = 0; m < M; ++m) {
-      const float* q = it.query + query(m);
-      Floats sum[PARTS] = {};
-      for (int64_t k = 0; k < K; ++k)
-        for (int64_t p = 0; p < PARTS; ++p) sum[p] += q[k] * turned[k * PARTS + p];
-      const int64_t until = place(m);
-      const int64_t since = it.window ? until - it.window : -1;
-      float* score = reinterpret_cast<float*>(&scores[m * PARTS]);
-      for (int64_t p = 0; p < PARTS; ++p) scores[m * PARTS + p] = sum[p] * it.scale;
-      if (it.softcap > 0.0f)
-        for (int64_t i = 0; i < KEYS; ++i) score[i] = it.softcap * std::tanh(score[i] / it.softcap);
-      float now = most[m];
-      for (int64_t i = 0; i < KEYS; ++i) {
-        const bool seen = s + i <= until && s + i > since && i < count;
-        score[i] = seen ? score[i] : NOTHING;
-        now = std::max(now, score[i]);
-      }
-      const float shrink = exp_of(all(most[m] - now))[0];
-      Floats weights = {};
-      for (int64_t p = 0; p < PARTS; ++p) {
-        Floats& weight = scores[m * PARTS + p];
-        weight = weight > NOTHING ? exp_of(weight - now) : Floats{};
-        weights += weight;
-      }
-      float added = 0.0f;
-      for (int64_t i = 0; i < LANES; ++i) added += weights[i];
-      total[m] = total[m] * shrink + added;
-      most[m] = now;
-      for (int64_t w = 0; w < wide; ++w) sums[m * wide + w] *= shrink;
+    for (int64_t p = 0; p < PARTS; ++p)
+      for (int64_t k = 0; k < K; k += LANES)
+        turn(keys + (s + p * LANES) * K + k, K, count - p * LANES, &turned[k * PARTS + p]);
+    int64_t m = 0;
+    for (; m + 4 <= M; m += 4) {
+      const float* four[4];
+      for (int r = 0; r < 4; ++r) four[r] = it.query + query(m + r);
+      multiply<4>(four, turned.data(), K, it.scale, &scores[m * PARTS]);
     }
-    for (int64_t m = 0; m < M; ++m) {
-      const float* weight = reinterpret_cast<const float*>(&scores[m * PARTS]);
-      const int64_t seen = std::min(count, std::max<int64_t>(0, place(m) + 1 - s));
+    for (; m < M; ++m) {
+      const float* one = it.query + query(m);
+      multiply<1>(&one, turned.data(), K, it.scale, &scores[m * PARTS]);
+    }
+    for (m = 0; m < M; ++m) {
+      Floats* score = &scores[m * PARTS];
+      float* each = reinterpret_cast<float*>(score);
+      if (it.softcap > 0.0f)
+        for (int64_t i = 0; i < KEYS; ++i) each[i] = it.softcap * std::tanh(each[i] / it.softcap);
+      // Of this block, the keys from `since` on and before `until`.
+      const int64_t until = std::min(count, place(m) + 1 - s);
+      const int64_t since = it.window ? place(m) + 1 - it.window - s : 0;
+      if (until < KEYS || since > 0)
+        for (int64_t p = 0; p < PARTS; ++p) {
+          const Ints key = STEPS + static_cast<int32_t>(p * LANES);
+          const Ints seen = (key < static_cast<int32_t>(until)) & (key >= static_cast<int32_t>(since));
+          score[p] = seen ? score[p] : all(NOTHING);
+        }
+      Floats highest = score[0];
+      for (int64_t p = 1; p < PARTS; ++p) highest = score[p] > highest ? score[p] : highest;
+      float now = most[m];
+      for (int64_t i = 0; i < LANES; ++i) now = std::max(now, highest[i]);
+      const float shrink = exp_of(all(most[m] - now))[0];
+      Floats added = {};
+      for (int64_t p = 0; p < PARTS; ++p) {
+        score[p] = score[p] > NOTHING ? exp_of(score[p] - now) : Floats{};
+        added += score[p];
+      }
+      float more = 0.0f;
+      for (int64_t i = 0; i < LANES; ++i) more += added[i];
+      total[m] = total[m] * shrink + more;
+      most[m] = now;
+      if (shrink != 1.0f)
+        for (int64_t w = 0; w < wide; ++w) sums[m * wide + w] *= shrink;
+    }
+    // What a query does not see has no weight; what none of them sees is not read.
+    const int64_t read = std::min(count, last + 1 - s);
+    const float* value = values + s * K;
+    const float* weight = reinterpret_cast<const float*>(scores.data());
+    for (m = 0; m + 4 <= M; m += 4) {
       int64_t w = 0;
       for (; w + 4 <= wide; w += 4)
-        add<4>(&sums[m * wide + w], weight, values + s * K + w * LANES, seen, K);
+        add<4, 4>(&sums[m * wide + w], wide, weight + m * KEYS, value + w * LANES, read, K);
       for (; w < wide; ++w)
-        add<1>(&sums[m * wide + w], weight, values + s * K + w * LANES, seen, K);
+        add<4, 1>(&sums[m * wide + w], wide, weight + m * KEYS, value + w * LANES, read, K);
+    }
+    for (; m < M; ++m) {
+      int64_t w = 0;
+      for (; w + 4 <= wide; w += 4)
+        add<1, 4>(&sums[m * wide + w], wide, weight + m * KEYS, value + w * LANES, read, K);
+      for (; w < wide; ++w)
+        add<1, 1>(&sums[m * wide + w], wide, weight + m * KEYS, value + w * LANES, read, K);
     }
   }
   for (int64_t m = 0; m < M; ++m) {

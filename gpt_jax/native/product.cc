@@ -162,25 +162,30 @@ void tile(const uint8_t* codes, const uint16_t* scales, const uint16_t* offsets,
     std::memcpy(out + r * outputs, &total[r], lanes * sizeof(float));
 }
 
+// R rows from one on, and tiles of sixteen outputs: those rows stay close meanwhile.
+template <int BITS, int R>
+void band(int64_t from, int64_t to, const uint8_t* codes, const uint16_t* scales,
+          const uint16_t* offsets, const Rows& rows, int64_t row, float* out, int64_t outputs) {
+  for (int64_t t = from; t < to; ++t) {
+    const int64_t first = t * rows.groups;
+    tile<BITS, R>(codes + first * BYTES * BITS, scales + first * LANES, offsets + first * LANES,
+                  rows, row, out + row * outputs + t * LANES, outputs,
+                  std::min(LANES, outputs - t * LANES));
+  }
+}
+
 // Tiles of sixteen outputs, of all rows.
 template <int BITS>
 void tiles(int64_t from, int64_t to, const uint8_t* codes, const uint16_t* scales,
            const uint16_t* offsets, const Rows& rows, float* out, int64_t outputs) {
-  for (int64_t t = from; t < to; ++t) {
-    const int64_t first = t * rows.groups;
-    const uint8_t* own = codes + first * BYTES * BITS;
-    const uint16_t *scale = scales + first * LANES, *offset = offsets + first * LANES;
-    const int64_t lanes = std::min(LANES, outputs - t * LANES);
-    float* here = out + t * LANES;
-    auto some = [&]<int R>(std::integral_constant<int, R>, int64_t row) {
-      for (; row + R <= rows.count; row += R)
-        tile<BITS, R>(own, scale, offset, rows, row, here + row * outputs, outputs, lanes);
-      return row;
-    };
-    int64_t row = some(std::integral_constant<int, AT_ONCE>{}, 0);
-    row = some(std::integral_constant<int, AT_ONCE / 2>{}, row);
-    some(std::integral_constant<int, 1>{}, row);
-  }
+  int64_t row = 0;
+  auto some = [&]<int R>(std::integral_constant<int, R>) {
+    for (; row + R <= rows.count; row += R)
+      band<BITS, R>(from, to, codes, scales, offsets, rows, row, out, outputs);
+  };
+  some(std::integral_constant<int, AT_ONCE>{});
+  some(std::integral_constant<int, AT_ONCE / 2>{});
+  some(std::integral_constant<int, 1>{});
 }
 
 ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> codes,
