@@ -218,6 +218,8 @@ def flags_of(file: Path) -> tuple[frozenset[str], str]:
             names.add(first)
         elif called == "define_sampling":
             names |= SETTINGS.keys()
+        elif called == "define_bits":
+            names.add("bits")
         elif called == "define_config":
             names.add("config")
             default = first or ""
