@@ -7,6 +7,7 @@ docs/results.md says.
 """
 
 import copy
+import math
 import os
 import random
 import subprocess
@@ -22,6 +23,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from gpt_jax import chat, model, pretrained, runs, sample
+from gpt_jax.evaluate.likelihood import Span, scorer, scores
 from gpt_jax.pretrained import texts
 
 torch = pytest.importorskip("torch", reason="needs torch: make test-real")
@@ -230,6 +232,22 @@ def test_guesses_from_the_text_change_no_text(run, figure):
         took.append(time.perf_counter() - before)
         assert found == wanted
     figure(f"prompt lookup: the same texts, {took[0] / took[1]:.2f} times as fast")
+
+
+def test_few_bits_cost_little_likelihood(folder, run, figure):
+    pages = sorted((ROOT / "docs" / "guide").glob("[0-9]*.md"))
+    ids = run.tokenizer.encode("\n".join(page.read_text("utf-8") for page in pages))
+    spans = [Span(ids[i : i + 257], 256) for i in range(0, 257 * 8, 257)]
+
+    def perplexity(bits: int) -> float:
+        few = runs.open(folder, bits=bits)
+        found = scores(scorer(few.model, few.params), spans, lambda _: None)
+        return math.exp(-sum(score.logp for score in found) / (256 * len(spans)))
+
+    whole, eight, four = map(perplexity, (0, 8, 4))
+    figure(f"perplexity of our guide {whole:.3f}, 8 bits {eight:.3f}, 4 {four:.3f}")
+    assert eight <= 1.005 * whole and four <= 1.03 * whole
+    assert eight != whole != four
 
 
 # --- out ------------------------------------------------------------------------------

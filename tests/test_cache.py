@@ -37,9 +37,22 @@ def test_insert_replaces_one_row_and_free_empties_it():
     assert cache.free(both, 2).length_B.tolist() == [1, 1, 0]
 
 
-def test_insert_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match="at most 6 tokens"):
-        cache.insert(made(3, 6, seed=8), made(1, 7, seed=8), 0)
+@pytest.mark.parametrize("reach", [4, 7, 9])
+@pytest.mark.parametrize("held", [1, 3, 4])
+def test_insert_copies_what_is_there_whatever_the_row_could_hold(
+    monkeypatch, reach, held
+):
+    monkeypatch.setattr(cache, "COPIED", 3)
+    full, row = made(3, 7, seed=8), made(1, reach, seed=10)
+    row = row._replace(length_B=jnp.array([held]))
+    both = tiny.jit(cache.insert)(full, row, 2)
+    for now, before, one in zip(*map(arrays, (both, full, row)), strict=True):
+        np.testing.assert_array_equal(now[2, :, :held], one[0, :, :held])
+        np.testing.assert_array_equal(now[:2], before[:2])
+    assert both.length_B[2] == held
+
+
+def test_insert_refuses_several_rows():
     with pytest.raises(ValueError, match="2 rows"):
         cache.insert(made(3, 6, seed=8), made(2, 6, seed=8), 0)
 

@@ -125,6 +125,12 @@ def decode(setting: Setting) -> list[Match]:
                 goal,
             )
         )
+    sizes = {"batch": 1, "prompt": prompt, "new": new}
+    whole = _decoding(fixed, cached=True, **sizes)._replace(name="our own, float32")
+    for bits, goal in ((8, 1.6), (4, 2.2)):
+        few = _decoding(fixed, cached=True, bits=bits, **sizes)
+        shown = f"batch 1, {bits} bits"
+        matches.append(Match("decode", shown, few, whole, "tokens/s", goal))
     sizes = {"batch": 1, "prompt": prompt, "new": longest - prompt}
     without = _decoding(fixed, cached=False, **sizes)._replace(name="our own, no cache")
     ours = _decoding(fixed, cached=True, **sizes)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 ROW, PLACE = 0, 2  # these axes of every array that a layer keeps
+COPIED = 128  # places that are copied at a time
 
 
 class Cache(NamedTuple):
@@ -39,24 +40,34 @@ class Cache(NamedTuple):
 def insert(cache: Cache, row: Cache, slot) -> Cache:
     """Returns the cache with its row `slot` replaced by a cache of one row.
 
+    What is copied are the tokens that are there, a few at a time: a copy of the whole
+    row would take as long as its prompt.
+
     Args:
       cache: the rows.
-      row: a cache of one row, at most as long.
+      row: a cache of one row; what it holds fits into the other.
       slot: which row; may be traced.
     """
-    if row.rows != 1 or row.reach > cache.reach:
-        raise ValueError(
-            f"insert needs a cache of 1 row of at most {cache.reach} tokens, not of "
-            f"{row.rows} rows of {row.reach}"
-        )
+    if row.rows != 1:
+        raise ValueError(f"insert needs a cache of 1 row, not of {row.rows} rows")
+    most = min(cache.reach, row.reach)
+    size = min(COPIED, most)
 
-    def place(old, new):
-        begin = [0] * old.ndim
-        begin[ROW] = slot
-        return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), begin)
+    def copy(i, layers):
+        start = jnp.minimum(i * size, most - size)
 
+        def place(old, new):
+            begin, part = [0] * old.ndim, [*new.shape]
+            begin[PLACE], part[PLACE] = start, size
+            some = jax.lax.dynamic_slice(new, begin, part).astype(old.dtype)
+            begin[ROW] = slot
+            return jax.lax.dynamic_update_slice(old, some, begin)
+
+        return jax.tree.map(place, layers, row.layers)
+
+    count = -(-row.length_B[0] // size)
     return Cache(
-        layers=jax.tree.map(place, cache.layers, row.layers),
+        layers=jax.lax.fori_loop(0, count, copy, cache.layers),
         length_B=cache.length_B.at[slot].set(row.length_B[0]),
     )
 

@@ -211,7 +211,7 @@ def admit(batch: Batch, row: Cache, logits_1V, entry: Entry, slot, allow: Allowe
         return old_B.at[slot].set(new_1[0])
 
     batch = Batch(
-        cache=insert(batch.cache, stretch_cache(row, batch.reach), slot),
+        cache=insert(batch.cache, row, slot),
         tokens_BS=batch.tokens_BS.at[slot].set(tokens_S),
         sampling=jax.tree.map(put, batch.sampling, sampling),
         rules=jax.tree.map(put, batch.rules, ruling),

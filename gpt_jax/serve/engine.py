@@ -329,10 +329,11 @@ class Engine:
         entry = slots.entry(request, room)
         mask = row.guide and row.guide.mask_W
         slot, chosen = self._slots.join(entry, row, len(request.ids), mask)
-        self._slots.remember(request.ids, slot)
         self._filling = None  # before its first token is told: it may be the last
         with self._only(row):
             self._push(slot, row, chosen, 0)
+        if (slot, row) in self._slots.taken():  # who has left is remembered already
+            self._slots.remember(request.ids, slot)
 
     def _step(self) -> None:
         """Gives every running row a token."""

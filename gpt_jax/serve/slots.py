@@ -121,9 +121,10 @@ class Slots:
         self._params_of_one = self._params if one is many else share(one)
         self.room, self.sizes = model.cfg.context_length, tuple(sizes)
         every = reaches(self.room)
-        exact = self.model.cfg.attention == NATIVE and native.attends(self.model.cfg)
-        self._prompt_reaches = [self.room] if exact else every
-        self.reaches = every[::-2][::-1] if exact else every
+        cfg = self.model.cfg
+        self._exact = cfg.attention == NATIVE and native.attends(cfg)
+        self._prompt_reaches = [self.room] if self._exact else every
+        self.reaches = every[::-2][::-1] if self._exact else every
         if len(sizes) == 1:
             self.reaches = [self.room]
         # Arrays that are bound to a device, as the weights of a run and all that comes
@@ -420,9 +421,8 @@ class Slots:
           told: whether probabilities matter.
           masks: of the tokens that may come next in some slots; see `batch.allowed`.
         """
-        taken = [slot for slot, _ in self.taken()]
-        self._fit_reach(max((self._held[slot] for slot in taken), default=0) + 1)
-        for slot in taken:
+        self._fit_reach(self._longest() + 1)
+        for slot, _ in self.taken():
             self._held[slot] += 1
         running_B = np.array([owner is not None for owner in self._owners])
         params = self._params if len(running_B) > 1 else self._params_of_one
@@ -444,11 +444,16 @@ class Slots:
         self._spare = self._spare + 1 if size < len(self._owners) else 0
         if size > len(self._owners) or self._spare > PATIENCE or not rows:
             self._move(size)
-        if not rows:
+        if not rows and not self._exact:
             self._reach(self.reaches[0])
 
     def _move(self, size: int) -> None:
-        """Moves the rows, one size at a time: so few programs do."""
+        """Moves the rows, one size at a time: so few programs do.
+
+        A reach that costs nothing but memory is given back before there are more rows.
+        """
+        if self._exact and size > len(self._owners):
+            self._reach(self._longest())
         while len(self._owners) != size:
             here = self.sizes.index(len(self._owners))
             here += 1 if size > len(self._owners) else -1
@@ -465,9 +470,14 @@ class Slots:
             )
         self._spare = 0
 
+    def _longest(self) -> int:
+        """Returns how many tokens the longest row holds."""
+        return max((self._held[slot] for slot, _ in self.taken()), default=0)
+
     def _fit_reach(self, tokens: int) -> None:
         """Lets caches hold so many tokens; see `fit`."""
         shorter = self._batch.reach > next(r for r in self.reaches if r >= tokens)
+        shorter &= not self._exact or len(self._owners) > self.sizes[0]
         self._slack = self._slack + 1 if shorter else 0
         if tokens > self._batch.reach or self._slack > PATIENCE:
             self._reach(tokens)
