@@ -198,7 +198,7 @@ def define_bits():
         "bits",
         0,
         "Read weights rounded to so many bits, 8 or 4: on a CPU texts come sooner and "
-        "take less memory, and fit a little worse (experiments.evaluate --text says "
+        "take less memory, and fit a little worse (evaluate --text says "
         "how much); 0 = as they are.",
         serializer=flags.ArgumentSerializer(),
     )

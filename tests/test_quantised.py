@@ -363,6 +363,7 @@ def test_a_server_answers_with_few_bits_as_sampling_does(run_folder):
         tell=said.append,
     )
     assert "0 B for copies of weights" in said[0]
+    assert served["few"].facts["bits"] == 8  # so the fingerprint is another
     short = plan.shortened(run.model, run.params, 32)
     body = {"model": "few", "prompt": "abc", "max_tokens": 12, "temperature": 0}
     with serving.open_server(served) as it:

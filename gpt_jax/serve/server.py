@@ -157,6 +157,7 @@ def open_runs(
             "parameters": model.count(run.model.cfg),
             "vocab_size": run.model.cfg.vocab_size,
             "step": run.step,
+            **({"bits": bits} if bits else {}),
         }
         looks = partial(_look, path, run.step, weights)
         served[name] = Served(engine, template, facts, looks, drawn)
