@@ -195,6 +195,8 @@ def test_the_library_is_kept_for_its_user_alone(monkeypatch, tmp_path):
     assert path.parent.stat().st_mode & 0o777 == 0o700
     before = path.stat().st_mtime_ns
     assert native._built() == path and path.stat().st_mtime_ns == before
+    path.write_bytes(b"damaged")
+    assert native._loaded()._name == str(path) and path.stat().st_size > 10_000
     path.parent.chmod(0o777)
     with pytest.raises(ValueError, match=r"can be written to by others .*chmod 700"):
         native._built()

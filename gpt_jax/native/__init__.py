@@ -81,14 +81,24 @@ def attention(q_BTHK, keys_BGSK, values_BGSK, place_BT, *, window: int, scale, s
 def missing() -> str:
     """Returns why there are no kernels here; "" where there are."""
     try:
-        library = ctypes.cdll.LoadLibrary(str(_built()))
+        library = _loaded()
         found = {name: getattr(library, name) for name in (PRODUCT, ATTENTION)}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:
         return str(error)
     for name, function in found.items():
         capsule = jax.ffi.pycapsule(function)
         jax.ffi.register_ffi_target(PREFIX + name, capsule, platform="cpu")
     return ""
+
+
+def _loaded() -> ctypes.CDLL:
+    """Returns the library; one that is damaged is made again."""
+    path = _built()
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        path.unlink()
+        return ctypes.CDLL(str(_built()))
 
 
 def _built() -> Path:
