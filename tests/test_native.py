@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def drawn(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    return np.array(tiny.draw(*shape, seed=seed))
 
 
 def by_hand(q, keys, values, place, *, window, scale, softcap):

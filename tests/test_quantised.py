@@ -25,7 +25,7 @@ TYPES = {8: gguf.GGMLQuantizationType.Q8_0, 4: gguf.GGMLQuantizationType.Q4_1}
 
 
 def matrix(F: int, D: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=(F, D)).astype(np.float32)
+    return np.array(tiny.draw(F, D, seed=seed))
 
 
 def back(few) -> np.ndarray:

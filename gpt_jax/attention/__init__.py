@@ -7,11 +7,12 @@ R query heads per key/value head (H = G R)  K head dim
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from gpt_jax import mesh
+from gpt_jax import mesh, native
 from gpt_jax.attention.fused import TILE, cudnn, cudnn_works, splash, xla
 from gpt_jax.attention.sight import HIDDEN, Sight
 from gpt_jax.attention.stream import streamed
@@ -80,6 +81,11 @@ NATIVE = "native"  # as auto, and our own kernel reads a cache on a CPU
 KNOW_SOFTCAPS = ("plain", "blocked", "streamed", "splash")
 KNOW_DROPOUT = ("plain", "blocked")
 LONG = 2048  # from more tokens on, scores are not kept for the backward pass
+
+
+def natively(cfg: Any) -> bool:
+    """Returns whether a kernel of ours reads the cache of a model (a `GPTConfig`)."""
+    return cfg.attention == NATIVE and native.attends(cfg)
 
 
 def choose(

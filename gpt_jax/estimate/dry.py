@@ -35,8 +35,7 @@ OPTIONS = {"xla_backend_optimization_level": 0}
 TRAIN = "train step"
 PROMPT = 512  # tokens of the prompts whose prefill is compiled, at most
 MANY = 2**31  # examples: more than a batch of an evaluation holds
-# How XLA says that a program does not fit, where it refuses one.
-# XLA says what a program needs and what there is: in all, or of temporaries alone.
+# How XLA refuses a program: what it needs, in all or for temporaries alone, of what is.
 EXHAUSTED = re.compile(
     r"(?:Used |HLO temporaries \()([\d.]+)([KMGT]?)"
     r"(?: of |\) exceeds available HBM \()([\d.]+)([KMGT]?)"

@@ -258,7 +258,7 @@ class Attention(nn.Module):
             keys_BGSK = attention.extend(past.keys_BGSK, k_BTGK, sight.query_BT)
             values_BGSK = attention.extend(past.values_BGSK, v_BTGK, sight.query_BT)
             past = Past(_by_head(keys_BGSK), _by_head(values_BGSK))
-            if cfg.attention == attention.NATIVE and native.attends(cfg):
+            if attention.natively(cfg):
                 how = {"window": kind.window, "scale": cfg.query_scale}
                 y_BTHK = native.attention(
                     q_BTHK, *past, sight.query_BT, **how, softcap=cfg.attn_softcap

@@ -8,6 +8,7 @@
 // B rows  T queries of a row  H query heads  G key/value heads  S places  K head dim
 
 #include <cmath>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -120,22 +121,23 @@ void attend(const Heads& it, int64_t b, int64_t g, int64_t from, int64_t to) {
   }
   std::vector<Floats> turned(K * PARTS), sums(M * wide), scores(M * PARTS);
   std::vector<float> most(M, NOTHING), total(M, 0.0f);
+  const std::integral_constant<int, 4> four{};  // queries at once, then those that are left
+  const std::integral_constant<int, 1> one{};
   for (int64_t s = first / KEYS * KEYS; s <= last; s += KEYS) {
     const int64_t count = std::min(KEYS, it.S - s);
     for (int64_t p = 0; p < PARTS; ++p)
       for (int64_t k = 0; k < K; k += LANES)
         turn(keys + (s + p * LANES) * K + k, K, count - p * LANES, &turned[k * PARTS + p]);
-    int64_t m = 0;
-    for (; m + 4 <= M; m += 4) {
-      const float* four[4];
-      for (int r = 0; r < 4; ++r) four[r] = it.query + query(m + r);
-      multiply<4>(four, turned.data(), K, it.scale, &scores[m * PARTS]);
-    }
-    for (; m < M; ++m) {
-      const float* one = it.query + query(m);
-      multiply<1>(&one, turned.data(), K, it.scale, &scores[m * PARTS]);
-    }
-    for (m = 0; m < M; ++m) {
+    auto compare = [&]<int Q>(std::integral_constant<int, Q>, int64_t m) {
+      for (; m + Q <= M; m += Q) {
+        const float* some[Q];
+        for (int r = 0; r < Q; ++r) some[r] = it.query + query(m + r);
+        multiply<Q>(some, turned.data(), K, it.scale, &scores[m * PARTS]);
+      }
+      return m;
+    };
+    compare(one, compare(four, 0));
+    for (int64_t m = 0; m < M; ++m) {
       Floats* score = &scores[m * PARTS];
       float* each = reinterpret_cast<float*>(score);
       if (it.softcap > 0.0f)
@@ -170,20 +172,18 @@ void attend(const Heads& it, int64_t b, int64_t g, int64_t from, int64_t to) {
     const int64_t read = std::min(count, last + 1 - s);
     const float* value = values + s * K;
     const float* weight = reinterpret_cast<const float*>(scores.data());
-    for (m = 0; m + 4 <= M; m += 4) {
-      int64_t w = 0;
-      for (; w + 4 <= wide; w += 4)
-        add<4, 4>(&sums[m * wide + w], wide, weight + m * KEYS, value + w * LANES, read, K);
-      for (; w < wide; ++w)
-        add<4, 1>(&sums[m * wide + w], wide, weight + m * KEYS, value + w * LANES, read, K);
-    }
-    for (; m < M; ++m) {
-      int64_t w = 0;
-      for (; w + 4 <= wide; w += 4)
-        add<1, 4>(&sums[m * wide + w], wide, weight + m * KEYS, value + w * LANES, read, K);
-      for (; w < wide; ++w)
-        add<1, 1>(&sums[m * wide + w], wide, weight + m * KEYS, value + w * LANES, read, K);
-    }
+    auto gather = [&]<int Q>(std::integral_constant<int, Q>, int64_t m) {
+      for (; m + Q <= M; m += Q) {
+        Floats* sum = &sums[m * wide];
+        int64_t w = 0;
+        for (; w + 4 <= wide; w += 4)
+          add<Q, 4>(sum + w, wide, weight + m * KEYS, value + w * LANES, read, K);
+        for (; w < wide; ++w)
+          add<Q, 1>(sum + w, wide, weight + m * KEYS, value + w * LANES, read, K);
+      }
+      return m;
+    };
+    gather(one, gather(four, 0));
   }
   for (int64_t m = 0; m < M; ++m) {
     const float per = 1.0f / total[m];

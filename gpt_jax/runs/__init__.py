@@ -154,7 +154,9 @@ def open(
     if started:
         params = _base(frozen, params, folder)
     model = GPT(_unscanned(cfg))
-    params = quantised.weights(unstack(params, cfg), declared(model.cfg), bits=bits)
+    params = unstack(params, cfg)
+    if bits:  # what is declared is traced for it
+        params = quantised.weights(params, declared(model.cfg), bits=bits)
     return Run(folder, config, tokenizer, model, params, found, classes)
 
 

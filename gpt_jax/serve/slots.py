@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from gpt_jax import native, sample
-from gpt_jax.attention import NATIVE
+from gpt_jax import sample
+from gpt_jax.attention import natively
 from gpt_jax.model import GPT, Cache, init_cache, stretch
 from gpt_jax.model.cache import block, put_block
 from gpt_jax.serve import batch, prefixes
@@ -121,8 +121,7 @@ class Slots:
         self._params_of_one = self._params if one is many else share(one)
         self.room, self.sizes = model.cfg.context_length, tuple(sizes)
         every = reaches(self.room)
-        cfg = self.model.cfg
-        self._exact = cfg.attention == NATIVE and native.attends(cfg)
+        self._exact = natively(self.model.cfg)
         self._prompt_reaches = [self.room] if self._exact else every
         self.reaches = every[::-2][::-1] if self._exact else every
         if len(sizes) == 1:
