@@ -32,7 +32,8 @@ PYTEST_ARGS ?=
 # The slow ones have files whose names keep them out of `make test`.
 FAULTS = -o python_files='test_*.py faults_*.py'
 # So has what needs a published model; compiled as for a user: it computes for minutes.
-REAL = XLA_FLAGS=--xla_backend_optimization_level=3
+REAL = NPROC=$$(getconf _NPROCESSORS_ONLN) XLA_FLAGS='--xla_backend_optimization_level=3 \
+  --xla_force_host_platform_device_count=1'
 
 UV = .venv-uv-$(UV_VERSION)
 LOCK = $(UV)/$(BIN)/uv pip compile --quiet --universal --python-version 3.11 \

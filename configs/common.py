@@ -114,6 +114,9 @@ def base() -> ConfigDict:
             # auto, plain, blocked, xla, cudnn; auto takes cudnn on a GPU for bfloat16
             # where a trial of it succeeds, and native for a long cache on a CPU.
             "attention": "auto",
+            # Keys and values that are kept while a text is written: "" = as dtype;
+            # bfloat16; int8, with a scale for each token and head.
+            "cache_dtype": "",
         }
     )
 

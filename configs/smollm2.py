@@ -5,9 +5,10 @@ What: `run=` is the run folder of a published model, which experiments.convert m
   2025) fits into 2 GB here, and any other language model goes as well. `stage=sft`
   teaches it the 1,100 instructions of chapter 7 of Raschka's "Build a Large Language
   Model (From Scratch)", in the model's own chat template; `stage=dpo` tells it which of
-  two answers is the polite one; `stage=spam` sorts chapter 6's messages. LoRA adapters
-  move, and the published weights stay; `adapter=full` moves all. `run=none` is random
-  weights, to try things out. Your own file: --config.data.source=FILE.
+  two answers is the polite one; `stage=spam` sorts chapter 6's messages. LoRA
+  adapters move, and the published weights stay; `adapter=only` moves the last block, as
+  chapter 6 does, and `adapter=full` all. `run=none` is random weights, to try things
+  out. Your own file: --config.data.source=FILE.
 Expected: answers in your style; of spam about 97 % is sorted rightly (the book's larger
   GPT-2 gets 95.67 to 98.33).
 Time: minutes for spam on 2 CPU cores, a good half hour for sft and for dpo.
@@ -72,6 +73,9 @@ def get_config(arg: str | None = None):
     if "template" in config.task:
         config.task.template = config.task.template or "chatml"
     config.model.scan_layers = False
+    if options["adapter"] == "only":
+        last = rf"block_{config.model.n_layers - 1}/"
+        config.adapter.train = (last, *config.adapter.train)
     return config
 
 

@@ -204,6 +204,17 @@ def define_bits():
     )
 
 
+def define_cache():
+    """Defines `--cache`, whose value is that of `runs.open`."""
+    return flags.DEFINE_enum(
+        "cache",
+        "",
+        ["", "bfloat16", "int8"],
+        "Keep keys and values of earlier tokens in half the memory of float32 or in a "
+        "quarter; empty = as the config says.",
+    )
+
+
 class _Bits(flags.ArgumentParser):
     def parse(self, argument: str | int) -> int:
         if str(argument) not in ("0", "8", "4"):

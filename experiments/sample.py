@@ -46,6 +46,12 @@ LOOKUP = flags.DEFINE_integer(
     "Guess so many tokens from the text so far and try them out in one pass: the same "
     "text, sooner where it repeats itself.",
 )
+DRAFT = door.define_path(
+    "draft",
+    "",
+    "A smaller run with the same tokenizer that guesses --lookup tokens (4 unless "
+    "said), instead of the text: the same text, sooner where the two agree.",
+)
 STEP = flags.DEFINE_string(
     "step", "", "Checkpoint: best, newest, a step number; empty = best, else newest."
 )
@@ -53,6 +59,7 @@ WEIGHTS = flags.DEFINE_enum(
     "weights", "", ["", "params", "ema"], "Which weights; empty = ema where kept."
 )
 BITS = door.define_bits()
+CACHE = door.define_cache()
 
 GOES_ON = "--beyond_context goes on when the context is full"
 
@@ -75,7 +82,8 @@ def main(_: list[str]) -> None:
     settings = sampling.settings(MAX_NEW_TOKENS.value, **{**found.settings, **given})
     if found.told:
         print(f"[{found.told}]", file=sys.stderr)
-    run = runs.open(RUN.value, step=step, weights=WEIGHTS.value, bits=BITS.value)
+    few = {"bits": BITS.value, "cache": CACHE.value}
+    run = runs.open(RUN.value, step=step, weights=WEIGHTS.value, **few)
     programs.use_cache(run.config.compile_cache)
     for prompt in prompts:
         if told := sample.advice(prompt, run.tokenizer):
@@ -88,6 +96,7 @@ def main(_: list[str]) -> None:
         "stop": [text.replace("\\n", "\n") for text in STOP.value],
         "beyond_context": BEYOND_CONTEXT.value,
         "lookup": LOOKUP.value,
+        "draft": _draft(run) if DRAFT.value else None,
         **settings,
     }
     if len(prompts) == 1 and COUNT.value == 1:
@@ -105,6 +114,19 @@ def main(_: list[str]) -> None:
         words.end()
     if any(map(_is_full, done)):
         print(f"[{GOES_ON}]", file=sys.stderr)
+
+
+def _draft(run):
+    """Returns the model that guesses what a run writes."""
+    from gpt_jax import runs, sample
+
+    found = runs.open(DRAFT.value, bits=BITS.value, cache=CACHE.value)
+    if found.tokenizer.vocab != run.tokenizer.vocab:
+        raise ValueError(
+            f"--draft={DRAFT.value} has another tokenizer than --run={RUN.value}: what "
+            "it guesses would be other tokens"
+        )
+    return sample.Draft(found.model, found.params)
 
 
 def _show(pieces, prompt: str) -> None:

@@ -78,6 +78,7 @@ WEIGHTS = flags.DEFINE_enum(
     "weights", "", ["", "params", "ema"], "Which weights; empty = ema where kept."
 )
 BITS = door.define_bits()
+CACHE = door.define_cache()
 
 
 def main(_: list[str]) -> None:
@@ -97,6 +98,7 @@ def main(_: list[str]) -> None:
         step=step,
         weights=WEIGHTS.value,
         bits=BITS.value,
+        cache=CACHE.value,
         sizes=sizes,
         queue=QUEUE.value,
         context=CONTEXT.value,

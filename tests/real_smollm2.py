@@ -34,7 +34,7 @@ transformers = pytest.importorskip(
 )
 
 pytestmark = pytest.mark.timeout(1800)
-torch.set_num_threads(1)
+torch.set_num_threads(os.cpu_count() or 1)
 
 TOKENS, NEW, STRINGS = 200, 100, 5000
 ASKED = (

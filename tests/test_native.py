@@ -43,7 +43,7 @@ def by_hand(q, keys, values, place, *, window, scale, softcap):
 @jax.jit
 def run(q, keys, values, place):
     return native.attention(
-        *(q, keys, values, place), window=0, scale=0.25, softcap=0.0
+        *(q, (keys, values, None, None), place), window=0, scale=0.25, softcap=0.0
     )
 
 
@@ -58,9 +58,33 @@ def test_attention_is_the_formula(T, S, H, G, K, window, softcap):
     place = last + np.arange(T)[None]
     how = {"window": window, "scale": K**-0.5, "softcap": softcap}
     assert native.ready(), native.missing()
-    found = native.attention(q, keys, values, jnp.asarray(place), **how)
+    past = (keys, values, None, None)
+    found = native.attention(q, past, jnp.asarray(place), **how)
     wanted = by_hand(q, keys, values, place, **how)
     assert np.abs(np.asarray(found) - wanted).max() <= 3e-6
+
+
+@pytest.mark.parametrize("kept", ["bfloat16", "int8"])
+def test_attention_over_few_bits_is_the_formula_of_what_they_say(kept):
+    q, keys = drawn(2, 33, 6, 64), drawn(2, 2, 150, 64, seed=1)
+    values = drawn(2, 2, 150, 64)
+    keys[:, 1], values[:, :, 9] = keys[:, 1] * 3, 0
+    past = [jnp.asarray(x).astype(kept) for x in (keys, values)] + [None, None]
+    if kept == "int8":
+        scales = [np.abs(x).max(-1, keepdims=True) / 127 for x in (keys, values)]
+        pairs = zip((keys, values), scales, strict=True)
+        codes = [np.round(x / np.where(scale > 0, scale, 1)) for x, scale in pairs]
+        past = [*(code.astype(np.int8) for code in codes), *scales]
+    place = np.array([[117], [60]]) + np.arange(33)[None]
+    how = {"window": 90, "scale": 0.125, "softcap": 0.0}
+    found = native.attention(q, past, jnp.asarray(place), **how)
+    told = [np.asarray(x, np.float64) for x in past[:2]]
+    if kept == "int8":
+        told = [x * scale for x, scale in zip(told, past[2:], strict=True)]
+    wanted = by_hand(q, *told, place, **how)
+    assert np.abs(np.asarray(found) - wanted).max() <= 1e-5
+    plain = by_hand(q, keys, values, place, **how)
+    assert 1e-3 < np.abs(wanted - plain).max() < 0.2  # few bits indeed
 
 
 def test_what_lies_behind_a_query_is_not_read():
@@ -112,7 +136,13 @@ def test_long_contexts_on_one_cpu_are_read_natively():
     assert inside[0][0].cfg.attention == "auto"
 
 
-@pytest.mark.parametrize("kind", [{}, {"pattern": "local"}, {"attn_softcap": 5.0}])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *({}, {"pattern": "local"}, {"attn_softcap": 5.0}),
+        *({"cache_dtype": "bfloat16"}, {"cache_dtype": "int8"}),
+    ],
+)
 def test_a_cache_read_natively_is_the_cache_read_by_xla(kind):
     if "pattern" in kind:
         local = {"window": 7, "rope_base": 500.0, "rope_scaling": None}

@@ -721,6 +721,57 @@ def test_guesses_change_no_text_and_save_passes(options):
         assert (long_B > short_B).any()
 
 
+@pytest.mark.parametrize("same", [True, False], ids=["its like", "another"])
+def test_a_draft_changes_no_text_and_saves_passes_where_it_agrees(same):
+    model, params = build(context_length=64, position="rope")
+    small = build(context_length=64, position="rope", n_layers=1, d_model=16)
+    draft, draft_params = (model, params) if same else small
+    prompts, key_B = jnp.asarray(ragged(4, model.cfg.vocab_size, width=8)), keys(4)
+    rows = [{**PLAIN, **(HOT if i % 2 else {})} for i in range(4)]
+    rows[2]["max_new"] = 11
+    given = (jnp.array([8, 3, 5, 1]), sample.rows_of(rows), key_B)
+    guessing = {"draft": draft, "draft_params": draft_params}
+    tables = []
+    for lookup, more in ((0, {}), (3, guessing)):
+        begin = partial(sample.start, model=model, max_length=64, stop_id=5)
+        step = partial(sample.advance, model=model, stop_id=5, lookup=lookup)
+        static = ("draft",)
+        begin = jax.jit(begin, static_argnames=static, compiler_options=CHEAP)
+        step = jax.jit(step, static_argnames=static, compiler_options=CHEAP)
+        state = begin(params, prompts, *given, **more)
+        some = step(params, state, *given[1:], 5, **more)
+        tables.append((some.length_B, step(params, some, *given[1:], 99, **more)))
+    (short_B, plain), (long_B, guessed) = tables
+    for name in ("tokens_BS", "length_B", "reason_B"):
+        np.testing.assert_array_equal(getattr(guessed, name), getattr(plain, name))
+    assert (long_B >= short_B).all()
+    if same:  # every guess is right: four tokens a pass, until a row ends
+        whole_B = jnp.minimum(given[0] + 1 + 5 * 4, plain.length_B)
+        np.testing.assert_array_equal(long_B, whole_B)
+
+
+@pytest.mark.parametrize(
+    "other, sentence",
+    [
+        ({"vocab_size": 60}, "the draft has 60 tokens, but the model has"),
+        ({"context_length": 8}, "the draft has a context of 8, shorter than the"),
+    ],
+)
+def test_a_draft_that_cannot_guess_is_refused(other, sentence):
+    model, params = build()
+    with pytest.raises(ValueError, match=sentence):
+        sample.texts(
+            **{"model": model, "params": params, "tokenizer": None, "prompts": [[1]]},
+            **{
+                "count": 1,
+                "seed": 0,
+                "stop": [],
+                "draft": sample.Draft(*build(**other)),
+            },
+            **PLAIN,
+        )
+
+
 def test_too_many_guesses_are_refused():
     model, params = build()
     with pytest.raises(ValueError, match="lookup is 99; it must be 0 to 15"):

@@ -359,12 +359,16 @@ def logits(model: GPT, params, x) -> jax.Array:
 
 
 def init_cache(cfg: GPTConfig, batch: int, max_length: int, dtype) -> Cache:
-    """Returns an empty cache of `batch` rows of up to `max_length` tokens."""
+    """Returns an empty cache of `batch` rows of up to `max_length` tokens.
+
+    Its numbers are of `dtype`, unless the config says otherwise (`cache_dtype`).
+    """
     if max_length > cfg.context_length:
         raise ValueError(
             f"a cache of {max_length} tokens is longer than context_length "
             f"{cfg.context_length}"
         )
+    dtype = cfg.cache_dtype or dtype
     past = partial(Attention.empty, cfg, batch, max_length, dtype)
     return Cache(
         layers=tuple(past() for _ in range(cfg.n_layers)),

@@ -108,6 +108,7 @@ class GPTConfig:
     dtype: str
     param_dtype: str
     attention: str
+    cache_dtype: str = ""
     n_classes: int = 0
     param: str = "standard"
     base_width: int = 64
@@ -287,4 +288,5 @@ _CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16"),
     "attention": ("auto", attention.NATIVE, *attention.IMPLEMENTATIONS),
+    "cache_dtype": ("", "bfloat16", "int8"),
 }

@@ -90,6 +90,33 @@ class Past(NamedTuple):
 
     keys_BGSK: jax.Array
     values_BGSK: jax.Array
+    key_scale_BGS1: jax.Array | None = None  # by which they are multiplied: of int8
+    value_scale_BGS1: jax.Array | None = None
+
+    def extended(self, k_BTGK, v_BTGK, slot_BT) -> "Past":
+        """Returns it with those of new tokens in their places."""
+        new = (k_BTGK, v_BTGK)
+        if self.key_scale_BGS1 is not None:
+            codes, scales = zip(*map(_as_bytes, new), strict=True)
+            new = (*codes, *scales)
+        kept = zip(self, new, strict=False)
+        return Past(*(_by_head(attention.extend(x, y, slot_BT)) for x, y in kept))
+
+    def read(self, dtype) -> tuple[jax.Array, jax.Array]:
+        """Returns the keys and the values as numbers of `dtype` [B, S, G, K]."""
+        pairs = ((self.keys_BGSK, self.key_scale_BGS1),
+                 (self.values_BGSK, self.value_scale_BGS1))  # fmt: skip
+        found = (x if by is None else x.astype(by.dtype) * by for x, by in pairs)
+        keys, values = (jnp.swapaxes(x, 1, 2).astype(dtype) for x in found)
+        return keys, values
+
+
+def _as_bytes(x_BTGK):
+    """Returns numbers as int8 and what they are to be multiplied by [B, T, G, 1]."""
+    x_BTGK = x_BTGK.astype(jnp.float32)
+    scale_BTG1 = jnp.abs(x_BTGK).max(-1, keepdims=True) / 127
+    codes_BTGK = jnp.round(x_BTGK / jnp.where(scale_BTG1 > 0, scale_BTG1, 1))
+    return codes_BTGK.astype(jnp.int8), scale_BTG1
 
 
 def _by_head(x_BGSK):
@@ -240,8 +267,11 @@ class Attention(nn.Module):
     def empty(cfg: GPTConfig, rows: int, length: int, dtype) -> Past:
         """Returns what a layer remembers of no tokens, with room for `length`."""
         shape = (rows, cfg.n_kv_heads, length, cfg.head_dim)
-        # Two arrays, since a program that is given them cannot be given one twice.
-        return Past(*(_by_head(jnp.zeros(shape, dtype)) for _ in Past._fields))
+        # An array each, since a program that is given them cannot be given one twice.
+        codes = [(shape, dtype)] * 2
+        scaled = jnp.issubdtype(dtype, jnp.integer)
+        scales = [((*shape[:3], 1), jnp.float32)] * 2 if scaled else []
+        return Past(*(_by_head(jnp.zeros(*each)) for each in (*codes, *scales)))
 
     def __call__(self, x_BTD, past: Past | None, where: Where, dropout):
         cfg, kind = self.cfg, self.kind
@@ -255,16 +285,14 @@ class Attention(nn.Module):
             q_BTHK = rope.rotate(q_BTHK, turn)
             k_BTGK = rope.rotate(k_BTGK, turn)
         if past is not None:
-            keys_BGSK = attention.extend(past.keys_BGSK, k_BTGK, sight.query_BT)
-            values_BGSK = attention.extend(past.values_BGSK, v_BTGK, sight.query_BT)
-            past = Past(_by_head(keys_BGSK), _by_head(values_BGSK))
+            past = past.extended(k_BTGK, v_BTGK, sight.query_BT)
             if attention.natively(cfg):
                 how = {"window": kind.window, "scale": cfg.query_scale}
                 y_BTHK = native.attention(
-                    q_BTHK, *past, sight.query_BT, **how, softcap=cfg.attn_softcap
+                    q_BTHK, past, sight.query_BT, **how, softcap=cfg.attn_softcap
                 )
                 return self.out(y_BTHK, dropout), past
-            k_BTGK, v_BTGK = (jnp.swapaxes(x, 1, 2) for x in past)
+            k_BTGK, v_BTGK = past.read(cfg.dtype)
         own = None
         if dropout is not None and dropout.attn is not None:
             own = Drop(dropout.attn, jax.random.fold_in(dropout.key, 0))

@@ -10,6 +10,7 @@ import logging
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -56,13 +57,13 @@ def attends(cfg: Any) -> bool:
     return cfg.head_dim % LANES == 0 and cfg.dtype == "float32" and ready()
 
 
-def attention(q_BTHK, keys_BGSK, values_BGSK, place_BT, *, window: int, scale, softcap):
+def attention(q_BTHK, past: Sequence[Any], place_BT, *, window: int, scale, softcap):
     """Returns float32 attention [B, T, H, K] of queries over a cache.
 
     Args:
       q_BTHK: float32; K a multiple of LANES.
-      keys_BGSK: the cache, likewise, as are its values.
-      values_BGSK: see above.
+      past: the cache: keys and values [B, G, S, K], float32, bfloat16 or int8, and what
+        those of int8 are multiplied by, float32 [B, G, S, 1]; else None twice.
       place_BT: int, each query's place in it, of which it sees itself and those before.
       window: how many of the nearest it sees; 0 = all.
       scale: of the scores.
@@ -72,9 +73,9 @@ def attention(q_BTHK, keys_BGSK, values_BGSK, place_BT, *, window: int, scale, s
     place_BT = jnp.broadcast_to(place_BT, q_BTHK.shape[:2]).astype(jnp.int32)
     call = jax.ffi.ffi_call(PREFIX + ATTENTION, like, vmap_method="sequential")
     how = {"window": np.int64(window), "softcap": np.float32(softcap)}
-    return call(
-        q_BTHK, keys_BGSK, values_BGSK, place_BT, scale=np.float32(scale), **how
-    )
+    none = jnp.zeros(0, jnp.float32)
+    past = [none if x is None else x for x in past]
+    return call(q_BTHK, *past, place_BT, scale=np.float32(scale), **how)
 
 
 @functools.cache

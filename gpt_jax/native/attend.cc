@@ -25,6 +25,16 @@ const Ints STEPS = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 inline Floats all(float value) { return Floats{} + value; }
 
+// Sixteen numbers of a cache: float32, the upper halves of such (bfloat16), or bytes.
+inline Floats read(const float* from) { return load<Floats>(from); }
+inline Floats read(const uint16_t* from) {
+  const Ints wide = __builtin_convertvector(load<Halves>(from), Ints) << 16;
+  return load<Floats>(&wide);
+}
+inline Floats read(const int8_t* from) {
+  return __builtin_convertvector(__builtin_convertvector(load<Bytes>(from), Ints), Floats);
+}
+
 // exp(x) of numbers up to 0, to two units in the last place; 0 below -87.
 inline Floats exp_of(Floats x) {
   const Floats low = x < -87.0f ? all(-87.0f) : x;
@@ -58,10 +68,11 @@ inline void cross_all(Floats* rows) {
 }
 
 // Sixteen features of sixteen keys, of which `count` are there, with the keys as lanes.
-inline void turn(const float* keys, int64_t K, int64_t count, Floats* turned) {
+template <typename Number>
+inline void turn(const Number* keys, int64_t K, int64_t count, Floats* turned) {
   Floats rows[LANES];
   for (int64_t i = 0; i < LANES; ++i)
-    rows[i] = i < count ? load<Floats>(keys + i * K) : Floats{};
+    rows[i] = i < count ? read(keys + i * K) : Floats{};
   cross_all<1>(rows);
   cross_all<2>(rows);
   cross_all<4>(rows);
@@ -82,23 +93,26 @@ void multiply(const float* const* query, const Floats* turned, int64_t K, float 
 }
 
 // R queries' sums + values times their weights, four vectors of each at a time or one.
-template <int R, int W>
-void add(Floats* sums, int64_t wide, const float* weights, const float* values, int64_t count,
+template <int R, int W, typename Number>
+void add(Floats* sums, int64_t wide, const float* weights, const Number* values, int64_t count,
          int64_t K) {
   Floats own[R][W];
   for (int r = 0; r < R; ++r)
     for (int w = 0; w < W; ++w) own[r][w] = sums[r * wide + w];
   for (int64_t i = 0; i < count; ++i)
     for (int w = 0; w < W; ++w) {
-      const Floats value = load<Floats>(values + i * K + w * LANES);
+      const Floats value = read(values + i * K + w * LANES);
       for (int r = 0; r < R; ++r) own[r][w] += weights[r * KEYS + i] * value;
     }
   for (int r = 0; r < R; ++r)
     for (int w = 0; w < W; ++w) sums[r * wide + w] = own[r][w];
 }
 
+template <typename Number>
 struct Heads {
-  const float *query, *keys, *values;
+  const float* query;
+  const Number *keys, *values;
+  const float *key_scale, *value_scale;  // [B, G, S] of bytes; else null
   const int32_t* place;  // [B, T]
   float* out;
   int64_t T, H, G, S, K, window;
@@ -106,10 +120,12 @@ struct Heads {
 };
 
 // Queries from, from + 1, ... to of one row, of the query heads that share a key head.
-void attend(const Heads& it, int64_t b, int64_t g, int64_t from, int64_t to) {
+template <typename Number>
+void attend(const Heads<Number>& it, int64_t b, int64_t g, int64_t from, int64_t to) {
   const int64_t R = it.H / it.G, K = it.K, M = (to - from) * R, wide = K / LANES;
-  const float* keys = it.keys + (b * it.G + g) * it.S * K;
-  const float* values = it.values + (b * it.G + g) * it.S * K;
+  const int64_t head = (b * it.G + g) * it.S;
+  const Number* keys = it.keys + head * K;
+  const Number* values = it.values + head * K;
   auto query = [&](int64_t m) {  // of head m % R at time m / R
     return ((b * it.T + from + m / R) * it.H + g * R + m % R) * K;
   };
@@ -137,9 +153,16 @@ void attend(const Heads& it, int64_t b, int64_t g, int64_t from, int64_t to) {
       return m;
     };
     compare(one, compare(four, 0));
+    Floats key_scale[PARTS] = {}, value_scale[PARTS] = {};
+    if (it.key_scale) {
+      std::memcpy(key_scale, it.key_scale + head + s, count * sizeof(float));
+      std::memcpy(value_scale, it.value_scale + head + s, count * sizeof(float));
+    }
     for (int64_t m = 0; m < M; ++m) {
       Floats* score = &scores[m * PARTS];
       float* each = reinterpret_cast<float*>(score);
+      if (it.key_scale)
+        for (int64_t p = 0; p < PARTS; ++p) score[p] *= key_scale[p];
       if (it.softcap > 0.0f)
         for (int64_t i = 0; i < KEYS; ++i) each[i] = it.softcap * std::tanh(each[i] / it.softcap);
       // Of this block, the keys from `since` on and before `until`.
@@ -160,6 +183,7 @@ void attend(const Heads& it, int64_t b, int64_t g, int64_t from, int64_t to) {
       for (int64_t p = 0; p < PARTS; ++p) {
         score[p] = score[p] > NOTHING ? exp_of(score[p] - now) : Floats{};
         added += score[p];
+        if (it.value_scale) score[p] *= value_scale[p];
       }
       float more = 0.0f;
       for (int64_t i = 0; i < LANES; ++i) more += added[i];
@@ -170,7 +194,7 @@ void attend(const Heads& it, int64_t b, int64_t g, int64_t from, int64_t to) {
     }
     // What a query does not see has no weight; what none of them sees is not read.
     const int64_t read = std::min(count, last + 1 - s);
-    const float* value = values + s * K;
+    const Number* value = values + s * K;
     const float* weight = reinterpret_cast<const float*>(scores.data());
     auto gather = [&]<int Q>(std::integral_constant<int, Q>, int64_t m) {
       for (; m + Q <= M; m += Q) {
@@ -195,21 +219,39 @@ void attend(const Heads& it, int64_t b, int64_t g, int64_t from, int64_t to) {
   }
 }
 
-ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query,
-                     ffi::Buffer<ffi::F32> keys, ffi::Buffer<ffi::F32> values,
-                     ffi::Buffer<ffi::S32> place, ffi::ResultBuffer<ffi::F32> out,
-                     int64_t window, float scale, float softcap) {
-  const auto q = query.dimensions(), k = keys.dimensions();
-  const Heads it = {query.typed_data(), keys.typed_data(), values.typed_data(),
-                    place.typed_data(), out->typed_data(),
-                    q[1], q[2], k[1], k[2], q[3], window, scale, softcap};
+template <typename Number>
+void every(ffi::ThreadPool& pool, const Heads<Number>& it, int64_t B) {
   const int64_t parts = (it.T + TOGETHER - 1) / TOGETHER;
-  share(pool, q[0] * it.G * parts, [&](int64_t i) {
+  share(pool, B * it.G * parts, [&](int64_t i) {
     const int64_t part = parts - 1 - i % parts, pair = i / parts;  // the longest first
     attend(it, pair / it.G, pair % it.G, part * TOGETHER,
            std::min(it.T, (part + 1) * TOGETHER));
   });
-  return ffi::Error::Success();
+}
+
+ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi::AnyBuffer keys,
+                     ffi::AnyBuffer values, ffi::Buffer<ffi::F32> key_scale,
+                     ffi::Buffer<ffi::F32> value_scale, ffi::Buffer<ffi::S32> place,
+                     ffi::ResultBuffer<ffi::F32> out, int64_t window, float scale,
+                     float softcap) {
+  const auto q = query.dimensions(), k = keys.dimensions();
+  auto of = [&]<typename Number>(Number) {
+    const bool scaled = key_scale.element_count() > 0;
+    every(pool,
+          Heads<Number>{query.typed_data(), static_cast<const Number*>(keys.untyped_data()),
+                        static_cast<const Number*>(values.untyped_data()),
+                        scaled ? key_scale.typed_data() : nullptr,
+                        scaled ? value_scale.typed_data() : nullptr, place.typed_data(),
+                        out->typed_data(), q[1], q[2], k[1], k[2], q[3], window, scale, softcap},
+          q[0]);
+    return ffi::Error::Success();
+  };
+  switch (keys.element_type()) {
+    case ffi::F32: return of(float{});
+    case ffi::BF16: return of(uint16_t{});
+    case ffi::S8: return of(int8_t{});
+    default: return ffi::Error::InvalidArgument("a cache is float32, bfloat16 or int8");
+  }
 }
 
 }  // namespace
@@ -219,6 +261,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gpt_jax_attention, gpt_jax::attention,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()

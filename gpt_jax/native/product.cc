@@ -23,7 +23,6 @@ namespace {
 constexpr int64_t GROUP = 32, QUAD = 4;
 constexpr int64_t BYTES = LANES * QUAD;  // of four inputs of sixteen outputs
 
-typedef int8_t Bytes __attribute__((vector_size(LANES)));
 typedef uint8_t Codes __attribute__((vector_size(BYTES)));
 
 // Sixteen numbers of half precision; left to itself, GCC converts them one by one.

@@ -19,7 +19,7 @@ from gpt_jax.pretrained.options import FULL, period
 # a head for classes, which stays at home.
 TECHNICAL = (
     *("vocab_multiple", "init", "zero_init", "scan_layers", "remat", "n_classes"),
-    *("dtype", "param_dtype", "attention", "base_width"),
+    *("dtype", "param_dtype", "attention", "cache_dtype", "base_width"),
 )
 
 # Keys that never change the logits: training, generation, bookkeeping. Another key is

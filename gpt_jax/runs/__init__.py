@@ -22,6 +22,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,6 +117,7 @@ def open(
     weights: str = "",
     merge: bool = True,
     bits: int = 0,
+    cache: str = "",
 ) -> Run:
     """Returns a run ready for use, whatever devices it was trained on.
 
@@ -131,6 +133,8 @@ def open(
         beside them, which are then those of the base.
       bits: of the numbers that every token reads, 8 or 4, to write texts with; 0 = as
         they are.
+      cache: of keys and values that are kept, "bfloat16" or "int8", likewise; "" = as
+        the config says.
 
     Raises:
       ValueError: this is not a run, or the checkpoint is damaged or lacks `weights`.
@@ -153,6 +157,7 @@ def open(
         params = adapters.merge(params, cfg.param_dtype)
     if started:
         params = _base(frozen, params, folder)
+    cfg = replace(cfg, cache_dtype=cache or cfg.cache_dtype)
     model = GPT(_unscanned(cfg))
     params = unstack(params, cfg)
     if bits:  # what is declared is traced for it

@@ -22,7 +22,7 @@ WHERE = (
 RESUMABLE = (
     *WHERE,
     r"steps|max_(tokens|bytes|seconds|skipped)|patience|hyper\.decay_steps",
-    r"eval_.*|early_from|task\.loss_chunk|model\.(remat|attention)",
+    r"eval_.*|early_from|task\.loss_chunk|model\.(remat|attention|cache_dtype)",
 )
 # What may change with the data, where allow_data_change says that it may.
 OF_TEXT = r"data\.(source|field|val_fraction|split)"

@@ -6,9 +6,9 @@ transcript.py.
 
 import re
 import zlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,7 @@ __all__ = [
     "RUNNING",
     "STOP",
     "Completion",
+    "Draft",
     "Sampling",
     "Transcript",
     "advice",
@@ -65,6 +66,7 @@ __all__ = [
 
 ROWS = 32  # rows decoded at once: only bounds memory, since rows are independent
 MOST_GUESSED = 15  # tokens: more are hardly ever right, and a pass reads them all
+DRAFTED = 4  # tokens that a draft guesses, where nobody says how many
 TEXT_STEPS, STREAM_STEPS = 16, 4  # tokens between two looks at the text: latency only
 
 
@@ -78,8 +80,16 @@ class Completion(NamedTuple):
     detail: str  # which of the stops or limits it was, in words
 
 
-_start = jax.jit(start, static_argnames=("model", "max_length"))
-_advance = jax.jit(advance, static_argnames=("model", "lookup"), donate_argnums=1)
+class Draft(NamedTuple):
+    """A smaller model that guesses what another writes next."""
+
+    model: GPT
+    params: Any
+
+
+_start = jax.jit(start, static_argnames=("model", "max_length", "draft"))
+_STATIC = ("model", "lookup", "draft")
+_advance = jax.jit(advance, static_argnames=_STATIC, donate_argnums=1)
 
 
 def texts(
@@ -93,6 +103,7 @@ def texts(
     stop: Sequence[str | int],
     beyond_context: bool = False,
     lookup: int = 0,
+    draft: Draft | None = None,
     **settings,
 ) -> list[Completion]:
     """Continues every prompt `count` times; all samples of a prompt stand together.
@@ -114,15 +125,18 @@ def texts(
         for every new one, and reads the whole context again each time.)
       lookup: tokens that are guessed from the text so far and tried out in one pass
         (see `guess`); the text is the same, and comes faster where it repeats itself.
+      draft: a smaller model of the same tokens that guesses instead, DRAFTED of them
+        unless `lookup` says how many (speculative decoding; Leviathan et al. 2023).
       **settings: all of `sampling.SETTINGS`, and max_new; see `sampling.settings`.
 
     Raises:
       ValueError: a setting is out of range; a prompt is longer than the context, holds
-        an id outside the vocabulary, or is empty and the tokenizer has no newline.
+        an id outside the vocabulary, or is empty and the tokenizer has no newline; a
+        draft has another vocabulary, or a shorter context.
     """
     check(**settings)
     _check_stop(stop)
-    _check_lookup(lookup)
+    guesses = _guesses(lookup, draft, model, rows=len(prompts) * count)
     if count < 1:
         raise ValueError(f"count {count} must be at least 1")
     jobs = [
@@ -139,7 +153,7 @@ def texts(
             *(model, params, tokenizer, group, seed, stop, settings, TEXT_STEPS),
             padding,
             beyond_context,
-            lookup,
+            guesses,
         )
         done += _last(chunks)
     return done
@@ -155,6 +169,7 @@ def stream(
     stop: Sequence[str | int],
     beyond_context: bool = False,
     lookup: int = 0,
+    draft: Draft | None = None,
     **settings,
 ) -> Generator[str, None, Completion]:
     """Yields the text of one completion piece by piece, whole characters only.
@@ -165,21 +180,40 @@ def stream(
     """
     check(**settings)
     _check_stop(stop)
-    _check_lookup(lookup)
+    guesses = _guesses(lookup, draft, model, rows=1)
     row = _Row(prompt, prompt_ids(prompt, tokenizer, model.cfg), 0)
     model, params = laid_out(model, params, rows=1)
     chunks = _decode(
         *(model, params, tokenizer, [row], seed, stop, settings, STREAM_STEPS),
         0,
         beyond_context,
-        lookup,
+        guesses,
     )
     return _pieces(chunks)
 
 
-def _check_lookup(lookup: int) -> None:
+def _guesses(
+    lookup: int, draft: Draft | None, model: GPT, *, rows: int
+) -> Mapping[str, Any]:
+    """Returns who guesses how many tokens ahead, as `advance` takes it."""
     if not 0 <= lookup <= MOST_GUESSED:
         raise ValueError(f"lookup is {lookup}; it must be 0 to {MOST_GUESSED}")
+    if draft is None:
+        return {"lookup": lookup}
+    small, large = draft.model.cfg, model.cfg
+    if small.vocab_size != large.vocab_size:
+        raise ValueError(
+            f"the draft has {small.vocab_size} tokens, but the model has "
+            f"{large.vocab_size}: take one with the same tokenizer"
+        )
+    if small.context_length < large.context_length:
+        raise ValueError(
+            f"the draft has a context of {small.context_length}, shorter than the "
+            f"model's {large.context_length}"
+        )
+    draft = Draft(*laid_out(*draft, rows=rows))
+    count = lookup or DRAFTED
+    return {"lookup": count, "draft": draft.model, "draft_params": draft.params}
 
 
 def _check_stop(stop) -> None:
@@ -210,15 +244,15 @@ class _Row(NamedTuple):
 
 
 def _decode(
-    model, params, tokenizer, rows, seed, stop, settings, steps, padding, beyond, lookup
+    model, params, words, rows, seed, stop, settings, steps, padding, beyond, guesses
 ):
     """Yields each row's new text after every few steps; returns the Completions.
 
     With `beyond`, rows whose context is full go on from the last half of it.
     """
-    context, eos_id = model.cfg.context_length, tokenizer.eos_id
-    stop = [*stop, *tokenizer.ends]
-    scribes = [Transcript(tokenizer, row.ids, stop) for row in rows]
+    context, eos_id = model.cfg.context_length, words.eos_id
+    stop = [*stop, *words.ends]
+    scribes = [Transcript(words, row.ids, stop) for row in rows]
     windows = [row.ids for row in rows] + [[0]] * padding
     left = [settings["max_new"]] * len(rows) + [0] * padding
     hashes = [zlib.crc32(np.asarray(row.ids, "<i4").tobytes()) for row in rows]
@@ -233,7 +267,7 @@ def _decode(
         written = [len(scribe.ids) for scribe in scribes] + [0] * padding
         begins = [max(0, len(ids) - n) for ids, n in zip(windows, written, strict=True)]
         decoding = _window(
-            params, windows, begins, left, settings, key_B, steps, fixed, lookup
+            params, windows, begins, left, settings, key_B, steps, fixed, guesses
         )
         reason, read = None, np.array([len(ids) for ids in windows])
         while True:
@@ -259,12 +293,12 @@ def _decode(
         windows = [ids[-max(1, context // 2) :] for ids in windows]
         key_B = _next_keys(key_B)  # places are counted anew
     return [
-        _completion(row, scribe, settings["max_new"], context, tokenizer.ends, beyond)
+        _completion(row, scribe, settings["max_new"], context, words.ends, beyond)
         for row, scribe in zip(rows, scribes, strict=True)
     ]
 
 
-def _window(params, windows, begins, left, settings, key_B, steps, fixed, lookup):
+def _window(params, windows, begins, left, settings, key_B, steps, fixed, guesses):
     """Decodes rows until all have ended or their context is full.
 
     Yields (tokens, lengths, reasons) after every few steps, and takes the reasons
@@ -276,11 +310,12 @@ def _window(params, windows, begins, left, settings, key_B, steps, fixed, lookup
     tokens_BT = np.zeros((len(windows), _bucket(longest, max_length)), np.int32)
     for tokens_T, ids in zip(tokens_BT, windows, strict=True):
         tokens_T[: len(ids)] = ids
+    draft = {key: value for key, value in guesses.items() if key != "lookup"}
     sampling = rows_of([{**settings, "max_new": max_new} for max_new in left])
     with sharding.in_sight(params):
         state = _start(
             *(params, tokens_BT, lengths, sampling, key_B),
-            **{**fixed, "max_length": max_length},
+            **{**fixed, "max_length": max_length, **draft},
             begin_B=np.array(begins, np.int32),
         )
     while True:
@@ -291,9 +326,7 @@ def _window(params, windows, begins, left, settings, key_B, steps, fixed, lookup
             reason_B=jnp.asarray((yield tokens, length, reason.copy()))
         )
         with sharding.in_sight(params):
-            state = _advance(
-                params, state, sampling, key_B, steps, lookup=lookup, **fixed
-            )
+            state = _advance(params, state, sampling, key_B, steps, **fixed, **guesses)
 
 
 def _completion(row, scribe, max_new, context, ends, beyond):

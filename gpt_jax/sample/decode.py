@@ -46,6 +46,7 @@ class Decoding(NamedTuple):
     length_B: jax.Array  # int32: tokens of the row so far, a stop token included
     limit_B: jax.Array  # int32: the length at which the row ends
     reason_B: jax.Array  # int32: RUNNING, STOP or LENGTH
+    drafts: Cache | None = None  # of the same tokens, by the model that guesses ahead
 
 
 def prefill(params, tokens_BT, length_B, *, model: GPT, max_length: int):
@@ -72,6 +73,8 @@ def start(
     max_length: int,
     stop_id: int | None,
     begin_B=None,
+    draft: GPT | None = None,
+    draft_params=None,
 ) -> Decoding:
     """Runs the prompts and chooses each row's first token.
 
@@ -86,6 +89,7 @@ def start(
         reaches it ends with LENGTH. A prompt of that length gets no new token.
       stop_id: the token that ends a row with STOP (may be traced), or None.
       begin_B: where in a prompt what was chosen earlier begins; None = behind it.
+      draft, draft_params: a model that is to guess ahead, laid out as well.
     """
     # Of a buffer of its own: `advance` is given the state to use up.
     begin_B = (length_B if begin_B is None else begin_B) + 0
@@ -100,6 +104,10 @@ def start(
     limit_B = jnp.minimum(length_B + sampling.max_new, max_length)
     reason_B = jnp.where(length_B < limit_B, RUNNING, LENGTH)
     state = Decoding(cache, tokens_BS, begin_B, length_B, limit_B, reason_B)
+    if draft is not None:
+        given = (draft_params, tokens_BT, length_B)
+        _, drafts = prefill(*given, model=draft, max_length=max_length)
+        state = state._replace(drafts=drafts)
     return _append(state, logits_BV, sampling, key_B, stop_id)
 
 
@@ -139,6 +147,33 @@ def guess(tokens_BS, length_B, count: int):
     behind_BM = end_B[:, None] + 1 + jnp.arange(count)[None]
     found_BM = jnp.take_along_axis(tokens_BS, behind_BM, axis=1, mode="clip")
     return found_BM, end_B >= 0
+
+
+def guess_ahead(
+    params, state: Decoding, sampling, key_B, count: int, *, model: GPT, stop_id
+):
+    """Returns what a smaller model would write next.
+
+    It draws with the row's own key, so it draws the token of the larger one wherever
+    the two agree well enough, at any temperature.
+
+    Args:
+      params, model: of the smaller model, whose cache is `state.drafts`.
+      state: the rows.
+      sampling, key_B: as for `step`.
+      count: how many tokens are guessed.
+      stop_id: the token that ends a row.
+
+    Returns:
+      (tokens [B, count], zeros where it ends a row; its cache with them in it).
+    """
+    assert state.drafts is not None
+    ahead = state._replace(cache=state.drafts)
+    for _ in range(count + 1):  # the last one only reads the last guess
+        ahead = step(params, ahead, sampling, key_B, model=model, stop_id=stop_id)
+    place_BM = state.length_B[:, None] + jnp.arange(count)[None]
+    guess_BM = jnp.take_along_axis(ahead.tokens_BS, place_BM, axis=1, mode="clip")
+    return guess_BM, ahead.cache
 
 
 def try_out(
@@ -190,14 +225,17 @@ def advance(
     sampling,
     key_B,
     steps,
+    draft_params=None,
     *,
     model: GPT,
     stop_id: int | None,
     lookup: int = 0,
+    draft: GPT | None = None,
 ) -> Decoding:
     """Takes up to `steps` (traced) steps; fewer when every row has ended.
 
-    With `lookup` a step also tries out so many guesses, where a row has some.
+    With `lookup` a step also tries out so many guesses: those of the model `draft`, or
+    of the text itself, where it has some.
     """
     fixed = {"model": model, "stop_id": stop_id}
 
@@ -212,6 +250,12 @@ def advance(
     def once(state):
         if not lookup:
             return step(params, state, sampling, key_B, **fixed)
+        if draft is not None:
+            drawn = (draft_params, state, sampling, key_B, lookup)
+            guess_BM, drafts = guess_ahead(*drawn, model=draft, stop_id=stop_id)
+            state = try_out(params, state, guess_BM, sampling, key_B, **fixed)
+            held_B = state.cache.length_B
+            return state._replace(drafts=drafts._replace(length_B=held_B))
         guess_BM, found_B = guess(state.tokens_BS, state.length_B, lookup)
         return jax.lax.cond(
             (found_B & (state.reason_B == RUNNING)).any(),
@@ -272,10 +316,10 @@ def _natively(cfg: GPTConfig, params) -> bool:
     """Whether a kernel of ours is to read the cache.
 
     On one CPU, outside of a larger program, and where that pays for its compiling: with
-    long contexts, and with weights of few bits.
+    long contexts, and with weights or a cache of few bits.
     """
     leaf = jax.tree.leaves(params)[0]
     if isinstance(leaf, Tracer) or len(getattr(leaf, "devices", set)()) > 1:
         return False
-    pays = cfg.context_length >= LONG or quantised.are(params)
-    return pays and native.attends(cfg)
+    few = quantised.are(params) or cfg.cache_dtype
+    return bool(cfg.context_length >= LONG or few) and native.attends(cfg)

@@ -41,5 +41,4 @@ async function likelihood(ids) {
 const answer = { tokens: lines.map((line) => model.tokenize(line, false)), texts: [], logp: [] };
 for (const ids of prompts) answer.texts.push(await likeliest(ids));
 for (const ids of windows) answer.logp.push(await likelihood(ids));
-fs.writeSync(1, JSON.stringify(answer));
-process.exit(0);
+process.stdout.write(JSON.stringify(answer), () => process.exit(0));
