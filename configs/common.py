@@ -394,6 +394,9 @@ TASKS = {
 ADAPTERS = {"full": adapter_full, "only": adapter_only, "lora": adapter_lora}
 
 
+DEEP = 20  # layers from which on one is compiled and looped over
+
+
 def from_run(config: ConfigDict, folder: str) -> ConfigDict:
     """Starts a config from the weights of a run: its model and its tokenizer as well.
 
@@ -431,6 +434,9 @@ def from_run(config: ConfigDict, folder: str) -> ConfigDict:
             f"{path} has keys of a model that are not known here: {', '.join(unknown)}"
         )
     config.model.update(found)
+    # One by one, XLA looks through all copies of many layers again for each array that
+    # trains: with LoRA in 30 of them for more than ten minutes, looped half a minute.
+    config.model.scan_layers = config.model.n_layers >= DEEP
     if config.task.get("template") == "":
         config.task.template = template
     config.init_from = folder if files.is_address(folder) else str(path.parent)

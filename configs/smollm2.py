@@ -24,11 +24,12 @@ def sft(config):
     config.task.template = ""  # the model's own
     config.data.update(source="instructions", val_fraction=0.05)
     config.batch_size = 4
-    config.steps = 120
-    config.eval_every = 40
-    config.checkpoint_every = 40
+    config.steps = 40  # three epochs of 935 conversations
+    config.eval_every = 20
+    config.checkpoint_every = 20
+    config.early_from = 0
     config.hyper.lr = 5e-4
-    config.sample_every = 40
+    config.sample_every = 20
     config.sample.update(
         prompt="Convert 45 kilometers to meters.", temperature=0.0, max_new_tokens=40
     )
@@ -38,15 +39,18 @@ def dpo(config):
     config.task = common.task_dpo()
     config.data.update(source="preferences", val_fraction=0.05)
     config.batch_size = 4
-    config.steps = 80
-    config.eval_every = 40
-    config.checkpoint_every = 40
+    config.steps = 40
+    config.eval_every = 20
+    config.early_from = 0
+    config.checkpoint_every = 20
     config.hyper.lr = 2e-4
 
 
 def spam(config):
     config.task = common.task_classify()
     config.task.balance = True
+    config.task.buckets = (64, 128)  # most batches are short ones
+    config.early_from = 0
     config.data.update(source="sms_spam", seq_len=128)
     config.batch_size = 16
     config.steps = 130  # two epochs of the 1,045 messages
@@ -72,8 +76,8 @@ def get_config(arg: str | None = None):
     config = common.from_run(config, run)
     if "template" in config.task:
         config.task.template = config.task.template or "chatml"
-    config.model.scan_layers = False
-    if options["adapter"] == "only":
+    if options["adapter"] == "only":  # blocks have names where they are no loop
+        config.model.scan_layers = False
         last = rf"block_{config.model.n_layers - 1}/"
         config.adapter.train = (last, *config.adapter.train)
     return config

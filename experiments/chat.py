@@ -52,7 +52,7 @@ STEP = flags.DEFINE_string(
     "step", "", "Checkpoint: best, newest, a step number; empty = best, else newest."
 )
 BITS = door.define_bits()
-CACHE = door.define_cache()
+CACHE_DTYPE = door.define_cache_dtype()
 
 HISTORY = "~/.cache/gpt_jax/chat_history"  # what was typed, for this user alone
 KEPT = 1000  # lines of it
@@ -103,7 +103,7 @@ def begin(folder: str, step: int | str | None, given: dict, messages: list) -> T
     from gpt_jax import chat, commands, generation, programs, runs, sample
 
     own = generation.of(folder)  # before the weights are read
-    run = runs.open(folder, step=step, bits=BITS.value, cache=CACHE.value)
+    run = runs.open(folder, step=step, bits=BITS.value, cache_dtype=CACHE_DTYPE.value)
     if run.classes:
         raise ValueError(
             f"{folder} sorts texts into classes and writes none; use it with "

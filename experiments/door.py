@@ -204,10 +204,10 @@ def define_bits():
     )
 
 
-def define_cache():
-    """Defines `--cache`, whose value is that of `runs.open`."""
+def define_cache_dtype():
+    """Defines `--cache_dtype`, whose value is that of `runs.open`."""
     return flags.DEFINE_enum(
-        "cache",
+        "cache_dtype",
         "",
         ["", "bfloat16", "int8"],
         "Keep keys and values of earlier tokens in half the memory of float32 or in a "

@@ -59,7 +59,7 @@ WEIGHTS = flags.DEFINE_enum(
     "weights", "", ["", "params", "ema"], "Which weights; empty = ema where kept."
 )
 BITS = door.define_bits()
-CACHE = door.define_cache()
+CACHE_DTYPE = door.define_cache_dtype()
 
 GOES_ON = "--beyond_context goes on when the context is full"
 
@@ -82,7 +82,7 @@ def main(_: list[str]) -> None:
     settings = sampling.settings(MAX_NEW_TOKENS.value, **{**found.settings, **given})
     if found.told:
         print(f"[{found.told}]", file=sys.stderr)
-    few = {"bits": BITS.value, "cache": CACHE.value}
+    few = {"bits": BITS.value, "cache_dtype": CACHE_DTYPE.value}
     run = runs.open(RUN.value, step=step, weights=WEIGHTS.value, **few)
     programs.use_cache(run.config.compile_cache)
     for prompt in prompts:
@@ -120,7 +120,7 @@ def _draft(run):
     """Returns the model that guesses what a run writes."""
     from gpt_jax import runs, sample
 
-    found = runs.open(DRAFT.value, bits=BITS.value, cache=CACHE.value)
+    found = runs.open(DRAFT.value, bits=BITS.value, cache_dtype=CACHE_DTYPE.value)
     if found.tokenizer.vocab != run.tokenizer.vocab:
         raise ValueError(
             f"--draft={DRAFT.value} has another tokenizer than --run={RUN.value}: what "

@@ -78,7 +78,7 @@ WEIGHTS = flags.DEFINE_enum(
     "weights", "", ["", "params", "ema"], "Which weights; empty = ema where kept."
 )
 BITS = door.define_bits()
-CACHE = door.define_cache()
+CACHE_DTYPE = door.define_cache_dtype()
 
 
 def main(_: list[str]) -> None:
@@ -98,7 +98,7 @@ def main(_: list[str]) -> None:
         step=step,
         weights=WEIGHTS.value,
         bits=BITS.value,
-        cache=CACHE.value,
+        cache_dtype=CACHE_DTYPE.value,
         sizes=sizes,
         queue=QUEUE.value,
         context=CONTEXT.value,

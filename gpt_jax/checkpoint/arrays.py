@@ -78,6 +78,7 @@ def _saving() -> tuple:
     # Made in its own threads, a folder that cannot be made keeps them (and the end of
     # the process) waiting for 20 minutes; this is a background thread already.
     context.asynchronous.create_directories_asynchronously = False
+    context.memory.deepcopy_host_arrays = False  # `snapshot` has copied what may change
     return ocp, context
 
 

@@ -117,7 +117,7 @@ def open(
     weights: str = "",
     merge: bool = True,
     bits: int = 0,
-    cache: str = "",
+    cache_dtype: str = "",
 ) -> Run:
     """Returns a run ready for use, whatever devices it was trained on.
 
@@ -133,8 +133,8 @@ def open(
         beside them, which are then those of the base.
       bits: of the numbers that every token reads, 8 or 4, to write texts with; 0 = as
         they are.
-      cache: of keys and values that are kept, "bfloat16" or "int8", likewise; "" = as
-        the config says.
+      cache_dtype: of the keys and values that are kept then, "bfloat16" or "int8"; "" =
+        as the config says.
 
     Raises:
       ValueError: this is not a run, or the checkpoint is damaged or lacks `weights`.
@@ -157,7 +157,7 @@ def open(
         params = adapters.merge(params, cfg.param_dtype)
     if started:
         params = _base(frozen, params, folder)
-    cfg = replace(cfg, cache_dtype=cache or cfg.cache_dtype)
+    cfg = replace(cfg, cache_dtype=cache_dtype or cfg.cache_dtype)
     model = GPT(_unscanned(cfg))
     params = unstack(params, cfg)
     if bits:  # what is declared is traced for it

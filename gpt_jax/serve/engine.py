@@ -215,7 +215,7 @@ class Engine:
             while self._await_work():
                 self._drop()
                 self._fill()
-                self.flush()  # first tokens do not wait for the step
+                self.flush()  # scores and vectors do not wait for the step
                 self._step()
                 self.flush()
         except BaseException as error:  # the thread's edge: nobody else would hear
@@ -332,6 +332,7 @@ class Engine:
         self._filling = None  # before its first token is told: it may be the last
         with self._only(row):
             self._push(slot, row, chosen, 0)
+        self.flush()  # a first token waits for nothing that is not its own
         if (slot, row) in self._slots.taken():  # who has left is remembered already
             self._slots.remember(request.ids, slot)
 

@@ -101,7 +101,7 @@ def open_runs(
     queue: int,
     context: int = 0,
     bits: int = 0,
-    cache: str = "",
+    cache_dtype: str = "",
     prefix_bytes: int = 0,
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Served]:
@@ -113,7 +113,7 @@ def open_runs(
 
     Args:
       paths: run folders by name.
-      step, weights, bits, cache: as in `runs.open`.
+      step, weights, bits, cache_dtype: as in `runs.open`.
       sizes, queue, prefix_bytes: as in `Engine`.
       context: tokens of a text at most, the prompt's too; 0 = the model's own.
       tell: is told what memory each will need.
@@ -126,8 +126,8 @@ def open_runs(
     programs = Programs()
     served, alone, planned = {}, len(paths) == 1, 0.0  # bytes of those before
     for name, path in paths.items():
-        how = {"step": step, "weights": weights, "bits": bits, "cache": cache}
-        run = runs.open(path, **how, merge=alone)
+        few = {"bits": bits, "cache_dtype": cache_dtype}
+        run = runs.open(path, step=step, weights=weights, merge=alone, **few)
         if run.model.cfg.n_classes:
             raise ValueError(
                 f"{path} sorts texts into classes and cannot write; use "
@@ -160,7 +160,7 @@ def open_runs(
             "vocab_size": run.model.cfg.vocab_size,
             "step": run.step,
             **({"bits": bits} if bits else {}),
-            **({"cache": cache} if cache else {}),
+            **({"cache_dtype": cache_dtype} if cache_dtype else {}),
         }
         looks = partial(_look, path, run.step, weights)
         served[name] = Served(engine, template, facts, looks, drawn)
