@@ -466,7 +466,7 @@ def test_a_kernel_that_reads_what_is_there_needs_one_cache_for_prompts(monkeypat
     rows.compile()
     rows.ahead()
     before = rows.programs()
-    request = ask("a prompt of four", max_new=9)
+    request = ask("a prompt of four", max_new=8)
     ids = request.ids
 
     def run(start):
@@ -475,8 +475,8 @@ def test_a_kernel_that_reads_what_is_there_needs_one_cache_for_prompts(monkeypat
         assert rows._reach_of_prompt == CONTEXT
         slot, chosen = rows.join(entry(request), "mine", len(ids))
         written = [int(chosen.token_B[0])]
-        written += [int(rows.step().token_B[slot]) for _ in range(8)]
-        rows.remember(ids, slot)
+        written += [int(rows.step().token_B[slot]) for _ in range(7)]
+        rows.remember([*ids, *written], slot, rest=True)
         rows.leave(slot)
         rows.fit(0)
         return written
@@ -484,12 +484,21 @@ def test_a_kernel_that_reads_what_is_there_needs_one_cache_for_prompts(monkeypat
     wanted = sample.texts(
         **{"model": model, "params": params, "tokenizer": TOKENIZER},
         **{"prompts": [ids], "count": 1, "seed": 0, "stop": []},
-        **sampling.settings(9, temperature=0.0),
+        **sampling.settings(8, temperature=0.0),
     )[0].ids
     assert run(0) == wanted
     rows.prompt([65] * 20, 0)  # another, on the same cache
     assert rows.recall([*ids[:9], 0]) == 8
+    held = len(ids) + 7  # the last token was chosen, and not read
+    assert held % 4 and rows.recall([*ids, *wanted, 65, 66]) == held
+    assert rows.recall([*ids, *wanted[:6], 0]) == held // 4 * 4
     assert run(rows.recall(ids)) == wanted
+    again = [*ids, *wanted, 65]
+    start = rows.recall(again)
+    rows.prompt(again, start)
+    _, chosen = rows.join(entry(ask("x", max_new=9)), "mine", len(again))
+    plain, _ = model.apply({"params": params}, np.array([again]))
+    assert int(chosen.token_B[0]) == int(plain[0, -1].argmax())
     assert rows.programs() == before  # nothing was left to compile
 
 
@@ -522,9 +531,9 @@ def test_a_turn_of_a_chat_computes_only_what_is_new_in_it(monkeypatch):
     first = ask("The quick brown fo", top=0, max_new=6)
     (answer,) = answers(made, [first])
     assert answer.text == alone("The quick brown fo", max_new=6).text
-    # 23 tokens have been run, the newest one has not: two blocks of them are kept.
+    # 23 tokens have been run, the newest one has not: all of them are kept.
     turn = [*first.ids, *(token.id for token in answer.tokens), *b" so"]
-    for cached in (16, 24):  # the second time the turn itself is there too
+    for cached in (23, 24):  # the second time the turn itself is there too
         before = made.prompted
         (again,) = answers(made, [ask(turn, max_new=4)])
         assert again.text == alone(turn, max_new=4).text
@@ -549,6 +558,8 @@ def test_of_beginnings_what_was_not_used_for_longest_goes_first(monkeypatch):
     kept, block = prefixes.Prefixes(4 * 80), (np.zeros(10), np.zeros(0))
     first, second = prefixes.names([1, 2, 3, 4, 5]), prefixes.names([1, 9, 3, 4])
     assert len(first) == len(second) == 2 and not {*first} & {*second}
+    whole = prefixes.names([1, 2, 3, 4, 5], rest=True)
+    assert whole == [*first, prefixes.name(first[1], [5])]
     kept.put(first, dict.fromkeys(first, block))
     kept.put(second, dict.fromkeys(second, block))
     assert kept.held == 4 * 80 and len(kept.known(first)) == 2

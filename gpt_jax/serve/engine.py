@@ -364,7 +364,7 @@ class Engine:
         if not reason and (full or row.written >= request.settings["max_new"]):
             reason = "length"
         if reason:
-            self._slots.remember([*request.ids, *row.chosen], slot)
+            self._slots.remember([*request.ids, *row.chosen], slot, rest=True)
             self._slots.leave(slot)
             self._pace += (time.monotonic() - row.begun - self._pace) / 8
         self._tell(row, reason=reason)

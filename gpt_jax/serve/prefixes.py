@@ -1,8 +1,9 @@
 """What prompts begin with, kept: a turn of a chat computes only what is new in it.
 
-Caches are kept in blocks of BLOCK tokens. A block's name is a digest of all tokens up
-to its end, so one is found only behind the same beginning. The room is bounded; what
-was not used for longest goes first, of a beginning its end before its start.
+Caches are kept in blocks of BLOCK tokens, and what is left of a conversation behind its
+whole blocks in one that is not full. A block's name is a digest of all tokens up to its
+end, so one is found only behind the same beginning. The room is bounded; what was not
+used for longest goes first, of a beginning its end before its start.
 """
 
 import hashlib
@@ -16,14 +17,18 @@ import numpy as np
 BLOCK = 64  # tokens
 
 
-def names(ids: Sequence[int]) -> list[bytes]:
-    """Returns the names of the whole blocks that these ids fill."""
+def names(ids: Sequence[int], *, rest: bool = False) -> list[bytes]:
+    """Returns the names of the whole blocks that these ids fill; and of their rest."""
     found, last = [], b""
-    for end in range(BLOCK, len(ids) + 1, BLOCK):
-        block = np.asarray(ids[end - BLOCK : end], "<i4").tobytes()
-        last = hashlib.sha256(last + block).digest()
+    for start in range(0, len(ids) if rest else len(ids) // BLOCK * BLOCK, BLOCK):
+        last = name(last, ids[start : start + BLOCK])
         found.append(last)
     return found
+
+
+def name(before: bytes, ids: Sequence[int]) -> bytes:
+    """Returns the name of the block of these ids behind the one of that name."""
+    return hashlib.sha256(before + np.asarray(ids, "<i4").tobytes()).digest()
 
 
 class Prefixes:

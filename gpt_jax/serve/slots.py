@@ -327,10 +327,16 @@ class Slots:
         Returns:
           how many tokens that is, after which `prompt` goes on; less than all.
         """
-        chain = prefixes.names(ids[:-1]) if self._prefixes.most else []
+        if not self._prefixes.most:
+            return 0
+        chain = prefixes.names(ids[:-1])
         found = self._prefixes.known(chain)
-        held = len(found) * prefixes.BLOCK
-        reach = self._row_for(min(len(ids), held + PIECE), begun=False)
+        held = end = len(found) * prefixes.BLOCK
+        rest = self._rest(chain[len(found) - 1] if found else b"", ids[held:-1])
+        if rest and end + prefixes.BLOCK <= self.room:
+            found += self._prefixes.known([rest[0]])
+            held, end = held + rest[1], end + prefixes.BLOCK
+        reach = self._row_for(max(end, min(len(ids), held + PIECE)), begun=False)
         for i, kept in enumerate(found):
             self._rows[reach] = self._run(
                 ("put", reach),
@@ -338,11 +344,24 @@ class Slots:
             )
         return held
 
-    def remember(self, ids: Sequence[int], slot: int) -> None:
-        """Keeps what a slot holds of these ids, with which its row begins."""
+    def _rest(self, before: bytes, ids: Sequence[int]) -> tuple[bytes, int] | None:
+        """Returns the block behind another that holds the most of these ids."""
+        for count in range(min(len(ids), prefixes.BLOCK - 1), 0, -1):
+            if (name := prefixes.name(before, ids[:count])) in self._prefixes:
+                return name, count
+        return None
+
+    def remember(self, ids: Sequence[int], slot: int, *, rest: bool = False) -> None:
+        """Keeps what a slot holds of these ids, with which its row begins.
+
+        With `rest` also what they leave behind their whole blocks: of a conversation
+        that may go on.
+        """
         if not self._prefixes.most:
             return
-        chain = prefixes.names(ids[: self._held[slot]])
+        ids = ids[: self._held[slot]]
+        whole = -(-len(ids) // prefixes.BLOCK) * prefixes.BLOCK <= self._batch.reach
+        chain = prefixes.names(ids, rest=rest and whole)
         fresh = {}
         for i, name in enumerate(chain):
             if name not in self._prefixes:
