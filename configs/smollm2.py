@@ -11,7 +11,7 @@ What: `run=` is the run folder of a published model, which experiments.convert m
   out. Your own file: --config.data.source=FILE.
 Expected: answers in your style; of spam about 97 % is sorted rightly (the book's larger
   GPT-2 gets 95.67 to 98.33).
-Time: minutes for spam on 2 CPU cores, a good half hour for sft and for dpo.
+Time: about 8 minutes for spam on 2 CPU cores, 20 for sft, 8 for dpo.
 Command: python -m experiments.train --config=configs/smollm2.py:run=runs/smollm2 \
   --workdir=runs/assistant
 """
@@ -24,6 +24,7 @@ def sft(config):
     config.task.template = ""  # the model's own
     config.data.update(source="instructions", val_fraction=0.05)
     config.batch_size = 4
+    config.accumulate = 2  # two rows of 1,024 tokens at once: 17 GB with four
     config.steps = 40  # three epochs of 935 conversations
     config.eval_every = 20
     config.checkpoint_every = 20
@@ -39,6 +40,7 @@ def dpo(config):
     config.task = common.task_dpo()
     config.data.update(source="preferences", val_fraction=0.05)
     config.batch_size = 4
+    config.accumulate = 2
     config.steps = 40
     config.eval_every = 20
     config.early_from = 0
