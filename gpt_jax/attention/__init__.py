@@ -7,6 +7,7 @@ R query heads per key/value head (H = G R)  K head dim
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -160,6 +161,12 @@ def best(
 
 def extend(old_BGSK, new_BTGK, slot_BT):
     """Writes new entries into their slots; what falls behind the end is dropped."""
+    if old_BGSK.dtype == jnp.bfloat16 and mesh.platform() == "cpu":
+        # XLA:CPU would write all of it anew, as float32 and back.
+        bits = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint16)
+        new_BTGK = bits(new_BTGK.astype(jnp.bfloat16))
+        found = extend(bits(old_BGSK), new_BTGK, slot_BT)
+        return jax.lax.bitcast_convert_type(found, jnp.bfloat16)
     B, G = old_BGSK.shape[:2]
     # With an index for every head XLA:CPU writes in place also when there is one row.
     where = (jnp.arange(B)[:, None, None], jnp.arange(G), slot_BT[:, :, None])

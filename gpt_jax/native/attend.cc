@@ -32,7 +32,16 @@ inline Floats read(const uint16_t* from) {
   return load<Floats>(&wide);
 }
 inline Floats read(const int8_t* from) {
+#if defined(__AVX512F__)  // GCC converts sixteen bytes one by one
+  const __m512 wide = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(from)));
+  return load<Floats>(&wide);
+#elif defined(__AVX2__)
+  const __m256 wide[2] = {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from))),
+                          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(from + 8))))};
+  return load<Floats>(wide);
+#else
   return __builtin_convertvector(__builtin_convertvector(load<Bytes>(from), Ints), Floats);
+#endif
 }
 
 // exp(x) of numbers up to 0, to two units in the last place; 0 below -87.
