@@ -15,6 +15,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -167,10 +168,11 @@ def llama(file: Path, **questions) -> dict:
     if not shutil.which("node") or not (here / "node_modules").exists():
         pytest.skip("needs Node.js, with which `make test-real` installs llama.cpp")
     nothing = {"lines": [], "prompts": [], "most": NEW, "ends": [], "windows": []}
-    done = subprocess.run(
-        ["node", "ask.mjs", str(file)], cwd=here, input=json.dumps(nothing | questions),
-        capture_output=True, text=True,
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        asked = Path(folder) / "questions.json"
+        asked.write_text(json.dumps(nothing | questions))
+        command = ["node", "ask.mjs", str(file), str(asked)]
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -1,4 +1,4 @@
-// llama.cpp on a GGUF file: `node ask.mjs FILE < questions`, answers as JSON.
+// llama.cpp on a GGUF file: `node ask.mjs FILE QUESTIONS`, a JSON file; answers as JSON.
 //
 // lines: texts, answered by their tokens. prompts: token ids, answered by the `most`
 // likeliest tokens behind them, up to one of `ends`. windows: token ids, answered by the
@@ -6,7 +6,7 @@
 import fs from "node:fs";
 import { getLlama } from "node-llama-cpp";
 
-const { lines, prompts, most, ends, windows } = JSON.parse(fs.readFileSync(0));
+const { lines, prompts, most, ends, windows } = JSON.parse(fs.readFileSync(process.argv[3]));
 const llama = await getLlama({ gpu: false, build: "never", maxThreads: 2, logLevel: "error" });
 const model = await llama.loadModel({ modelPath: process.argv[2] });
 
