@@ -358,17 +358,24 @@ def test_a_gguf_file_read_again_is_the_same_model(file, folder, run, tmp_path, f
     assert np.abs(ours - wanted).max() <= 1e-3
     prompts = [asked(run, question) for question in ASKED]
     texts = llama(target, prompts=prompts, ends=run.tokenizer.ends)["texts"]
-    assert texts == greedy(run)
-    figure(
-        f"--to_gguf, in llama.cpp: {len(texts)} of {len(texts)} likeliest texts equal"
-    )
+    equal = 0
+    for prompt, found, wanted in zip(prompts, greedy(run), texts, strict=True):
+        equal += found == wanted
+        if found != wanted:  # where two tokens are as likely, but for rounding
+            pairs = enumerate(zip(found, wanted, strict=False))
+            at, two = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+            read = np.array([prompt + found[:at]])
+            last_V = np.asarray(logits(run.model, run.params, read))[0, -1]
+            assert abs(last_V[two[0]] - last_V[two[1]]) <= 2e-3, (prompt, at)
+    figure(f"--to_gguf, in llama.cpp: {equal} of {len(texts)} likeliest texts equal")
+    assert equal >= len(texts) - 2
 
 
 # --- made one's own -------------------------------------------------------------------
 
 TUNED = (
     *("adapter.rank=4", "adapter.alpha=8.0", "steps=3", "eval_every=3", "batch_size=1"),
-    *("data.seq_len=64", "eval_windows=2", "sample_every=0", "early_from=0"),
+    *("data.seq_len=64", "eval_windows=2", "sample_every=0", "accumulate=1"),
     *("checkpoint_every=3", "tensorboard=False", "model.context_length=128"),
     *("hyper.lr=1e-2", "hyper.warmup_steps=1.0", "data.source=builtin:json"),
 )

@@ -11,7 +11,9 @@ const llama = await getLlama({ gpu: false, build: "never", maxThreads: 2, logLev
 const model = await llama.loadModel({ modelPath: process.argv[2] });
 
 async function fresh(size, work) {
-  const context = await model.createContext({ contextSize: size, batchSize: size, threads: 2 });
+  const exact = { experimentalKvCacheKeyType: "F32", experimentalKvCacheValueType: "F32" };
+  const shape = { contextSize: size, batchSize: size, threads: 2 };
+  const context = await model.createContext({ ...shape, ...exact });
   const found = await work(context.getSequence());
   await context.dispose();
   return found;
