@@ -375,7 +375,7 @@ def test_a_gguf_file_read_again_is_the_same_model(file, folder, run, tmp_path, f
 
 TUNED = (
     *("adapter.rank=4", "adapter.alpha=8.0", "steps=3", "eval_every=3", "batch_size=1"),
-    *("data.seq_len=64", "eval_windows=2", "sample_every=0", "accumulate=1"),
+    *("data.seq_len=128", "eval_windows=2", "sample_every=0", "accumulate=1"),
     *("checkpoint_every=3", "tensorboard=False", "model.context_length=128"),
     *("hyper.lr=1e-2", "hyper.warmup_steps=1.0", "data.source=builtin:json"),
 )
