@@ -96,7 +96,7 @@ def main(_: list[str]) -> None:
         "stop": [text.replace("\\n", "\n") for text in STOP.value],
         "beyond_context": BEYOND_CONTEXT.value,
         "lookup": LOOKUP.value,
-        "draft": _draft(run) if DRAFT.value else None,
+        "draft": _draft(run, few) if DRAFT.value else None,
         **settings,
     }
     if len(prompts) == 1 and COUNT.value == 1:
@@ -116,11 +116,11 @@ def main(_: list[str]) -> None:
         print(f"[{GOES_ON}]", file=sys.stderr)
 
 
-def _draft(run):
-    """Returns the model that guesses what a run writes."""
+def _draft(run, few: dict):
+    """Returns the model that guesses what a run writes, opened as that is."""
     from gpt_jax import runs, sample
 
-    found = runs.open(DRAFT.value, bits=BITS.value, cache_dtype=CACHE_DTYPE.value)
+    found = runs.open(DRAFT.value, **few)
     if found.tokenizer.vocab != run.tokenizer.vocab:
         raise ValueError(
             f"--draft={DRAFT.value} has another tokenizer than --run={RUN.value}: what "

@@ -163,3 +163,13 @@ def test_what_is_no_run_is_refused_in_a_sentence(tmp_path, text, message):
         common.from_run(common.base(), str(tmp_path / "absent"))
     with pytest.raises(ValueError, match="it is a file"):
         common.from_run(common.base(), "README.md")
+
+
+@pytest.mark.parametrize(
+    "layers, looped", [(common.DEEP - 1, False), (common.DEEP, True)]
+)
+def test_layers_of_a_deep_run_are_looped_over(layers, looped, tmp_path):
+    config = common.base()
+    config.model.update(n_layers=layers, scan_layers=not looped)
+    (tmp_path / "config.json").write_text(config.to_json())
+    assert common.from_run(common.base(), str(tmp_path)).model.scan_layers == looped
