@@ -387,8 +387,8 @@ def test_sizes_that_make_no_batches_are_refused(sizes):
 
 
 def test_pieces_of_prompts_have_few_lengths():
-    assert slots.lengths(1024) == [16, 32, 64, 128, 256]
-    assert slots.lengths(100) == [16, 32, 64, 100]
+    assert slots.lengths(1024) == [16, 32, 64, 96, 128, 160, 192, 224, 256]
+    assert slots.lengths(100) == [16, 32, 64, 96, 100]
     assert slots.lengths(8) == [8]
 
 

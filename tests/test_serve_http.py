@@ -113,6 +113,24 @@ def test_a_stream_joins_to_the_whole_text(client):
     assert events[-1].choices == [] and events[-1].usage.completion_tokens == 12
 
 
+def test_every_event_can_tell_the_counts_so_far(client):
+    """As guidellm wishes; a last event tells them by a wish of its own."""
+    asked = {"model": "tiny", "prompt": "Once", "max_tokens": 12, "temperature": 0}
+    for options in ({}, {"include_usage": True}):
+        options |= {"continuous_usage_stats": True}
+        made = client.completions.create(**asked, stream=True, stream_options=options)
+        *events, last = made
+        counts = [event.usage.completion_tokens for event in [*events, last]]
+        assert counts == sorted(counts) and counts[0] >= 1 and counts[-1] == 12
+        assert {event.usage.prompt_tokens for event in events} == {4}
+        assert (last.choices == []) == ("include_usage" in options)
+    said = {"model": "chatty", "messages": [{"role": "user", "content": "a"}]}
+    made = client.chat.completions.create(
+        **said, max_tokens=3, stream=True, stream_options=options
+    )
+    assert all(event.usage.total_tokens > 1 for event in made)
+
+
 def test_a_stop_string_ends_whole_and_streamed_texts(client):
     free = alone("Once", CONTEXT, max_new=12).text
     stop = free[5:7]

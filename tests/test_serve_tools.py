@@ -441,10 +441,12 @@ def items(live, pieces):
     asked = {"input": "you", "tools": FLAT}
     ask = wire.response(FORMS["response"], asked, serving.LIMITS)
     made = Response(ask, "tiny", live.models["tiny"], [[1]])
-    events = made.opening()
+    spent = Spent(3, [0])
+    events = made.opening(spent)
     for i, piece in enumerate(pieces):
-        events += made.pieces(0, piece, [], 0, "stop" * (i == len(pieces) - 1))
-    (end,) = made.closing(Spent(3, [0]))
+        reason = "stop" * (i == len(pieces) - 1)
+        events += made.pieces(0, piece, [], 0, reason, spent)
+    (end,) = made.closing(spent)
     return end["response"]["output"], [*events, end]
 
 

@@ -184,8 +184,14 @@ TEXTS: Form = {
     ),
     "stream": STREAM,
     "stream_options": Field(
-        Group({"include_usage": Flag(), "include_obfuscation": Nothing((False,))}),
-        "include_usage: a last event tells the counts of tokens.",
+        Group(
+            {
+                "include_usage": Flag(),
+                "continuous_usage_stats": Flag(),
+                "include_obfuscation": Nothing((False,)),
+            }
+        ),
+        "Counts of tokens, in a last event (include_usage) or in every one.",
         {},
     ),
 }

@@ -355,14 +355,14 @@ async def _events(reply, flow: Flow, first) -> AsyncIterator[bytes]:
 
     texts = [Text("") for _ in reply.echoes for _ in range(reply.ask.n)]
     echoes = [echo for echo in reply.echoes for _ in range(reply.ask.n)]
-    events = sent(reply.opening())
+    events = sent(reply.opening(flow.spent))
     try:
         while first is not None:
             i, piece = first
             text, start = texts[i], texts[i].told
             echo, echoes[i] = echoes[i], ""
             tokens = text.add(piece)
-            told = (i, echo + piece.text, tokens, start, piece.reason)
+            told = (i, echo + piece.text, tokens, start, piece.reason, flow.spent)
             if len(tokens) > FEW:
                 work = asyncio.to_thread(lambda a: sent(reply.pieces(*a)), told)
                 events += await work

@@ -79,7 +79,9 @@ class Reply:
             found += sorted(group, key=lambda text: -text.likelihood)[:n]
         return found
 
-    def pieces(self, i: int, text: str, tokens, start: int, reason: str) -> list[dict]:
+    def pieces(
+        self, i: int, text: str, tokens, start: int, reason: str, spent: Spent
+    ) -> list[dict]:
         """Returns the events of a piece; `start` is where its tokens begin."""
         choice = self._told(i, tokens, start)
         choice |= {"index": i, "finish_reason": reason or None}
@@ -96,15 +98,15 @@ class Reply:
             choice["delta"] = delta
         else:
             choice["text"] = text
-        return [self._event(choice)]
+        return [self._event(choice, spent)]
 
-    def opening(self) -> list[dict]:
+    def opening(self, spent: Spent) -> list[dict]:
         """Returns the events with which a streamed chat begins."""
         if not self.ask.messages:
             return []
         head = {"finish_reason": None, "delta": {"role": "assistant", "content": ""}}
         return [
-            self._event({**self._told(i, [], 0), "index": i, **head})
+            self._event({**self._told(i, [], 0), "index": i, **head}, spent)
             for i in range(self.ask.n)
         ]
 
@@ -135,9 +137,11 @@ class Reply:
             return {"logprobs": wire.told_chat(tokens, self.spell)}
         return {"logprobs": wire.told_completion(tokens, start, self.spell)}
 
-    def _event(self, choice: dict) -> dict:
+    def _event(self, choice: dict, spent: Spent) -> dict:
         kind = "chat.completion.chunk" if self.ask.messages else "text_completion"
         more = {"usage": None} if self.ask.usage else {}
+        if self.ask.counted:
+            more = {"usage": self.usage(spent)}
         return self._body(kind, [choice], **more)
 
     def _body(self, kind: str, choices: list, **more) -> dict:

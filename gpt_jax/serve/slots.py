@@ -37,7 +37,7 @@ from gpt_jax.serve.prefixes import Prefixes
 from gpt_jax.serve.texts import Request
 
 PIECE = 256  # prompt tokens run at once: what other rows wait for at most
-SHORTEST = 16  # pieces are padded to powers of two from here on
+SHORTEST = 16  # the shortest piece; the others are padded to multiples of twice that
 PATIENCE = 32  # steps for which a smaller shape must have done before it is taken
 REACH = 128  # no cache is made for less
 
@@ -57,8 +57,8 @@ _NONE: Mapping[int, np.ndarray] = {}  # no masks
 def lengths(context: int) -> list[int]:
     """Returns the lengths that pieces of prompts are padded to, rising."""
     most = min(PIECE, context)
-    powers = [1 << n for n in range(SHORTEST.bit_length() - 1, PIECE.bit_length())]
-    return [*(length for length in powers if length < most), most]
+    whole = range(2 * SHORTEST, most, 2 * SHORTEST)
+    return [*([SHORTEST] if most > SHORTEST else []), *whole, most]
 
 
 def entry(request: Request, room: int) -> Entry:

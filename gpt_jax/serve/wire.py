@@ -47,6 +47,7 @@ class Ask:
       top: how many alternatives to tell with each token; None = no probabilities.
       echo: the prompt is a part of the text.
       stream, usage: events, and a last one with token counts.
+      counted: every event tells the counts so far.
       given: what the body's other fields say, for answers that repeat them.
     """
 
@@ -68,6 +69,7 @@ class Ask:
     echo: bool
     stream: bool
     usage: bool
+    counted: bool = False
     grammar: Grammar | None = None
     tools: Tools = field(default_factory=Tools)
     given: Mapping[str, Any] = field(default_factory=dict)
@@ -132,7 +134,7 @@ def completion(form: Form, body: Mapping[str, Any], limits: Limits) -> Ask:
         drawn=drawn,
         top=asked["logprobs"],
         echo=asked["echo"],
-        usage=asked["stream_options"].get("include_usage", False),
+        **_counts(asked["stream_options"]),
         grammar=_grammar(asked),
         **_shared(asked),
     )
@@ -169,7 +171,7 @@ def chat(form: Form, body: Mapping[str, Any], limits: Limits) -> Ask:
         drawn=asked["n"],
         top=(asked["top_logprobs"] or 0) if asked["logprobs"] else None,
         echo=False,
-        usage=asked["stream_options"].get("include_usage", False),
+        **_counts(asked["stream_options"]),
         grammar=grammar,
         tools=offered,
         **_shared(asked),
@@ -268,6 +270,14 @@ READERS: dict[str, Callable[[Form, Mapping[str, Any], Limits], Any]] = {
     "detokenize": detokenize,
     "look": look,
 }
+
+
+def _counts(streaming: Mapping[str, bool]) -> dict[str, bool]:
+    """Returns which events of a stream tell the counts of tokens."""
+    return {
+        "usage": streaming.get("include_usage", False),
+        "counted": streaming.get("continuous_usage_stats", False),
+    }
 
 
 def _shared(asked: Mapping[str, Any]) -> dict[str, Any]:
