@@ -149,7 +149,7 @@ void attend(const Heads<Number>& it, int64_t b, int64_t g, int64_t from, int64_t
   const std::integral_constant<int, 4> four{};  // queries at once, then those that are left
   const std::integral_constant<int, 1> one{};
   for (int64_t s = first / KEYS * KEYS; s <= last; s += KEYS) {
-    const int64_t count = std::min(KEYS, it.S - s);
+    const int64_t count = std::min(KEYS, last + 1 - s);  // what none sees is not read
     for (int64_t p = 0; p < PARTS; ++p)
       for (int64_t k = 0; k < K; k += LANES)
         turn(keys + (s + p * LANES) * K + k, K, count - p * LANES, &turned[k * PARTS + p]);
@@ -201,8 +201,7 @@ void attend(const Heads<Number>& it, int64_t b, int64_t g, int64_t from, int64_t
       if (shrink != 1.0f)
         for (int64_t w = 0; w < wide; ++w) sums[m * wide + w] *= shrink;
     }
-    // What a query does not see has no weight; what none of them sees is not read.
-    const int64_t read = std::min(count, last + 1 - s);
+    // What a query does not see has no weight.
     const Number* value = values + s * K;
     const float* weight = reinterpret_cast<const float*>(scores.data());
     auto gather = [&]<int Q>(std::integral_constant<int, Q>, int64_t m) {
@@ -210,9 +209,9 @@ void attend(const Heads<Number>& it, int64_t b, int64_t g, int64_t from, int64_t
         Floats* sum = &sums[m * wide];
         int64_t w = 0;
         for (; w + 4 <= wide; w += 4)
-          add<Q, 4>(sum + w, wide, weight + m * KEYS, value + w * LANES, read, K);
+          add<Q, 4>(sum + w, wide, weight + m * KEYS, value + w * LANES, count, K);
         for (; w < wide; ++w)
-          add<Q, 1>(sum + w, wide, weight + m * KEYS, value + w * LANES, read, K);
+          add<Q, 1>(sum + w, wide, weight + m * KEYS, value + w * LANES, count, K);
       }
       return m;
     };
