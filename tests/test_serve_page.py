@@ -364,7 +364,7 @@ def test_a_search_finds_titles_and_what_was_said(page):
     page.fill("#search", "CATS")
     expect(titles(page)).to_have_text(["about cats"])
     titles(page).click()
-    expect(page.locator(".turn.user > div")).to_have_text("about cats")
+    expect(page.locator(".turn.user > div")).to_have_text(["about cats"])
     panel(page, "list")
     page.fill("#search", "nowhere")
     expect(page.locator("#found")).to_have_text("0 found")
