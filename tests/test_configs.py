@@ -23,6 +23,7 @@ ARGS = [
     *("gpt2:size=small", "gpt2:size=medium", "gpt2:size=large", "gpt2:size=xl"),
     *("sft:set=alpaca,template=chatml,run=none", "sft:adapter=lora,run=none"),
     *("smollm2:run=none", "smollm2:stage=dpo,run=none", "smollm2:stage=spam,run=none"),
+    *("smollm2:stage=start,run=none", "smollm2:stage=grpo,run=none"),
     *(f"{name}:size=tiny" for name in NAMES),
 ]
 
