@@ -62,7 +62,7 @@ def spam(config):
     config.eval_every = 65
     config.checkpoint_every = 65
     config.hyper.lr = 1e-3
-    # The mean of the last 50 steps' weights: what a test finds is less a matter of luck.
+    # The mean of the last 50 steps' weights: a test's figure is less a matter of luck.
     config.optimizer.ema = True
     config.hyper.ema_decay = 0.98
 
