@@ -387,7 +387,9 @@ def test_sizes_that_make_no_batches_are_refused(sizes):
 
 
 def test_pieces_of_prompts_have_few_lengths():
-    assert slots.lengths(1024) == [16, 32, 64, 96, 128, 160, 192, 224, 256]
+    short = [16, 32, 64, 96, 128, 160, 192, 224]
+    assert slots.lengths(8192) == [*short, 256, 512, 768, 1024] == slots.lengths(1024)
+    assert slots.lengths(600) == [*short, 256, 512, 600]
     assert slots.lengths(100) == [16, 32, 64, 96, 100]
     assert slots.lengths(8) == [8]
 
@@ -443,8 +445,9 @@ def test_the_cache_of_a_prompt_grows_with_its_pieces(monkeypatch):
         np.testing.assert_allclose(rows._logits[0], whole[0, -1], atol=2e-4)
         return seen
 
-    assert run(0) == [8, 16, 32, 32]
+    assert run(0) == [32, 32]  # nobody waits for a token
     rows.join(entry(request), "mine", len(ids))
+    assert run(0) == [8, 16, 32, 32]
     rows.remember(ids, 0)
     rows.prompt([65] * 32, 0)  # another, on the same caches
     assert rows.recall([*ids[:9], 0]) == 8 and rows._reach_of_prompt == 16

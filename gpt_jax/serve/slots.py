@@ -37,6 +37,7 @@ from gpt_jax.serve.prefixes import Prefixes
 from gpt_jax.serve.texts import Request
 
 PIECE = 256  # prompt tokens run at once: what other rows wait for at most
+MORE = 4  # so many times as many where there are none: products of more rows are faster
 SHORTEST = 16  # the shortest piece; the others are padded to multiples of twice that
 PATIENCE = 32  # steps for which a smaller shape must have done before it is taken
 REACH = 128  # no cache is made for less
@@ -56,9 +57,10 @@ _NONE: Mapping[int, np.ndarray] = {}  # no masks
 
 def lengths(context: int) -> list[int]:
     """Returns the lengths that pieces of prompts are padded to, rising."""
-    most = min(PIECE, context)
-    whole = range(2 * SHORTEST, most, 2 * SHORTEST)
-    return [*([SHORTEST] if most > SHORTEST else []), *whole, most]
+    short = {SHORTEST, *range(2 * SHORTEST, PIECE, 2 * SHORTEST)}
+    long = {PIECE * times for times in range(1, MORE + 1)}
+    whole = {context} if context <= PIECE * MORE else set()
+    return sorted({n for n in short | long if n < context} | whole)
 
 
 def entry(request: Request, room: int) -> Entry:
@@ -293,12 +295,17 @@ class Slots:
     ) -> tuple[int, Chosen | None, Any]:
         """Runs the next piece of a prompt, whose last one leaves it ready to `join`.
 
+        A piece is longer where no row waits for its next token.
+
         Returns:
           where the next piece starts; how likely each token after those of the piece
           was, if asked for (an entry more than there are when the prompt ends); the
           last hidden states [tokens, D] in float32, if asked for.
         """
-        count = min(PIECE, len(ids) - start)
+        count = len(ids) - start
+        if count > PIECE:
+            most = PIECE if self.taken() else count
+            count = max(n for n in lengths(self.room) if n <= min(count, most))
         reach = self._row_for(start + count, begun=start > 0)
         length = _length(count, reach)
         tokens_T = np.zeros(length, np.int32)
