@@ -13,7 +13,7 @@ What: `run=` is the run folder of a published model, which experiments.convert m
   --config.data.source=FILE.
 Expected: answers in your style; of spam about 97 % is sorted rightly (the book's larger
   GPT-2 gets 95.67 to 98.33).
-Time: on 2 CPU cores 5 minutes for spam with the last block, 15 with LoRA; 20 for sft, 8
+Time: on 2 CPU cores 6 minutes for spam with the last block, 13 with LoRA; 20 for sft, 8
   for dpo, 2 for start, 8 for grpo.
 Command: python -m experiments.train --config=configs/smollm2.py:run=runs/smollm2 \
   --workdir=runs/assistant
