@@ -456,6 +456,27 @@ def test_the_cache_of_a_prompt_grows_with_its_pieces(monkeypatch):
     assert rows.programs() == before  # nothing was left to compile
 
 
+def test_with_one_size_a_prompt_is_the_same_to_the_bit_whoever_is_there(monkeypatch):
+    for name in ("PIECE", "SHORTEST"):
+        monkeypatch.setattr(slots, name, 8)
+    model, params = build()
+    rows = slots.Slots(model, params, [2])
+    rows.compile()
+    request = ask("a prompt of four pieces, each", max_new=1)
+
+    def run():
+        ends = [0]
+        while ends[-1] < len(request.ids):
+            ends.append(rows.prompt(request.ids, ends[-1])[0])
+        return ends, np.asarray(rows._logits)
+
+    ends, alone = run()
+    rows.join(entry(request), "mine", len(request.ids))
+    again, beside = run()
+    assert ends == again == [0, 8, 16, 24, 29]
+    np.testing.assert_array_equal(alone, beside)
+
+
 def test_a_kernel_that_reads_what_is_there_needs_one_cache_for_prompts(monkeypatch):
     if why := native.missing():
         pytest.skip(why)

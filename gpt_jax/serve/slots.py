@@ -295,7 +295,8 @@ class Slots:
     ) -> tuple[int, Chosen | None, Any]:
         """Runs the next piece of a prompt, whose last one leaves it ready to `join`.
 
-        A piece is longer where no row waits for its next token.
+        A piece is longer where no row waits for its next token; with one size alone
+        never, since a row's last bits would tell whether somebody was there.
 
         Returns:
           where the next piece starts; how likely each token after those of the piece
@@ -304,7 +305,7 @@ class Slots:
         """
         count = len(ids) - start
         if count > PIECE:
-            most = PIECE if self.taken() else count
+            most = PIECE if self.taken() or len(self.sizes) == 1 else count
             count = max(n for n in lengths(self.room) if n <= min(count, most))
         reach = self._row_for(start + count, begun=start > 0)
         length = _length(count, reach)
