@@ -441,12 +441,10 @@ def items(live, pieces):
     asked = {"input": "you", "tools": FLAT}
     ask = wire.response(FORMS["response"], asked, serving.LIMITS)
     made = Response(ask, "tiny", live.models["tiny"], [[1]])
-    spent = Spent(3, [0])
-    events = made.opening(spent)
+    events = made.opening()
     for i, piece in enumerate(pieces):
-        reason = "stop" * (i == len(pieces) - 1)
-        events += made.pieces(0, piece, [], 0, reason, spent)
-    (end,) = made.closing(spent)
+        events += made.pieces(0, piece, [], 0, "stop" * (i == len(pieces) - 1))
+    (end,) = made.closing(Spent(3, [0]))
     return end["response"]["output"], [*events, end]
 
 

@@ -353,21 +353,29 @@ async def _events(reply, flow: Flow, first) -> AsyncIterator[bytes]:
     def sent(told) -> list[bytes]:
         return [reply.encoded(event) for event in told]
 
+    def counted(told: list[dict]) -> list[dict]:
+        if reply.ask.counted:
+            usage = reply.usage(flow.spent)
+            told = [event | {"usage": usage} for event in told]
+        return told
+
     texts = [Text("") for _ in reply.echoes for _ in range(reply.ask.n)]
     echoes = [echo for echo in reply.echoes for _ in range(reply.ask.n)]
-    events = sent(reply.opening(flow.spent))
+    events = sent(counted(reply.opening()))
     try:
         while first is not None:
             i, piece = first
             text, start = texts[i], texts[i].told
             echo, echoes[i] = echoes[i], ""
             tokens = text.add(piece)
-            told = (i, echo + piece.text, tokens, start, piece.reason, flow.spent)
+            told = (i, echo + piece.text, tokens, start, piece.reason)
             if len(tokens) > FEW:
-                work = asyncio.to_thread(lambda a: sent(reply.pieces(*a)), told)
+                work = asyncio.to_thread(
+                    lambda a: sent(counted(reply.pieces(*a))), told
+                )
                 events += await work
             else:
-                events += sent(reply.pieces(*told))
+                events += sent(counted(reply.pieces(*told)))
             if not flow.more:  # else they share a system call, the dearest part
                 yield b"".join(events)
                 events.clear()

@@ -79,9 +79,7 @@ class Reply:
             found += sorted(group, key=lambda text: -text.likelihood)[:n]
         return found
 
-    def pieces(
-        self, i: int, text: str, tokens, start: int, reason: str, spent: Spent
-    ) -> list[dict]:
+    def pieces(self, i: int, text: str, tokens, start: int, reason: str) -> list[dict]:
         """Returns the events of a piece; `start` is where its tokens begin."""
         choice = self._told(i, tokens, start)
         choice |= {"index": i, "finish_reason": reason or None}
@@ -98,15 +96,15 @@ class Reply:
             choice["delta"] = delta
         else:
             choice["text"] = text
-        return [self._event(choice, spent)]
+        return [self._event(choice)]
 
-    def opening(self, spent: Spent) -> list[dict]:
+    def opening(self) -> list[dict]:
         """Returns the events with which a streamed chat begins."""
         if not self.ask.messages:
             return []
         head = {"finish_reason": None, "delta": {"role": "assistant", "content": ""}}
         return [
-            self._event({**self._told(i, [], 0), "index": i, **head}, spent)
+            self._event({**self._told(i, [], 0), "index": i, **head})
             for i in range(self.ask.n)
         ]
 
@@ -137,11 +135,9 @@ class Reply:
             return {"logprobs": wire.told_chat(tokens, self.spell)}
         return {"logprobs": wire.told_completion(tokens, start, self.spell)}
 
-    def _event(self, choice: dict, spent: Spent) -> dict:
+    def _event(self, choice: dict) -> dict:
         kind = "chat.completion.chunk" if self.ask.messages else "text_completion"
         more = {"usage": None} if self.ask.usage else {}
-        if self.ask.counted:
-            more = {"usage": self.usage(spent)}
         return self._body(kind, [choice], **more)
 
     def _body(self, kind: str, choices: list, **more) -> dict:

@@ -41,20 +41,17 @@ class Response:
     def whole(self, texts: list[Text], spent: Spent) -> dict:
         """Returns the body of an answer that is not streamed."""
         (text,) = texts
-        self.pieces(0, text.text, text.tokens, 0, text.reason, spent)
+        self.pieces(0, text.text, text.tokens, 0, text.reason)
         return self._body(spent)
 
-    def opening(self, spent: Spent) -> list[dict]:
+    def opening(self) -> list[dict]:
         """Returns the events with which a stream begins."""
-        del spent  # here and below: a response tells its counts when it is done
         return [
             self._event("created", response=self._body()),
             self._event("in_progress", response=self._body()),
         ]
 
-    def pieces(
-        self, i: int, text: str, tokens, start: int, reason: str, spent: Spent
-    ) -> list[dict]:
+    def pieces(self, i: int, text: str, tokens, start: int, reason: str) -> list[dict]:
         """Returns the events of a piece; at the last one what is done is told whole."""
         found: list[str | Called] = [text] if text or tokens else []
         if self._reader:

@@ -122,6 +122,8 @@ class Slots:
         self._params = share(many)
         self._params_of_one = self._params if one is many else share(one)
         self.room, self.sizes = model.cfg.context_length, tuple(sizes)
+        # With one size the last bits would tell whether somebody was there.
+        self._most = PIECE * (MORE if len(sizes) > 1 else 1)
         every = reaches(self.room)
         self._exact = natively(self.model.cfg)
         self._prompt_reaches = [self.room] if self._exact else every
@@ -204,7 +206,8 @@ class Slots:
             for own in self.reaches:  # those of rows that have such prompts
                 if own == reach or len(self._prompt_reaches) == 1:
                     yield from self._drafts_of(own, row, logits_1V, entry)
-        for length in sorted({n for r in self._prompt_reaches for n in lengths(r)}):
+        whole = {n for r in self._prompt_reaches for n in self._lengths_for(r)}
+        for length in sorted(whole):
             like = jax.ShapeDtypeStruct((length, x_TD.shape[1]), x_TD.dtype)
             given = (params, self._placed(like), np.zeros(length, np.int32))
             yield self._draft(("score", length), self._score, *given)
@@ -255,7 +258,7 @@ class Slots:
     def _lengths_for(self, reach: int) -> list[int]:
         """Returns the lengths of pieces that prompts of this reach have."""
         if reach > PIECE or self._prefixes.most:
-            return lengths(reach)
+            return [n for n in lengths(reach) if n <= self._most]
         shorter = max((r for r in self._prompt_reaches if r < reach), default=0)
         return [n for n in lengths(reach) if n >= _length(shorter + 1, reach)]
 
@@ -295,8 +298,7 @@ class Slots:
     ) -> tuple[int, Chosen | None, Any]:
         """Runs the next piece of a prompt, whose last one leaves it ready to `join`.
 
-        A piece is longer where no row waits for its next token; with one size alone
-        never, since a row's last bits would tell whether somebody was there.
+        A piece is longer where no row waits for its next token.
 
         Returns:
           where the next piece starts; how likely each token after those of the piece
@@ -305,8 +307,8 @@ class Slots:
         """
         count = len(ids) - start
         if count > PIECE:
-            most = PIECE if self.taken() or len(self.sizes) == 1 else count
-            count = max(n for n in lengths(self.room) if n <= min(count, most))
+            most = min(count, PIECE if self.taken() else self._most)
+            count = max(n for n in lengths(self.room) if n <= most)
         reach = self._row_for(start + count, begun=start > 0)
         length = _length(count, reach)
         tokens_T = np.zeros(length, np.int32)
